@@ -1,0 +1,122 @@
+"""A checked recipe to the NeMo objects that run it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
+from nemo.lightning.pytorch.strategies.utils import RestoreConfig
+
+from treg_megatron import model as policies
+from treg_megatron.objective import Objective
+from treg_megatron.recipe import OptimizerSection, ParallelSection, TrainSection
+from treg_megatron.runtime.cpu import is_cpu
+from treg_megatron.runtime.launch import World
+from treg_megatron.strategy import PolicyStrategy
+
+ACTIVATIONS = {"silu": F.silu}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+#: what needs a CUDA kernel, an extension module or a compiler that a CPU machine does not have
+CPU_FIELDS = {
+    "apply_rope_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
+}
+
+
+def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSection, train: TrainSection):
+    """The NeMo config of the policy.
+
+    Args:
+        nemo_config: name of NeMo's config class, as ``families.nemo_config_class`` gives it.
+        fields: its fields, as ``families.model_fields`` gives them.
+    """
+    fields = dict(fields)
+    vocabulary, activation = fields.pop("vocab_size"), ACTIVATIONS[fields.pop("activation")]
+    without_engine = {"apply_rope_fusion": False, "persist_layer_norm": False} if not policies.HAVE_TE else {}
+    recompute = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[train.recompute]
+    return getattr(policies, nemo_config.replace("Config", "PolicyConfig"))(
+        **fields | without_engine | (CPU_FIELDS if is_cpu() else {}) | recompute,
+        activation_func=activation,
+        true_vocab_size=vocabulary,
+        vocab_size=math.ceil(vocabulary / parallel.tensor) * parallel.tensor,
+        transformer_layer_spec=policies.layer_spec,
+        data_step_fn=policies.data_step,
+        forward_step_fn=policies.forward_step,
+        cross_entropy_loss_fusion=False,
+        calculate_per_token_loss=True,  # with pairs for tokens: the loss is the mean over the global batch's pairs
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # what Megatron asks for with variable lengths, of dense models too
+        params_dtype=DTYPES[train.precision],
+        bf16=train.precision == "bf16",
+    )
+
+
+def optimizer(section: OptimizerSection, train: TrainSection, steps: int) -> MegatronOptimizerModule:
+    """AdamW on Megatron's distributed optimizer, linear warm-up, cosine to ``min_lr`` at the last step."""
+    return MegatronOptimizerModule(
+        config=OptimizerConfig(
+            optimizer="adam", lr=section.lr, min_lr=section.min_lr, weight_decay=section.weight_decay,
+            adam_beta1=section.beta1, adam_beta2=section.beta2, adam_eps=section.eps, clip_grad=section.clip_grad,
+            use_distributed_optimizer=True, bf16=train.precision == "bf16", params_dtype=DTYPES[train.precision],
+        ),
+        lr_scheduler=CosineAnnealingScheduler(max_steps=steps, warmup_steps=round(section.warmup_fraction * steps),
+                                              constant_steps=0, min_lr=section.min_lr),
+    )
+
+
+def strategy(parallel: ParallelSection, train: TrainSection, initial_weights: Path | None) -> PolicyStrategy:
+    """Megatron parallelism under Lightning; ``initial_weights`` is the imported checkpoint of a fresh run."""
+    return PolicyStrategy(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        pipeline_dtype=DTYPES[train.precision],
+        process_group_backend="gloo" if is_cpu() else "nccl",
+        ddp=DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True,
+                                          check_for_nan_in_grad=False),
+        restore_config=RestoreConfig(path=str(initial_weights)) if initial_weights else None,
+        ckpt_async_save=False,
+        ckpt_load_directly_on_device=not is_cpu(),
+        replace_progress_bar=False,
+    )
+
+
+def trainer(world: World, strategy: PolicyStrategy, train: TrainSection, steps: int,
+            callbacks: list[pl.Callback]) -> nl.Trainer:
+    """A trainer that leaves logging, saving and validation to ``callbacks``."""
+    return nl.Trainer(
+        accelerator="cpu" if is_cpu() else "gpu",
+        devices=world.local_size,
+        num_nodes=world.nodes,
+        strategy=strategy,
+        plugins=nl.MegatronMixedPrecision(precision="bf16-mixed" if train.precision == "bf16" else "32"),
+        max_steps=steps,
+        max_epochs=1,  # one Lightning epoch: the order of the pairs counts the real ones
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+    )
+
+
+def policy(config, objective: Objective, optim: MegatronOptimizerModule) -> policies.LlamaPolicy:
+    """The Lightning module that is trained."""
+    return policies.LlamaPolicy(config, objective, optim)

@@ -1,0 +1,155 @@
+"""The policy: a NeMo GPT model whose output is the log-prob of each response token, and T-REG's loss on top.
+
+The loss joins NeMo's Megatron path at the places it offers: the data and forward steps of the model's config, the loss
+reductions of the Lightning module, and ``GPTModel._postprocess``, where Megatron would turn hidden states into logits.
+Tensor and pipeline parallelism, schedules, optimizer and checkpoints stay theirs.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel as MegatronGPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from nemo.collections import llm
+from nemo.collections.llm.gpt.model.base import HAVE_TE, transformer_engine_layer_spec
+from nemo.collections.llm.gpt.model.llama import Llama31Config
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from torch import Tensor
+
+from treg_megatron.head import response_logps
+from treg_megatron.layers import torch_block_spec
+from treg_megatron.objective import Objective, means, preference_loss
+
+
+class ResponseTokens(NamedTuple):
+    """What the last pipeline stage scores; travels where Megatron expects labels."""
+
+    rows: Tensor  # [n] int64, rows of the flattened [s * b, hidden] hidden states
+    targets: Tensor  # [n] int64, token ids
+
+
+class ResponseGPTModel(MegatronGPTModel):
+    """Megatron's GPT model with the response-only, chunked, vocabulary-parallel head instead of whole logits."""
+
+    def _postprocess(self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor,
+                     labels: ResponseTokens | Tensor | None, *args, **kwargs) -> Tensor:
+        """[s, b, hidden] -> [n] fp32 log-probs on the last stage, the hidden states on others."""
+        if not self.post_process or not isinstance(labels, ResponseTokens):
+            return super()._postprocess(hidden_states, input_ids, position_ids, labels, *args, **kwargs)
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states)
+        tied = self.share_embeddings_and_output_weights
+        return response_logps(
+            hidden.flatten(0, 1).index_select(0, labels.rows),
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            labels.targets,
+            vocab_size=self.config.true_vocab_size,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            logit_softcap=getattr(self.config, "final_logit_softcapping", None),
+        )
+
+
+class PolicyConfig:
+    """Mix-in over NeMo's GPT configs: builds a :class:`ResponseGPTModel` of the same weights."""
+
+    true_vocab_size: int
+
+    def configure_model(self, tokenizer, pre_process=None, post_process=None, vp_stage=None) -> ResponseGPTModel:
+        model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
+        # NeMo's families build Megatron's class and then adjust it (rotary scaling, norms of Gemma); ours adds no
+        # state, so the finished object changes class rather than repeat each family's construction
+        model.__class__ = ResponseGPTModel
+        return model
+
+
+@dataclass
+class LlamaPolicyConfig(PolicyConfig, llm.LlamaConfig):
+    true_vocab_size: int = 0
+
+
+@dataclass
+class Llama31PolicyConfig(PolicyConfig, Llama31Config):
+    true_vocab_size: int = 0
+
+
+def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec:
+    """Transformer Engine's layers where it is installed, PyTorch's otherwise."""
+    return transformer_engine_layer_spec(config) if HAVE_TE else torch_block_spec(config, vp_stage=vp_stage)
+
+
+def data_step(iterator) -> dict[str, Any]:
+    """Next micro-batch on this rank's device. Every stage gets all of it: the tensors are a few bytes a token."""
+    batch = next(iterator)
+    batch = batch[0] if isinstance(batch, tuple) else batch
+    return {k: v.cuda(non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def forward_step(model, batch: dict[str, Any]) -> Tensor:
+    """Hidden states of this stage, or [n] fp32 log-probs of the response tokens on the last one."""
+    packed = None
+    if "cu_seqlens" in batch:
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=batch["cu_seqlens"], cu_seqlens_kv=batch["cu_seqlens"],
+                                 max_seqlen_q=batch["max_seqlen"], max_seqlen_kv=batch["max_seqlen"])
+    return model(batch["tokens"], batch["position_ids"], labels=ResponseTokens(batch["rows"], batch["targets"]),
+                 packed_seq_params=packed)
+
+
+class PreferenceLossReduction(MegatronLossReduction):
+    """Loss of a micro-batch, and the metrics of a global batch.
+
+    Megatron divides the gradients by the pairs of the global batch (``calculate_per_token_loss`` with pairs for
+    tokens), so the loss is their mean however they are spread over micro-batches, ranks and bins.
+    """
+
+    def __init__(self, objective: Objective):
+        super().__init__()
+        self.objective = objective
+        self.metrics: dict[str, float] = {}
+
+    def forward(self, batch: dict[str, Any], logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss, sums = preference_loss(logps, batch.get("ref_logps"), batch.get("token_rewards"), batch["lengths"],
+                                     self.objective)
+        pairs = torch.tensor(len(batch["lengths"]) // 2, dtype=torch.int, device=loss.device)
+        return loss, pairs, sums
+
+    def reduce(self, micro_batches: list[dict[str, Tensor]]) -> Tensor:
+        """Mean loss over the global batch; runs on the last pipeline stage only."""
+        names = list(micro_batches[0])
+        sums = torch.stack([torch.stack([micro[name] for name in names]) for micro in micro_batches]).sum(dim=0)
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        self.sums = dict(zip(names, sums.tolist(), strict=True))
+        self.metrics = means(self.sums)
+        return torch.tensor(self.metrics["loss"], device=sums.device)
+
+
+class Policy:
+    """Mix-in over NeMo's ``llm.GPTModel`` classes: their training and validation loss is the objective's."""
+
+    objective: Objective
+
+    @property
+    def training_loss_reduction(self) -> PreferenceLossReduction:
+        if self._training_loss_reduction is None:
+            self._training_loss_reduction = PreferenceLossReduction(self.objective)
+        return self._training_loss_reduction
+
+    @property
+    def validation_loss_reduction(self) -> PreferenceLossReduction:
+        if self._validation_loss_reduction is None:
+            self._validation_loss_reduction = PreferenceLossReduction(self.objective)
+        return self._validation_loss_reduction
+
+
+class LlamaPolicy(Policy, llm.LlamaModel):
+    """Llama-architecture policy."""
+
+    def __init__(self, config: llm.LlamaConfig, objective: Objective, optim=None):
+        super().__init__(config, optim=optim)
+        self.objective = objective

@@ -1,0 +1,214 @@
+"""The maths of preference optimisation with token-level reward regularization: tensors in, loss and metrics out.
+
+Notation (T-REG, Zhou et al., ACL 2025, arXiv 2412.02685): y_w chosen, y_l rejected response; ``logps`` are
+log pi_theta(y_t), ``ref_logps`` log pi_ref(y_t), ``token_rewards`` r_t in (-0.5, 0.5); sg is stop-gradient.
+
+Responses come flat, one float a response token, in the order chosen 0, rejected 0, chosen 1, rejected 1, ...;
+``lengths`` says where each ends. Padded and packed micro-batches look alike here, and nothing depends on how many
+pairs share a micro-batch: every returned value is a sum over pairs. All reductions run in fp32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from treg_megatron.errors import UserError
+
+LARGEST_ALPHA = 2.0  # beyond it a token's gradient can change sign, since |r_t| <= 0.5
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised. The fields are the recipe's section ``objective``, where each is explained.
+
+    Raises:
+        UserError: a value out of range, or a combination that means nothing.
+    """
+
+    preference: str
+    beta: float
+    gamma: float
+    label_smoothing: float
+    alpha: float
+    weight: str
+    weight_margin: bool
+    token_rewards: str
+    sft_weight: float
+
+    def __post_init__(self):
+        refuse = _refuse_if
+        refuse(self.beta <= 0, f"objective.beta is {self.beta}: it must be positive")
+        refuse(self.gamma < 0, f"objective.gamma is {self.gamma}: a target margin is not negative")
+        refuse(not 0 <= self.label_smoothing < 0.5,
+               f"objective.label_smoothing is {self.label_smoothing}: a share of flipped pairs lies in [0, 0.5)")
+        refuse(not 0 <= self.alpha <= LARGEST_ALPHA,
+               f"objective.alpha is {self.alpha}: outside [0, 2] a token's gradient changes sign")
+        refuse(self.sft_weight < 0, f"objective.sft_weight is {self.sft_weight}: it must not be negative")
+        refuse(self.gamma > 0 and self.preference != "simpo",
+               f"objective.gamma belongs to simpo; {self.preference} has no target margin: set it to 0")
+        refuse(self.label_smoothing > 0 and self.preference == "ipo",
+               "objective.label_smoothing has no meaning for ipo, whose loss is a regression: set it to 0")
+        refuse(self.alpha > 0 and self.preference == "ipo",
+               "objective.alpha: the regulariser's weight is the gradient weight of a sigmoid loss, which ipo has not; "
+               "use dpo or simpo, or set alpha to 0")
+        refuse(self.alpha > 0 and self.token_rewards == "none",
+               "objective.alpha is positive but objective.token_rewards is none: set one of the two")
+        refuse(self.token_rewards == "implicit" and self.preference == "simpo",
+               "objective.token_rewards: implicit is the log-ratio to a reference model, which simpo has not")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference model's log-probs enter the loss."""
+        return self.preference != "simpo"
+
+    @property
+    def reads_token_rewards(self) -> bool:
+        """Whether token rewards are read from the streams."""
+        return self.alpha > 0 and self.token_rewards == "contrastive"
+
+    @property
+    def first_preference_loss(self) -> float | None:
+        """Preference loss where policy and reference are the same model; None where it depends on the data."""
+        if self.preference == "dpo":
+            return 0.6931471805599453  # -log sigma(0), whatever the label smoothing
+        if self.preference == "ipo":
+            return (1 / (2 * self.beta)) ** 2
+        return None
+
+
+def preference_loss(
+    logps: Tensor, ref_logps: Tensor | None, token_rewards: Tensor | None, lengths: list[int], objective: Objective
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Summed loss of a micro-batch of pairs, and the sums that its metrics are means of.
+
+    Args:
+        logps: [tokens] fp32, log pi_theta of each response token, with gradient.
+        ref_logps: [tokens] fp32, the same of the reference model; may be None for a reference-free objective.
+        token_rewards: [tokens] fp32, r_t; may be None where the objective reads none.
+        lengths: tokens of each response, 2 * pairs of them: chosen, rejected, chosen, ...
+
+    Returns:
+        loss: [] fp32, sum over the pairs. T-REG, section 3: L_pref + alpha * w * (L_reg(y_w) + L_reg(y_l)).
+        sums: metric name -> [] fp32 without gradient, a sum over pairs (``COUNTS`` names what others are counted in).
+    """
+    logps = logps.float()
+    ref_logps = torch.zeros_like(logps) if ref_logps is None else ref_logps.float()
+    per_token = objective.beta * torch.ones_like(logps)
+    if objective.preference == "simpo":
+        per_token = objective.beta * _per_token(1.0 / torch.tensor(lengths, dtype=torch.float32), lengths, logps)
+
+    log_ratio = logps - ref_logps if objective.needs_reference else logps
+    chosen, rejected = _sum_by_response(per_token * log_ratio, lengths)
+    margin = chosen - rejected
+    preference = _PREFERENCE[objective.preference](margin, log_ratio, lengths, objective)
+    loss = preference
+
+    weight = torch.ones_like(margin)
+    if objective.weight == "dynamic":
+        weight = torch.sigmoid(-(margin - objective.gamma if objective.weight_margin else margin)).detach()
+    rewards = _token_rewards(log_ratio, token_rewards, objective)
+    regularization = torch.zeros_like(margin)
+    if rewards is not None:
+        chosen_reg, rejected_reg = _sum_by_response(-per_token * rewards * logps, lengths)
+        regularization = weight * (chosen_reg + rejected_reg)
+        if objective.alpha > 0:
+            loss = loss + objective.alpha * regularization
+    chosen_logps, rejected_logps = _sum_by_response(logps, lengths)
+    if objective.sft_weight > 0:
+        loss = loss - objective.sft_weight * chosen_logps
+
+    sums = {
+        "pairs": torch.ones_like(margin),
+        "loss": loss,
+        "loss/preference": preference,
+        "loss/regularization": regularization,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": margin,
+        "rewards/accuracies": (margin > 0).float(),
+        "logps/chosen": chosen_logps,
+        "logps/rejected": rejected_logps,
+        "treg/weight": weight,
+        **_token_reward_sums(rewards, lengths, objective.alpha, margin),
+    }
+    return loss.sum(), {name: value.detach().sum() for name, value in sums.items()}
+
+
+#: metric name -> the sum that it is a mean over; every other metric is a mean over "pairs"
+COUNTS = {
+    "treg/token_reward_chosen": "tokens/chosen",
+    "treg/token_reward_rejected": "tokens/rejected",
+    "treg/factor_outside_quarter": "tokens",
+}
+
+
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """Metrics from their sums over the global batch: each divided by what it is counted in."""
+    counts = {"pairs", *COUNTS.values()}
+    return {name: value / max(sums[COUNTS.get(name, "pairs")], 1.0) for name, value in sums.items() if name not in counts}
+
+
+def _dpo(margin: Tensor, log_ratio: Tensor, lengths: list[int], o: Objective) -> Tensor:
+    """-log sigma(margin) (DPO, arXiv 2305.18290, eq. 7); flipped with probability eps in cDPO (its section 3 note)."""
+    return -(1 - o.label_smoothing) * F.logsigmoid(margin) - o.label_smoothing * F.logsigmoid(-margin)
+
+
+def _simpo(margin: Tensor, log_ratio: Tensor, lengths: list[int], o: Objective) -> Tensor:
+    """-log sigma(beta/|y_w| log pi(y_w) - beta/|y_l| log pi(y_l) - gamma) (SimPO, arXiv 2405.14734, eq. 6)."""
+    return _dpo(margin - o.gamma, log_ratio, lengths, o)
+
+
+def _ipo(margin: Tensor, log_ratio: Tensor, lengths: list[int], o: Objective) -> Tensor:
+    """(h - 1/(2 beta))^2 (IPO, arXiv 2310.12036, eq. 17), h the difference of the log-ratios per token, as the
+    authors' follow-up and TRL average them over the response."""
+    chosen, rejected = _sum_by_response(log_ratio, lengths)
+    tokens = torch.tensor(lengths, dtype=torch.float32, device=margin.device)
+    return (chosen / tokens[0::2] - rejected / tokens[1::2] - 1 / (2 * o.beta)) ** 2
+
+
+_PREFERENCE: dict[str, Callable[..., Tensor]] = {"dpo": _dpo, "simpo": _simpo, "ipo": _ipo}
+
+
+def _token_rewards(log_ratio: Tensor, token_rewards: Tensor | None, objective: Objective) -> Tensor | None:
+    """r_t of each token, or None. Implicit: sg(sigma(log-ratio) - 0.5), DPO's own token reward squashed as T-REG
+    squashes the contrastive one, so that alpha means the same for both."""
+    if objective.token_rewards == "implicit":
+        return torch.sigmoid(log_ratio).detach() - 0.5
+    if objective.token_rewards == "contrastive" and token_rewards is not None:
+        return token_rewards.float()
+    return None
+
+
+def _token_reward_sums(rewards: Tensor | None, lengths: list[int], alpha: float, like: Tensor) -> dict[str, Tensor]:
+    tokens = torch.tensor(lengths, dtype=torch.float32, device=like.device)
+    counts = {"tokens/chosen": tokens[0::2], "tokens/rejected": tokens[1::2], "tokens": tokens}
+    if rewards is None:
+        return counts
+    chosen, rejected = _sum_by_response(rewards, lengths)
+    return {
+        **counts,
+        "treg/token_reward_chosen": chosen,
+        "treg/token_reward_rejected": rejected,
+        "treg/factor_outside_quarter": (alpha * rewards.abs() > 0.25).float(),  # |factor - 1| > 0.25
+    }
+
+
+def _sum_by_response(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """[tokens] -> ([pairs] of the chosen, [pairs] of the rejected). One sum a response, so that a pair's loss has the
+    same bits whatever it shares its micro-batch with."""
+    if not lengths:
+        return values.sum()[None][:0], values.sum()[None][:0]
+    sums = torch.stack([response.sum() for response in values.split(lengths)])
+    return sums[0::2], sums[1::2]
+
+
+def _per_token(per_response: Tensor, lengths: list[int], like: Tensor) -> Tensor:
+    return torch.repeat_interleave(per_response, torch.tensor(lengths)).to(like.device)
+
+
+def _refuse_if(condition: bool, reason: str) -> None:
+    if condition:
+        raise UserError(reason)

@@ -1,0 +1,288 @@
+"""One YAML recipe describes a whole run; each station reads its own section.
+
+A recipe is a short diff: its ``defaults:`` key names the file that it extends, and the chain ends in
+``recipes/base.yaml``, the only place where a default value stands. The dataclasses below give every key its type and
+its help text and hold no values. ``key=value`` arguments override the file, flags of a tool override those.
+"""
+
+import argparse
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from treg_megatron.errors import UserError
+
+BASE_RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "base.yaml"
+
+
+def key(help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A recipe key: its meaning, and the values that it may take where they are few."""
+    return dataclasses.field(metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class ModelSection:
+    """The model to align."""
+
+    hf: str = key("Hugging Face folder of the model: config.json, tokenizer and, for import, safetensors weights")
+    checkpoint: str = key("Megatron checkpoint of the same model, as convert_checkpoint.py import writes it")
+
+
+@dataclass
+class LabelSection:
+    """Token rewards by contrastive prompting, and reference log-probs (offline, no training)."""
+
+    model: str = key("Hugging Face folder of the reference model")
+    pairs: str = key("preference pairs to label, a JSON or JSONL file")
+    output: str = key("folder for the labelled pairs (Parquet) and their manifest")
+    prompt_pair: str = key("name of a built-in better/worse prompt pair, or the path of your own YAML file")
+    max_length: int = key("tokens that the prompt with its response, and each revision prompt with it, may have")
+    batch_tokens: int = key("padded tokens in one forward pass of the reference model")
+    dtype: str = key("precision of the reference model", choices=("float32", "bfloat16"))
+    device: str = key("where the reference model runs: auto, cpu or cuda")
+    reward_eot: bool = key("whether the end-of-turn token gets a token reward like the others")
+    shard_pairs: int = key("pairs in one output shard: what an interrupted job loses at most")
+
+
+@dataclass
+class IndexSection:
+    """Labelled pairs to aligned Megatron indexed datasets."""
+
+    labelled: str = key("folder or Parquet file of labelled pairs")
+    output: str = key("PREFIX of the streams: PREFIX_tokens.bin, PREFIX_tokens.idx, ...")
+    tokenizer: str = key("Hugging Face folder of the tokenizer that the training model uses")
+
+
+@dataclass
+class ObjectiveSection:
+    """What is minimised: docs/METHOD.md has the formulas."""
+
+    preference: str = key("preference loss", choices=("dpo", "ipo", "simpo"))
+    beta: float = key("KL strength of DPO and IPO, reward scale of SimPO; > 0")
+    gamma: float = key("SimPO's target margin, in units of the reward (the paper states gamma / beta); >= 0")
+    label_smoothing: float = key("cDPO: share of pairs whose preference is assumed to be flipped, in [0, 0.5)")
+    alpha: float = key("strength of the token-level regulariser, in [0, 2]; 0 is the plain preference loss")
+    weight: str = key("weight of the regulariser: sg(sigma(-margin)), or 1", choices=("dynamic", "static"))
+    weight_margin: bool = key("SimPO: whether the dynamic weight includes gamma, as SimPO's own gradient weight does")
+    token_rewards: str = key(
+        "where r_t comes from: the streams, the policy's own detached log-ratio, or nowhere",
+        choices=("contrastive", "implicit", "none"),
+    )
+    sft_weight: float = key("strength of a full-token SFT term on the chosen response; >= 0")
+
+
+@dataclass
+class DataSection:
+    """What is trained on, and in what portions."""
+
+    train: str = key("PREFIX of the training streams")
+    validation: str | None = key("PREFIX of the held-out streams; null trains without validation")
+    seq_length: int = key("longest sequence (prompt + response) in tokens; longer pairs are refused")
+    micro_batch_size: int = key("pairs in one forward pass of one data-parallel rank")
+    global_batch_size: int = key("pairs in one optimizer step over all ranks")
+    layout: str = key("sequences of a micro-batch: one after the other in one row, or one a row, padded",
+                      choices=("packed", "padded"))
+    pad_to_multiple_of: int = key("rows are padded to a multiple of this many tokens")
+    epochs: int = key("passes over the training pairs")
+    seed: int = key("seed of the order of the pairs")
+
+
+@dataclass
+class ParallelSection:
+    """How one model is spread over ranks; data parallelism takes the ranks that are left."""
+
+    tensor: int = key("tensor-parallel size")
+    pipeline: int = key("pipeline-parallel size")
+    sequence: bool = key("sequence parallelism inside the tensor-parallel group")
+
+
+@dataclass
+class OptimizerSection:
+    """AdamW on the distributed optimizer, cosine schedule with linear warm-up."""
+
+    lr: float = key("peak learning rate")
+    min_lr: float = key("learning rate at the end of the cosine")
+    warmup_fraction: float = key("share of all steps spent warming up")
+    weight_decay: float = key("decoupled weight decay")
+    beta1: float = key("Adam beta1")
+    beta2: float = key("Adam beta2")
+    eps: float = key("Adam epsilon")
+    clip_grad: float = key("largest global gradient norm; 0 turns clipping off")
+
+
+@dataclass
+class TrainSection:
+    """The run itself."""
+
+    output: str = key("folder of the run: checkpoints, metrics.jsonl, TensorBoard events, the resolved recipe")
+    precision: str = key("bf16 keeps fp32 main parameters and gradients", choices=("fp32", "bf16"))
+    max_steps: int | None = key("stop after this many optimizer steps; null runs all epochs")
+    save_every: int = key("optimizer steps between checkpoints")
+    keep_checkpoints: int = key("how many of the newest checkpoints stay on disk")
+    validate_every: int = key("optimizer steps between validations; also run before the first step and after the last")
+    recompute: str = key("activation recompute", choices=("none", "selective", "full"))
+    seed: int = key("seed of everything random in the model (dropout; initialisation where no checkpoint is given)")
+    first_loss_tolerance: float = key("how far the first preference loss may be from its known value, e.g. ln 2 for DPO")
+
+
+@dataclass
+class ExportSection:
+    """A checkpoint as a Hugging Face folder."""
+
+    checkpoint: str = key("training checkpoint, or a run's folder for its newest one")
+    base: str = key("Hugging Face folder that gives config.json and the tokenizer")
+    output: str = key("Hugging Face folder to write")
+    dtype: str = key("precision of the written weights; auto keeps the base model's",
+                     choices=("auto", "float32", "bfloat16", "float16"))
+
+
+@dataclass
+class Recipe:
+    """A whole run, station by station."""
+
+    name: str
+    run: str
+    model: ModelSection
+    label: LabelSection
+    index: IndexSection
+    objective: ObjectiveSection
+    data: DataSection
+    parallel: ParallelSection
+    optimizer: OptimizerSection
+    train: TrainSection
+    export: ExportSection
+
+
+SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Recipe) if dataclasses.is_dataclass(f.type)}
+
+
+def load_recipe(path: str | Path = BASE_RECIPE, overrides: list[str] = ()) -> DictConfig:
+    """Read a recipe, its ``defaults`` and ``key=value`` overrides into one checked, typed config.
+
+    Interpolations stay unresolved, and keys left as ``???`` are asked for only when a station reads them.
+
+    Raises:
+        UserError: a file that is missing or no YAML, an unknown key (the nearest known one is named), a wrong type.
+    """
+    config = OmegaConf.structured(Recipe)
+    OmegaConf.set_struct(config, True)
+    for source in _with_defaults(Path(path)):
+        _merge(config, _read_yaml(source), str(source))
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override {override!r} is not of the form section.key=value")
+        name, value = override.split("=", 1)
+        try:
+            parsed = OmegaConf.from_dotlist([f"{name}={value}"])
+        except Exception as error:
+            raise UserError(f"override {override!r}: {error}") from None
+        _merge(config, parsed, "the command line")
+    return config
+
+
+def section(recipe: DictConfig, name: str) -> Any:
+    """One section as its dataclass, interpolations resolved.
+
+    Raises:
+        UserError: a key of the section is still ``???``, or a value is not among the key's choices.
+    """
+    node = recipe[name]
+    missing = [k for k in node if OmegaConf.is_missing(node, k)]
+    if missing:
+        raise UserError(f"recipe {recipe.get('name', '?')}: {name}.{missing[0]} has no value; "
+                        f"set it in the recipe or pass {name}.{missing[0]}=VALUE ({_help(name, missing[0])})")
+    try:
+        values = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        raise UserError(f"recipe section {name}: {_first_line(error)}") from None
+    for field in dataclasses.fields(values):
+        choices = field.metadata.get("choices")
+        if choices and getattr(values, field.name) not in choices:
+            raise UserError(f"{name}.{field.name} is {getattr(values, field.name)!r}; choose one of {', '.join(choices)}")
+    return values
+
+
+def station_section(name: str, description: str, argv: list[str] | None = None,
+                    prog: str | None = None) -> Any:
+    """Parse a station's command line: ``--recipe``, a flag for every key of its section, and ``key=value`` overrides."""
+    parser = argparse.ArgumentParser(prog=prog, description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_section_arguments(parser, name)
+    return parse_section(parser.parse_args(argv), name)
+
+
+def add_section_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Give ``parser`` the options ``--recipe`` and overrides, and one flag for each key of a section."""
+    parser.add_argument("--recipe", default=str(BASE_RECIPE), metavar="YAML",
+                        help="recipe whose section `%s` gives what no flag does (default: recipes/base.yaml)" % name)
+    group = parser.add_argument_group(f"keys of the recipe's section `{name}`")
+    for field in dataclasses.fields(SECTIONS[name]):
+        choices = field.metadata["choices"]
+        group.add_argument("--" + field.name.replace("_", "-"), dest=f"{name}.{field.name}",
+                           metavar="|".join(choices) if choices else field.name.upper(), help=field.metadata["help"])
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other key of the recipe")
+
+
+def parse_section(arguments: argparse.Namespace, name: str) -> Any:
+    """The section that :func:`add_section_arguments` described, with every flag and override applied."""
+    flags = [f"{k}={v}" for k, v in vars(arguments).items() if k.startswith(name + ".") and v is not None]
+    return section(load_recipe(arguments.recipe, [*arguments.overrides, *flags]), name)
+
+
+def _with_defaults(path: Path) -> list[Path]:
+    chain = [path]
+    while (parent := _read_yaml(chain[0], keep_defaults=True).get("defaults")) is not None:
+        parent = chain[0].parent / parent
+        if parent in chain:
+            raise UserError(f"{chain[0]}: defaults: {parent.name} extends itself")
+        chain.insert(0, parent)
+    return chain
+
+
+def _read_yaml(path: Path, keep_defaults: bool = False) -> DictConfig:
+    if not path.is_file():
+        raise UserError(f"recipe {path} does not exist")
+    try:
+        config = OmegaConf.load(path)
+    except Exception as error:
+        raise UserError(f"recipe {path} is not valid YAML: {_first_line(error)}") from None
+    if not isinstance(config, DictConfig):
+        raise UserError(f"recipe {path} must be a mapping of sections")
+    if not keep_defaults:
+        config.pop("defaults", None)
+    return config
+
+
+def _merge(config: DictConfig, extra: DictConfig, source: str) -> None:
+    for name in extra:
+        _refuse_unknown(name, list(config), name, source)
+        if name in SECTIONS:
+            if not isinstance(extra[name], DictConfig):
+                raise UserError(f"{source}: {name} must be a mapping of keys")
+            for k in extra[name]:
+                _refuse_unknown(k, [f.name for f in dataclasses.fields(SECTIONS[name])], f"{name}.{k}", source)
+    try:
+        config.merge_with(extra)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {getattr(error, 'full_key', '')}: {_first_line(error)}") from None
+
+
+def _refuse_unknown(name: str, known: list[str], full_name: str, source: str) -> None:
+    if name not in known:
+        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+        hint = f"did you mean {full_name.rpartition('.')[0] + '.' if '.' in full_name else ''}{nearest[0]}?" if nearest \
+            else f"known: {', '.join(known)}"
+        raise UserError(f"{source}: unknown recipe key {full_name}; {hint}")
+
+
+def _help(section_name: str, name: str) -> str:
+    return next(f.metadata["help"] for f in dataclasses.fields(SECTIONS[section_name]) if f.name == name)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

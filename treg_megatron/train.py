@@ -1,0 +1,110 @@
+"""Align a model with labelled preference pairs: DPO or SimPO with token-level reward regularization.
+
+One process per rank, under torchrun or srun:
+
+    torchrun --nproc-per-node 2 -m treg_megatron.train --recipe recipes/smollm2_135m.yaml parallel.pipeline=2
+
+The same command resumes an interrupted run from its newest complete checkpoint.
+"""
+
+import argparse
+import multiprocessing
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from treg_megatron import errors
+from treg_megatron.recipe import load_recipe, section
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="torchrun -m treg_megatron.train", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, metavar="YAML", help="the run's recipe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the recipe")
+    arguments = parser.parse_args(argv)
+    train(load_recipe(arguments.recipe, arguments.overrides))
+
+
+def train(recipe: DictConfig) -> None:
+    """Run or resume the training that a recipe describes, as this process' rank of it.
+
+    Raises:
+        UserError: anything in the recipe or the files it names that cannot work.
+    """
+    from treg_megatron.checkpoint.families import model_fields, nemo_config_class
+    from treg_megatron.checkpoint.layout import newest_checkpoint, read_identity
+    from treg_megatron.checks import data_parallel_size, require_divisible
+    from treg_megatron.objective import Objective
+    from treg_megatron.runtime.launch import rank_zero_print, world
+    from treg_megatron.streams import open_streams, require_same_tokenizer
+
+    model, data, parallel, run = (section(recipe, name) for name in ("model", "data", "parallel", "train"))
+    objective = Objective(**vars(section(recipe, "objective")))
+    ranks = world()
+    identity = read_identity(Path(model.checkpoint))
+    fields = model_fields(identity.hf_config)
+    data_parallel_size(parallel, ranks.size)
+    require_divisible(fields, parallel, data, ranks.size)
+    for prefix in filter(None, (data.train, data.validation)):
+        streams = open_streams(prefix)
+        require_same_tokenizer(streams.manifest, model.hf)
+        require_reference(streams, objective, prefix)
+
+    from treg_megatron.runtime.quiet import quieten
+
+    quieten()
+    import torch
+
+    if not torch.cuda.is_available():
+        from treg_megatron.runtime.cpu import use_cpu
+
+        use_cpu()
+    from treg_megatron.runtime.compat import describe_stack, require_stack
+
+    require_stack()
+    rank_zero_print(describe_stack())
+
+    from treg_megatron import build
+    from treg_megatron.data import PairData
+    from treg_megatron.metrics import RunMetrics
+    from treg_megatron.saving import SaveEvery, remove_unfinished
+    from treg_megatron.validation import ValidateEvery
+
+    pairs = PairData(data, divisor=parallel.tensor if parallel.sequence else 1)
+    steps = min(pairs.steps, run.max_steps or pairs.steps)
+    output = Path(run.output)
+    resume = newest_checkpoint(output)
+    if ranks.rank == 0:
+        if left := remove_unfinished(output):
+            print(f"removed checkpoints that an interrupted save left unfinished: {', '.join(left)}")
+        output.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(recipe, output / "recipe.yaml")
+    rank_zero_print(f"{len(pairs.train)} pairs, {steps} steps of {data.global_batch_size} pairs, "
+                    + (f"resuming from {resume.name}" if resume else f"starting from {model.checkpoint}"))
+
+    metrics = RunMetrics(output, pairs.steps_per_epoch, objective.first_preference_loss, run.first_loss_tolerance)
+    callbacks = [
+        metrics,
+        *([ValidateEvery(run.validate_every, metrics)] if data.validation else []),
+        SaveEvery(output, run.save_every, run.keep_checkpoints, identity, metrics=metrics.last,
+                  description={"recipe": OmegaConf.to_container(recipe, resolve=False), "data": pairs.train.manifest}),
+    ]
+    strategy = build.strategy(parallel, run, initial_weights=None if resume else Path(model.checkpoint))
+    trainer = build.trainer(ranks, strategy, run, steps, callbacks)
+    config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, run)
+    trainer.fit(build.policy(config, objective, build.optimizer(section(recipe, "optimizer"), run, steps)),
+                datamodule=pairs, ckpt_path=str(resume) if resume else None)
+    rank_zero_print(f"done: {steps} steps, checkpoints and metrics.jsonl in {output}")
+
+
+def require_reference(streams, objective, prefix: str) -> None:
+    """Raise :class:`UserError` where the objective needs reference log-probs that the streams do not hold."""
+    if objective.needs_reference and len(streams) and streams[0].chosen_ref_logprobs is None:
+        raise errors.UserError(f"{prefix} has no reference log-probs, which objective.preference={objective.preference} "
+                               f"needs: label with a reference model, or use simpo")
+
+
+if __name__ == "__main__":  # checkpoint writers are spawned: they import this module again
+    multiprocessing.freeze_support()
+    errors.run(main)
