@@ -1,9 +1,13 @@
-"""Whether a recipe can run on a given number of ranks: the arithmetic, before anything heavy is imported."""
+"""Whether a recipe can run on given ranks and data: what can be known before anything heavy is imported."""
 
 from typing import Any
 
+import numpy as np
+
 from treg_megatron.errors import UserError
+from treg_megatron.objective import Objective
 from treg_megatron.recipe import DataSection, ParallelSection
+from treg_megatron.streams import PairStreams
 
 
 def data_parallel_size(parallel: ParallelSection, ranks: int) -> int:
@@ -47,3 +51,23 @@ def require_divisible(fields: dict[str, Any], parallel: ParallelSection, data: D
     if data.seq_length > fields["seq_length"]:
         raise UserError(f"data.seq_length={data.seq_length} is longer than the {fields['seq_length']} positions that the "
                         f"model was trained for")
+
+
+def require_trainable(streams: PairStreams, data: DataSection, objective: Objective) -> None:
+    """Check that every pair of streams fits the recipe, and that they hold what the objective reads.
+
+    Raises:
+        UserError: fewer pairs than one global batch, a pair longer than ``data.seq_length``, no reference log-probs.
+    """
+    if len(streams) < data.global_batch_size and str(streams.prefix) == data.train:
+        raise UserError(f"{streams.prefix} has {len(streams)} pairs, fewer than data.global_batch_size="
+                        f"{data.global_batch_size}: lower it or add pairs")
+    longest = streams.sequence_lengths.max(axis=1)
+    too_long = np.flatnonzero(longest > data.seq_length)
+    if len(too_long):
+        raise UserError(f"{streams.prefix}: {len(too_long)} pairs are longer than data.seq_length={data.seq_length}, the "
+                        f"first is {streams.pair_id(int(too_long[0]))} with {longest[too_long[0]]} tokens: raise "
+                        f"data.seq_length, or label again with a smaller label.max_length")
+    if objective.needs_reference and not streams.manifest["reference_logprobs"]:
+        raise UserError(f"{streams.prefix} has no reference log-probs, which objective.preference={objective.preference} "
+                        f"needs: label with a reference model, or use simpo")

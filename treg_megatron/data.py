@@ -1,25 +1,17 @@
-"""Which pair is trained on when: order, shares of the ranks, resume.
-
-The order is a function of (seed, epoch) alone and the share of a rank one of (step, layout), so a run resumes at any
-step, on any number of data-parallel ranks, by knowing its step. Every pair is seen exactly once an epoch: the last
-global batch of an epoch holds what is left, some of its micro-batches may be empty, and the loss stays the mean over
-the pairs that are there.
-"""
+"""The Lightning data module: aligned streams to this rank's micro-batches."""
 
 import functools
 import math
-from collections.abc import Iterator
 
 import lightning.pytorch as pl
-import numpy as np
 from megatron.core import parallel_state
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset
 
-from treg_megatron.errors import UserError
 from treg_megatron.microbatch import collate
+from treg_megatron.order import MicrobatchOrder
 from treg_megatron.recipe import DataSection
-from treg_megatron.streams import PairRecord, PairStreams, open_streams
+from treg_megatron.streams import PairRecord, PairStreams
 
 
 class PairDataset(Dataset):
@@ -33,43 +25,6 @@ class PairDataset(Dataset):
 
     def __getitem__(self, index: int) -> PairRecord:
         return self.streams[index]
-
-
-class MicrobatchOrder:
-    """Batch sampler: the indices of each micro-batch of one data-parallel rank, step after step.
-
-    Iterating yields ``micro_batches`` lists a step, each of at most ``micro_batch_size`` indices, possibly none.
-    """
-
-    def __init__(self, pairs: int, micro_batch_size: int, global_batch_size: int, rank: int, ranks: int, *,
-                 epochs: int = 1, first_step: int = 0, seed: int | None = None):
-        self.pairs, self.rank, self.ranks, self.seed = pairs, rank, ranks, seed
-        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
-        self.steps_per_epoch = math.ceil(pairs / global_batch_size)
-        self.first_step, self.steps = first_step, epochs * self.steps_per_epoch
-        self.micro_batches = global_batch_size // (micro_batch_size * ranks)
-
-    def __len__(self) -> int:
-        """Micro-batches of the whole run: Lightning counts those before ``first_step`` as fetched."""
-        return self.steps * self.micro_batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first_step, self.steps):
-            batch = self.global_batch(step)
-            for micro in range(self.micro_batches):
-                start = (micro * self.ranks + self.rank) * self.micro_batch_size
-                yield batch[start:start + self.micro_batch_size].tolist()
-
-    def global_batch(self, step: int) -> np.ndarray:
-        """Indices of all pairs of one step, over all ranks: the same for every layout."""
-        epoch, step = divmod(step, self.steps_per_epoch)
-        return self._epoch_order(epoch)[step * self.global_batch_size:(step + 1) * self.global_batch_size]
-
-    @functools.lru_cache(maxsize=1)  # noqa: B019 -- an order lives as long as its run
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if self.seed is None:
-            return np.arange(self.pairs)
-        return np.random.default_rng([self.seed, epoch]).permutation(self.pairs)
 
 
 class PairSampler(MegatronDataSampler):
@@ -89,21 +44,14 @@ class PairData(pl.LightningDataModule):
 
     Args:
         data: the recipe's section.
+        train, validation: its streams, opened and checked; validation may be None.
         divisor: what a micro-batch's length must be divisible by (the tensor-parallel size under sequence parallelism).
-
-    Raises:
-        UserError: fewer pairs than one global batch, a sequence longer than ``seq_length``.
     """
 
-    def __init__(self, data: DataSection, divisor: int = 1):
+    def __init__(self, data: DataSection, train: PairStreams, validation: PairStreams | None, divisor: int = 1):
         super().__init__()
-        self.data = data
+        self.data, self.train, self.validation = data, train, validation
         self.pad_to = math.lcm(data.pad_to_multiple_of, divisor)
-        self.train = _open(data.train, data.seq_length)
-        self.validation = _open(data.validation, data.seq_length) if data.validation else None
-        if len(self.train) < data.global_batch_size:
-            raise UserError(f"{data.train} has {len(self.train)} pairs, fewer than data.global_batch_size="
-                            f"{data.global_batch_size}: lower it or add pairs")
         self.data_sampler = PairSampler(data)
 
     @property
@@ -129,14 +77,3 @@ class PairData(pl.LightningDataModule):
                                 **order)
         return DataLoader(PairDataset(streams), batch_sampler=order, collate_fn=functools.partial(
             collate, layout=self.data.layout, pad_to_multiple_of=self.pad_to))
-
-
-def _open(prefix: str, seq_length: int) -> PairStreams:
-    streams = open_streams(prefix)
-    longest = streams.sequence_lengths.max(axis=1)
-    too_long = np.flatnonzero(longest > seq_length)
-    if len(too_long):
-        raise UserError(f"{prefix}: {len(too_long)} pairs are longer than data.seq_length={seq_length}, the first is "
-                        f"{streams[int(too_long[0])].pair_id} with {longest[too_long[0]]} tokens: raise "
-                        f"data.seq_length, or label again with a smaller label.max_length")
-    return streams

@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from treg_megatron.runtime.quiet import quieten
+
 EXIT_BAD_INPUT = 2
 
 
@@ -16,7 +18,8 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run an entry point; a :class:`UserError` becomes one line on stderr (rank 0 only) and exit code 2."""
+    """Run an entry point, quietly; a :class:`UserError` becomes one line on stderr (rank 0 only) and exit code 2."""
+    quieten()
     try:
         main()
     except UserError as error:

@@ -7,6 +7,7 @@ log-normaliser of each row, the backward pass projects the chunk again and turns
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = 128 << 20  # fp32 logits of one chunk on one rank
@@ -78,7 +79,8 @@ class _ResponseLogps(torch.autograd.Function):
         hidden, weight, local_targets, log_normaliser = ctx.saved_tensors
         words, softcap, chunk_rows = ctx.words, ctx.softcap, ctx.chunk_rows
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        one_chunk = hidden.shape[0] <= chunk_rows
+        grad_weight = None if one_chunk else torch.zeros_like(weight, dtype=torch.float32)
         here = (local_targets >= 0) & (local_targets < words)
         for start in range(0, hidden.shape[0], chunk_rows):
             chunk = slice(start, start + chunk_rows)
@@ -96,11 +98,16 @@ class _ResponseLogps(torch.autograd.Function):
                 grad_logits *= slope
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[chunk] = grad_logits @ weight[:words]
-            if weight.dtype == torch.float32:
+            if one_chunk:
+                grad_weight = grad_logits.T @ hidden
+                if words < len(weight):
+                    grad_weight = F.pad(grad_weight, (0, 0, 0, len(weight) - words))
+            elif weight.dtype == torch.float32:
                 grad_weight[:words].addmm_(grad_logits.T, hidden[chunk])
-            else:
+            else:  # a sum over chunks is kept in fp32 whatever the weight's precision
                 grad_weight[:words] += grad_logits.T @ hidden[chunk]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+        grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, words: int, softcap: float | None) -> Tensor:

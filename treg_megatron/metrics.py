@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from treg_megatron.errors import UserError
+from treg_megatron.model import StepResult
 from treg_megatron.objective import means
 
 VALIDATION = "validation/"
@@ -33,8 +34,8 @@ class RunMetrics(pl.Callback):
         tolerance: how far from it the first step may be.
 
     Raises:
-        UserError: the first preference loss is not ``first_loss``: policy and reference are not the same model.
-        FloatingPointError: the loss is no finite number; raised before the optimizer steps.
+        UserError: on every rank, before the optimizer steps: the first preference loss is not ``first_loss`` (policy and
+            reference are not the same model), or a loss is no finite number.
     """
 
     def __init__(self, run: Path, steps_per_epoch: int, first_loss: float | None, tolerance: float):
@@ -55,15 +56,15 @@ class RunMetrics(pl.Callback):
     def on_megatron_step_end(self, step: MegatronStep, **_) -> None:
         reduction = step.pl_module.validation_loss_reduction if step.forward_only else \
             step.pl_module.training_loss_reduction
-        sums = _from_last_stage(getattr(reduction, "sums", None))
+        result = _from_last_stage(reduction.result)
         if step.forward_only:
-            for name, value in sums.items():
+            for name, value in result.sums.items():
                 self.validation_sums[name] = self.validation_sums.get(name, 0.0) + value
             return
-        self.step_metrics = means(sums)
+        self.step_metrics = {**means(result.sums), "lr": step.trainer.optimizers[0].param_groups[0]["lr"]}
         if not math.isfinite(self.step_metrics["loss"]):
-            raise FloatingPointError(f"the loss of step {step.trainer.global_step + 1} is {self.step_metrics['loss']}; "
-                                     f"no update was made from it")
+            raise UserError(f"the loss of step {step.trainer.global_step + 1} is {self.step_metrics['loss']}, from the pairs "
+                            f"{', '.join(result.not_finite)}; no update was made from it, the last checkpoint is good")
         if step.trainer.global_step == 0 and self.first_loss is not None:
             _require_first_loss(self.step_metrics["loss/preference"], self.first_loss, self.tolerance)
 
@@ -72,7 +73,7 @@ class RunMetrics(pl.Callback):
             return
         step = trainer.global_step
         metrics = {**self.step_metrics, "grad_norm": float(trainer.callback_metrics.get("grad_norm", math.nan)),
-                   "lr": trainer.optimizers[0].param_groups[0]["lr"], "seconds": time.time() - self.started}
+                   "seconds": time.time() - self.started}
         self._write({"step": step, "epoch": step / self.steps_per_epoch, **metrics})
         self.bar.set_postfix({short: f"{metrics[name]:.4g}" for name, short in SHOWN.items()}, refresh=False)
         self.bar.update()
@@ -100,10 +101,10 @@ class RunMetrics(pl.Callback):
                 self.tensorboard.add_scalar(name, value, record["step"])
 
 
-def _from_last_stage(sums: dict[str, float] | None) -> dict[str, float]:
+def _from_last_stage(result: StepResult) -> StepResult:
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        return sums
-    holder = [sums if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None]
+        return result
+    holder = [result if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None]
     torch.distributed.broadcast_object_list(holder, src=parallel_state.get_pipeline_model_parallel_last_rank(),
                                             group=parallel_state.get_pipeline_model_parallel_group())
     return holder[0]

@@ -5,6 +5,7 @@ reductions of the Lightning module, and ``GPTModel._postprocess``, where Megatro
 Tensor and pipeline parallelism, schedules, optimizer and checkpoints stay theirs.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from treg_megatron.head import response_logps
 from treg_megatron.layers import torch_block_spec
-from treg_megatron.objective import Objective, means, preference_loss
+from treg_megatron.objective import Objective, preference_loss
 
 
 class ResponseTokens(NamedTuple):
@@ -101,6 +102,13 @@ def forward_step(model, batch: dict[str, Any]) -> Tensor:
                  packed_seq_params=packed)
 
 
+class StepResult(NamedTuple):
+    """What a step over the global batch gave."""
+
+    sums: dict[str, float]  # see treg_megatron.objective.means
+    not_finite: list[str]  # ids of the pairs in micro-batches whose loss is no finite number
+
+
 class PreferenceLossReduction(MegatronLossReduction):
     """Loss of a micro-batch, and the metrics of a global batch.
 
@@ -111,22 +119,30 @@ class PreferenceLossReduction(MegatronLossReduction):
     def __init__(self, objective: Objective):
         super().__init__()
         self.objective = objective
-        self.metrics: dict[str, float] = {}
+        self.result = StepResult({}, [])
 
-    def forward(self, batch: dict[str, Any], logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, batch: dict[str, Any], logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         loss, sums = preference_loss(logps, batch.get("ref_logps"), batch.get("token_rewards"), batch["lengths"],
                                      self.objective)
         pairs = torch.tensor(len(batch["lengths"]) // 2, dtype=torch.int, device=loss.device)
-        return loss, pairs, sums
+        return loss, pairs, {"sums": sums, "pair_ids": batch["pair_ids"]}
 
-    def reduce(self, micro_batches: list[dict[str, Tensor]]) -> Tensor:
+    def reduce(self, micro_batches: list[dict[str, Any]]) -> Tensor:
         """Mean loss over the global batch; runs on the last pipeline stage only."""
-        names = list(micro_batches[0])
-        sums = torch.stack([torch.stack([micro[name] for name in names]) for micro in micro_batches]).sum(dim=0)
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        self.sums = dict(zip(names, sums.tolist(), strict=True))
-        self.metrics = means(self.sums)
-        return torch.tensor(self.metrics["loss"], device=sums.device)
+        group = parallel_state.get_data_parallel_group()
+        names = list(micro_batches[0]["sums"])
+        by_micro_batch = torch.stack([torch.stack(list(micro["sums"].values())) for micro in micro_batches])
+        total = by_micro_batch.sum(dim=0)
+        torch.distributed.all_reduce(total, group=group)
+        sums = dict(zip(names, total.tolist(), strict=True))
+        self.result = StepResult(sums, [])
+        if not math.isfinite(sums["loss"]):
+            finite = by_micro_batch[:, names.index("loss")].isfinite().tolist()
+            mine = [pair for micro, ok in zip(micro_batches, finite) if not ok for pair in micro["pair_ids"]]
+            of_each_rank = [None] * torch.distributed.get_world_size(group)
+            torch.distributed.all_gather_object(of_each_rank, mine, group=group)
+            self.result = StepResult(sums, sum(of_each_rank, []))
+        return total[names.index("loss")] / max(sums["pairs"], 1.0)
 
 
 class Policy:

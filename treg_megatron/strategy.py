@@ -1,10 +1,11 @@
 """NeMo's Megatron strategy, with what it lacks where the optimizer is PyTorch's own Adam."""
 
-from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from nemo import lightning as nl
 
 
@@ -18,30 +19,44 @@ class PolicyStrategy(nl.MegatronStrategy):
         # Megatron's timers all-gather over the world, but NeMo's printer asks for them on rank 0 alone: a deadlock
         self.timers = None
 
-    def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            for part in _parts(optimizer.mcore_optimizer):
-                _materialise_adam_state(part.optimizer)
-        return super().load_checkpoint(checkpoint_path, selective_restore=selective_restore)
+            whole = optimizer.mcore_optimizer
+            for part in whole.chained_optimizers if isinstance(whole, ChainedOptimizer) else [whole]:
+                if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam):
+                    part.__class__ = TorchAdamDistributedOptimizer  # adds no state, only methods
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+class TorchAdamDistributedOptimizer(DistributedOptimizer):
+    """Megatron's distributed optimizer around ``torch.optim.AdamW``, able to resume.
 
-
-def _materialise_adam_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give torch's Adam the state that its first step would create.
-
-    Megatron's distributed optimizer reads ``step`` from the state to describe what it wants loaded, and torch's Adam
-    has no state before its first step; fused Adams are not asked.
+    Megatron 0.15 is written for fused Adams, which count steps in the parameter group. torch's keeps a 0-dim ``step``
+    for each parameter: absent before the first step, when Megatron reads it to describe what it wants loaded; missing
+    from the loaded tensors; and one shared object after loading, so that each parameter would advance it for all.
     """
-    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.numel() and not optimizer.state[parameter]:
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+
+    def sharded_state_dict(self, model_sharded_state_dict: dict, is_loading: bool = False, *args, **kwargs) -> dict:
+        if is_loading:
+            self._materialise_state()
+        return super().sharded_state_dict(model_sharded_state_dict, is_loading, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    def _set_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter, tensors: dict) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        step = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]["step"]
+        super()._set_main_param_and_optimizer_states(model_param, {**tensors, "step": step.clone()})
+
+    def _materialise_state(self) -> None:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not self.optimizer.state[parameter]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from treg_megatron import errors
 from treg_megatron.recipe import load_recipe, section
+from treg_megatron.runtime.quiet import unheard_imports
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,7 +35,7 @@ def train(recipe: DictConfig) -> None:
     """
     from treg_megatron.checkpoint.families import model_fields, nemo_config_class
     from treg_megatron.checkpoint.layout import newest_checkpoint, read_identity
-    from treg_megatron.checks import data_parallel_size, require_divisible
+    from treg_megatron.checks import data_parallel_size, require_divisible, require_trainable
     from treg_megatron.objective import Objective
     from treg_megatron.runtime.launch import rank_zero_print, world
     from treg_megatron.streams import open_streams, require_same_tokenizer
@@ -46,14 +47,11 @@ def train(recipe: DictConfig) -> None:
     fields = model_fields(identity.hf_config)
     data_parallel_size(parallel, ranks.size)
     require_divisible(fields, parallel, data, ranks.size)
-    for prefix in filter(None, (data.train, data.validation)):
-        streams = open_streams(prefix)
-        require_same_tokenizer(streams.manifest, model.hf)
-        require_reference(streams, objective, prefix)
+    streams = {prefix: open_streams(prefix) for prefix in (data.train, data.validation) if prefix}
+    for opened in streams.values():
+        require_same_tokenizer(opened.manifest, model.hf)
+        require_trainable(opened, data, objective)
 
-    from treg_megatron.runtime.quiet import quieten
-
-    quieten()
     import torch
 
     if not torch.cuda.is_available():
@@ -65,13 +63,15 @@ def train(recipe: DictConfig) -> None:
     require_stack()
     rank_zero_print(describe_stack())
 
-    from treg_megatron import build
-    from treg_megatron.data import PairData
-    from treg_megatron.metrics import RunMetrics
-    from treg_megatron.saving import SaveEvery, remove_unfinished
-    from treg_megatron.validation import ValidateEvery
+    with unheard_imports():
+        from treg_megatron import build
+        from treg_megatron.data import PairData
+        from treg_megatron.metrics import RunMetrics
+        from treg_megatron.saving import SaveEvery, remove_unfinished
+        from treg_megatron.validation import ValidateEvery
 
-    pairs = PairData(data, divisor=parallel.tensor if parallel.sequence else 1)
+    pairs = PairData(data, streams[data.train], streams.get(data.validation),
+                     divisor=parallel.tensor if parallel.sequence else 1)
     steps = min(pairs.steps, run.max_steps or pairs.steps)
     output = Path(run.output)
     resume = newest_checkpoint(output)
@@ -96,13 +96,6 @@ def train(recipe: DictConfig) -> None:
     trainer.fit(build.policy(config, objective, build.optimizer(section(recipe, "optimizer"), run, steps)),
                 datamodule=pairs, ckpt_path=str(resume) if resume else None)
     rank_zero_print(f"done: {steps} steps, checkpoints and metrics.jsonl in {output}")
-
-
-def require_reference(streams, objective, prefix: str) -> None:
-    """Raise :class:`UserError` where the objective needs reference log-probs that the streams do not hold."""
-    if objective.needs_reference and len(streams) and streams[0].chosen_ref_logprobs is None:
-        raise errors.UserError(f"{prefix} has no reference log-probs, which objective.preference={objective.preference} "
-                               f"needs: label with a reference model, or use simpo")
 
 
 if __name__ == "__main__":  # checkpoint writers are spawned: they import this module again

@@ -7,6 +7,7 @@ switch, refused where a CUDA device is visible: nothing that could run on a GPU 
 """
 
 import contextlib
+import logging
 from typing import Any
 
 import torch
@@ -119,6 +120,8 @@ def _replace_cuda_runtime() -> None:
     cuda.set_rng_state = lambda state, *a: torch.set_rng_state(state)
     cuda.get_rng_state_all = lambda: [torch.get_rng_state()]
 
+    # it warns that the CPU generator advanced where a CUDA one should have: here they are the same
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     import megatron.core.tensor_parallel.random as megatron_random
 
     megatron_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()

@@ -1,22 +1,37 @@
 """NeMo's chatter, down to what a user of this program needs.
 
-Importing NeMo and starting its trainer prints several hundred lines about optional packages, deprecations and the
-inside of Megatron. Warnings and errors still come through; set ``TREG_VERBOSE=1`` to hear everything.
+Importing NeMo and starting its trainer logs a few hundred lines about optional packages, deprecations and the inside
+of Megatron. Warnings while running and all errors still come through; ``TREG_VERBOSE=1`` lets everything through.
 """
 
+import contextlib
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 
 
 def quieten() -> None:
-    """Call before the first import of torch, Megatron or NeMo."""
-    if os.environ.get("TREG_VERBOSE") == "1":
-        return
+    """Drop informational logging and Python's warnings from here on; call before importing torch."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("ONE_LOGGER_JOB_CATEGORY", "test")
-    warnings.filterwarnings("ignore")
-    for name in ("nemo_logger", "nv_one_logger", "megatron", "megatron.core", "lightning.pytorch", "lightning.fabric",
-                 "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero",
-                 "torch.distributed", "torchao", "numexpr", "datasets", "transformers", "matplotlib"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    if not _verbose():
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.INFO)
+
+
+@contextlib.contextmanager
+def unheard_imports() -> Iterator[None]:
+    """Drop logged warnings as well: while importing they are about packages that this program does not use."""
+    if _verbose():
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _verbose() -> bool:
+    return os.environ.get("TREG_VERBOSE") == "1"

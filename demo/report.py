@@ -1,0 +1,100 @@
+"""What the demo shows at its end: figures of the run, and one answer of the model before and after."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from treg_megatron.files import atomic_write
+from treg_megatron.recipe import Recipe, section
+
+SAMPLE_PAIR = "fact-legs"
+SAMPLE_TOKENS = 48
+
+
+def write_report(recipe: Recipe, root: Path, seconds: dict[str, float]) -> str:
+    """Write RUN/report.md and return its text."""
+    label, data, train, export = (section(recipe, name) for name in ("label", "data", "train", "export"))
+    records = [json.loads(line) for line in (root / train.output / "metrics.jsonl").read_text().splitlines()]
+    first_step = next(r for r in records if r["step"] == 1 and "loss/preference" in r)
+    validations = [r for r in records if "validation/rewards/margins" in r]
+    labelled = {split: root / Path(label.output).with_name(split) for split in ("train", "heldout")}
+    conversation = sample_conversation(root / "demo" / "pairs" / "heldout.jsonl")
+    text = "\n".join([
+        *training_section(first_step, validations[0], validations[-1]), "",
+        *token_reward_section(labelled), "",
+        *sample_section(conversation, root / label.model, root / export.output), "",
+        *station_section(seconds), "",
+        f"The aligned model: {export.output} (transformers loads it with AutoModelForCausalLM.from_pretrained)",
+        f"TensorBoard:       {train.output}/tensorboard", "",
+    ])
+    with atomic_write(root / recipe.run / "report.md") as partial:
+        partial.write_text(text, encoding="utf-8")
+    return text
+
+
+def training_section(first_step: dict, before: dict, after: dict) -> Iterator[str]:
+    """The first loss, and the held-out rewards before and after training."""
+    yield "# T-REG demo"
+    yield ""
+    yield (f"Preference loss of the first step: {first_step['loss/preference']:.6f} "
+           f"(policy and reference are the same model, so ln 2 = {math.log(2):.6f})")
+    yield ""
+    yield f"| held-out pairs | before | after {after['step']} steps |"
+    yield "|---|---:|---:|"
+    yield f"| preference loss | {before['validation/loss/preference']:.4f} | {after['validation/loss/preference']:.4f} |"
+    yield f"| reward margin | {before['validation/rewards/margins']:+.4f} | {after['validation/rewards/margins']:+.4f} |"
+    yield f"| reward accuracy | none yet | {after['validation/rewards/accuracies']:.0%} |"
+    yield ""
+    yield ("A reward is beta x (log-prob of the policy - log-prob of the reference). Before training the two are one "
+           "model: every reward and margin is 0 up to rounding, and accuracy would only compare rounding errors.")
+
+
+def token_reward_section(labelled: dict[str, Path]) -> Iterator[str]:
+    """Mean token rewards of the chosen and the rejected responses."""
+    yield "| mean token reward | chosen | rejected |"
+    yield "|---|---:|---:|"
+    for split, folder in labelled.items():
+        chosen, rejected = (mean_token_reward(folder, side) for side in ("chosen", "rejected"))
+        yield f"| {split} pairs | {chosen:+.4f} | {rejected:+.4f} |"
+
+
+def mean_token_reward(folder: Path, side: str) -> float:
+    import pyarrow.compute as pc
+    from pyarrow import parquet
+
+    return np.mean(pc.list_flatten(parquet.read_table(folder, columns=[f"{side}_token_rewards"])[0]).to_numpy())
+
+
+def sample_conversation(pairs: Path) -> list[dict[str, str]]:
+    rows = (json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines())
+    return next(row["prompt"] for row in rows if row["pair_id"] == SAMPLE_PAIR)
+
+
+def sample_section(conversation: list[dict[str, str]], original: Path, aligned: Path) -> Iterator[str]:
+    """The greedy answers of both models to one held-out prompt."""
+    yield f"Held-out prompt: {conversation[-1]['content']}"
+    yield f"* before: {greedy_answer(conversation, original)}"
+    yield f"* after: {greedy_answer(conversation, aligned)}"
+
+
+def greedy_answer(conversation: list[dict[str, str]], folder: Path) -> str:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_tensors="pt",
+                                           return_dict=True)
+    output = model.generate(**prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
+    return " ".join(tokenizer.decode(output[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True).split())
+
+
+def station_section(seconds: dict[str, float]) -> Iterator[str]:
+    """How long each station took."""
+    yield "| station | seconds |"
+    yield "|---|---:|"
+    for name, taken in seconds.items():
+        yield f"| {name} | {taken:.0f} |"
+    yield f"| together | {sum(seconds.values()):.0f} |"

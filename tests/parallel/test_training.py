@@ -1,0 +1,210 @@
+"""The real trainer on forked gloo ranks: every layout trains the same, and as plain PyTorch does."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import reference
+from tests.parallel.conftest import TinyRun
+from tests.parallel.forked import run_ranks
+
+STEPS = 20
+LAYOUTS = {
+    "PP2": (2, ["parallel.pipeline=2"]),
+    "TP2": (2, ["parallel.tensor=2"]),
+    "DP2": (2, []),
+    "TP2xPP2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "TP2+SP": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "padded": (1, ["data.layout=padded"]),
+    "micro-batch 4": (1, ["data.micro_batch_size=4"]),
+}
+
+
+def train_on_this_rank(recipe: Path, overrides: list[str]) -> None:
+    from treg_megatron.recipe import load_recipe
+    from treg_megatron.train import train
+
+    train(load_recipe(recipe, overrides))
+
+
+def records(output: Path, validation: bool = False) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if ("loss" not in line) == validation]
+
+
+def run(files: TinyRun, output: Path, size: int, *overrides: str, meanwhile: Callable[[], None] | None = None) -> Path:
+    run_ranks(size, train_on_this_rank, files.recipe, files.sections(
+        output, "data.epochs=4", f"train.max_steps={STEPS}", *overrides), log=output.with_suffix(".log"),
+        meanwhile=meanwhile)
+    return output
+
+
+def assert_same(found: list[float], expected: list[float], rtol: float) -> None:
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64),
+                               rtol=rtol, atol=0)
+
+
+@pytest.fixture(scope="module")
+def single(tied_run, tmp_path_factory) -> Path:
+    return run(tied_run, tmp_path_factory.mktemp("single") / "out", 1)
+
+
+def test_single_rank_equals_plain_pytorch(tied_run, single):
+    """20 steps, tail batches and second epochs included, against Hugging Face and torch's AdamW."""
+    from transformers import AutoModelForCausalLM
+
+    from treg_megatron.order import MicrobatchOrder
+    from treg_megatron.recipe import load_recipe, section
+    from treg_megatron.streams import open_streams
+
+    recipe = load_recipe(tied_run.recipe, tied_run.overrides)
+    data, objective, optimizer = (section(recipe, name) for name in ("data", "objective", "optimizer"))
+    streams = open_streams(data.train)
+    order = MicrobatchOrder(len(streams), 1, data.global_batch_size, 0, 1, epochs=4, seed=data.seed)
+    batches = [[streams[i] for i in order.global_batch(step)] for step in range(STEPS)]
+    assert {len(batch) for batch in batches} == {4, 2}
+    losses, norms = reference.train(
+        AutoModelForCausalLM.from_pretrained(tied_run.hf).train(), batches, beta=objective.beta, alpha=objective.alpha,
+        lr=optimizer.lr, warmup=round(optimizer.warmup_fraction * STEPS), clip=optimizer.clip_grad,
+        betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
+    found = records(single)
+    assert found[0]["loss/preference"] == pytest.approx(0.693147, abs=1e-5)
+    assert losses[-1] < 0.5 < losses[0], "the model must move for the comparison to mean something"
+    assert_same([r["loss"] for r in found], losses, rtol=1e-5)
+    assert_same([r["grad_norm"] for r in found], norms, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_gives_the_losses_of_a_single_rank(layout, tied_run, single, tmp_path):
+    size, overrides = LAYOUTS[layout]
+    out = run(tied_run, tmp_path / "out", size, *overrides)
+    for validation in (False, True):
+        name = "validation/loss" if validation else "loss"
+        found, expected = records(out, validation), records(single, validation)
+        assert [r["step"] for r in found] == [r["step"] for r in expected]
+        assert_same([r[name] for r in found], [r[name] for r in expected], rtol=1e-5)
+
+
+def test_untied_embeddings_on_two_stages(untied_run, tmp_path):
+    one = run(untied_run, tmp_path / "one", 1)
+    two = run(untied_run, tmp_path / "two", 2, "parallel.pipeline=2")
+    assert_same([r["loss"] for r in records(two)], [r["loss"] for r in records(one)], rtol=1e-5)
+
+
+def capture_gradients_on_this_rank(recipe: Path, overrides: list[str]) -> list[dict]:
+    """Train, and keep what reached the log-probs of each micro-batch in the backward pass."""
+    from treg_megatron import model
+
+    captured, loss = [], model.preference_loss
+
+    def spied(logps, ref_logps, token_rewards, lengths, objective):
+        if logps.requires_grad:
+            entry = dict(logps=logps.detach(), ref_logps=ref_logps, rewards=token_rewards, lengths=lengths)
+            logps.register_hook(lambda grad: entry.update(grad=grad.clone()))
+            captured.append(entry)
+        return loss(logps, ref_logps, token_rewards, lengths, objective)
+
+    model.preference_loss = spied
+    train_on_this_rank(recipe, overrides)
+    return captured
+
+
+@pytest.mark.parametrize("layout", ["TP2xPP2", "DP2", "micro-batch 4"])
+def test_gradient_identity_through_the_model(layout, tied_run, tmp_path):
+    """dL/dlog pi = -beta w (1 + alpha r_t) on the chosen, +beta w (1 - alpha r_t) on the rejected response."""
+    size, overrides = LAYOUTS[layout]
+    beta, alpha = 0.1, 0.5
+    ranks = run_ranks(size, capture_gradients_on_this_rank, tied_run.recipe, tied_run.sections(
+        tmp_path / "out", "train.max_steps=3", f"objective.beta={beta}", f"objective.alpha={alpha}", *overrides),
+        log=tmp_path / "log")
+    micro_batches = [entry for rank in ranks for entry in rank if entry["lengths"]]
+    assert micro_batches and any((entry["rewards"].abs() > 0.01).any() for entry in micro_batches)
+    for entry in micro_batches:
+        at = 0
+        for chosen, rejected in zip(entry["lengths"][0::2], entry["lengths"][1::2]):
+            w, l = slice(at, at + chosen), slice(at + chosen, at + chosen + rejected)
+            at += chosen + rejected
+            ratio = (entry["logps"] - entry["ref_logps"]).double()
+            weight = torch.sigmoid(beta * (ratio[l].sum() - ratio[w].sum()))
+            for part, sign in ((w, -1.0), (l, 1.0)):
+                expected = sign * beta * weight * (1 - sign * alpha * entry["rewards"][part].double())
+                torch.testing.assert_close(entry["grad"][part].double(), expected, rtol=1e-6, atol=0)
+
+
+def test_alpha_zero_is_dpo_bit_for_bit(tied_run, tmp_path):
+    dpo = run(tied_run, tmp_path / "dpo", 2, "parallel.pipeline=2", "objective.alpha=0", "objective.token_rewards=none")
+    treg = run(tied_run, tmp_path / "treg", 2, "parallel.pipeline=2", "objective.alpha=0")
+    for name in ("loss", "grad_norm", "rewards/margins"):
+        assert [r[name] for r in records(dpo)] == [r[name] for r in records(treg)]
+
+
+def test_first_loss_guard_names_what_to_check(tied_run, untied_run, tmp_path):
+    """Training starts from another model than the one that labelled."""
+    other = Path(untied_run.hf).parent / "megatron"
+    with pytest.raises(AssertionError, match="first preference loss is .*check that model.checkpoint is the model that"):
+        run(tied_run, tmp_path / "out", 2, "parallel.pipeline=2", f"model.checkpoint={other}")
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(tied_run, tmp_path):
+    """A poisoned reference log-prob of one pair: the pair is named, and the last checkpoint stays."""
+    import numpy as np
+
+    from treg_megatron.streams import open_streams, stream_paths
+
+    prefix = tmp_path / "streams" / "train"
+    source = Path(next(o for o in tied_run.overrides if o.startswith("index.output=")).removeprefix("index.output="))
+    prefix.parent.mkdir()
+    for path in source.parent.glob("train*"):
+        (prefix.parent / path.name).write_bytes(path.read_bytes())
+    file = stream_paths(prefix, "ref_logprobs")[0]
+    values = np.fromfile(file, dtype=np.float32)
+    values[0] = np.nan
+    values.tofile(file)
+    with pytest.raises(AssertionError, match=f"the loss of step .* is nan, from the pairs .*{open_streams(prefix)[0].pair_id}"):
+        run(tied_run, tmp_path / "out", 2, "parallel.pipeline=2", f"data.train={prefix}", "train.save_every=1",
+            "data.validation=null", "train.first_loss_tolerance=10")
+
+
+class Killed(Exception):
+    """All ranks were sent SIGKILL."""
+
+
+def kill_when(output: Path, line: str) -> None:
+    while not (output / "metrics.jsonl").exists() or line not in (output / "metrics.jsonl").read_text():
+        time.sleep(0.002)
+    raise Killed
+
+
+@pytest.mark.parametrize("layout, moment", [("PP2", 8), ("TP2", 6), ("DP2", 5)])
+def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(layout, moment, tied_run, tmp_path):
+    """SIGKILL to every rank in the middle (in the case of 6, while a checkpoint is written), then the same command."""
+    size, overrides = LAYOUTS[layout]
+    overrides = [*overrides, "train.save_every=3", "train.validate_every=4"]
+    whole = run(tied_run, tmp_path / "whole", size, *overrides)
+    with pytest.raises(Killed):
+        run(tied_run, tmp_path / "killed", size, *overrides,
+            meanwhile=lambda: kill_when(tmp_path / "killed", f'"step": {moment}, "epoch"'))
+    assert records(tmp_path / "killed")[-1]["step"] < STEPS
+    again = run(tied_run, tmp_path / "killed", size, *overrides)
+    assert "resuming from step_" in (tmp_path / "killed.log.0").read_text()
+    for validation in (False, True):
+        found, expected = ([{k: v for k, v in r.items() if k != "seconds"} for r in records(out, validation)]
+                           for out in (again, whole))
+        assert found == expected
+    assert not list((again / "checkpoints").glob("*-unfinished"))
+
+
+@pytest.mark.parametrize("before, after", [("TP2", "PP2"), ("PP2", "DP2")])
+def test_a_run_resumes_on_another_layout(before, after, tied_run, single, tmp_path):
+    size, overrides = LAYOUTS[before]
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        run(tied_run, out, size, "train.save_every=7", *overrides,
+            meanwhile=lambda: kill_when(out, '"step": 8, "epoch"'))
+    run(tied_run, out, LAYOUTS[after][0], "train.save_every=7", *LAYOUTS[after][1])
+    assert "resuming from step_000007" in out.with_suffix(".log.0").read_text()
+    assert_same([r["loss"] for r in records(out)], [r["loss"] for r in records(single)], rtol=1e-5)

@@ -1,0 +1,43 @@
+"""Models and tokenizers that the unit tests share, built once a session; none of them is downloaded."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+from tests.tiny import TEMPLATES, tiny_llama, tiny_tokenizer  # noqa: E402
+from treg_megatron.tokens import ChatTokenizer, load_tokenizer  # noqa: E402
+
+# No deadline: a busy machine is no failure. Few examples: these run at every change.
+settings.register_profile("unit", deadline=None, max_examples=30)
+settings.load_profile("unit")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A Hugging Face folder with a random Llama and the ChatML tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama(folder, vocab=tiny_tokenizer(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folders(tmp_path_factory):
+    """Tokenizer folders by the name of their chat template."""
+    folders = {template: tmp_path_factory.mktemp(template) for template in TEMPLATES}
+    for template, folder in folders.items():
+        tiny_tokenizer(folder, template=template)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tokenizer_folders) -> dict[str, ChatTokenizer]:
+    """Loaded tokenizers by the name of their chat template."""
+    return {template: load_tokenizer(folder) for template, folder in tokenizer_folders.items()}
+
+
+@pytest.fixture(scope="session")
+def chatml(tokenizers) -> ChatTokenizer:
+    return tokenizers["chatml"]

@@ -1,0 +1,62 @@
+"""The chunked log-prob head against log_softmax of whole logits."""
+
+import pytest
+import torch
+
+from treg_megatron.head import response_logps
+
+ROWS, HIDDEN, WORDS = 13, 8, 29
+
+
+def problem(words: int = WORDS, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(ROWS, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(words, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, WORDS, (ROWS,), generator=generator)
+    upstream = torch.randn(ROWS, generator=generator)
+    return hidden, weight, targets, upstream
+
+
+def plain(hidden, weight, targets, softcap=None):
+    logits = hidden.double() @ weight[:WORDS].double().T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, ROWS, 100])
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_equals_log_softmax_with_a_gradient_for_each_token(chunk_rows, padding, softcap):
+    results = []
+    for f in (lambda h, w, t: response_logps(h, w, t, WORDS, logit_softcap=softcap, chunk_rows=chunk_rows),
+              lambda h, w, t: plain(h, w, t, softcap)):
+        hidden, weight, targets, upstream = problem(WORDS + padding)
+        logps = f(hidden, weight, targets)
+        (logps * upstream).sum().backward()
+        results.append((logps.double(), hidden.grad, weight.grad))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_words_take_no_probability_and_no_gradient():
+    hidden, weight, targets, _ = problem(WORDS + 3)
+    response_logps(hidden, weight, targets, WORDS).sum().backward()
+    assert torch.equal(weight.grad[WORDS:], torch.zeros(3, HIDDEN))
+
+
+def test_bf16_reduces_in_fp32():
+    hidden, weight, targets, _ = problem(dtype=torch.bfloat16)
+    logps = response_logps(hidden, weight, targets, WORDS, chunk_rows=4)
+    assert logps.dtype == torch.float32
+    logps.sum().backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    rounded_logits = (hidden @ weight.T).float()
+    torch.testing.assert_close(logps, rounded_logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1))
+
+
+def test_no_rows():
+    hidden, weight, targets, _ = problem()
+    logps = response_logps(hidden[:0], weight, targets[:0], WORDS)
+    logps.sum().backward()
+    assert logps.shape == (0,) and torch.equal(weight.grad, torch.zeros_like(weight))

@@ -1,0 +1,276 @@
+"""The station `label`: the formula, the alignment, what is dropped, and that stopping it changes nothing."""
+
+import dataclasses
+import json
+import runpy
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from treg_megatron import labelling
+from treg_megatron.errors import UserError
+from treg_megatron.indexing import index
+from treg_megatron.labelling import contrastive_rewards, label
+from treg_megatron.labels import labelling_run, read_labelled
+from treg_megatron.pairs import IDENTICAL_RESPONSES, REPEATED_PAIR, Message
+from treg_megatron.prompts import FOLDER, load_prompt_pair
+from treg_megatron.recipe import IndexSection, LabelSection
+from treg_megatron.scoring import ScoredSequence
+from treg_megatron.streams import open_streams
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+ROWS = [{"pair_id": f"pair {i}", "prompt": f"Question {i}?", "chosen": "It is so." + " Indeed." * i,
+         "rejected": "It is not."} for i in range(7)]
+
+
+class ArithmeticScorer:
+    """Log-probs that depend on prompt, position and token in a known way."""
+
+    max_length, vocab_size = 1024, 384
+
+    def __init__(self, fail_after: int | None = None):
+        self.calls, self.fail_after = 0, fail_after
+
+    def score(self, sequences, scored=lambda sequences, tokens: None):
+        if self.calls == self.fail_after:
+            raise KeyboardInterrupt
+        self.calls += 1
+        scored(len(sequences), sum(sequence.length for sequence in sequences))
+        return [self.logps(sequence) for sequence in sequences]
+
+    @staticmethod
+    def logps(sequence):
+        ids = np.array([*sequence.prompt_ids, *sequence.response_ids], dtype=np.float64)
+        before = np.cumsum(ids)[len(sequence.prompt_ids) - 1:-1]
+        return -(np.modf((before + 1) * (ids[len(sequence.prompt_ids):] + 1) * 0.618)[0] * 5).astype(np.float32)
+
+
+@pytest.fixture
+def section(tiny_folder, tmp_path):
+    return LabelSection(model=str(tiny_folder), pairs=str(jsonl(tmp_path / "pairs.jsonl", ROWS)),
+                        output=str(tmp_path / "labelled"), prompt_pair="few_shot", max_length=512, batch_tokens=2048,
+                        dtype="float32", device="cpu", reward_eot=True, shard_pairs=3)
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def test_formula_against_float64_and_exactly_odd():
+    random = np.random.default_rng(0)
+    better, worse = (-random.exponential(3, 1000).astype(np.float32) for _ in range(2))
+    exact = 1 / (1 + np.exp(worse.astype(np.float64) - better.astype(np.float64))) - 0.5
+    rewards = contrastive_rewards(better, worse)
+    assert rewards.dtype == np.float32
+    np.testing.assert_allclose(rewards, exact, atol=1e-7)
+    np.testing.assert_array_equal(contrastive_rewards(worse, better), -rewards)
+    assert np.abs(contrastive_rewards(np.float32([0, -200]), np.float32([-200, 0]))).max() <= 0.5
+
+
+def test_values_belong_to_the_response_tokens(section, chatml):
+    manifest = label(section, ArithmeticScorer())
+    prompts = load_prompt_pair("few_shot")
+    pairs = list(read_labelled(section.output))
+    assert [pair.pair_id for pair in pairs] == [row["pair_id"] for row in ROWS]
+    assert manifest["pairs"] == 7 and [shard["pairs"] for shard in manifest["shards"]] == [3, 3, 1]
+    for pair, row in zip(pairs, ROWS):
+        messages = (Message("user", row["prompt"]),)
+        assert (pair.prompt, pair.chosen) == (f"User: {row['prompt']}", row["chosen"])
+        for side in ("chosen", "rejected"):
+            response_ids = chatml.encode_response(messages, row[side])
+            tokens = getattr(pair, f"{side}_tokens")
+            assert tokens.tolist() == chatml.encode_prompt(messages) + response_ids
+
+            def logps(prompt_ids):
+                return ArithmeticScorer.logps(ScoredSequence(prompt_ids, response_ids)).astype(np.float64)
+
+            better, worse = (logps(chatml.encode_prompt(side_of(messages, row[side])))
+                             for side_of in (prompts.better, prompts.worse))
+            np.testing.assert_allclose(getattr(pair, f"{side}_token_rewards"), 1 / (1 + np.exp(worse - better)) - 0.5,
+                                       atol=1e-6)
+            np.testing.assert_allclose(getattr(pair, f"{side}_ref_logprobs"), logps(chatml.encode_prompt(messages)))
+
+
+@pytest.mark.parametrize("name", ["few_shot", "revise"])
+def test_swapped_prompts_give_exactly_the_negative(section, tmp_path, name):
+    pair = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    pair["fill"] = {"better": pair["fill"]["worse"], "worse": pair["fill"]["better"]}
+    (tmp_path / "swapped.yaml").write_text(yaml.safe_dump(pair))
+    swapped = dataclasses.replace(section, prompt_pair=str(tmp_path / "swapped.yaml"), output=str(tmp_path / "swapped"))
+    section.prompt_pair = name
+    for one in (section, swapped):
+        label(one)                                      # by the tiny model itself
+    sizes = []
+    for straight, turned in zip(read_labelled(section.output), read_labelled(swapped.output), strict=True):
+        for column in ("chosen_token_rewards", "rejected_token_rewards"):
+            np.testing.assert_array_equal(getattr(straight, column), -getattr(turned, column))
+            sizes.append(np.abs(getattr(straight, column)).mean())
+        np.testing.assert_array_equal(straight.chosen_ref_logprobs, turned.chosen_ref_logprobs)
+    assert min(sizes) > 0
+
+
+def test_the_end_of_turn_token_can_go_unrewarded(section, tmp_path):
+    label(section, ArithmeticScorer())
+    without = dataclasses.replace(section, reward_eot=False, output=str(tmp_path / "without"))
+    label(without, ArithmeticScorer())
+    for a, b in zip(read_labelled(section.output), read_labelled(without.output), strict=True):
+        assert b.chosen_token_rewards[-1] == b.rejected_token_rewards[-1] == 0 != a.chosen_token_rewards[-1]
+        np.testing.assert_array_equal(a.chosen_token_rewards[:-1], b.chosen_token_rewards[:-1])
+
+
+def test_what_does_not_fit_is_dropped_whole_and_counted(section, chatml, tmp_path):
+    def rendered(prompt, response=""):
+        return len(chatml.encode_prompt((Message("user", prompt),))) + (
+            len(chatml.encode_response((Message("user", prompt),), response)) if response else 0)
+
+    section.prompt_pair, section.max_length = "revise", 400
+    fitting = {"prompt": "Q?", "chosen": "yes", "rejected": "no"}
+    rows = [fitting, {**fitting, "prompt": "x" * 400}, {**fitting, "chosen": "z" * 390},
+            {**fitting, "chosen": "z" * 300}, {**fitting, "chosen": "no"}, fitting]
+    assert rendered("Q?", "z" * 300) < 400 < rendered("Q?", "z" * 390)
+    section.pairs = str(jsonl(tmp_path / "some.jsonl", rows))
+    manifest = label(section, ArithmeticScorer())
+    reasons = (labelling.PROMPT_FILLS_CONTEXT, labelling.TOO_LONG, labelling.REVISION_TOO_LONG, IDENTICAL_RESPONSES,
+               REPEATED_PAIR)
+    assert manifest["drops"] == {reason: 1 for reason in reasons}
+    assert manifest["pairs"] == 1
+    (pair,) = read_labelled(section.output)
+    assert len(pair.chosen_tokens) == rendered("Q?", "yes")
+
+
+def test_nothing_left_is_an_error_without_output(section):
+    section.max_length = 8
+    with pytest.raises(UserError, match="no pair is left to label .7 dropped: prompt fills max_length."):
+        label(section, ArithmeticScorer())
+    assert not contents(section.output)
+
+
+def test_a_stopped_job_goes_on_and_ends_with_the_same_bytes(section, tmp_path):
+    whole = dataclasses.replace(section, output=str(tmp_path / "whole"))
+    label(whole, ArithmeticScorer())
+    for done in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            label(section, ArithmeticScorer(fail_after=1))
+        assert len(contents(section.output)) == done
+    scorer = ArithmeticScorer()
+    label(section, scorer)
+    assert scorer.calls == 1
+    assert contents(section.output) == contents(whole.output)
+    finished = ArithmeticScorer()
+    assert label(section, finished)["pairs"] == 7
+    assert finished.calls == 0
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_run_in_the_folder_is_refused(section, finished):
+    label(section, ArithmeticScorer())
+    if not finished:
+        (Path(section.output) / "manifest.json").unlink()
+    before = contents(section.output)
+    for change, name in (({"prompt_pair": "revise"}, "prompt_pair"), ({"max_length": 511}, "max_length"),
+                         ({"dtype": "bfloat16"}, "reference"), ({"reward_eot": False}, "reward_eot")):
+        with pytest.raises(UserError, match=f"is a run with another {name}; name another label.output"):
+            label(dataclasses.replace(section, **change), ArithmeticScorer())
+    assert contents(section.output) == before
+
+
+def test_foreign_files_in_the_folder_are_refused(section):
+    label(section, ArithmeticScorer())
+    folder = Path(section.output)
+    (folder / "manifest.json").unlink()
+    (folder / "shard-00000.parquet").rename(folder / "mine.parquet")
+    with pytest.raises(UserError, match="mine.parquet is of other origin"):
+        label(section, ArithmeticScorer())
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"pairs": "absent.json"}, "absent.json cannot be read"),
+    ({"model": "absent"}, "tokenizer folder absent does not exist"),
+    ({"prompt_pair": "absent"}, "prompt pair absent is neither a built-in one"),
+    ({"max_length": 4096}, "label.max_length=4096 is more than the 1024 positions"),
+    ({"shard_pairs": 0}, "label.shard_pairs=0 must be at least 1"),
+])
+def test_bad_settings(section, change, message):
+    with pytest.raises(UserError, match=message):
+        label(dataclasses.replace(section, **change), ArithmeticScorer())
+    assert not Path(section.output).exists()
+
+
+def test_a_model_that_gives_nonsense_is_refused(section):
+    class Broken(ArithmeticScorer):
+        @staticmethod
+        def logps(sequence):
+            return np.full(len(sequence.response_ids), np.nan, np.float32)
+
+    with pytest.raises(UserError, match=r"not finite for pair pair 0 \(chosen\)"):
+        label(section, Broken())
+    assert not Path(section.output).exists() or not contents(section.output)
+
+
+def run_tool(monkeypatch, name, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    try:
+        runpy.run_path(str(TOOLS / name), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_from_pairs_to_streams_by_the_tools(section, tmp_path, monkeypatch, capsys):
+    arguments = ["--model", section.model, "--output", section.output, "--dtype", "float32", "--max-length", "512",
+                 "--prompt-pair", "few_shot"]
+    assert run_tool(monkeypatch, "label_tokens.py", "--pairs", section.pairs, *arguments) == 0
+    prefix = str(tmp_path / "streams" / "train")
+    assert run_tool(monkeypatch, "index_pairs.py", "--labelled", section.output, "--output", prefix,
+                    "--tokenizer", section.model) == 0
+    labelled, indexed = capsys.readouterr().out.splitlines()
+    assert labelled.startswith("labelled 7 pairs to ") and indexed.startswith("indexed 7 pairs, ")
+    streams = open_streams(prefix)
+    assert streams.manifest["labels"] == labelling_run(section.output)
+    for record, pair in zip((streams[i] for i in range(7)), read_labelled(section.output), strict=True):
+        for name, value in record._asdict().items():
+            np.testing.assert_array_equal(value, getattr(pair, name))
+
+
+@pytest.mark.parametrize("name, arguments, message", [
+    ("label_tokens.py", ["--pairs", "absent.json"], "pairs file absent.json cannot be read"),
+    ("label_tokens.py", [], "label.pairs has no value"),
+    ("index_pairs.py", ["--labelled", "absent", "--output", "x"], "labelled pairs absent do not exist"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(section, tmp_path, monkeypatch, capsys, name, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run_tool(monkeypatch, name, *arguments, f"model.hf={section.model}", "run=out") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_unfinished_labels_are_not_indexed(section, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        label(section, ArithmeticScorer(fail_after=1))
+    with pytest.raises(UserError, match="its labelling job is unfinished"):
+        index(IndexSection(section.output, str(tmp_path / "t"), section.model))
+
+
+@pytest.mark.parametrize("tool", ["label_tokens.py", "index_pairs.py"])
+def test_help_needs_nothing_heavy(tool):
+    code = textwrap.dedent(f"""\
+        import runpy, sys
+        sys.argv = ["x", "--help"]
+        try:
+            runpy.run_path({str(TOOLS / tool)!r}, run_name="__main__")
+        except SystemExit:
+            print(*{{"torch", "transformers", "pyarrow", "megatron", "nemo"}} & set(sys.modules), file=sys.stderr)
+        """)
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TOOLS.parent)
+    assert shown.stderr == "\n" and "python tools/" in shown.stdout

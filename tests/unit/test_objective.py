@@ -1,0 +1,159 @@
+"""The objective against its formulas, written once more in plain float64 Python."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from treg_megatron.errors import UserError
+from treg_megatron.objective import Objective, means, preference_loss
+
+PLAIN_DPO = Objective(preference="dpo", beta=0.1, gamma=0.0, label_smoothing=0.0, alpha=0.0, weight="dynamic",
+                      weight_margin=True, token_rewards="contrastive", sft_weight=0.0)
+LENGTHS = [3, 5, 7, 2, 1, 1]
+
+
+def objective(**changes) -> Objective:
+    return dataclasses.replace(PLAIN_DPO, **changes)
+
+
+@pytest.fixture
+def tokens():
+    generator = torch.Generator().manual_seed(3)
+    n = sum(LENGTHS)
+    logps = -torch.rand(n, generator=generator) * 5
+    return logps, logps + torch.randn(n, generator=generator), torch.rand(n, generator=generator) - 0.5
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def formula(o: Objective, logps, ref_logps, rewards) -> float:
+    """docs/METHOD.md, pair by pair and token by token, in float64."""
+    total, at = 0.0, 0
+    for pair in range(len(LENGTHS) // 2):
+        sides = []
+        for n in LENGTHS[2 * pair:2 * pair + 2]:
+            lp, ref, r = (x[at:at + n].double().tolist() for x in (logps, ref_logps, rewards))
+            at += n
+            beta = o.beta / n if o.preference == "simpo" else o.beta
+            ratio = lp if o.preference == "simpo" else [a - b for a, b in zip(lp, ref)]
+            if o.token_rewards == "implicit":
+                r = [sigmoid(x) - 0.5 for x in ratio]
+            sides.append({"reward": beta * sum(ratio), "reg": -beta * sum(a * b for a, b in zip(r, lp)),
+                          "mean_ratio": sum(ratio) / n, "logp": sum(lp)})
+        w, l = sides
+        margin = w["reward"] - l["reward"]
+        if o.preference == "ipo":
+            loss = (w["mean_ratio"] - l["mean_ratio"] - 1 / (2 * o.beta)) ** 2
+        else:
+            eps = o.label_smoothing
+            loss = -(1 - eps) * math.log(sigmoid(margin - o.gamma)) - eps * math.log(sigmoid(o.gamma - margin))
+        weight = 1.0 if o.weight == "static" else sigmoid((o.gamma if o.weight_margin else 0.0) - margin)
+        loss += o.alpha * weight * (w["reg"] + l["reg"]) - o.sft_weight * w["logp"]
+        total += loss
+    return total
+
+
+VARIANTS = [
+    dict(),
+    dict(alpha=0.5),
+    dict(alpha=0.5, weight="static"),
+    dict(alpha=0.5, token_rewards="implicit"),
+    dict(label_smoothing=0.1, alpha=0.25),
+    dict(sft_weight=0.3),
+    dict(preference="ipo"),
+    dict(preference="simpo", beta=2.0, gamma=0.6),
+    dict(preference="simpo", beta=2.0, gamma=0.6, alpha=0.5),
+    dict(preference="simpo", beta=2.0, gamma=0.6, alpha=0.5, weight_margin=False),
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_loss_is_the_formula(tokens, changes):
+    o = objective(**changes)
+    loss, _ = preference_loss(*tokens, LENGTHS, o)
+    assert loss.item() == pytest.approx(formula(o, *tokens), rel=2e-6)
+
+
+@pytest.mark.parametrize("preference, beta, gamma", [("dpo", 0.1, 0.0), ("simpo", 2.0, 0.6)])
+def test_gradient_identity(tokens, preference, beta, gamma):
+    """dL/dlog pi(y_w,t) = -beta w (1 + alpha r_t), dL/dlog pi(y_l,t) = beta w (1 - alpha r_t)."""
+    logps, ref_logps, rewards = tokens
+    logps = logps.requires_grad_()
+    alpha = 0.5
+    preference_loss(logps, ref_logps, rewards, LENGTHS,
+                    objective(preference=preference, beta=beta, gamma=gamma, alpha=alpha))[0].backward()
+    at = 0
+    for pair in range(len(LENGTHS) // 2):
+        spans, reward = [], []
+        for n in LENGTHS[2 * pair:2 * pair + 2]:
+            span = slice(at, at + n)
+            at += n
+            per_token = beta / n if preference == "simpo" else beta
+            ratio = logps[span] if preference == "simpo" else logps[span] - ref_logps[span]
+            spans.append((span, per_token))
+            reward.append(per_token * ratio.detach().double().sum().item())
+        w = sigmoid(reward[1] - reward[0] + gamma)
+        for (span, per_token), sign in zip(spans, (-1, 1)):
+            expected = sign * per_token * w * (1 - sign * alpha * rewards[span])
+            torch.testing.assert_close(logps.grad[span], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("nothing", [dict(alpha=0.0), dict(alpha=0.7)])
+def test_without_alpha_or_rewards_it_is_dpo_bit_for_bit(tokens, nothing):
+    logps, ref_logps, rewards = tokens
+    results = []
+    for o, r in ((objective(token_rewards="none"), None),
+                 (objective(**nothing), rewards if nothing["alpha"] == 0 else torch.zeros_like(rewards))):
+        leaf = logps.clone().requires_grad_()
+        loss, _ = preference_loss(leaf, ref_logps, r, LENGTHS, o)
+        loss.backward()
+        results.append((loss, leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_a_pair_has_the_same_bits_in_any_company(tokens):
+    logps, ref_logps, rewards = tokens
+    o = objective(alpha=0.5)
+    alone = [preference_loss(*(x[a:b] for x in tokens), LENGTHS[i:i + 2], o)[0]
+             for i, (a, b) in zip((0, 2, 4), ((0, 8), (8, 17), (17, 19)))]
+    together, _ = preference_loss(logps, ref_logps, rewards, LENGTHS, o)
+    assert torch.equal(torch.stack(alone).sum(), together)
+
+
+def test_a_policy_that_is_its_reference_has_the_known_loss(tokens):
+    logps, _, rewards = tokens
+    for o in (objective(alpha=0.5), objective(label_smoothing=0.2), objective(preference="ipo")):
+        _, sums = preference_loss(logps, logps, rewards, LENGTHS, o)
+        assert means({k: v.item() for k, v in sums.items()})["loss/preference"] == pytest.approx(
+            o.first_preference_loss, abs=1e-6)
+
+
+def test_no_pairs_give_no_loss_and_a_gradient_of_zero():
+    hidden = torch.ones(3, requires_grad=True)
+    loss, sums = preference_loss(hidden[:0], hidden[:0], hidden[:0], [], objective(alpha=0.5))
+    loss.backward()
+    assert loss == 0 and sums["pairs"] == 0 and torch.equal(hidden.grad, torch.zeros(3))
+
+
+def test_metrics_count_tokens_where_they_are_about_tokens(tokens):
+    _, sums = preference_loss(*tokens, LENGTHS, objective(alpha=2.0))
+    metrics = means({k: v.item() for k, v in sums.items()})
+    rewards = tokens[2].split(LENGTHS)
+    assert metrics["treg/token_reward_chosen"] == pytest.approx(torch.cat(rewards[0::2]).mean().item(), rel=1e-5)
+    assert metrics["treg/factor_outside_quarter"] == pytest.approx((tokens[2].abs() > 0.125).float().mean().item())
+    assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"], rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(beta=0.0), dict(gamma=0.5), dict(label_smoothing=0.5), dict(alpha=2.1), dict(alpha=-0.1), dict(sft_weight=-1.0),
+    dict(preference="ipo", alpha=0.5), dict(preference="ipo", label_smoothing=0.1), dict(alpha=0.5, token_rewards="none"),
+    dict(preference="simpo", token_rewards="implicit"),
+], ids=str)
+def test_meaningless_settings_are_refused(changes):
+    with pytest.raises(UserError, match="objective."):
+        objective(**changes)

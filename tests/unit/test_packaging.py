@@ -1,0 +1,55 @@
+"""setup.py and constraints.txt name the same set of packages, and never one that only has the right name."""
+
+import ast
+import re
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[2]
+SETUP = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+
+
+def constant(name):
+    value = next(node.value for node in SETUP.body
+                 if isinstance(node, ast.Assign) and [target.id for target in node.targets] == [name])
+    return ast.literal_eval(value)
+
+
+REQUIRED = [Requirement(line) for line in constant("REQUIRED")]
+EXTRAS = {extra: [Requirement(line) for line in lines] for extra, lines in constant("EXTRAS").items()}
+PIN_LINES = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+             if not line.startswith("#")]
+PINS = {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in PIN_LINES)}
+
+
+def test_no_package_named_apex_is_ever_installed():
+    """PyPI's apex is a Pyramid toolkit; NVIDIA's comes from its containers or from source."""
+    asked_for = [canonicalize_name(r.name) for r in sum(EXTRAS.values(), REQUIRED)]
+    assert "apex" not in asked_for and "apex" not in PINS
+
+
+def test_every_requirement_has_a_pin_that_it_allows():
+    for requirement in REQUIRED + EXTRAS["dev"]:
+        pin = PINS.get(canonicalize_name(requirement.name))
+        assert pin is not None, f"{requirement.name} has no pin in constraints.txt"
+        assert requirement.specifier.contains(pin), f"constraints.txt pins {requirement.name}=={pin}, against {requirement}"
+
+
+def test_pins_are_exact_public_versions_in_order():
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9-]*==[0-9][0-9a-z.]*", line) for line in PIN_LINES)
+    assert PIN_LINES == sorted(PIN_LINES) and len(PINS) == len(PIN_LINES)
+    assert all(version.local is None for version in PINS.values()), "a local tag such as +cpu exists on one index only"
+
+
+def test_no_file_names_an_index_of_its_own():
+    for name in ("setup.py", "constraints.txt", "Makefile", ".ci/run"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert not re.search(r"--(extra-)?index-url|--find-links|\s-[if]\s+https?:", text), name
+
+
+def test_the_gpu_and_sampling_extras_stay_out_of_the_pinned_set():
+    """Transformer Engine is built on the GPU host, and vLLM brings a torch of its own."""
+    assert PINS.keys().isdisjoint(canonicalize_name(r.name) for r in EXTRAS["gpu"] + EXTRAS["sampling"])

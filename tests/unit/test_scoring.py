@@ -1,0 +1,110 @@
+"""Log-probs of response tokens: the value of each belongs to it, whatever the batches."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from treg_megatron.alignment import score_positions
+from treg_megatron.errors import UserError
+from treg_megatron.scoring import ScoredSequence, huggingface
+from treg_megatron.scoring.huggingface import HuggingFaceScorer, model_identity
+
+TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=128, initializer_range=0.2)
+
+
+def some_sequences(vocab: int, count: int = 9) -> list[ScoredSequence]:
+    random = np.random.default_rng(0)
+    return [ScoredSequence(random.integers(0, vocab, random.integers(1, 30)).tolist(),
+                           random.integers(0, vocab, random.integers(1, 40)).tolist()) for _ in range(count)]
+
+
+def plain_logps(folder, sequence: ScoredSequence) -> np.ndarray:
+    """One sequence at a time, all logits, every response token looked up by its own index."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = [*sequence.prompt_ids, *sequence.response_ids]
+    with torch.no_grad():
+        logps = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    return np.array([logps[i - 1, tokens[i]] for i in range(len(sequence.prompt_ids), len(tokens))])
+
+
+@pytest.mark.parametrize("batch_tokens, logits_at_once", [(1, 64), (100, 1000), (100_000, 1 << 25)])
+def test_batching_and_chunking_change_nothing(tiny_folder, monkeypatch, batch_tokens, logits_at_once):
+    monkeypatch.setattr(huggingface, "_LOGITS_AT_ONCE", logits_at_once)
+    sequences, told = some_sequences(384), []
+    scorer = HuggingFaceScorer(tiny_folder, "float32", "cpu", batch_tokens)
+    for sequence, logps in zip(sequences, scorer.score(sequences, lambda *counts: told.append(counts)), strict=True):
+        assert logps.dtype == np.float32 and logps.shape == (len(sequence.response_ids),)
+        np.testing.assert_allclose(logps, plain_logps(tiny_folder, sequence), atol=2e-5)
+    assert np.sum(told, axis=0).tolist() == [len(sequences), sum(s.length for s in sequences)]
+
+
+def test_logit_softcapping_is_honoured(tmp_path):
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(Gemma2Config(**TINY, final_logit_softcapping=3.0, sliding_window=8)).save_pretrained(tmp_path)
+    sequences = some_sequences(64)
+    for sequence, logps in zip(sequences, HuggingFaceScorer(tmp_path, "float32", "cpu").score(sequences)):
+        np.testing.assert_allclose(logps, plain_logps(tmp_path, sequence), atol=2e-5)
+
+
+def test_unknown_ways_to_make_logits_are_refused(tmp_path):
+    GraniteForCausalLM(GraniteConfig(**TINY, logits_scaling=8.0)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="GraniteForCausalLM turns hidden states into logits in a way"):
+        HuggingFaceScorer(tmp_path, "float32", "cpu")
+
+
+def test_value_t_belongs_to_token_t(tmp_path):
+    """A hand-built model that expects v to be followed by v + 1: attention and MLP are zero, embeddings one-hot."""
+    vocab, certainty = 32, 1.0
+    model = LlamaForCausalLM(LlamaConfig(**{**TINY, "vocab_size": vocab, "tie_word_embeddings": False}))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(vocab))
+        model.lm_head.weight.copy_(certainty * torch.eye(vocab).roll(1, dims=0))
+    model.save_pretrained(tmp_path)
+    scale = certainty / np.sqrt(1 / vocab + model.config.rms_norm_eps)        # the norm divides by the root mean square
+    likely, unlikely = (logit - np.log(np.exp(scale) + vocab - 1) for logit in (scale, 0.0))
+    (logps,) = HuggingFaceScorer(tmp_path, "float32", "cpu").score([ScoredSequence([7, 3], [4, 5, 9, 10, 0])])
+    np.testing.assert_allclose(logps, [likely, likely, unlikely, likely, unlikely], atol=1e-6)
+
+
+def test_positions_need_a_prompt():
+    assert list(range(9))[score_positions(3, 4)] == [2, 3, 4, 5]
+    with pytest.raises(ValueError, match="at least one prompt token"):
+        score_positions(0, 4)
+
+
+def test_bfloat16_stays_near(tiny_folder):
+    sequences = some_sequences(384)
+    exact = HuggingFaceScorer(tiny_folder, "float32", "cpu").score(sequences)
+    rounded = HuggingFaceScorer(tiny_folder, "bfloat16", "cpu").score(sequences)
+    assert max(np.abs(a - b).max() for a, b in zip(exact, rounded)) < 0.3
+    assert rounded[0].dtype == np.float32
+
+
+def test_identity_follows_the_weights_not_the_place(tiny_folder, tmp_path):
+    copy = tmp_path / tiny_folder.name
+    copy.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (copy / name).write_bytes((tiny_folder / name).read_bytes())
+    assert model_identity(copy) == model_identity(tiny_folder)
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert model_identity(copy) != model_identity(tiny_folder)
+
+
+def test_unusable_models(tiny_folder, tmp_path):
+    with pytest.raises(UserError, match="does not exist or has no config.json"):
+        HuggingFaceScorer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match="does not load"):
+        HuggingFaceScorer(tmp_path)
+    with pytest.raises(UserError, match="device nonsense cannot be used"):
+        HuggingFaceScorer(tiny_folder, device="nonsense")

@@ -1,0 +1,221 @@
+"""Streams on disk: they equal what was written, Megatron reads them, and nothing that disagrees is opened."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from treg_megatron.errors import UserError
+from treg_megatron.indexed import DTYPE_CODES, IndexedReader, IndexedWriter
+from treg_megatron.indexing import index
+from treg_megatron.labels import LabelledPair, write_shard
+from treg_megatron.recipe import IndexSection
+from treg_megatron.streams import PairRecord, open_streams, require_same_tokenizer, stream_paths, verify, write_streams
+
+
+def pair(name: str, prompt: int, chosen: int, rejected: int, reference: bool = True, vocab: int = 384) -> LabelledPair:
+    random = np.random.default_rng([prompt, chosen, rejected])
+    prompt_ids = random.integers(0, vocab, prompt)
+    tokens = [np.concatenate([prompt_ids, random.integers(0, vocab, n)]).astype(np.int32) for n in (chosen, rejected)]
+    rewards = [random.uniform(-0.5, 0.5, n).astype(np.float32) for n in (chosen, rejected)]
+    logprobs = [-random.exponential(2, n).astype(np.float32) if reference else None for n in (chosen, rejected)]
+    return LabelledPair(name, *tokens, *rewards, *logprobs)
+
+
+THREE = [pair("a", 3, 4, 5), pair("b", 1, 1, 7), pair("\u03b3 3", 6, 2, 2)]
+
+
+def assert_holds(record: PairRecord, expected: LabelledPair) -> None:
+    for name, value in record._asdict().items():
+        np.testing.assert_array_equal(value, getattr(expected, name))
+
+
+sizes = st.integers(1, 12)
+
+
+@given(lengths=st.lists(st.tuples(sizes, sizes, sizes), min_size=1, max_size=6), reference=st.booleans())
+def test_streams_equal_what_was_written(chatml, tmp_path_factory, lengths, reference):
+    prefix = tmp_path_factory.getbasetemp() / "round" / "train"
+    pairs = [pair(f"pair {i}", *n, reference) for i, n in enumerate(lengths)]
+    manifest = write_streams(prefix, pairs, chatml, {"source": "here"})
+    streams = verify(prefix)
+    assert len(streams) == len(pairs) == manifest["pairs"]
+    for i, expected in enumerate(pairs):
+        assert_holds(streams[i], expected)
+        assert streams.sequence_lengths[i].tolist() == [len(expected.chosen_tokens), len(expected.rejected_tokens)]
+        assert streams.response_lengths[i].tolist() == list(lengths[i][1:])
+    assert stream_paths(prefix, "ref_logprobs")[0].exists() == reference
+    assert not list(prefix.parent.glob(".*"))
+
+
+def test_manifest_says_what_made_the_streams(chatml, tmp_path):
+    write_streams(tmp_path / "t", THREE, chatml, {"prompt_pair": {"name": "revise"}})
+    manifest = json.loads((tmp_path / "t.manifest.json").read_text())
+    assert manifest["tokenizer"] == {"sha256": chatml.sha256, "chat_template_sha256": chatml.template_sha256,
+                                     "vocab_size": chatml.vocab_size}
+    assert manifest["labels"] == {"prompt_pair": {"name": "revise"}}
+    assert manifest["token_dtype"] == "uint16" and manifest["reference_logprobs"] is True
+    assert manifest["alignment"].startswith("value t belongs to response token t")
+    assert (manifest["pairs"], manifest["tokens"], manifest["response_tokens"], manifest["longest_sequence"]) \
+        == (3, 7 + 8 + 2 + 8 + 8 + 8, 21, 8)
+
+
+def test_large_vocabularies_take_four_bytes(chatml, tmp_path, monkeypatch):
+    monkeypatch.setattr(chatml, "vocab_size", 128_256)
+    write_streams(tmp_path / "t", [pair("a", 3, 4, 5, vocab=128_256)], chatml)
+    record = open_streams(tmp_path / "t")[0]
+    assert record.chosen_tokens.dtype == np.int32
+    assert_holds(record, pair("a", 3, 4, 5, vocab=128_256))
+
+
+def test_streams_survive_a_process_boundary(chatml, tmp_path):
+    write_streams(tmp_path / "t", THREE, chatml)
+    pickled = pickle.dumps(open_streams(tmp_path / "t"))
+    assert len(pickled) < 1000
+    assert_holds(pickle.loads(pickled)[2], THREE[2])
+    with pytest.raises(IndexError):
+        open_streams(tmp_path / "t")[3]
+
+
+def test_replaced_streams_leave_nothing_behind(chatml, tmp_path):
+    write_streams(tmp_path / "t", THREE, chatml)
+    write_streams(tmp_path / "t", [pair("a", 3, 4, 5, reference=False)], chatml)
+    assert open_streams(tmp_path / "t")[0].chosen_ref_logprobs is None
+    assert not any(path.exists() for path in stream_paths(tmp_path / "t", "ref_logprobs"))
+
+
+@pytest.mark.parametrize("dtype", DTYPE_CODES)
+def test_megatron_reads_ours_and_we_read_megatrons(tmp_path, dtype):
+    torch = pytest.importorskip("torch")
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    documents = [[np.arange(n) % 100 for n in document] for document in ((3, 1), (5, 0), (2,), (7, 4, 1))]
+    documents = [[sequence.astype(dtype) for sequence in document] for document in documents]
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    writer = IndexedWriter(ours.with_suffix(".bin"), ours.with_suffix(".idx"), dtype)
+    builder = megatron.IndexedDatasetBuilder(str(theirs) + ".bin", dtype=dtype.type)
+    for document in documents:
+        writer.add_document(document)
+        for sequence in document:
+            builder.add_item(torch.from_numpy(sequence))
+        builder.end_document()
+    writer.finish()
+    builder.finalize(str(theirs) + ".idx")
+    for suffix in (".bin", ".idx"):
+        assert ours.with_suffix(suffix).read_bytes() == theirs.with_suffix(suffix).read_bytes()
+    by_megatron = megatron.IndexedDataset(str(ours))
+    by_us = IndexedReader(theirs.with_suffix(".bin"), theirs.with_suffix(".idx"))
+    sequences = [sequence for document in documents for sequence in document]
+    assert len(by_megatron) == len(by_us) == len(sequences)
+    np.testing.assert_array_equal(by_megatron.document_indices, by_us.document_starts)
+    for i, sequence in enumerate(sequences):
+        np.testing.assert_array_equal(by_megatron[i], sequence)
+        np.testing.assert_array_equal(by_us[i], sequence)
+        assert by_us[i].dtype == dtype
+
+
+@pytest.mark.parametrize("pairs, message", [
+    ([], "there are no pairs"),
+    ([*THREE, THREE[0]], "pair_id 'a' comes twice"),
+    ([pair("a", 3, 4, 5, vocab=10_000)], "holds a token id that the tokenizer of"),
+    ([THREE[0], pair("b", 1, 2, 3, reference=False)], "pair b lacks reference log-probs"),
+    ([pair("b", 1, 2, 3, reference=False), THREE[0]], "pair a has reference log-probs"),
+])
+def test_bad_pairs_leave_no_files(chatml, tmp_path, pairs, message):
+    with pytest.raises(UserError) as error:
+        write_streams(tmp_path / "t", pairs, chatml)
+    assert message in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupted_writing_keeps_the_old_streams(chatml, tmp_path):
+    write_streams(tmp_path / "t", THREE, chatml)
+
+    def interrupted():
+        yield pair("new", 1, 2, 3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_streams(tmp_path / "t", interrupted(), chatml)
+    assert_holds(verify(tmp_path / "t")[0], THREE[0])
+    assert not list(tmp_path.glob(".*"))
+
+
+def replace_stream(prefix, name, dtype, documents):
+    """Put another valid stream in the place of one, and let the manifest vouch for its size."""
+    writer = IndexedWriter(*stream_paths(prefix, name), dtype)
+    for document in documents:
+        writer.add_document(document)
+    files = writer.finish()
+    manifest = json.loads((path := prefix.with_suffix(".manifest.json")).read_text())
+    manifest["files"].update({f"{name}.{kind}": file for kind, file in files.items()})
+    path.write_text(json.dumps(manifest))
+
+
+def rewards(*lengths):
+    return [np.zeros(n, np.float32) for n in lengths]
+
+
+@pytest.mark.parametrize("name, dtype, documents, message", [
+    ("token_rewards", np.float32, [rewards(4, 5), rewards(1, 6), rewards(2, 2)],
+     r"disagree: pair 1 \(b, rejected\): ref_logprobs has 7 values where token_rewards has 6"),
+    ("token_rewards", np.float32, [rewards(7, 5), rewards(1, 7), rewards(2, 2)],
+     r"disagree: pair 0 \(a, chosen\): token_rewards has 7 values for 7 tokens"),
+    ("token_rewards", np.float32, [rewards(4, 5), rewards(1, 7), rewards(0, 2)],
+     r"disagree: pair 2 \(\u03b3 3, chosen\): an empty response"),
+    ("token_rewards", np.float32, [rewards(4, 5), rewards(1, 7)], "does not hold 3 documents of 2 sequences"),
+    ("token_rewards", np.float32, [rewards(4), rewards(5, 1, 7), rewards(2, 2)], "does not hold 3 documents of 2"),
+    ("token_rewards", np.float64, [rewards(4, 5), rewards(1, 7), rewards(2, 2)],
+     "holds float64 numbers instead of float32"),
+])
+def test_streams_that_disagree_are_not_opened(chatml, tmp_path, name, dtype, documents, message):
+    write_streams(tmp_path / "t", THREE, chatml)
+    replace_stream(tmp_path / "t", name, dtype, documents)
+    with pytest.raises(UserError, match=message):
+        open_streams(tmp_path / "t")
+
+
+def test_damaged_files_are_not_opened(chatml, tmp_path):
+    prefix = tmp_path / "t"
+    bin_path, idx_path = stream_paths(prefix, "tokens")
+
+    def refused(path, content, message, check=open_streams):
+        write_streams(prefix, THREE, chatml)
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            check(prefix)
+
+    write_streams(prefix, THREE, chatml)
+    manifest = prefix.with_suffix(".manifest.json")
+    good_bin, good_idx, good_manifest = bin_path.read_bytes(), idx_path.read_bytes(), manifest.read_bytes()
+    refused(bin_path, None, "t_tokens.bin does not exist")
+    refused(bin_path, good_bin[:-1], "has 81 bytes, its manifest says 82")
+    refused(idx_path, good_idx + b"x", "its manifest says")
+    refused(idx_path, b"X" + good_idx[1:], "is no Megatron index")
+    refused(idx_path, good_idx[:17] + b"\x63" + good_idx[18:], "is no Megatron index")
+    refused(idx_path, good_idx[:34] + b"\x09" + good_idx[35:], "offsets do not follow from lengths")
+    refused(idx_path, good_idx[:18] + b"\xff" * 8 + good_idx[26:], "does not fit its")
+    refused(idx_path, good_idx[:-1] + b"\x01", "documents do not cover the sequences")
+    refused(manifest, None, "t.manifest.json does not exist")
+    refused(manifest, b"{", "cannot be read as a manifest")
+    refused(manifest, b"{}", "is not a manifest of treg-megatron streams")
+    refused(manifest, good_manifest.replace(b'"version": 1', b'"version": 9'), "has schema version 9")
+    refused(bin_path, bytes([good_bin[0] ^ 1]) + good_bin[1:], "has changed since it was written", verify)
+
+
+def test_index_station(chatml, tokenizer_folders, tmp_path):
+    run = {"tokenizer": {"sha256": chatml.sha256}, "prompt_pair": {"name": "few_shot"}}
+    write_shard(tmp_path / "own.parquet", THREE, {"run": run})
+    section = IndexSection(str(tmp_path / "own.parquet"), str(tmp_path / "streams" / "train"),
+                           str(tokenizer_folders["chatml"]))
+    assert index(section)["labels"] == run
+    streams = open_streams(section.output)
+    assert [streams[i].pair_id for i in range(3)] == ["a", "b", "\u03b3 3"]
+    require_same_tokenizer(streams.manifest, tokenizer_folders["chatml"])
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        require_same_tokenizer(streams.manifest, tokenizer_folders["headers"])
+    section.tokenizer = str(tokenizer_folders["headers"])
+    with pytest.raises(UserError, match="own.parquet was made with another tokenizer"):
+        index(section)

@@ -1,0 +1,172 @@
+"""A checkpoint on disk, and how to tell a whole one from a half-written one.
+
+    CHECKPOINT/weights/     megatron-core distributed checkpoint (torch_dist), as NeMo loads and saves it
+    CHECKPOINT/treg.json    what the weights are; written last, so that its presence says that the rest is there
+    RUN/checkpoints/step_000020/ ...                   the checkpoints of a training run
+    RUN/checkpoints/step_000020-unfinished             NeMo's marker beside a checkpoint that is being written
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from treg_megatron.errors import UserError
+from treg_megatron.files import atomic_write
+
+WEIGHTS = "weights"
+IDENTITY = "treg.json"
+CHECKPOINTS = "checkpoints"
+UNFINISHED_MARKER = "-unfinished"
+SCHEMA = 1
+
+# NeMo wraps Megatron-core's model once: its keys in a checkpoint have this prefix.
+MODEL_PREFIX = "module."
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint holds: the content of treg.json.
+
+    Attributes:
+        family: architecture name, as in config.json.
+        hf_config: config.json of the model, whole.
+        dtype: precision of the Hugging Face weights that the model came from ("float32", "bfloat16", "float16").
+        source: the Hugging Face folder that was imported.
+        written_by: the program and version that wrote the checkpoint.
+        run: of a training checkpoint, what made it (for the model card): step, recipe, data, metrics.
+        schema: version of this file's layout.
+    """
+
+    family: str
+    hf_config: dict[str, Any]
+    dtype: str
+    source: str
+    written_by: str
+    run: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+def write_identity(checkpoint: Path, identity: Identity) -> None:
+    """Write treg.json in one step: it is whole or absent. Call it after everything else is in place."""
+    with atomic_write(checkpoint / IDENTITY) as partial:
+        partial.write_text(json.dumps(dataclasses.asdict(identity), indent=2) + "\n", encoding="utf-8")
+
+
+def read_identity(checkpoint: Path) -> Identity:
+    """treg.json of a complete checkpoint.
+
+    Raises:
+        UserError: there is none, it is half-written, or another version of this program wrote it.
+    """
+    if not checkpoint.is_dir():
+        raise UserError(f"checkpoint {checkpoint} does not exist")
+    if _marker(checkpoint).exists():
+        raise UserError(f"checkpoint {checkpoint} is unfinished ({_marker(checkpoint).name} is beside it); "
+                        "use an earlier one")
+    path = checkpoint / IDENTITY
+    if not path.is_file():
+        raise UserError(f"{checkpoint} is not a complete checkpoint: it has no {IDENTITY}")
+    content = read_json(path)
+    if content.get("schema") != SCHEMA:
+        raise UserError(f"{path} has schema {content.get('schema')!r}, this version reads {SCHEMA}")
+    try:
+        return Identity(**content)
+    except TypeError as error:
+        raise UserError(f"{path} does not fit its schema: {error}") from None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    return (checkpoint / IDENTITY).is_file() and not _marker(checkpoint).exists()
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The complete checkpoint of the highest step in RUN/checkpoints, or None."""
+    folder = Path(run) / CHECKPOINTS
+    if not folder.is_dir():
+        return None
+    steps = {int(match[1]): path for path in folder.iterdir()
+             if (match := re.fullmatch(r"step_(\d+)", path.name)) and path.is_dir() and is_complete(path)}
+    return steps[max(steps)] if steps else None
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The checkpoint that a user means by ``folder``: itself, or the newest complete one of a run.
+
+    Raises:
+        UserError: it is neither.
+    """
+    folder = Path(folder)
+    if (folder / CHECKPOINTS).is_dir():
+        newest = newest_checkpoint(folder)
+        if newest is None:
+            raise UserError(f"run {folder} has no complete checkpoint yet")
+        return newest
+    read_identity(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def written_whole(output: Path, nbytes: int) -> Iterator[Path]:
+    """Yields an empty folder beside ``output`` that becomes ``output`` when the block ends, and vanishes if it fails.
+
+    A folder left by a killed process is deleted and written anew.
+
+    Raises:
+        UserError: ``output`` exists, or its disk has no room for ``nbytes``.
+    """
+    refuse_existing(output)
+    unfinished = output.with_name(output.name + ".unfinished")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+        free = shutil.disk_usage(output.parent).free
+        if nbytes > free:
+            raise UserError(f"not enough disk space for {output}: it needs {nbytes / 1e9:.1f} GB, "
+                            f"{free / 1e9:.1f} GB are free")
+        unfinished.mkdir()
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from None
+    try:
+        yield unfinished
+        unfinished.rename(output)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk of {output} is full; nothing was written") from None
+        raise
+
+
+def refuse_existing(output: Path) -> None:
+    """Raises :class:`UserError` if ``output`` exists: nothing is ever overwritten."""
+    if output.exists():
+        raise UserError(f"{output} already exists; delete it or choose another folder")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: no such file, or no JSON object in it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return content
+
+
+def _marker(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + UNFINISHED_MARKER)

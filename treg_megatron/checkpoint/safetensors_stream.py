@@ -1,0 +1,167 @@
+"""Safetensors, one tensor at a time: read into memory that is there already, written in the order of a known plan.
+
+The library's own functions map whole files or hold a whole shard in memory. The format is a JSON header behind its
+length, then the tensors' bytes.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from treg_megatron.checkpoint.layout import read_json
+from treg_megatron.checkpoint.buffers import OutputFile, read_into
+from treg_megatron.errors import UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a safetensors file; ``dtype`` is the format's own code ("F32", "BF16", ...)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Read it into a contiguous tensor of its shape and dtype."""
+        read_into(self.file, self.start, target)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor that is going to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def tensors_in_folder(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a Hugging Face folder, by name, sharded or not.
+
+    Raises:
+        UserError: no safetensors weights (pickled weights are never loaded), a missing, truncated or corrupt shard.
+    """
+    if not folder.is_dir():
+        raise UserError(f"Hugging Face folder {folder} does not exist")
+    if (folder / INDEX_FILE).is_file():
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise UserError(f"{folder / INDEX_FILE} has no weight_map; download it again")
+        shards = {name: tensors_in_file(folder / name) for name in sorted(set(weight_map.values()))}
+        for name, shard in weight_map.items():
+            if name not in shards[shard]:
+                raise UserError(f"{folder / shard} lacks tensor {name}, which {INDEX_FILE} places there")
+        return {name: shards[shard][name] for name, shard in weight_map.items()}
+    if (folder / SINGLE_FILE).is_file():
+        return tensors_in_file(folder / SINGLE_FILE)
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    if pickled:
+        raise UserError(f"{folder} has only pickled weights ({pickled[0].name}), which can run code when loaded; "
+                        "save the model as safetensors first")
+    raise UserError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}")
+
+
+def tensors_in_file(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of one safetensors file, by name; reads the header alone.
+
+    Raises:
+        UserError: the file is missing, truncated or not a safetensors file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; download it again")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
+            raise UserError(f"{path} is truncated or no safetensors file; download it again")
+        start = 8 + header_bytes
+        try:
+            header = json.loads(file.read(header_bytes))
+            tensors = {
+                name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0],
+                                   entry["data_offsets"][1] - entry["data_offsets"][0])
+                for name, entry in header.items() if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path} is no safetensors file (bad header); download it again") from None
+    end = max((t.start + t.nbytes for t in tensors.values()), default=start)
+    if end > size:
+        raise UserError(f"{path} is truncated: {size} bytes of {end}; download it again")
+    for name, tensor in tensors.items():
+        dtype = DTYPES.get(tensor.dtype)
+        if dtype and math.prod(tensor.shape) * dtype.itemsize != tensor.nbytes:
+            raise UserError(f"{path} is corrupt: {name} has {tensor.nbytes} bytes for shape {list(tensor.shape)}")
+    return tensors
+
+
+def plan_shards(tensors: Iterable[PlannedTensor], shard_bytes: int) -> dict[str, list[PlannedTensor]]:
+    """Split tensors, in order, into files of at most ``shard_bytes`` (or of one larger tensor), by Hugging Face's
+    file names."""
+    shards: list[list[PlannedTensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not shards or size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+def index_of(shards: dict[str, list[PlannedTensor]]) -> dict:
+    """The content of model.safetensors.index.json."""
+    return {
+        "metadata": {"total_size": sum(t.nbytes for shard in shards.values() for t in shard)},
+        "weight_map": {t.name: name for name, shard in shards.items() for t in shard},
+    }
+
+
+class ShardWriter:
+    """Writes one safetensors file whose tensors are known beforehand and come in that order. A context manager."""
+
+    def __init__(self, path: Path, tensors: list[PlannedTensor]) -> None:
+        self._remaining = list(reversed(tensors))
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+        offset = 0
+        for tensor in tensors:
+            header[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape),
+                                   "data_offsets": [offset, offset + tensor.nbytes]}
+            offset += tensor.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = OutputFile(path)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, exception_type: type | None, *_) -> None:
+        self._file.close()
+        if exception_type is None and self._remaining:
+            raise RuntimeError(f"{self._remaining[-1].name} was planned and not written")
+
+    def write(self, name: str, pieces: Iterable[memoryview]) -> None:
+        """Append the bytes of the next tensor."""
+        planned = self._remaining.pop()
+        written = sum(self._file.write(piece) for piece in pieces)
+        if (name, written) != (planned.name, planned.nbytes):
+            raise RuntimeError(f"planned {planned}, got {written} bytes of {name}")

@@ -1,0 +1,191 @@
+"""Megatron checkpoint of any parallel layout to Hugging Face folder, tensor by tensor."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from treg_megatron.checkpoint.buffers import Scratch, as_bytes, read_pieces
+from treg_megatron.checkpoint.families import (
+    Family,
+    Parameter,
+    family_of,
+    in_model_order,
+    interleaving,
+    model_fields,
+    parameter_shape,
+    source_shape,
+)
+from treg_megatron.checkpoint.layout import (
+    MODEL_PREFIX,
+    WEIGHTS,
+    Identity,
+    find_checkpoint,
+    read_identity,
+    read_json,
+    refuse_existing,
+    written_whole,
+)
+from treg_megatron.checkpoint.model_card import model_card
+from treg_megatron.checkpoint.safetensors_stream import INDEX_FILE, PlannedTensor, ShardWriter, index_of, plan_shards
+from treg_megatron.checkpoint.torch_dist import TorchDistReader
+from treg_megatron.errors import UserError
+
+SHARD_BYTES = 5_000_000_000  # Hugging Face's own default
+
+# What a folder needs besides weights and config.json, copied from the base model as it is.
+COPIED = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "chat_template*", "additional_chat_templates", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)
+
+
+# Fields in which the base model may differ from the imported one without being another model.
+FREE_FIELDS = {"seq_length", "init_method_std", "attention_dropout"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote: from which checkpoint, in which precision, how many bytes in how many weight files."""
+
+    checkpoint: Path
+    dtype: str
+    nbytes: int
+    files: int
+
+
+def export_checkpoint(checkpoint: str | Path, base: str | Path, output: str | Path, dtype: str = "auto",
+                      run: dict[str, Any] | None = None, shard_bytes: int = SHARD_BYTES,
+                      progress: bool = False) -> Exported:
+    """Write a checkpoint as a Hugging Face folder that transformers loads.
+
+    Args:
+        checkpoint: an imported or a training checkpoint, or a run's folder for its newest complete one.
+        base: Hugging Face folder that gives config.json, tokenizer and chat template.
+        output: folder to write.
+        dtype: precision of the written weights; "auto": that of the model that was imported.
+        run: what the model card tells about the run; None: what the checkpoint itself says.
+        shard_bytes: largest size of one weight file.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: the checkpoint is unfinished, damaged or of another model than ``base``, ``output`` exists, or the
+            disk is too small. Nothing is left behind.
+    """
+    base, output = Path(base), Path(output)
+    refuse_existing(output)
+    checkpoint = find_checkpoint(Path(checkpoint))
+    identity = read_identity(checkpoint)
+    base_config = read_json(base / "config.json")
+    fields = _common_fields(identity, checkpoint, base_config, base)
+    family = family_of(base_config)
+    reader = TorchDistReader(checkpoint / WEIGHTS)
+    check_tensors(reader, family, fields, checkpoint)
+
+    target_dtype = getattr(torch, identity.dtype if dtype == "auto" else dtype)
+    steps = list(in_model_order(family, fields))
+    planned = [PlannedTensor(source.name.format(layer=layer), source_shape(source, fields), target_dtype)
+               for parameter, layer in steps for source in parameter.sources]
+    shards = plan_shards(planned, shard_bytes)
+    nbytes = sum(tensor.nbytes for tensor in planned)
+    with written_whole(output, nbytes) as folder:
+        with tqdm(total=nbytes, desc="export", unit="B", unit_scale=True, disable=not progress) as bar:
+            sources = _sources(reader, steps, fields, target_dtype)
+            for name, shard in shards.items():
+                with ShardWriter(folder / name, shard) as writer:
+                    for tensor in shard:
+                        writer.write(tensor.name, next(sources))
+                        bar.update(tensor.nbytes)
+        if len(shards) > 1:
+            _write_json(folder / INDEX_FILE, index_of(shards))
+        _write_json(folder / "config.json", _with_dtype(base_config, target_dtype))
+        _copy_companions(base, folder)
+        (folder / "README.md").write_text(model_card(identity, identity.run if run is None else run), encoding="utf-8")
+    return Exported(checkpoint, str(target_dtype).removeprefix("torch."), nbytes, len(shards))
+
+
+def check_tensors(reader: TorchDistReader, family: Family, fields: dict[str, Any], checkpoint: Path) -> None:
+    """Check keys and shapes of a checkpoint's model tensors; optimizer and other state are not looked at.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or is not part of the architecture.
+    """
+    expected = set()
+    for parameter in family.parameters(fields):
+        key = MODEL_PREFIX + parameter.key
+        expected.add(key)
+        if key not in reader.tensors:
+            raise UserError(f"checkpoint {checkpoint} lacks {key}, which a {family.architecture} has")
+        stored = tuple(reader.tensors[key].size)
+        shape = parameter_shape(parameter, fields)
+        if parameter.layered:
+            shape = (fields["num_layers"], *shape)
+        padded = parameter.sources[0].dims.startswith("vocab") and stored[0] >= shape[0] and stored[1:] == shape[1:]
+        if stored != shape and not padded:
+            raise UserError(f"checkpoint {checkpoint}: {key} has shape {list(stored)}, the model's config.json says "
+                            f"{list(shape)}")
+    extra = sorted(key for key in reader.tensors if key.startswith(MODEL_PREFIX) and key not in expected)
+    if extra:
+        raise UserError(f"checkpoint {checkpoint} has {extra[0]}, which is not part of a {family.architecture} "
+                        "with this config.json")
+
+
+def _common_fields(identity: Identity, checkpoint: Path, base_config: dict, base: Path) -> dict[str, Any]:
+    ours = {"architecture": identity.family, **model_fields(identity.hf_config)}
+    theirs = {"architecture": family_of(base_config).architecture, **model_fields(base_config)}
+    for name in sorted((ours.keys() | theirs.keys()) - FREE_FIELDS):
+        if ours.get(name) != theirs.get(name):
+            raise UserError(f"checkpoint {checkpoint} is not of the model in {base}: {name} is {ours.get(name)!r} "
+                            f"and {theirs.get(name)!r}")
+    return ours
+
+
+def _sources(reader: TorchDistReader, steps: list[tuple[Parameter, int | None]], fields: dict[str, Any],
+             dtype: torch.dtype) -> Iterator[Iterator[memoryview]]:
+    """The bytes of each Hugging Face tensor in ``dtype``, piece by piece; valid until the next is asked for."""
+    whole, part = Scratch(), Scratch()
+    for parameter, layer in steps:
+        key = MODEL_PREFIX + parameter.key
+        shapes = [source_shape(source, fields) for source in parameter.sources]
+        stored_dtype = reader.tensors[key].properties.dtype
+        stretches = None
+        if parameter.groups is None and stored_dtype == dtype:
+            first_rows = itertools.accumulate((shape[0] for shape in shapes), initial=0)
+            stretches = [reader.rows_in_files(key, layer, row, shape) for row, shape in zip(first_rows, shapes)]
+        if stretches and None not in stretches:
+            for stretch in stretches:
+                yield itertools.chain.from_iterable(read_pieces(*place) for place in stretch)
+            continue
+        merged = whole.tensor(parameter_shape(parameter, fields), stored_dtype)
+        reader.read_into(key, merged, layer)
+        layout = interleaving(parameter, fields)
+        for index, shape in enumerate(shapes):
+            view = layout.part(merged, index)
+            tensor = part.tensor(shape, dtype)
+            tensor.view(view.shape).copy_(view)
+            yield iter([as_bytes(tensor)])
+
+
+def _with_dtype(config: dict, dtype: torch.dtype) -> dict:
+    # transformers 4.56 renamed torch_dtype; readers of either generation understand the name that the base model uses
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    return config | {key: str(dtype).removeprefix("torch.")}
+
+
+def _copy_companions(base: Path, folder: Path) -> None:
+    for pattern in COPIED:
+        for path in base.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name)
+            else:
+                shutil.copyfile(path, folder / path.name)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

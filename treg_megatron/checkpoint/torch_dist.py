@@ -1,0 +1,228 @@
+"""Megatron-core's ``torch_dist`` checkpoints without Megatron-core: one process, one chunk of a tensor at a time.
+
+On disk such a checkpoint is PyTorch's distributed-checkpoint format (``.metadata``, and ``*.distcp`` files that hold
+each chunk as ``torch.save`` wrote it) plus ``metadata.json`` (which format) and ``common.pt`` (what is not sharded).
+Chunks are rectangles of a tensor, so any tensor- and pipeline-parallel layout can read what any other has written.
+"""
+
+import json
+import math
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from treg_megatron.checkpoint.buffers import OutputFile, Scratch, read_into
+from treg_megatron.errors import UserError
+
+METADATA = ".metadata"
+COMMON = "common.pt"
+FORMAT = "metadata.json"
+TORCH_DIST = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
+              "common_backend": "torch", "common_backend_version": 1}
+
+# What NeMo passes as the content metadata of its own checkpoints: layers stacked along axis 0, and no optimizer.
+CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+
+DATA_FILE_BYTES = 5_000_000_000
+
+
+class TorchDistWriter:
+    """Writes a checkpoint into an empty folder, chunk by chunk. A context manager; complete once it has exited."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._metadata = Metadata(state_dict_metadata={}, planner_data={}, storage_data={})
+        self._files = 0
+        self._file: OutputFile | None = None
+
+    def __enter__(self) -> "TorchDistWriter":
+        # torch.load does not look at the checksums, and computing them takes longer than writing
+        self._crc32 = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        return self
+
+    def __exit__(self, exception_type: type | None, *_) -> None:
+        torch.serialization.set_crc32_options(self._crc32)
+        if self._file:
+            self._file.close()
+        if exception_type is None:
+            torch.save({"content_metadata": CONTENT_METADATA}, self._folder / COMMON)
+            (self._folder / FORMAT).write_text(json.dumps(TORCH_DIST))
+            (self._folder / METADATA).write_bytes(pickle.dumps(self._metadata))
+
+    def write_chunk(self, key: str, chunk: torch.Tensor, offsets: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        """Write the rectangle of tensor ``key`` (of global ``shape``) that begins at ``offsets``.
+
+        ``chunk`` is contiguous and owns exactly its storage.
+        """
+        entry = self._metadata.state_dict_metadata.setdefault(
+            key, TensorStorageMetadata(TensorProperties(chunk.dtype), torch.Size(shape), []))
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), chunk.shape))
+        self._append(MetadataIndex(key, torch.Size(offsets)), chunk)
+
+    def write_object(self, key: str, value: Any, offset: int, length: int) -> None:
+        """Write item ``offset`` of ``length`` of a sharded object, e.g. one layer's FP8 state."""
+        unique_key = f"{key}/shard_{offset}_{length}"
+        self._metadata.state_dict_metadata[unique_key] = BytesStorageMetadata()
+        self._append(MetadataIndex(unique_key), [value])
+
+    def _append(self, index: MetadataIndex, value: Any) -> None:
+        if self._file is None or self._file.tell() >= DATA_FILE_BYTES:
+            if self._file:
+                self._file.close()
+            self._file = OutputFile(self._folder / f"__0_{self._files}.distcp")
+            self._files += 1
+        start = self._file.tell()
+        torch.save(value, self._file)
+        self._metadata.storage_data[index] = _StorageInfo(
+            os.path.basename(self._file.name), start, self._file.tell() - start)
+
+
+class TorchDistReader:
+    """Reads the tensors of a checkpoint that any parallel layout has written."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the metadata alone.
+
+        Raises:
+            UserError: no torch_dist checkpoint, or one that is damaged.
+        """
+        self._folder = folder
+        try:
+            backend = json.loads((folder / FORMAT).read_text())["sharded_backend"]
+            with open(folder / METADATA, "rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+        except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{folder} is not a readable Megatron checkpoint: {error}") from None
+        if backend != TORCH_DIST["sharded_backend"]:
+            raise UserError(f"{folder} has format {backend}; only torch_dist can be read")
+        self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            key: entry for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)}
+        self._scratch = Scratch()
+
+    def read_into(self, key: str, target: torch.Tensor, layer: int | None = None) -> None:
+        """Read a tensor, or one layer of a tensor that stacks layers on axis 0.
+
+        ``target`` is contiguous, of the stored dtype, and may have fewer rows than are stored: a vocabulary without
+        its padding.
+
+        Raises:
+            UserError: the chunks in the checkpoint do not cover it, or cannot be read.
+        """
+        for part in self._parts(key, layer, 0, tuple(target.shape)):
+            path, start, rows = self._locate(part)
+            piece = target[part.in_target]
+            in_place = rows.shape == piece.shape and piece.is_contiguous()
+            block = piece if in_place else self._scratch.tensor(tuple(rows.shape), rows.dtype)
+            read_into(path, start, block)
+            if not in_place:
+                piece.copy_(block[(slice(None), *part.in_chunk[1:])])
+
+    def rows_in_files(self, key: str, layer: int | None, first_row: int,
+                      shape: tuple[int, ...]) -> list[tuple[Path, int, int]] | None:
+        """Where ``shape[0]`` rows of a tensor (of a layer) lie: file, first byte and length of each stretch, in order.
+
+        None if some chunk holds less than whole rows, so that the rows are nowhere in one stretch.
+
+        Raises:
+            UserError: as :meth:`read_into`.
+        """
+        parts = sorted(self._parts(key, layer, first_row, shape), key=lambda part: part.in_target[0].start)
+        stretches = []
+        for part in parts:
+            path, start, rows = self._locate(part)
+            if rows.shape[1:] != shape[1:]:
+                return None
+            stretches.append((path, start, rows.nbytes))
+        return stretches
+
+    def _parts(self, key: str, layer: int | None, first_row: int, shape: tuple[int, ...]) -> list["_Part"]:
+        """The chunks that overlap a rectangle: whole rows of a tensor (of a layer) from ``first_row`` on."""
+        leading = () if layer is None else (layer,)
+        parts = []
+        for chunk in self.tensors[key].chunks:
+            if not all(o <= i < o + s for i, o, s in zip(leading, chunk.offsets, chunk.sizes)):
+                continue
+            offsets, sizes = chunk.offsets[len(leading):], chunk.sizes[len(leading):]
+            offsets = (offsets[0] - first_row, *offsets[1:])
+            ranges = [(max(0, o), min(n, o + s)) for o, s, n in zip(offsets, sizes, shape)]
+            if all(start < stop for start, stop in ranges):
+                parts.append(_Part(
+                    key, chunk, tuple(i - o for i, o in zip(leading, chunk.offsets)),
+                    tuple(slice(start - o, stop - o) for (start, stop), o in zip(ranges, offsets)),
+                    tuple(slice(start, stop) for start, stop in ranges)))
+        covered = sum(math.prod(s.stop - s.start for s in part.in_target) for part in parts)
+        if covered != math.prod(shape):
+            raise UserError(f"{self._folder}: {key} is incomplete: {covered} of {math.prod(shape)} values are there")
+        return parts
+
+    def _locate(self, part: "_Part") -> tuple[Path, int, torch.Tensor]:
+        """File and first byte of the chunk's rows that a part needs, and those rows as a meta tensor."""
+        info = self._storage[MetadataIndex(part.key, part.chunk.offsets)]
+        path = self._folder / info.relative_path
+        if getattr(info, "transform_descriptors", None):
+            raise UserError(f"{path}: {part.key} is stored with {info.transform_descriptors}, which cannot be read")
+        try:
+            with open(path, "rb") as file:
+                # on the meta device torch.load reads where the values lie and not the values
+                stored = torch.load(_create_file_view(file, info.offset, info.length), map_location="meta",
+                                    weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        if not stored.is_contiguous():
+            raise UserError(f"{path}: {part.key} is not stored row by row, which cannot be read")
+        rows = stored[(*part.layer, part.in_chunk[0])]
+        start = stored.untyped_storage()._checkpoint_offset + rows.storage_offset() * rows.element_size()
+        return path, info.offset + start, rows
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The overlap of one chunk with a rectangle that is read: the layer's place in the chunk, and the overlap's place
+    in that layer and in the rectangle."""
+
+    key: str
+    chunk: ChunkStorageMetadata
+    layer: tuple[int, ...]
+    in_chunk: tuple[slice, ...]
+    in_target: tuple[slice, ...]
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads ``.metadata`` without running or importing anything but the plain data classes it is made of."""
+
+    SAFE = {
+        ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set"),
+        ("pathlib", "PosixPath"), ("pathlib", "Path"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("megatron.core.dist_checkpointing."):
+            return _Record
+        if module.startswith("torch.distributed.checkpoint.") or (module, name) in self.SAFE:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"its metadata holds {module}.{name}, which does not belong there")
+
+
+class _Record:
+    """Stands for Megatron-core's subclasses of the metadata classes: attributes and no behaviour."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...

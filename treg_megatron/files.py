@@ -1,0 +1,113 @@
+"""Files that are either complete or absent, and the manifests that say what made them."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from treg_megatron.errors import UserError
+
+# What the machine refuses and the user can mend; any other OSError is a bug of ours and keeps its traceback.
+_REFUSED_BY_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+                           errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """Hex digest of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Give a path beside ``path`` to write to; when the block ends well, the file appears under its name, complete.
+
+    If the block raises, nothing stays. A killed process leaves at most ``.NAME.partial``, which the next one replaces.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full.
+    """
+    with atomic_write_all([Path(path)]) as partials:
+        yield partials[0]
+
+
+@contextlib.contextmanager
+def atomic_write_all(paths: list[Path], replaced_first: Path | None = None) -> Iterator[list[Path]]:
+    """:func:`atomic_write` for files that belong together: they are renamed one right after another, in order.
+
+    ``replaced_first`` names the file that vouches for the others (their manifest, the last of ``paths``): an old one
+    is removed before the first rename, so that it never vouches for a mixture of old and new files.
+    """
+    partials = [path.with_name(f".{path.name}.partial") for path in paths]
+    try:
+        for folder in {path.parent for path in paths}:
+            folder.mkdir(parents=True, exist_ok=True)
+        yield partials
+        for partial in partials:
+            _sync(partial)
+        if replaced_first is not None:
+            replaced_first.unlink(missing_ok=True)
+        for partial, path in zip(partials, paths):
+            os.replace(partial, path)
+        for folder in {path.parent for path in paths}:
+            _sync(folder)
+    except OSError as error:
+        if error.errno not in _REFUSED_BY_THE_MACHINE:
+            raise
+        raise UserError(f"cannot write {error.filename or paths[0]}: {error.strerror or error}") from None
+    finally:
+        for partial in partials:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def write_manifest(path: str | Path, format: str, version: int, content: dict[str, Any]) -> None:
+    """Write a manifest atomically: readable JSON that names its format and schema version first."""
+    with atomic_write(path) as partial:
+        partial.write_text(manifest_text(format, version, content), encoding="utf-8")
+
+
+def manifest_text(format: str, version: int, content: dict[str, Any]) -> str:
+    """What :func:`write_manifest` writes, for a manifest that is renamed together with other files."""
+    return json.dumps({"format": format, "version": version, **content}, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_manifest(path: str | Path, format: str, version: int) -> dict[str, Any]:
+    """Read a manifest of one format and schema version.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or is a manifest of something else.
+    """
+    path = Path(path)
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: what it should vouch for is unfinished or was never made") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as a manifest: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != format:
+        raise UserError(f"{path} is not a manifest of {format}")
+    if manifest.get("version") != version:
+        raise UserError(f"{path} has schema version {manifest.get('version')!r}, this release reads {version}; "
+                        "make the files again, or use the release that wrote them")
+    return manifest
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

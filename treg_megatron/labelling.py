@@ -1,0 +1,301 @@
+"""The station ``label``: preference pairs to labelled pairs, with a reference model that is never trained.
+
+Each response is scored three times by the reference model pi_ref, always as the same token ids: after the prompt x, for
+the reference log-probs that training needs, and after the prompts x_better and x_worse, for the token rewards
+
+    r_t = sigma( log pi_ref(y_t | x_better, y_<t) - log pi_ref(y_t | x_worse, y_<t) ) - 0.5
+
+(Zhou et al., "T-REG", ACL 2025, section 3.2).
+
+The input is cut into portions of ``shard_pairs`` pairs, and each becomes one Parquet file, written atomically. A file
+carries the fingerprint of its run, so an interrupted job goes on after its last finished portion, and files of another
+run are never mixed in.
+"""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treg_megatron.errors import UserError
+from treg_megatron.files import read_manifest, sha256_of, write_manifest
+from treg_megatron.labels import (MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, SIDES, LabelledPair, read_labelled,
+                                  read_shard_metadata, write_shard)
+from treg_megatron.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs
+from treg_megatron.prompts import PromptPair, load_prompt_pair
+from treg_megatron.recipe import LabelSection
+from treg_megatron.scoring import ScoredSequence, Scorer
+from treg_megatron.tokens import ChatTokenizer, load_tokenizer
+
+PROMPT_FILLS_CONTEXT = "prompt fills max_length"
+TOO_LONG = "prompt and response do not fit max_length"
+REVISION_TOO_LONG = "revision prompt and response do not fit max_length"
+
+_PASSES = ("reference", "better", "worse")
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A pair as token ids: for each side and pass the sequence to score; the response ids are the same in all three."""
+
+    pair: Pair
+    sequences: dict[str, dict[str, ScoredSequence]]
+
+
+def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]:
+    """Label ``section.pairs`` into the folder ``section.output``, or go on where an earlier call stopped.
+
+    Args:
+        scorer: the reference model; loaded from ``section.model`` if not given.
+
+    Returns:
+        The manifest: ``pairs`` (labelled), ``drops`` by reason, ``token_rewards`` (means), ``run``, ``shards``.
+
+    Raises:
+        UserError: input that cannot be used, an output folder that holds another run, or no pair that can be labelled.
+    """
+    if section.shard_pairs < 1:
+        raise UserError(f"label.shard_pairs={section.shard_pairs} must be at least 1")
+    output = Path(section.output)
+    tokenizer = load_tokenizer(section.model)
+    prompt_pair = load_prompt_pair(section.prompt_pair)
+    # Everything is read once before the first forward pass: a broken row must not show up after hours of scoring.
+    drops: Counter[str] = Counter()
+    total = sum(1 for _ in read_pairs(section.pairs, drops))
+    run = _fingerprint(section, tokenizer, prompt_pair)
+    if (output / MANIFEST_NAME).exists():
+        manifest = read_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
+        _require_same_run(manifest["run"], run, output / MANIFEST_NAME)
+        return manifest
+    finished = _finished_shards(output, run)
+    portions = range(-(-total // section.shard_pairs))
+    if any(portion not in finished for portion in portions):
+        scorer = scorer or _load_scorer(section)
+        _require_fitting_model(section, scorer, tokenizer)
+        done = sum(_pairs_in(portion, total, section.shard_pairs) for portion in portions if portion in finished)
+        with _Progress(total, done) as progress:
+            for portion, pairs in _portions(section):
+                if portion not in finished:
+                    _label_portion(pairs, _shard_path(output, portion), run, section, tokenizer, prompt_pair, scorer,
+                                   progress)
+    return _finish(output, portions, drops, run, section)
+
+
+def contrastive_rewards(logps_better: np.ndarray, logps_worse: np.ndarray) -> np.ndarray:
+    """Token rewards sigma(better - worse) - 0.5 in (-0.5, 0.5), fp32, value t for response token t.
+
+    Computed as tanh(difference / 2) / 2 in fp64, which is the same and exactly odd: swapped arguments change the sign
+    and nothing else.
+    """
+    difference = logps_better.astype(np.float64) - logps_worse.astype(np.float64)
+    return (np.tanh(difference / 2) / 2).astype(np.float32)
+
+
+def _label_portion(pairs: list[Pair], path: Path, run: dict, section: LabelSection, tokenizer: ChatTokenizer,
+                   prompt_pair: PromptPair, scorer: Scorer, progress: "_Progress") -> None:
+    drops: Counter[str] = Counter()
+    prepared = []
+    for pair in pairs:
+        try:
+            fitting, reason = _prepare(pair, section.max_length, tokenizer, prompt_pair)
+        except UserError as error:
+            raise UserError(f"{section.pairs}, pair {pair.pair_id}: {error}") from None
+        if fitting is None:
+            drops[reason] += 1
+        else:
+            prepared.append(fitting)
+    progress.dropped(drops.total())
+    sequences = [p.sequences[side][name] for p in prepared for side in SIDES for name in _PASSES]
+    logps = iter(scorer.score(sequences, progress.scored))
+    labelled = [_labelled(p, {side: {name: next(logps) for name in _PASSES} for side in SIDES}, section)
+                for p in prepared]
+    write_shard(path, labelled, {"run": run, "drops": dict(drops)})
+
+
+def _prepare(pair: Pair, max_length: int, tokenizer: ChatTokenizer,
+             prompt_pair: PromptPair) -> tuple[_Prepared | None, str]:
+    """The sequences of a pair, or None and the reason why it is dropped."""
+    prompt_ids = tokenizer.encode_prompt(pair.messages)
+    if len(prompt_ids) >= max_length:
+        return None, PROMPT_FILLS_CONTEXT
+    sequences = {}
+    for side, response in zip(SIDES, (pair.chosen, pair.rejected)):
+        response_ids = tokenizer.encode_response(pair.messages, response)
+        if len(prompt_ids) + len(response_ids) > max_length:
+            return None, TOO_LONG
+        prompts = {"reference": prompt_ids,
+                   "better": tokenizer.encode_prompt(prompt_pair.better(pair.messages, response)),
+                   "worse": tokenizer.encode_prompt(prompt_pair.worse(pair.messages, response))}
+        sequences[side] = {name: ScoredSequence(prompts[name], response_ids) for name in _PASSES}
+        if any(sequence.length > max_length for sequence in sequences[side].values()):
+            return None, REVISION_TOO_LONG
+    if sequences["chosen"]["reference"] == sequences["rejected"]["reference"]:
+        return None, IDENTICAL_RESPONSES           # they differed in white space that the template strips
+    return _Prepared(pair, sequences), ""
+
+
+def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], section: LabelSection) -> LabelledPair:
+    pair, columns = prepared.pair, {}
+    for side in SIDES:
+        if not all(np.isfinite(values).all() for values in logps[side].values()):
+            raise UserError(f"the reference model gives log-probs that are not finite for pair {pair.pair_id} "
+                            f"({side}); its weights are damaged, or need --dtype float32")
+        sequence = prepared.sequences[side]["reference"]
+        rewards = contrastive_rewards(logps[side]["better"], logps[side]["worse"])
+        if not section.reward_eot:
+            rewards[-1] = 0.0
+        columns[f"{side}_tokens"] = np.array([*sequence.prompt_ids, *sequence.response_ids], dtype=np.int32)
+        columns[f"{side}_token_rewards"] = rewards
+        columns[f"{side}_ref_logprobs"] = logps[side]["reference"]
+    return LabelledPair(pair.pair_id, **columns, chosen_score=pair.chosen_score, rejected_score=pair.rejected_score,
+                        prompt=conversation_text(pair.messages), chosen=pair.chosen, rejected=pair.rejected)
+
+
+# -- portions, resume, manifest ----------------------------------------------------------------------------------------
+
+def _portions(section: LabelSection) -> Iterator[tuple[int, list[Pair]]]:
+    portion: list[Pair] = []
+    number = 0
+    for pair in read_pairs(section.pairs):
+        portion.append(pair)
+        if len(portion) == section.shard_pairs:
+            yield number, portion
+            number, portion = number + 1, []
+    if portion:
+        yield number, portion
+
+
+def _pairs_in(portion: int, total: int, shard_pairs: int) -> int:
+    return min(shard_pairs, total - portion * shard_pairs)
+
+
+def _shard_path(output: Path, portion: int) -> Path:
+    return output / f"shard-{portion:05d}.parquet"
+
+
+def _finished_shards(output: Path, run: dict) -> set[int]:
+    finished = set()
+    for path in sorted(output.glob("*.parquet")):
+        number = re.fullmatch(r"shard-(\d+)", path.stem)
+        metadata = read_shard_metadata(path) if number else None
+        _require_same_run((metadata or {}).get("run"), run, path)
+        finished.add(int(number[1]))
+    return finished
+
+
+def _require_same_run(found: dict | None, run: dict, path: Path) -> None:
+    if found != run:
+        different = "of other origin" if found is None else "a run with another " + ", ".join(
+            name for name in run if found.get(name) != run[name])
+        raise UserError(f"{path} is {different}; name another label.output, or remove that folder")
+
+
+def _fingerprint(section: LabelSection, tokenizer: ChatTokenizer, prompt_pair: PromptPair) -> dict[str, Any]:
+    """What decides the labels. Batch size and device do not: they move values by rounding alone."""
+    from treg_megatron.scoring.huggingface import model_identity
+
+    return {
+        "pairs": {"file": Path(section.pairs).name, "sha256": sha256_of(section.pairs)},
+        "reference": {**model_identity(section.model), "dtype": section.dtype},
+        "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256},
+        "prompt_pair": {"name": prompt_pair.name, "sha256": prompt_pair.sha256},
+        "max_length": section.max_length,
+        "reward_eot": section.reward_eot,
+        "shard_pairs": section.shard_pairs,
+    }
+
+
+def _finish(output: Path, portions: range, drops: Counter[str], run: dict, section: LabelSection) -> dict[str, Any]:
+    shards, drops = [], Counter(drops)
+    means = {side: _Mean() for side in SIDES}
+    magnitude = _Mean()
+    for path in (_shard_path(output, portion) for portion in portions):
+        pairs = 0
+        for pair in read_labelled(path):
+            pairs += 1
+            for side in SIDES:
+                rewards = getattr(pair, f"{side}_token_rewards")
+                means[side].add(rewards)
+                magnitude.add(np.abs(rewards))
+        drops.update(read_shard_metadata(path)["drops"])
+        shards.append({"file": path.name, "pairs": pairs})
+    kept = sum(shard["pairs"] for shard in shards)
+    if not kept:
+        for shard in shards:
+            (output / shard["file"]).unlink()
+        raise UserError(f"{section.pairs}: no pair is left to label ({_listed(drops)})")
+    write_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION, {
+        "pairs": kept,
+        "drops": dict(sorted(drops.items())),
+        "token_rewards": {"mean_abs": magnitude.value, **{f"{side}_mean": means[side].value for side in SIDES}},
+        "run": run,
+        "shards": shards,
+    })
+    return read_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
+
+
+class _Mean:
+    def __init__(self):
+        self.total, self.count = 0.0, 0
+
+    def add(self, values: np.ndarray) -> None:
+        self.total += float(values.sum(dtype=np.float64))
+        self.count += len(values)
+
+    @property
+    def value(self) -> float:
+        return round(self.total / max(self.count, 1), 6)
+
+
+def _listed(drops: Counter[str]) -> str:
+    return ", ".join(f"{count} dropped: {reason}" for reason, count in sorted(drops.items()))
+
+
+# -- the reference model -----------------------------------------------------------------------------------------------
+
+def _load_scorer(section: LabelSection) -> Scorer:
+    from treg_megatron.scoring.huggingface import HuggingFaceScorer
+
+    return HuggingFaceScorer(section.model, section.dtype, section.device, section.batch_tokens)
+
+
+def _require_fitting_model(section: LabelSection, scorer: Scorer, tokenizer: ChatTokenizer) -> None:
+    if section.max_length > scorer.max_length:
+        raise UserError(f"label.max_length={section.max_length} is more than the {scorer.max_length} positions of "
+                        f"{section.model}; lower it")
+    if tokenizer.vocab_size > scorer.vocab_size:
+        raise UserError(f"the tokenizer of {section.model} has {tokenizer.vocab_size} tokens, its model embeds "
+                        f"{scorer.vocab_size}: they do not belong together")
+
+
+class _Progress:
+    """A bar on stderr: pairs done, pairs/s, time left, and tokens/s through the model."""
+
+    def __init__(self, total: int, done: int):
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, initial=done, unit="pair", desc="label", dynamic_ncols=True)
+        self._sequences = self._tokens = 0
+        self._start = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def dropped(self, pairs: int) -> None:
+        self._bar.update(pairs)
+
+    def scored(self, sequences: int, tokens: int) -> None:
+        per_pair = len(SIDES) * len(_PASSES)
+        whole, self._sequences = divmod(self._sequences + sequences, per_pair)
+        self._tokens += tokens
+        rate = self._tokens / max(time.monotonic() - self._start, 1e-9)
+        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(whole)

@@ -1,0 +1,50 @@
+"""Which pair is trained on when: the order of the pairs, and each rank's share of it.
+
+The order is a function of (seed, epoch) alone and the share of a rank one of (step, layout), so a run resumes at any
+step, on any number of data-parallel ranks, by knowing its step. Every pair is seen exactly once an epoch: the last
+global batch of an epoch holds what is left, some of its micro-batches may be empty, and the loss stays the mean over
+the pairs that are there.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+
+class MicrobatchOrder:
+    """Batch sampler: the indices of each micro-batch of one data-parallel rank, step after step.
+
+    Iterating yields ``micro_batches`` lists a step, each of at most ``micro_batch_size`` indices, possibly none.
+    """
+
+    def __init__(self, pairs: int, micro_batch_size: int, global_batch_size: int, rank: int, ranks: int, *,
+                 epochs: int = 1, first_step: int = 0, seed: int | None = None):
+        self.pairs, self.rank, self.ranks, self.seed = pairs, rank, ranks, seed
+        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
+        self.steps_per_epoch = math.ceil(pairs / global_batch_size)
+        self.first_step, self.steps = first_step, epochs * self.steps_per_epoch
+        self.micro_batches = global_batch_size // (micro_batch_size * ranks)
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole run: Lightning counts those before ``first_step`` as fetched."""
+        return self.steps * self.micro_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.steps):
+            batch = self.global_batch(step)
+            for micro in range(self.micro_batches):
+                start = (micro * self.ranks + self.rank) * self.micro_batch_size
+                yield batch[start:start + self.micro_batch_size].tolist()
+
+    def global_batch(self, step: int) -> np.ndarray:
+        """Indices of all pairs of one step, over all ranks: the same for every layout."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        return self._epoch_order(epoch)[step * self.global_batch_size:(step + 1) * self.global_batch_size]
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 -- an order lives as long as its run
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self.seed is None:
+            return np.arange(self.pairs)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.pairs)
