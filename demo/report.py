@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from treg_megatron.files import atomic_write
+from treg_megatron.labels import read_labelled
 from treg_megatron.recipe import Recipe, section
 
-SAMPLE_PAIR = "fact-legs"
+SAMPLE_PAIR = "unit-cm"
 SAMPLE_TOKENS = 48
 
 
@@ -44,8 +45,10 @@ def training_section(first_step: dict, before: dict, after: dict) -> Iterator[st
     yield ""
     yield f"| held-out pairs | before | after {after['step']} steps |"
     yield "|---|---:|---:|"
-    yield f"| preference loss | {before['validation/loss/preference']:.4f} | {after['validation/loss/preference']:.4f} |"
-    yield f"| reward margin | {before['validation/rewards/margins']:+.4f} | {after['validation/rewards/margins']:+.4f} |"
+    losses = [record["validation/loss/preference"] for record in (before, after)]
+    yield f"| preference loss | {losses[0]:.4f} | {losses[1]:.4f} |"
+    margins = [round(record["validation/rewards/margins"], 4) + 0.0 for record in (before, after)]  # + 0.0: no "-0"
+    yield f"| reward margin | {margins[0]:.4f} | {margins[1]:.4f} |"
     yield f"| reward accuracy | none yet | {after['validation/rewards/accuracies']:.0%} |"
     yield ""
     yield ("A reward is beta x (log-prob of the policy - log-prob of the reference). Before training the two are one "
@@ -62,10 +65,7 @@ def token_reward_section(labelled: dict[str, Path]) -> Iterator[str]:
 
 
 def mean_token_reward(folder: Path, side: str) -> float:
-    import pyarrow.compute as pc
-    from pyarrow import parquet
-
-    return np.mean(pc.list_flatten(parquet.read_table(folder, columns=[f"{side}_token_rewards"])[0]).to_numpy())
+    return float(np.concatenate([getattr(pair, f"{side}_token_rewards") for pair in read_labelled(folder)]).mean())
 
 
 def sample_conversation(pairs: Path) -> list[dict[str, str]]:
@@ -75,7 +75,8 @@ def sample_conversation(pairs: Path) -> list[dict[str, str]]:
 
 def sample_section(conversation: list[dict[str, str]], original: Path, aligned: Path) -> Iterator[str]:
     """The greedy answers of both models to one held-out prompt."""
-    yield f"Held-out prompt: {conversation[-1]['content']}"
+    yield f"One held-out prompt, picked because its answer changed (many do not): {conversation[-1]['content']}"
+    yield ""
     yield f"* before: {greedy_answer(conversation, original)}"
     yield f"* after: {greedy_answer(conversation, aligned)}"
 

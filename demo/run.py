@@ -8,6 +8,7 @@ stations are skipped: an interrupted demo goes on where it stopped.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -30,11 +31,12 @@ RANKS = 2
 
 @dataclass(frozen=True)
 class Station:
-    """One command, and what exists once it has finished; training has no such file and knows itself where it stopped."""
+    """One command, and what exists once it has finished; training has no such file, it knows where it stopped."""
 
     name: str
     arguments: list[str]
     output: Path | None
+    ranks: int = 1
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,7 +72,7 @@ def stations(recipe: Recipe) -> list[Station]:
                                      "--output", streams[split]], Path(streams[split] + ".manifest.json"))
           for split in PAIRS),
         Station("train", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS),
-                          "-m", "treg_megatron.train", *from_recipe], None),
+                          "-m", "treg_megatron.train", *from_recipe], None, RANKS),
         Station("export", ["tools/convert_checkpoint.py", "export", *from_recipe], Path(export.output)),
     ]
 
@@ -105,13 +107,19 @@ def run_station(station: Station, progress: Progress) -> None:
         return
     print(f"\n== {station.name}: python {' '.join(station.arguments)}", flush=True)
     start = time.monotonic()
-    code = subprocess.run([sys.executable, *station.arguments], cwd=ROOT).returncode
+    code = subprocess.run([sys.executable, *station.arguments], cwd=ROOT, env=environment(station)).returncode
     if code != 0:
         print(f"\nthe demo stops: station {station.name} failed, its message stands above; "
               "the same command goes on from here", file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
     progress.add(station.name, time.monotonic() - start)
     print(f"{station.name} took {progress.seconds[station.name]:.0f} s", flush=True)
+
+
+def environment(station: Station) -> dict[str, str]:
+    """Several ranks share the cores evenly: more threads than cores make all of them wait."""
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // station.ranks))} if station.ranks > 1 else {}
+    return {**threads, **os.environ}
 
 
 if __name__ == "__main__":

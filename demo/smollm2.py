@@ -117,6 +117,7 @@ def rebuild_tokenizer(gguf: "GGUFReader") -> "PreTrainedTokenizerFast":
         unk_token=tokens[field("ggml.unknown_token_id")],
         model_max_length=EXPECTED_CONFIG["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # Llama takes no token types
     )
     tokenizer.chat_template = field("chat_template")
     return tokenizer

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -79,8 +80,55 @@ class Objective:
         return None
 
 
+class Responses:
+    """Which of the flat response tokens belong to which response.
+
+    Args:
+        lengths: this rank's tokens of each response: chosen 0, rejected 0, chosen 1, ...
+        context_group: the context-parallel group whose ranks hold the other tokens of the same responses, or None.
+    """
+
+    def __init__(self, lengths: list[int], context_group: dist.ProcessGroup | None = None):
+        self.lengths, self.context_group = lengths, context_group
+        self.tokens = torch.tensor(lengths, dtype=torch.float32)  # of whole responses
+        if context_group is not None:
+            dist.all_reduce(self.tokens, group=context_group)
+
+    def sums(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """[tokens] -> ([pairs] of the chosen, [pairs] of the rejected), over whole responses.
+
+        One sum a response, so that a pair's loss has the same bits whatever it shares its micro-batch with.
+        """
+        if not self.lengths:
+            return values.sum()[None][:0], values.sum()[None][:0]
+        sums = torch.stack([response.sum() for response in values.split(self.lengths)])
+        if self.context_group is not None:
+            sums = _SumOverContext.apply(sums, self.context_group)
+        return sums[0::2], sums[1::2]
+
+    def spread(self, per_response: Tensor, like: Tensor) -> Tensor:
+        """[2 * pairs] -> [tokens], each token the value of its response."""
+        return torch.repeat_interleave(per_response, torch.tensor(self.lengths, dtype=torch.int64)).to(like.device)
+
+
+class _SumOverContext(torch.autograd.Function):
+    """All-reduce whose backward is the identity: every context-parallel rank computes the same loss from the sum, and
+    Megatron adds the ranks' gradients, each of its own tokens only."""
+
+    @staticmethod
+    def forward(ctx, values, group):
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
 def preference_loss(
-    logps: Tensor, ref_logps: Tensor | None, token_rewards: Tensor | None, lengths: list[int], objective: Objective
+    logps: Tensor, ref_logps: Tensor | None, token_rewards: Tensor | None, lengths: list[int], objective: Objective,
+    context_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Summed loss of a micro-batch of pairs, and the sums that its metrics are means of.
 
@@ -89,21 +137,23 @@ def preference_loss(
         ref_logps: [tokens] fp32, the same of the reference model; may be None for a reference-free objective.
         token_rewards: [tokens] fp32, r_t; may be None where the objective reads none.
         lengths: tokens of each response, 2 * pairs of them: chosen, rejected, chosen, ...
+        context_group: where responses are split over context-parallel ranks; everything above is then this rank's part.
 
     Returns:
         loss: [] fp32, sum over the pairs. T-REG, section 3: L_pref + alpha * w * (L_reg(y_w) + L_reg(y_l)).
         sums: metric name -> [] fp32 without gradient, a sum over pairs (``COUNTS`` names what others are counted in).
     """
+    responses = Responses(lengths, context_group)
     logps = logps.float()
     ref_logps = torch.zeros_like(logps) if ref_logps is None else ref_logps.float()
     per_token = objective.beta * torch.ones_like(logps)
     if objective.preference == "simpo":
-        per_token = objective.beta * _per_token(1.0 / torch.tensor(lengths, dtype=torch.float32), lengths, logps)
+        per_token = objective.beta * responses.spread(1.0 / responses.tokens, logps)
 
     log_ratio = logps - ref_logps if objective.needs_reference else logps
-    chosen, rejected = _sum_by_response(per_token * log_ratio, lengths)
+    chosen, rejected = responses.sums(per_token * log_ratio)
     margin = chosen - rejected
-    preference = _PREFERENCE[objective.preference](margin, log_ratio, lengths, objective)
+    preference = _PREFERENCE[objective.preference](margin, log_ratio, responses, objective)
     loss = preference
 
     weight = torch.ones_like(margin)
@@ -112,11 +162,11 @@ def preference_loss(
     rewards = _token_rewards(log_ratio, token_rewards, objective)
     regularization = torch.zeros_like(margin)
     if rewards is not None:
-        chosen_reg, rejected_reg = _sum_by_response(-per_token * rewards * logps, lengths)
+        chosen_reg, rejected_reg = responses.sums(-per_token * rewards * logps)
         regularization = weight * (chosen_reg + rejected_reg)
         if objective.alpha > 0:
             loss = loss + objective.alpha * regularization
-    chosen_logps, rejected_logps = _sum_by_response(logps, lengths)
+    chosen_logps, rejected_logps = responses.sums(logps)
     if objective.sft_weight > 0:
         loss = loss - objective.sft_weight * chosen_logps
 
@@ -132,7 +182,7 @@ def preference_loss(
         "logps/chosen": chosen_logps,
         "logps/rejected": rejected_logps,
         "treg/weight": weight,
-        **_token_reward_sums(rewards, lengths, objective.alpha, margin),
+        **_token_reward_sums(rewards, responses, objective.alpha, margin),
     }
     return loss.sum(), {name: value.detach().sum() for name, value in sums.items()}
 
@@ -151,21 +201,21 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     return {name: value / max(sums[COUNTS.get(name, "pairs")], 1.0) for name, value in sums.items() if name not in counts}
 
 
-def _dpo(margin: Tensor, log_ratio: Tensor, lengths: list[int], o: Objective) -> Tensor:
+def _dpo(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) -> Tensor:
     """-log sigma(margin) (DPO, arXiv 2305.18290, eq. 7); flipped with probability eps in cDPO (its section 3 note)."""
     return -(1 - o.label_smoothing) * F.logsigmoid(margin) - o.label_smoothing * F.logsigmoid(-margin)
 
 
-def _simpo(margin: Tensor, log_ratio: Tensor, lengths: list[int], o: Objective) -> Tensor:
+def _simpo(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) -> Tensor:
     """-log sigma(beta/|y_w| log pi(y_w) - beta/|y_l| log pi(y_l) - gamma) (SimPO, arXiv 2405.14734, eq. 6)."""
-    return _dpo(margin - o.gamma, log_ratio, lengths, o)
+    return _dpo(margin - o.gamma, log_ratio, responses, o)
 
 
-def _ipo(margin: Tensor, log_ratio: Tensor, lengths: list[int], o: Objective) -> Tensor:
+def _ipo(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) -> Tensor:
     """(h - 1/(2 beta))^2 (IPO, arXiv 2310.12036, eq. 17), h the difference of the log-ratios per token, as the
     authors' follow-up and TRL average them over the response."""
-    chosen, rejected = _sum_by_response(log_ratio, lengths)
-    tokens = torch.tensor(lengths, dtype=torch.float32, device=margin.device)
+    chosen, rejected = responses.sums(log_ratio)
+    tokens = responses.tokens.to(margin.device)
     return (chosen / tokens[0::2] - rejected / tokens[1::2] - 1 / (2 * o.beta)) ** 2
 
 
@@ -182,31 +232,19 @@ def _token_rewards(log_ratio: Tensor, token_rewards: Tensor | None, objective: O
     return None
 
 
-def _token_reward_sums(rewards: Tensor | None, lengths: list[int], alpha: float, like: Tensor) -> dict[str, Tensor]:
-    tokens = torch.tensor(lengths, dtype=torch.float32, device=like.device)
+def _token_reward_sums(rewards: Tensor | None, responses: Responses, alpha: float, like: Tensor) -> dict[str, Tensor]:
+    tokens = responses.tokens.to(like.device)
     counts = {"tokens/chosen": tokens[0::2], "tokens/rejected": tokens[1::2], "tokens": tokens}
     if rewards is None:
         return counts
-    chosen, rejected = _sum_by_response(rewards, lengths)
+    chosen, rejected = responses.sums(rewards)
+    outside = responses.sums((alpha * rewards.abs() > 0.25).float())  # |factor - 1| > 0.25
     return {
         **counts,
         "treg/token_reward_chosen": chosen,
         "treg/token_reward_rejected": rejected,
-        "treg/factor_outside_quarter": (alpha * rewards.abs() > 0.25).float(),  # |factor - 1| > 0.25
+        "treg/factor_outside_quarter": torch.cat(outside),
     }
-
-
-def _sum_by_response(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """[tokens] -> ([pairs] of the chosen, [pairs] of the rejected). One sum a response, so that a pair's loss has the
-    same bits whatever it shares its micro-batch with."""
-    if not lengths:
-        return values.sum()[None][:0], values.sum()[None][:0]
-    sums = torch.stack([response.sum() for response in values.split(lengths)])
-    return sums[0::2], sums[1::2]
-
-
-def _per_token(per_response: Tensor, lengths: list[int], like: Tensor) -> Tensor:
-    return torch.repeat_interleave(per_response, torch.tensor(lengths)).to(like.device)
 
 
 def _refuse_if(condition: bool, reason: str) -> None:

@@ -32,7 +32,7 @@ def head_on_this_rank(vocabulary: int) -> tuple[torch.Tensor, ...]:
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     mine = weight.chunk(size)[rank].clone().requires_grad_()
     logps = response_logps(copy_to_tensor_model_parallel_region(hidden), mine, targets, WORDS,
-                           parallel_state.get_tensor_model_parallel_group(), chunk_rows=4)
+                           parallel_state.get_tensor_model_parallel_group(), block_words=4)
     (logps * upstream).sum().backward()
 
     whole_hidden, whole = hidden.detach().double().requires_grad_(), weight.double().requires_grad_()

@@ -24,12 +24,12 @@ def plain(hidden, weight, targets, softcap=None):
     return logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 4, ROWS, 100])
+@pytest.mark.parametrize("block_words", [1, 4, WORDS, 100])
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_equals_log_softmax_with_a_gradient_for_each_token(chunk_rows, padding, softcap):
+def test_equals_log_softmax_with_a_gradient_for_each_token(block_words, padding, softcap):
     results = []
-    for f in (lambda h, w, t: response_logps(h, w, t, WORDS, logit_softcap=softcap, chunk_rows=chunk_rows),
+    for f in (lambda h, w, t: response_logps(h, w, t, WORDS, logit_softcap=softcap, block_words=block_words),
               lambda h, w, t: plain(h, w, t, softcap)):
         hidden, weight, targets, upstream = problem(WORDS + padding)
         logps = f(hidden, weight, targets)
@@ -47,7 +47,7 @@ def test_padding_words_take_no_probability_and_no_gradient():
 
 def test_bf16_reduces_in_fp32():
     hidden, weight, targets, _ = problem(dtype=torch.bfloat16)
-    logps = response_logps(hidden, weight, targets, WORDS, chunk_rows=4)
+    logps = response_logps(hidden, weight, targets, WORDS, block_words=4)
     assert logps.dtype == torch.float32
     logps.sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16

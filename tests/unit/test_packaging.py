@@ -35,7 +35,7 @@ def test_every_requirement_has_a_pin_that_it_allows():
     for requirement in REQUIRED + EXTRAS["dev"]:
         pin = PINS.get(canonicalize_name(requirement.name))
         assert pin is not None, f"{requirement.name} has no pin in constraints.txt"
-        assert requirement.specifier.contains(pin), f"constraints.txt pins {requirement.name}=={pin}, against {requirement}"
+        assert requirement.specifier.contains(pin), f"the pin {requirement.name}=={pin} is against {requirement}"
 
 
 def test_pins_are_exact_public_versions_in_order():

@@ -10,13 +10,23 @@ import os
 import warnings
 from collections.abc import Iterator
 
+HARMLESS = (
+    # "Rank 1 common state dict differs": the order of the optimizer's parameter groups, which loading matches by content
+    "megatron.core.dist_checkpointing.validation",
+    # a deprecation inside NeMo's own call
+    "megatron.core.dist_checkpointing.serialization",
+)
+
 
 def quieten() -> None:
     """Drop informational logging and Python's warnings from here on; call before importing torch."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not _verbose():
         warnings.filterwarnings("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the processes that Megatron's checkpoint writer starts
         logging.disable(logging.INFO)
+        for name in HARMLESS:
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
