@@ -3,8 +3,8 @@
     python tools/index_pairs.py --recipe recipes/X.yaml
     python tools/index_pairs.py --labelled labelled --output streams/train --tokenizer MODEL
 
-The input is what label_tokens.py wrote, or any Parquet file of the same columns with token rewards from your own source
-(docs/DATA_FORMATS.md). Every row is checked, and the tokenizer must be the one that made the tokens. Output is
+The input is what label_tokens.py wrote, any Parquet file of the same columns, or, for reference-free objectives, a text
+file of pairs with token rewards of your own (docs/DATA_FORMATS.md). Every row is checked, and the tokenizer must be the one that made the tokens. Output is
 PREFIX_tokens, PREFIX_token_rewards, PREFIX_ref_logprobs and PREFIX_pair_ids (.bin and .idx) and PREFIX.manifest.json;
 they appear together when all is written.
 """

@@ -2,10 +2,15 @@
 
     python tools/label_tokens.py --recipe recipes/X.yaml --pairs pairs.jsonl
     python tools/label_tokens.py --model MODEL --pairs pairs.json --output labelled --prompt-pair few_shot
+    torchrun --nproc-per-node 8 tools/label_tokens.py --recipe recipes/X.yaml --pairs pairs.jsonl
 
-Reads preference pairs (TRL's explicit prompt form, LLaMA-Factory's sharegpt form; JSON or JSONL) and writes labelled
-pairs as Parquet with a manifest. Pairs that do not fit --max-length, revision prompt included, are dropped whole and
-counted by reason; nothing is cut. Stopped at any moment, the same command goes on where it was.
+Reads preference pairs of any kind that inspect_pairs.py lists (JSON, JSONL, Parquet, Arrow) and writes labelled
+pairs as Parquet with a manifest. Pairs that do not fit --max-length are dropped whole and counted by reason; nothing
+is cut. Under torchrun or srun the processes share the pairs out. Stopped at any moment, the same command goes on where
+it was, with any number of processes.
+
+A reference model that is too large for one device is labelled with by Megatron: `--engine megatron --tensor 8` takes the
+checkpoint that training starts from; processes that one copy of the model leaves over hold further copies.
 
 Which prompt pair? `revise` is the paper's and suits models of billions of parameters; small ones merely copy the
 response that it shows them, and every reward is near 0. For those take `few_shot`, or write a YAML file of your own.
@@ -19,6 +24,8 @@ def main() -> None:
     from treg_megatron.labelling import label
 
     manifest = label(section)
+    if manifest is None:
+        return                          # other processes are at work still; the last one says how it went
     rewards, drops = manifest["token_rewards"], manifest["drops"]
     dropped = "; ".join(f"{count} {reason}" for reason, count in drops.items()) or "none"
     print(f"labelled {manifest['pairs']} pairs to {section.output} (dropped: {dropped}); token rewards: mean "

@@ -14,13 +14,20 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptim
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
 from treg_megatron import model as policies
+from treg_megatron.errors import UserError
 from treg_megatron.objective import Objective
 from treg_megatron.recipe import OptimizerSection, ParallelSection, TrainSection
 from treg_megatron.runtime.cpu import is_cpu
 from treg_megatron.runtime.launch import World
 from treg_megatron.strategy import PolicyStrategy
 
-ACTIVATIONS = {"silu": F.silu}
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation, which Gemma is trained with."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": gelu_tanh}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 #: what needs a CUDA kernel, an extension module or a compiler that a CPU machine does not have
@@ -40,7 +47,12 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
     Args:
         nemo_config: name of NeMo's config class, as ``families.nemo_config_class`` gives it.
         fields: its fields, as ``families.model_fields`` gives them.
+
+    Raises:
+        UserError: a layout that Megatron does not train the model in.
     """
+    if fields.get("num_moe_experts") and parallel.tensor > 1 and not parallel.sequence:
+        raise UserError(f"parallel.tensor={parallel.tensor} of a model with experts needs parallel.sequence=true")
     fields = dict(fields)
     vocabulary, activation = fields.pop("vocab_size"), ACTIVATIONS[fields.pop("activation")]
     without_engine = {"apply_rope_fusion": False, "persist_layer_norm": False} if not policies.HAVE_TE else {}
@@ -84,6 +96,7 @@ def strategy(parallel: ParallelSection, train: TrainSection, initial_weights: Pa
     return PolicyStrategy(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        expert_model_parallel_size=parallel.expert,
         sequence_parallel=parallel.sequence,
         pipeline_dtype=DTYPES[train.precision],
         process_group_backend="gloo" if is_cpu() else "nccl",
@@ -117,6 +130,6 @@ def trainer(world: World, strategy: PolicyStrategy, train: TrainSection, steps: 
     )
 
 
-def policy(config, objective: Objective, optim: MegatronOptimizerModule) -> policies.LlamaPolicy:
-    """The Lightning module that is trained."""
-    return policies.LlamaPolicy(config, objective, optim)
+def policy(config, objective: Objective, optim: MegatronOptimizerModule | None = None) -> policies.Policy:
+    """The Lightning module that is trained, of the NeMo model class that goes with ``config``."""
+    return policies.POLICIES[type(config)](config, objective, optim)

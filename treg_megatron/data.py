@@ -4,10 +4,13 @@ import functools
 import math
 
 import lightning.pytorch as pl
+import numpy as np
 from megatron.core import parallel_state
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
+from nemo.utils import AppState
 from torch.utils.data import DataLoader, Dataset
 
+from treg_megatron import packing
 from treg_megatron.microbatch import collate
 from treg_megatron.order import MicrobatchOrder
 from treg_megatron.recipe import DataSection
@@ -28,11 +31,22 @@ class PairDataset(Dataset):
 
 
 class PairSampler(MegatronDataSampler):
-    """Tells NeMo the shape of a step: a micro-batch is some pairs, which lie in one row or in two rows each."""
+    """Tells NeMo the shape of a step: a micro-batch is some pairs, which lie in one row or in two rows each.
 
-    def __init__(self, data: DataSection):
-        super().__init__(seq_len=data.seq_length, micro_batch_size=data.micro_batch_size,
+    Args:
+        bins: of the step with the most, where pairs lie in bins: then a bin is the sample that NeMo counts.
+    """
+
+    def __init__(self, data: DataSection, bins: int | None = None):
+        super().__init__(seq_len=data.seq_length, micro_batch_size=data.micro_batch_size if bins is None else 1,
                          global_batch_size=data.global_batch_size, dataloader_type="single", output_log=False)
+        self.bins = bins
+
+    def setup(self, global_rank: int) -> None:
+        if self.bins is not None:
+            ranks = AppState().data_parallel_size
+            self.global_batch_size = packing.micro_batches(self.bins, ranks) * ranks
+        super().setup(global_rank)
 
     def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
         """The loaders of :class:`PairData` are already split over ranks."""
@@ -52,7 +66,14 @@ class PairData(pl.LightningDataModule):
         super().__init__()
         self.data, self.train, self.validation = data, train, validation
         self.pad_to = math.lcm(data.pad_to_multiple_of, divisor)
-        self.data_sampler = PairSampler(data)
+        self.bins = None
+        if data.layout == "bins":
+            self.bin_size = data.bin_size or 2 * data.seq_length
+            held_out = [] if validation is None else [packing.most_bins(
+                self._lengths(validation), self.bin_size, data.global_batch_size)]
+            self.bins = max(packing.most_bins(self._lengths(train), self.bin_size, data.global_batch_size, data.epochs,
+                                              data.seed), *held_out, 1)
+        self.data_sampler = PairSampler(data, self.bins)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -72,8 +93,17 @@ class PairData(pl.LightningDataModule):
         return self._loader(self.validation)
 
     def _loader(self, streams: PairStreams, **order) -> DataLoader:
-        order = MicrobatchOrder(len(streams), self.data.micro_batch_size, self.data.global_batch_size,
-                                parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size(),
-                                **order)
-        return DataLoader(PairDataset(streams), batch_sampler=order, collate_fn=functools.partial(
-            collate, layout=self.data.layout, pad_to_multiple_of=self.pad_to))
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        if self.bins is None:
+            layout = self.data.layout
+            sampler = MicrobatchOrder(len(streams), self.data.micro_batch_size, self.data.global_batch_size, rank, ranks,
+                                      **order)
+        else:
+            layout = "packed"
+            sampler = packing.BinOrder(self._lengths(streams), self.bin_size, self.data.global_batch_size, rank, ranks,
+                                       micro_batches=packing.micro_batches(self.bins, ranks), **order)
+        return DataLoader(PairDataset(streams), batch_sampler=sampler, collate_fn=functools.partial(
+            collate, layout=layout, pad_to_multiple_of=self.pad_to))
+
+    def _lengths(self, streams: PairStreams) -> np.ndarray:
+        return packing.pair_lengths(streams.sequence_lengths, self.bin_size, str(streams.prefix))

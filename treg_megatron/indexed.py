@@ -30,6 +30,8 @@ DTYPE_CODES = {np.dtype(name): code for code, name in enumerate(
     ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"), start=1)}
 
 _HEADER = struct.Struct("<9sQBQQ")
+_COPIED_AT_ONCE = 1 << 24
+_END = 1 << 16
 _MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
 
 
@@ -52,8 +54,18 @@ class IndexedWriter:
             self._lengths.append(len(sequence))
         self._document_starts.append(len(self._lengths))
 
+    def append(self, reader: "IndexedReader") -> None:
+        """Append all documents of another dataset of the same number type."""
+        for start in range(0, reader.numbers.nbytes, _COPIED_AT_ONCE):
+            content = reader.numbers.view(np.uint8)[start:start + _COPIED_AT_ONCE].data
+            self._bin.write(content)
+            self._digest.update(content)
+        sequences = len(self._lengths)
+        self._lengths.frombytes(reader.lengths.tobytes())
+        self._document_starts.frombytes((reader.document_starts[1:] + sequences).tobytes())
+
     def finish(self) -> dict[str, dict]:
-        """Close the .bin file, write the .idx file, and return size and sha256 of both, keyed ``bin`` and ``idx``."""
+        """Close the .bin file, write the .idx file, and return size and hashes of both, keyed ``bin`` and ``idx``."""
         self._bin.close()
         lengths = np.frombuffer(self._lengths, dtype=np.int32) if len(self._lengths) else np.zeros(0, np.int32)
         starts = np.frombuffer(self._document_starts, dtype=np.int64)
@@ -62,8 +74,10 @@ class IndexedWriter:
             stream.write(lengths.tobytes())
             stream.write(_offsets(lengths, self.dtype).tobytes())
             stream.write(starts.tobytes())
-        return {"bin": {"bytes": self.bin_path.stat().st_size, "sha256": self._digest.hexdigest()},
-                "idx": {"bytes": self.idx_path.stat().st_size, "sha256": sha256_of(self.idx_path)}}
+        return {"bin": {"bytes": self.bin_path.stat().st_size, "sha256": self._digest.hexdigest(),
+                        "ends": ends_of(self.bin_path)},
+                "idx": {"bytes": self.idx_path.stat().st_size, "sha256": sha256_of(self.idx_path),
+                        "ends": ends_of(self.idx_path)}}
 
     def close(self) -> None:
         """Release the file without finishing it."""
@@ -77,6 +91,7 @@ class IndexedReader:
         dtype: number type of the sequences.
         lengths: int32 [sequences], numbers in each.
         document_starts: int64 [documents + 1], first sequence of each document, and the number of sequences.
+        numbers: all sequences, one after the other; a read-only view of the file.
 
     Raises:
         UserError: a file is missing, is no indexed dataset, or index and data do not agree.
@@ -94,15 +109,15 @@ class IndexedReader:
             raise UserError(f"{idx_path} has {len(index)} bytes, which does not fit its {sequences} sequences")
         self.dtype = dtypes[code]
         self.lengths, offsets, self.document_starts = _split(index[_HEADER.size:], sequences, boundaries)
-        self._numbers = _mapped(bin_path)
+        self.numbers = _mapped(bin_path)
         if (self.lengths < 0).any() or not np.array_equal(offsets, _offsets(self.lengths, self.dtype)):
             raise UserError(f"{idx_path}: offsets do not follow from lengths")
-        if len(self._numbers) != (needed := int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize):
-            raise UserError(f"{bin_path} has {len(self._numbers)} bytes, its index needs {needed}")
+        if len(self.numbers) != (needed := int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize):
+            raise UserError(f"{bin_path} has {len(self.numbers)} bytes, its index needs {needed}")
         if boundaries < 1 or self.document_starts[0] != 0 or self.document_starts[-1] != sequences \
                 or (np.diff(self.document_starts) < 0).any():
             raise UserError(f"{idx_path}: documents do not cover the sequences in order")
-        self._numbers = self._numbers.view(self.dtype)
+        self.numbers = self.numbers.view(self.dtype)
         self._starts = offsets // self.dtype.itemsize
 
     def __len__(self) -> int:
@@ -111,7 +126,15 @@ class IndexedReader:
     def __getitem__(self, sequence: int) -> np.ndarray:
         """The numbers of one sequence, a read-only view of the file."""
         start = self._starts[sequence]
-        return self._numbers[start:start + self.lengths[sequence]]
+        return self.numbers[start:start + self.lengths[sequence]]
+
+
+def ends_of(path: Path) -> str:
+    """Hex digest of the first and the last bytes of a file: tells files apart at the price of two reads."""
+    with open(path, "rb") as stream:
+        first = stream.read(_END)
+        stream.seek(max(path.stat().st_size - _END, 0))
+        return hashlib.sha256(first + stream.read(_END)).hexdigest()
 
 
 def _mapped(path: Path) -> np.ndarray:

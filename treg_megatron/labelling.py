@@ -8,33 +8,37 @@ the reference log-probs that training needs, and after the prompts x_better and 
 (Zhou et al., "T-REG", ACL 2025, section 3.2).
 
 The input is cut into portions of ``shard_pairs`` pairs, and each becomes one Parquet file, written atomically. A file
-carries the fingerprint of its run, so an interrupted job goes on after its last finished portion, and files of another
-run are never mixed in.
+carries the fingerprint of its run, so an interrupted job goes on with what is not finished, and files of another run are
+never mixed in. Portions are labelled independently of each other: any number of processes share them out, and which of
+them labels a portion changes nothing in it. Whoever finds all of them finished writes the manifest.
 """
 
+import os
 import re
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from treg_megatron.errors import UserError
-from treg_megatron.files import read_manifest, sha256_of, write_manifest
+from treg_megatron.files import read_manifest, write_manifest
 from treg_megatron.labels import (MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, SIDES, LabelledPair, read_labelled,
                                   read_shard_metadata, write_shard)
 from treg_megatron.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs
+from treg_megatron.progress import Progress
 from treg_megatron.prompts import PromptPair, load_prompt_pair
 from treg_megatron.recipe import LabelSection
+from treg_megatron.runtime.launch import world
+from treg_megatron.rows import source_identity
 from treg_megatron.scoring import ScoredSequence, Scorer
 from treg_megatron.tokens import ChatTokenizer, load_tokenizer
 
 PROMPT_FILLS_CONTEXT = "prompt fills max_length"
 TOO_LONG = "prompt and response do not fit max_length"
-REVISION_TOO_LONG = "revision prompt and response do not fit max_length"
+REVISION_TOO_LONG = "revision prompt and response do not fit max_revision_length"
 
 _PASSES = ("reference", "better", "worse")
 
@@ -47,43 +51,67 @@ class _Prepared:
     sequences: dict[str, dict[str, ScoredSequence]]
 
 
-def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]:
+class _Share(NamedTuple):
+    """Which portions this process labels: those whose number modulo ``count`` is ``index``.
+
+    ``writes`` is False on the ranks of a split model that only help to compute.
+    """
+
+    index: int
+    count: int
+    writes: bool
+
+    def __contains__(self, portion: int) -> bool:
+        return portion % self.count == self.index
+
+
+def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any] | None:
     """Label ``section.pairs`` into the folder ``section.output``, or go on where an earlier call stopped.
+
+    Under torchrun or srun every process labels its share.
 
     Args:
         scorer: the reference model; loaded from ``section.model`` if not given.
 
     Returns:
-        The manifest: ``pairs`` (labelled), ``drops`` by reason, ``token_rewards`` (means), ``run``, ``shards``.
+        The manifest: ``pairs`` (labelled), ``drops`` by reason, ``token_rewards`` (means), ``run``, ``shards``. None
+        where other processes are still at work.
 
     Raises:
         UserError: input that cannot be used, an output folder that holds another run, or no pair that can be labelled.
     """
-    if section.shard_pairs < 1:
-        raise UserError(f"label.shard_pairs={section.shard_pairs} must be at least 1")
+    for name in ("shard_pairs", "max_length", "batch_tokens", "tensor", "pipeline"):
+        if getattr(section, name) < 1:
+            raise UserError(f"label.{name}={getattr(section, name)} must be at least 1")
     output = Path(section.output)
     tokenizer = load_tokenizer(section.model)
     prompt_pair = load_prompt_pair(section.prompt_pair)
     # Everything is read once before the first forward pass: a broken row must not show up after hours of scoring.
     drops: Counter[str] = Counter()
-    total = sum(1 for _ in read_pairs(section.pairs, drops))
+    total = sum(1 for _ in read_pairs(section.pairs, drops, section.format))
     run = _fingerprint(section, tokenizer, prompt_pair)
     if (output / MANIFEST_NAME).exists():
         manifest = read_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
         _require_same_run(manifest["run"], run, output / MANIFEST_NAME)
         return manifest
+    share = _share(section)
     finished = _finished_shards(output, run)
     portions = range(-(-total // section.shard_pairs))
-    if any(portion not in finished for portion in portions):
+    mine = [portion for portion in portions if portion in share]
+    if any(portion not in finished for portion in mine):
         scorer = scorer or _load_scorer(section)
         _require_fitting_model(section, scorer, tokenizer)
-        done = sum(_pairs_in(portion, total, section.shard_pairs) for portion in portions if portion in finished)
-        with _Progress(total, done) as progress:
+        sizes = {portion: min(section.shard_pairs, total - portion * section.shard_pairs) for portion in mine}
+        done = sum(size for portion, size in sizes.items() if portion in finished)
+        with Progress("label", "pairs", sum(sizes.values()), done, shown=share.writes and share.index == 0) as progress:
             for portion, pairs in _portions(section):
-                if portion not in finished:
-                    _label_portion(pairs, _shard_path(output, portion), run, section, tokenizer, prompt_pair, scorer,
-                                   progress)
-    return _finish(output, portions, drops, run, section)
+                if portion in share and portion not in finished:
+                    metadata, labelled = _label_portion(pairs, run, section, tokenizer, prompt_pair, scorer, progress)
+                    if share.writes:
+                        write_shard(_shard_path(output, portion), labelled, metadata)
+    if not share.writes or any(not _shard_path(output, portion).exists() for portion in portions):
+        return None
+    return _finish(output, portions, drops, run, section, share)
 
 
 def contrastive_rewards(logps_better: np.ndarray, logps_worse: np.ndarray) -> np.ndarray:
@@ -96,28 +124,39 @@ def contrastive_rewards(logps_better: np.ndarray, logps_worse: np.ndarray) -> np
     return (np.tanh(difference / 2) / 2).astype(np.float32)
 
 
-def _label_portion(pairs: list[Pair], path: Path, run: dict, section: LabelSection, tokenizer: ChatTokenizer,
-                   prompt_pair: PromptPair, scorer: Scorer, progress: "_Progress") -> None:
+def _label_portion(pairs: list[Pair], run: dict, section: LabelSection, tokenizer: ChatTokenizer,
+                   prompt_pair: PromptPair, scorer: Scorer,
+                   progress: Progress) -> tuple[dict[str, Any], list[LabelledPair]]:
+    """The metadata and the rows of a shard."""
+    revision_length = section.max_revision_length or scorer.max_length
     drops: Counter[str] = Counter()
     prepared = []
     for pair in pairs:
         try:
-            fitting, reason = _prepare(pair, section.max_length, tokenizer, prompt_pair)
+            fitting, reason = _prepare(pair, section.max_length, revision_length, tokenizer, prompt_pair)
         except UserError as error:
             raise UserError(f"{section.pairs}, pair {pair.pair_id}: {error}") from None
         if fitting is None:
             drops[reason] += 1
         else:
             prepared.append(fitting)
-    progress.dropped(drops.total())
+    progress.skipped(drops.total())
     sequences = [p.sequences[side][name] for p in prepared for side in SIDES for name in _PASSES]
-    logps = iter(scorer.score(sequences, progress.scored))
+    passes = len(SIDES) * len(_PASSES)
+    done = 0
+
+    def scored(count: int, tokens: int) -> None:
+        nonlocal done
+        progress.worked((done + count) // passes - done // passes, tokens)
+        done += count
+
+    logps = iter(scorer.score(sequences, scored))
     labelled = [_labelled(p, {side: {name: next(logps) for name in _PASSES} for side in SIDES}, section)
                 for p in prepared]
-    write_shard(path, labelled, {"run": run, "drops": dict(drops)})
+    return {"run": run, "drops": dict(drops)}, labelled
 
 
-def _prepare(pair: Pair, max_length: int, tokenizer: ChatTokenizer,
+def _prepare(pair: Pair, max_length: int, max_revision_length: int, tokenizer: ChatTokenizer,
              prompt_pair: PromptPair) -> tuple[_Prepared | None, str]:
     """The sequences of a pair, or None and the reason why it is dropped."""
     prompt_ids = tokenizer.encode_prompt(pair.messages)
@@ -125,18 +164,30 @@ def _prepare(pair: Pair, max_length: int, tokenizer: ChatTokenizer,
         return None, PROMPT_FILLS_CONTEXT
     sequences = {}
     for side, response in zip(SIDES, (pair.chosen, pair.rejected)):
-        response_ids = tokenizer.encode_response(pair.messages, response)
+        response_ids = _response_ids(pair, side, tokenizer)
         if len(prompt_ids) + len(response_ids) > max_length:
             return None, TOO_LONG
         prompts = {"reference": prompt_ids,
                    "better": tokenizer.encode_prompt(prompt_pair.better(pair.messages, response)),
                    "worse": tokenizer.encode_prompt(prompt_pair.worse(pair.messages, response))}
         sequences[side] = {name: ScoredSequence(prompts[name], response_ids) for name in _PASSES}
-        if any(sequence.length > max_length for sequence in sequences[side].values()):
+        if max(sequences[side]["better"].length, sequences[side]["worse"].length) > max_revision_length:
             return None, REVISION_TOO_LONG
     if sequences["chosen"]["reference"] == sequences["rejected"]["reference"]:
         return None, IDENTICAL_RESPONSES           # they differed in white space that the template strips
     return _Prepared(pair, sequences), ""
+
+
+def _response_ids(pair: Pair, side: str, tokenizer: ChatTokenizer) -> list[int]:
+    sampled = getattr(pair, f"{side}_ids")
+    if sampled is None:
+        return tokenizer.encode_response(pair.messages, getattr(pair, side))
+    if pair.tokenizer != tokenizer.sha256:
+        raise UserError("its response ids were sampled with another tokenizer; label it with the model that sampled it, "
+                        "or remove chosen_ids and rejected_ids to have the text tokenised")
+    if max(sampled) >= tokenizer.vocab_size:
+        raise UserError(f"{side}_ids holds {max(sampled)}, the tokenizer has {tokenizer.vocab_size} tokens")
+    return list(sampled)
 
 
 def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], section: LabelSection) -> LabelledPair:
@@ -161,17 +212,13 @@ def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], sect
 def _portions(section: LabelSection) -> Iterator[tuple[int, list[Pair]]]:
     portion: list[Pair] = []
     number = 0
-    for pair in read_pairs(section.pairs):
+    for pair in read_pairs(section.pairs, format=section.format):
         portion.append(pair)
         if len(portion) == section.shard_pairs:
             yield number, portion
             number, portion = number + 1, []
     if portion:
         yield number, portion
-
-
-def _pairs_in(portion: int, total: int, shard_pairs: int) -> int:
-    return min(shard_pairs, total - portion * shard_pairs)
 
 
 def _shard_path(output: Path, portion: int) -> Path:
@@ -200,17 +247,19 @@ def _fingerprint(section: LabelSection, tokenizer: ChatTokenizer, prompt_pair: P
     from treg_megatron.scoring.huggingface import model_identity
 
     return {
-        "pairs": {"file": Path(section.pairs).name, "sha256": sha256_of(section.pairs)},
+        "pairs": source_identity(section.pairs),
         "reference": {**model_identity(section.model), "dtype": section.dtype},
         "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256},
         "prompt_pair": {"name": prompt_pair.name, "sha256": prompt_pair.sha256},
         "max_length": section.max_length,
+        "max_revision_length": section.max_revision_length,
         "reward_eot": section.reward_eot,
         "shard_pairs": section.shard_pairs,
     }
 
 
-def _finish(output: Path, portions: range, drops: Counter[str], run: dict, section: LabelSection) -> dict[str, Any]:
+def _finish(output: Path, portions: range, drops: Counter[str], run: dict, section: LabelSection,
+            share: _Share) -> dict[str, Any]:
     shards, drops = [], Counter(drops)
     means = {side: _Mean() for side in SIDES}
     magnitude = _Mean()
@@ -227,15 +276,18 @@ def _finish(output: Path, portions: range, drops: Counter[str], run: dict, secti
     kept = sum(shard["pairs"] for shard in shards)
     if not kept:
         for shard in shards:
-            (output / shard["file"]).unlink()
+            (output / shard["file"]).unlink(missing_ok=True)
         raise UserError(f"{section.pairs}: no pair is left to label ({_listed(drops)})")
-    write_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION, {
+    # Processes that finish at the same moment all write it, with the same content, and none into another's file.
+    own = output / f".{MANIFEST_NAME}.{share.index}"
+    write_manifest(own, MANIFEST_FORMAT, MANIFEST_VERSION, {
         "pairs": kept,
         "drops": dict(sorted(drops.items())),
         "token_rewards": {"mean_abs": magnitude.value, **{f"{side}_mean": means[side].value for side in SIDES}},
         "run": run,
         "shards": shards,
     })
+    os.replace(own, output / MANIFEST_NAME)
     return read_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
 
 
@@ -258,44 +310,31 @@ def _listed(drops: Counter[str]) -> str:
 
 # -- the reference model -----------------------------------------------------------------------------------------------
 
+def _share(section: LabelSection) -> _Share:
+    here = world()
+    if section.engine == "huggingface":
+        return _Share(here.rank, here.size, True)
+    from treg_megatron.scoring.megatron import replica
+
+    index, count, first = replica(here, section.tensor, section.pipeline)
+    return _Share(index, count, first)
+
+
 def _load_scorer(section: LabelSection) -> Scorer:
+    if section.engine == "megatron":
+        from treg_megatron.scoring.megatron import MegatronScorer
+
+        return MegatronScorer(section.checkpoint, section.tensor, section.pipeline, section.dtype, section.batch_tokens)
     from treg_megatron.scoring.huggingface import HuggingFaceScorer
 
     return HuggingFaceScorer(section.model, section.dtype, section.device, section.batch_tokens)
 
 
 def _require_fitting_model(section: LabelSection, scorer: Scorer, tokenizer: ChatTokenizer) -> None:
-    if section.max_length > scorer.max_length:
-        raise UserError(f"label.max_length={section.max_length} is more than the {scorer.max_length} positions of "
-                        f"{section.model}; lower it")
+    for name in ("max_length", "max_revision_length"):
+        if (getattr(section, name) or 0) > scorer.max_length:
+            raise UserError(f"label.{name}={getattr(section, name)} is more than the {scorer.max_length} positions of "
+                            f"{section.model}; lower it")
     if tokenizer.vocab_size > scorer.vocab_size:
         raise UserError(f"the tokenizer of {section.model} has {tokenizer.vocab_size} tokens, its model embeds "
                         f"{scorer.vocab_size}: they do not belong together")
-
-
-class _Progress:
-    """A bar on stderr: pairs done, pairs/s, time left, and tokens/s through the model."""
-
-    def __init__(self, total: int, done: int):
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, initial=done, unit="pair", desc="label", dynamic_ncols=True)
-        self._sequences = self._tokens = 0
-        self._start = time.monotonic()
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def dropped(self, pairs: int) -> None:
-        self._bar.update(pairs)
-
-    def scored(self, sequences: int, tokens: int) -> None:
-        per_pair = len(SIDES) * len(_PASSES)
-        whole, self._sequences = divmod(self._sequences + sequences, per_pair)
-        self._tokens += tokens
-        rate = self._tokens / max(time.monotonic() - self._start, 1e-9)
-        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        self._bar.update(whole)

@@ -74,8 +74,10 @@ def read_shard_metadata(path: str | Path) -> dict[str, Any] | None:
     return json.loads(metadata[_METADATA_KEY]) if _METADATA_KEY in metadata else None
 
 
-def read_labelled(path: str | Path) -> Iterator[LabelledPair]:
+def read_labelled(path: str | Path, first: int = 0, last: int | None = None) -> Iterator[LabelledPair]:
     """Read and check labelled pairs, row by row, from one Parquet file or from all those of a folder.
+
+    ``first`` and ``last`` (one after the last) choose rows by their number over all files, from 0.
 
     Files are read in the natural order of their names (part-2 before part-10); memory holds some rows at a time. Wider
     integers and floats are accepted where their values fit.
@@ -83,8 +85,22 @@ def read_labelled(path: str | Path) -> Iterator[LabelledPair]:
     Raises:
         UserError: a file, column, type or value that does not fulfil the contract, with file, row and pair_id.
     """
+    before = 0
     for file in labelled_files(path):
-        yield from _read_file(file)
+        rows = _open(file).metadata.num_rows
+        begin, end = max(first - before, 0), rows if last is None else min(last - before, rows)
+        if begin < end or rows == 0:
+            yield from _read_file(file, begin, end)
+        before += rows
+
+
+def count_rows(path: str | Path) -> int:
+    """Rows of one Parquet file or of all those of a folder, without reading them.
+
+    Raises:
+        UserError: as :func:`read_labelled`.
+    """
+    return sum(_open(file).metadata.num_rows for file in labelled_files(path))
 
 
 def labelled_files(path: str | Path) -> list[Path]:
@@ -152,12 +168,12 @@ class _WrongRow(Exception):
         self.row, self.message = row, message
 
 
-def _read_file(path: Path) -> Iterator[LabelledPair]:
+def _read_file(path: Path, begin: int, end: int) -> Iterator[LabelledPair]:
     parquet = _open(path)
     present = _require_columns(parquet.schema_arrow, path)
     first_row = 1
     try:
-        for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE, columns=present):
+        for first_row, batch in _batches(parquet, present, begin, end):
             ids: list[Any] = []
             try:
                 ids = _pair_ids(batch)
@@ -171,14 +187,31 @@ def _read_file(path: Path) -> Iterator[LabelledPair]:
                 raise UserError(f"{path} row {first_row + wrong.row}{name}: {wrong.message}") from None
             yield from pairs
             first_row += batch.num_rows
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: text that is not UTF-8 in row {first_row} or after ({error.reason})") from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read after row {first_row - 1}: {error}") from None
+
+
+def _batches(parquet: pq.ParquetFile, columns: list[str], begin: int, end: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Rows begin to end of a file, some at a time, each with the number of its first row, from 1."""
+    groups, starts = [], [0]
+    for group in range(parquet.num_row_groups):
+        starts.append(starts[-1] + parquet.metadata.row_group(group).num_rows)
+        if starts[-2] < end and begin < starts[-1]:
+            groups.append(group)
+    row = starts[groups[0]] if groups else 0
+    for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns, row_groups=groups):
+        wanted = batch.slice(max(begin - row, 0), max(min(end - row, batch.num_rows) - max(begin - row, 0), 0))
+        if wanted.num_rows:
+            yield row + max(begin - row, 0) + 1, wanted
+        row += batch.num_rows
 
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from None
 
 

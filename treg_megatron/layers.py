@@ -2,8 +2,8 @@
 
 Megatron's own "local" layers refuse sequence parallelism (their norm), packed sequences (their attention) and hold the
 whole score matrix. This spec keeps all of Megatron's modules except those two: an RMSNorm that says its gradient is
-partial under sequence parallelism, and attention on ``scaled_dot_product_attention``. Parameter names and checkpoint
-keys are the local spec's.
+partial under sequence parallelism, and attention on ``scaled_dot_product_attention``. Parameter names are the local
+spec's, checkpoint keys are Transformer Engine's.
 """
 
 import math
@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
@@ -22,11 +24,15 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 
 def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec:
-    """The decoder block of this pipeline stage, every layer and the final norm on PyTorch kernels."""
+    """The decoder block of this pipeline stage, every layer and the final norm on PyTorch kernels.
+
+    ``config.post_layer_norms``, where a config has it, asks for Gemma 2's norms behind attention and MLP.
+    """
     layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm,
                                      normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
@@ -36,9 +42,28 @@ def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
     attention.core_attention = SdpaAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if getattr(config, "post_layer_norms", False):
+        attention.linear_proj = layer.submodules.mlp.submodules.linear_fc2 = RowParallelLinearWithNorm
+    if config.num_moe_experts:
+        # the local spec files this norm under a fused linear_fc1, which experts have in no spec
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+        _mend_experts()
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return ModuleSpec(module=TransformerBlock,
                       submodules=TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm))
+
+
+def _mend_experts() -> None:
+    """Two places where Megatron's experts need Transformer Engine or a GPU without meaning to."""
+    # the router asks whether it is None, and it is defined only where Transformer Engine is installed
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
+    # the all-to-all takes split sizes as an array, which a tensor becomes only on its way from a GPU
+    token_dispatcher.maybe_move_tensor_to_cpu = _moved_to_cpu
+
+
+def _moved_to_cpu(tensor: Tensor | None, as_numpy: bool = False, record_stream: bool = False):
+    moved = moe_utils.maybe_move_tensor_to_cpu(tensor, as_numpy, record_stream)
+    return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
 
 
 class RMSNorm(torch.nn.Module):
@@ -57,14 +82,33 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
-        weight = 1 + self.weight if self.zero_centered else self.weight
-        return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.eps)
+        if not self.zero_centered:
+            return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+        # bf16 has 8 bits: 1 + gamma would lose most of a small gamma
+        return F.rms_norm(hidden.float(), (hidden.shape[-1],), 1 + self.weight.float(), self.eps).type_as(hidden)
+
+
+class RowParallelLinearWithNorm(RowParallelLinear):
+    """A row-parallel linear layer whose output is normalised; its parameters are named as NeMo's
+    ``TERowParallelLinearLayerNorm`` names them."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs):
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.post_layernorm = RMSNorm(config, output_size, config.layernorm_epsilon)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(hidden)
+        return self.post_layernorm(output), bias
 
 
 class SdpaAttention(MegatronModule):
     """Causal grouped-query attention on ``scaled_dot_product_attention``.
 
     Packed sequences (THD) are attended one by one: block-diagonal without a mask, and no work between sequences.
+
+    Two options of the config have no fused kernel: a sliding window (``window_size``, in the layers that
+    ``window_attn_skip_freq`` names) takes a mask where a sequence is longer than the window, and a soft-cap on the
+    scores (``attn_logit_softcapping``) takes the whole score matrix of a sequence in fp32.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType,
@@ -73,7 +117,11 @@ class SdpaAttention(MegatronModule):
         super().__init__(config=config)
         if config.context_parallel_size > 1:
             raise ValueError("context parallelism needs Transformer Engine's attention, which is not installed")
-        self.softmax_scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
+        head_scale = getattr(config, "query_pre_attn_scalar", config.kv_channels)
+        self.softmax_scale = softmax_scale or 1 / math.sqrt(head_scale)
+        self.softcap = getattr(config, "attn_logit_softcapping", None)
+        slides = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.tokens_before = config.window_size[0] if slides else None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
@@ -90,10 +138,36 @@ class SdpaAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[b, heads, s, d], [b, groups, s, d] -> [b, heads, s, d]."""
+        length, dropout = query.shape[2], self.dropout if self.training else 0.0
+        if self.softcap is not None:
+            mask = causal_mask(length, self.tokens_before, query.device)
+            return soft_capped_attention(query, key, value, mask, self.softmax_scale, self.softcap, dropout)
+        slides = self.tokens_before is not None and length > self.tokens_before + 1
+        mask = causal_mask(length, self.tokens_before, query.device) if slides else None
         return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1],
-            dropout_p=self.dropout if self.training else 0.0)
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1], dropout_p=dropout)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Nothing to save: attention has no parameters."""
         return {}
+
+
+def causal_mask(length: int, tokens_before: int | None, device: torch.device) -> Tensor:
+    """[s, s] bool, True where a query (row) sees a key: itself and the tokens before it, at most ``tokens_before``."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
+    return (distance >= 0) & (distance <= (length if tokens_before is None else tokens_before))
+
+
+def soft_capped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float,
+                          dropout: float) -> Tensor:
+    """Attention on c * tanh(scores / c), scores and softmax in fp32.
+
+    [b, heads, s, d], [b, groups, s, d], mask [s, s] -> [b, heads, s, d].
+    """
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * scale
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
+    weights = F.dropout(scores.softmax(-1).type_as(value), dropout)
+    return (weights @ value[:, :, None]).flatten(1, 2)

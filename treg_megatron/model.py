@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import HAVE_TE, transformer_engine_layer_spec
 from nemo.collections.llm.gpt.model.llama import Llama31Config
+from nemo.collections.llm.gpt.model.mixtral import MixtralConfig
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
@@ -80,9 +81,41 @@ class Llama31PolicyConfig(PolicyConfig, Llama31Config):
     true_vocab_size: int = 0
 
 
+@dataclass
+class MistralPolicyConfig7B(PolicyConfig, llm.MistralConfig7B):
+    true_vocab_size: int = 0
+
+
+@dataclass
+class Qwen2PolicyConfig(PolicyConfig, llm.Qwen2Config):
+    true_vocab_size: int = 0
+
+
+@dataclass
+class Qwen3PolicyConfig(PolicyConfig, llm.Qwen3Config):
+    true_vocab_size: int = 0
+
+
+@dataclass
+class Gemma2PolicyConfig(PolicyConfig, llm.Gemma2Config):
+    true_vocab_size: int = 0
+    post_layer_norms: bool = True
+
+
+@dataclass
+class MixtralPolicyConfig(PolicyConfig, MixtralConfig):
+    true_vocab_size: int = 0
+
+
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec:
-    """Transformer Engine's layers where it is installed, PyTorch's otherwise."""
-    return transformer_engine_layer_spec(config) if HAVE_TE else torch_block_spec(config, vp_stage=vp_stage)
+    """Transformer Engine's layers where it is installed, PyTorch's otherwise and for Gemma 2.
+
+    NeMo's own layers for Gemma 2 refuse packed sequences, drop the sliding window where no mask is passed, and slide in
+    the odd layers where the model slides in the even ones.
+    """
+    if HAVE_TE and not getattr(config, "post_layer_norms", False):
+        return transformer_engine_layer_spec(config)
+    return torch_block_spec(config, vp_stage=vp_stage)
 
 
 def data_step(iterator) -> dict[str, Any]:
@@ -148,7 +181,9 @@ class PreferenceLossReduction(MegatronLossReduction):
 class Policy:
     """Mix-in over NeMo's ``llm.GPTModel`` classes: their training and validation loss is the objective's."""
 
-    objective: Objective
+    def __init__(self, config: llm.GPTConfig, objective: Objective, optim=None):
+        super().__init__(config, optim=optim)
+        self.objective = objective
 
     @property
     def training_loss_reduction(self) -> PreferenceLossReduction:
@@ -166,6 +201,33 @@ class Policy:
 class LlamaPolicy(Policy, llm.LlamaModel):
     """Llama-architecture policy."""
 
-    def __init__(self, config: llm.LlamaConfig, objective: Objective, optim=None):
-        super().__init__(config, optim=optim)
-        self.objective = objective
+
+class MistralPolicy(Policy, llm.MistralModel):
+    """Mistral-architecture policy."""
+
+
+class Qwen2Policy(Policy, llm.Qwen2Model):
+    """Policy of the Qwen 2 and 2.5 architecture."""
+
+
+class Qwen3Policy(Policy, llm.Qwen3Model):
+    """Policy of the dense Qwen 3 architecture."""
+
+
+class Gemma2Policy(Policy, llm.Gemma2Model):
+    """Gemma-2-architecture policy; NeMo's class scales the embeddings."""
+
+
+class MixtralPolicy(Policy, llm.MixtralModel):
+    """Mixtral-architecture policy."""
+
+
+POLICIES: dict[type[PolicyConfig], type[Policy]] = {
+    LlamaPolicyConfig: LlamaPolicy,
+    Llama31PolicyConfig: LlamaPolicy,
+    MistralPolicyConfig7B: MistralPolicy,
+    Qwen2PolicyConfig: Qwen2Policy,
+    Qwen3PolicyConfig: Qwen3Policy,
+    Gemma2PolicyConfig: Gemma2Policy,
+    MixtralPolicyConfig: MixtralPolicy,
+}

@@ -34,15 +34,64 @@ class ModelSection:
 
 
 @dataclass
+class SampleSection:
+    """Responses of a model to prompts: the first half of on-policy pairs."""
+
+    model: str = key("Hugging Face folder of the model that is sampled: tokenizer, and weights where it runs here")
+    prompts: str = key("prompts to answer, a JSON or JSONL file; of preference pairs, their prompts")
+    output: str = key("folder for the samples (JSONL) and their manifest")
+    engine: str = key("what generates: this process, a server that speaks OpenAI's completions protocol, or vLLM",
+                      choices=("huggingface", "server", "vllm"))
+    server: str | None = key("engine server: its address up to and with /v1")
+    server_model: str | None = key("engine server: name of the model there; null asks the server for its first")
+    timeout: float = key("engine server: seconds that an answer may take before it is asked for again")
+    tries: int = key("engine server: how often an answer is asked for, with growing pauses, before the job stops")
+    seeds: list[int] = key("one response to each prompt for each seed")
+    temperature: float = key("temperature of the distribution that is sampled; > 0")
+    top_p: float = key("share of the probability that is sampled from, in (0, 1]")
+    max_new_tokens: int = key("tokens of a response; one that is cut off there is marked")
+    max_prompt_length: int = key("tokens that a prompt may have; longer ones are dropped and counted")
+    batch_prompts: int = key("prompts that are answered at once")
+    dtype: str = key("precision of the model", choices=("float32", "bfloat16"))
+    device: str = key("engine huggingface: where the model runs: auto, cpu or cuda")
+    shard_prompts: int = key("prompts in one output shard: what an interrupted job loses at most")
+
+
+@dataclass
+class RankSection:
+    """Samples to preference pairs: the best and the worst response of each prompt."""
+
+    samples: str = key("folder that sample_responses wrote")
+    output: str = key("preference pairs to write, a JSONL file")
+    scores: str = key("where scores come from: a reward model, a key of each sampled response, or your own function",
+                      choices=("reward_model", "column", "function"))
+    reward_model: str | None = key("Hugging Face folder of a sequence-classification model")
+    column: str | None = key("key of each response in the samples that holds its score")
+    function: str | None = key("MODULE:NAME of a function (messages, responses) -> scores")
+    allow_remote_code: bool = key("whether code in the reward model's folder (ArmoRM has some) may be executed")
+    truncated: str = key("what becomes of responses that were cut off", choices=("keep", "drop"))
+    dtype: str = key("precision of the reward model", choices=("float32", "bfloat16"))
+    device: str = key("where the reward model runs: auto, cpu or cuda")
+
+
+@dataclass
 class LabelSection:
     """Token rewards by contrastive prompting, and reference log-probs (offline, no training)."""
 
     model: str = key("Hugging Face folder of the reference model")
-    pairs: str = key("preference pairs to label, a JSON or JSONL file")
+    pairs: str = key("preference pairs to label: JSON, JSONL, Parquet, an Arrow folder, or hub:OWNER/NAME")
+    format: str = key("kind of preference pairs: auto recognises it, tools/inspect_pairs.py --help lists the names")
     output: str = key("folder for the labelled pairs (Parquet) and their manifest")
     prompt_pair: str = key("name of a built-in better/worse prompt pair, or the path of your own YAML file")
-    max_length: int = key("tokens that the prompt with its response, and each revision prompt with it, may have")
-    batch_tokens: int = key("padded tokens in one forward pass of the reference model")
+    max_length: int = key("tokens that the prompt with its response may have: what training sees")
+    max_revision_length: int | None = key("tokens that a better or worse prompt with the response may have; "
+                                          "null: as many as the reference model has positions")
+    engine: str = key("what holds the reference model: each process whole, or Megatron split over ranks",
+                      choices=("huggingface", "megatron"))
+    checkpoint: str = key("engine megatron: Megatron checkpoint of the reference model")
+    tensor: int = key("engine megatron: tensor-parallel size")
+    pipeline: int = key("engine megatron: pipeline-parallel size")
+    batch_tokens: int = key("tokens in one forward pass of the reference model")
     dtype: str = key("precision of the reference model", choices=("float32", "bfloat16"))
     device: str = key("where the reference model runs: auto, cpu or cuda")
     reward_eot: bool = key("whether the end-of-turn token gets a token reward like the others")
@@ -53,9 +102,12 @@ class LabelSection:
 class IndexSection:
     """Labelled pairs to aligned Megatron indexed datasets."""
 
-    labelled: str = key("folder or Parquet file of labelled pairs")
+    labelled: str = key("folder or Parquet file of labelled pairs, or a text file of pairs with token rewards")
     output: str = key("PREFIX of the streams: PREFIX_tokens.bin, PREFIX_tokens.idx, ...")
     tokenizer: str = key("Hugging Face folder of the tokenizer that the training model uses")
+    workers: int = key("processes that write a shard each; the streams are the same whatever their number")
+    validation_fraction: float = key("share of the pairs, chosen by a hash of pair_id, that goes to "
+                                     "PREFIX_validation instead; 0 makes none")
 
 
 @dataclass
@@ -80,13 +132,15 @@ class ObjectiveSection:
 class DataSection:
     """What is trained on, and in what portions."""
 
-    train: str = key("PREFIX of the training streams")
+    train: str = key("PREFIX of the training streams, or several with weights: 0.3 PREFIX_A 0.7 PREFIX_B")
     validation: str | None = key("PREFIX of the held-out streams; null trains without validation")
     seq_length: int = key("longest sequence (prompt + response) in tokens; longer pairs are refused")
     micro_batch_size: int = key("pairs in one forward pass of one data-parallel rank")
     global_batch_size: int = key("pairs in one optimizer step over all ranks")
-    layout: str = key("sequences of a micro-batch: one after the other in one row, or one a row, padded",
-                      choices=("packed", "padded"))
+    layout: str = key("sequences of a micro-batch: one after the other in one row, or one a row, padded; bins: packed, "
+                      "and as many pairs as fit bin_size instead of micro_batch_size", choices=("packed", "padded", "bins"))
+    bin_size: int | None = key("layout bins: tokens of a micro-batch, both sequences of its pairs; "
+                               "null: 2 x seq_length, which holds any pair")
     pad_to_multiple_of: int = key("rows are padded to a multiple of this many tokens")
     epochs: int = key("passes over the training pairs")
     seed: int = key("seed of the order of the pairs")
@@ -99,6 +153,7 @@ class ParallelSection:
     tensor: int = key("tensor-parallel size")
     pipeline: int = key("pipeline-parallel size")
     sequence: bool = key("sequence parallelism inside the tensor-parallel group")
+    expert: int = key("expert-parallel size of a mixture-of-experts model")
 
 
 @dataclass
@@ -139,6 +194,7 @@ class ExportSection:
     output: str = key("Hugging Face folder to write")
     dtype: str = key("precision of the written weights; auto keeps the base model's",
                      choices=("auto", "float32", "bfloat16", "float16"))
+    shard_size: float = key("largest weight file in GB (10^9 bytes); larger models are split and get an index")
 
 
 @dataclass
@@ -148,6 +204,8 @@ class Recipe:
     name: str
     run: str
     model: ModelSection
+    sample: SampleSection
+    rank: RankSection
     label: LabelSection
     index: IndexSection
     objective: ObjectiveSection

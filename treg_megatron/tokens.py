@@ -4,20 +4,26 @@ A trained sequence is the ids of the prompt followed by the ids of the response.
 template renders up to where the assistant's words begin; the response is those words and one end-of-turn token.
 """
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from treg_megatron.errors import UserError
 from treg_megatron.files import sha256_of_json
-from treg_megatron.pairs import Message
+from treg_megatron.formats import Message
+from treg_megatron.sampling import Sampled
+from treg_megatron.sentencepiece_model import SentencePieceTokenizer
 
 # Llama 3.2's template writes today's date into the system turn unless it is given one; labels must not change with it.
 _FIXED_DATE = "26 Jul 2024"
 _PROBE = "response"
+_REMEMBERED = 64
+_PROBE_SYSTEM = "instruction"
 
 
 class ChatTokenizer:
@@ -33,23 +39,50 @@ class ChatTokenizer:
     def __init__(self, tokenizer: Any, folder: Path):
         self.folder = folder
         self._tokenizer = tokenizer
-        self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._engine = tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else _FastEngine(tokenizer)
+        special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = set(special)
+        self._special_texts = {token.content: i for i, token in special.items()}
+        self._special_text = re.compile("|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True)))
+                                        or r"(?!)")
+        # Some special tokens swallow the white space around them.
+        self._special_place = re.compile("(" + "|".join(
+            r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
+            for token in sorted(special.values(), key=lambda token: len(token.content), reverse=True)) + ")"
+            if special else r"((?!))")
         self._puts_space_first = tokenizer.convert_ids_to_tokens(self._encode(_PROBE))[0].startswith("\u2581")
-        self.sha256 = _tokenizer_hash(tokenizer)
+        self.sha256 = tokenizer.sha256 if self._engine is tokenizer else _tokenizer_hash(tokenizer)
         self.template_sha256 = hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
         self.vocab_size = len(tokenizer)
+        self._last_prompt: tuple[Any, str] = (None, "")
+        self._ends_of_turn: dict[str, int] = {}
         self._before_response = ""
+        self._knows_system = True
+        self._knows_system = self._probe_system_role()
         self._before_response = self._probe_text_before_response()
+        self._last_prompt = (None, "")
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation that ends with a user turn, up to where the assistant's words begin.
 
-        Special tokens come from the template alone, so BOS is never doubled.
+        Special tokens come from the template alone, so BOS is never doubled, and words of the conversation that look
+        like a special token are encoded as ordinary text. Where the template has no system role, the system message
+        heads the first user turn.
 
         Raises:
-            UserError: the template refuses the conversation (for instance a system message where it knows none).
+            UserError: the template refuses the conversation (for instance roles that do not alternate).
         """
-        return self._encode(self._render(messages, generation_prompt=True) + self._before_response)
+        disguise = self._disguise(message.content for message in messages)
+        text = self._rendered_prompt(messages, disguise)
+        if not disguise:
+            return self._encode(text)
+        ids: list[int] = []
+        for i, part in enumerate(self._special_place.split(text)):
+            if i % 2:
+                ids.append(self._special_texts.get(part, self._special_texts.get(part.strip())))
+            elif part:
+                ids += self._encode_within(_replaced(part, {hidden: shown for shown, hidden in disguise.items()}))
+        return ids
 
     def encode_response(self, messages: Sequence[Message], response: str) -> list[int]:
         """Ids of ``response`` as the template renders it after ``messages``, and exactly one end-of-turn token.
@@ -60,28 +93,81 @@ class ChatTokenizer:
         Raises:
             UserError: the template refuses the conversation, rewrites the response, or ends it with no special token.
         """
-        words, end_of_turn = self._split_response(messages, response)
+        words, _, end_of_turn = self._split_response(messages, response)
         return [*self._encode(words, special=False), end_of_turn]
+
+    def encode_response_with_spans(self, messages: Sequence[Message],
+                                   response: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """:meth:`encode_response`, and for each id but the end-of-turn token its characters in ``response``.
+
+        A span is (first, one after the last). Tokens that share a character, as bytes of it do, have it in common;
+        what no token claims for itself, such as a space, belongs to the token after it.
+        """
+        words, shift, end_of_turn = self._split_response(messages, response)
+        ids, found = self._engine.encode_with_spans(words)
+        spans, reached = [], 0
+        for start, end in found:
+            if start > reached:
+                start = reached
+            if end > reached:
+                reached = end
+            spans.append((start, end))
+        if shift:
+            spans = [(max(start + shift, 0), max(end + shift, 0)) for start, end in spans]
+        return [*ids, end_of_turn], spans
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens included."""
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def _split_response(self, messages: Sequence[Message], response: str) -> tuple[str, int]:
-        prompt = self._render(messages, generation_prompt=True) + self._before_response
-        whole = self._render([*messages, Message("assistant", response)], generation_prompt=False)
+    @functools.cached_property
+    def end_of_turn(self) -> int:
+        """The token that ends a response."""
+        return self.encode_response([Message("user", "prompt")], _PROBE)[-1]
+
+    def sampled(self, ids: Sequence[int]) -> Sampled:
+        """A response from the ids that a model generated, and perhaps padding behind its end-of-turn token."""
+        ids = list(ids)
+        finished = self.end_of_turn in ids
+        ids = ids[:ids.index(self.end_of_turn) + 1] if finished else ids
+        words = ids[:-1] if finished else ids
+        text = self._tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Sampled(text, ids, finished)
+
+    def _split_response(self, messages: Sequence[Message], response: str) -> tuple[str, int, int]:
+        """The text to encode, where its first character stands in ``response`` (-1: before it), the end-of-turn id."""
+        disguise = self._disguise([*(message.content for message in messages), response])
+        prompt = self._rendered_prompt(messages, disguise)
+        whole = self._render([*messages, Message("assistant", response)], False, disguise)
         if not whole.startswith(prompt):
             raise UserError(f"the chat template of {self.folder} renders a prompt differently once a response follows: "
                             "no exact boundary between them exists")
         rest = whole[len(prompt):]
-        space = rest[:len(rest) - len(rest.lstrip(" "))] if not response.startswith(" ") else ""
         for words in (response, response.rstrip(), response.lstrip(), response.strip()):
-            if rest.startswith(space + words):
-                end_of_turn = self._first_special(rest[len(space + words):])
-                return (words if self._puts_space_first else space + words), end_of_turn
+            space = " " * (_leading_spaces(rest) - _leading_spaces(words))
+            rendered = space + _replaced(words, disguise)
+            if rest.startswith(rendered):
+                end_of_turn = self._first_special(rest[len(rendered):])
+                cut = len(response) - len(response.lstrip()) if len(words) < len(response.rstrip()) else 0
+                if self._puts_space_first:
+                    return words, cut, end_of_turn
+                return space + words, cut - len(space), end_of_turn
         raise UserError(f"the chat template of {self.folder} rewrites the response {_shortened(response)!r}")
 
+    def _rendered_prompt(self, messages: Sequence[Message], disguise: Mapping[str, str]) -> str:
+        key = (tuple(messages), tuple(disguise.items()))
+        if self._last_prompt[0] != key:         # asked for again for each response to it
+            self._last_prompt = key, self._render(messages, True, disguise) + self._before_response
+        return self._last_prompt[1]
+
     def _first_special(self, text: str) -> int:
+        if text not in self._ends_of_turn:
+            if len(self._ends_of_turn) > _REMEMBERED:
+                self._ends_of_turn.clear()
+            self._ends_of_turn[text] = self._find_first_special(text)
+        return self._ends_of_turn[text]
+
+    def _find_first_special(self, text: str) -> int:
         for token in self._encode(text):
             if token in self._special_ids:
                 return token
@@ -93,39 +179,94 @@ class ChatTokenizer:
         A space alone belongs to the response: a model that continues the prompt generates it.
         """
         question = [Message("user", "prompt")]
-        prompt = self._render(question, generation_prompt=True)
-        whole = self._render([*question, Message("assistant", _PROBE)], generation_prompt=False)
+        prompt = self._render(question, True)
+        whole = self._render([*question, Message("assistant", _PROBE)], False)
         before, found, _ = whole[len(prompt):].partition(_PROBE)
         if not whole.startswith(prompt) or not found:
             raise UserError(f"the chat template of {self.folder} does not render a response after its prompt")
         return before if before.strip(" ") else ""
 
-    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+    def _probe_system_role(self) -> bool:
+        try:
+            return _PROBE in self._render([Message("system", _PROBE), Message("user", "prompt")], True)
+        except UserError:
+            return False
+
+    def _disguise(self, contents: Iterable[str]) -> dict[str, str]:
+        """A private character for each special token that contents spell out, so that rendering tells them apart."""
+        text = "\0".join(contents)
+        spelled = sorted(set(self._special_text.findall(text)))
+        unused = (chr(code) for code in range(0x10FFFD, 0xF0000, -1) if chr(code) not in text) if spelled else ()
+        return dict(zip(spelled, unused))
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool, disguise: Mapping[str, str] = {}) -> str:
         from jinja2 import TemplateError
 
+        if not self._knows_system and len(messages) > 1 and messages[0].role == "system":
+            system, first, *others = messages
+            messages = [Message(first.role, f"{system.content}\n\n{first.content}"), *others]
         try:
-            return self._tokenizer.apply_chat_template([m._asdict() for m in messages], tokenize=False,
-                                                       add_generation_prompt=generation_prompt,
-                                                       date_string=_FIXED_DATE)
+            return self._tokenizer.apply_chat_template(
+                [{"role": m.role, "content": _replaced(m.content, disguise)} for m in messages], tokenize=False,
+                add_generation_prompt=generation_prompt, date_string=_FIXED_DATE)
         except (TemplateError, TypeError) as error:
             raise UserError(f"the chat template of {self.folder} refuses a conversation of "
                             f"{', '.join(m.role for m in messages)}: {error}") from None
 
     def _encode(self, text: str, special: bool = True) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
+        return self._engine.encode(text, special)
+
+    def _encode_within(self, text: str) -> list[int]:
+        """Ids of a text that stands between special tokens, without taking any of it for one."""
+        if not self._puts_space_first:
+            return self._encode(text, special=False)
+        # The tokenizer puts a space before what it takes for a beginning. A line break has a token of its own, so what
+        # follows one is encoded as in the middle of a text.
+        before, ids = self._encode("\n", special=False), self._encode("\n" + text, special=False)
+        return ids[len(before):] if ids[:len(before)] == before else self._encode(text, special=False)
+
+
+class _FastEngine:
+    """A fast tokenizer's own encoder, without the padding and truncation that it may be set to."""
+
+    def __init__(self, tokenizer: Any):
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Ids of a text; ``special`` says whether special tokens are recognised in it."""
+        return self._encoded(text, special).ids
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text without special tokens, and the characters of each."""
+        encoded = self._encoded(text, False)
+        return encoded.ids, encoded.offsets
+
+    def _encoded(self, text: str, special: bool) -> Any:
+        self._backend.encode_special_tokens = not special
+        return self._backend.encode(text, add_special_tokens=False)
 
 
 def load_tokenizer(folder: str | Path) -> ChatTokenizer:
-    """Load the fast tokenizer and the chat template of a local Hugging Face folder; nothing is downloaded or executed.
+    """Load a tokenizer and its chat template from this machine; nothing is downloaded or executed.
+
+    Args:
+        folder: a Hugging Face folder with a fast tokenizer; or a SentencePiece ``.model`` file, or a folder with one
+            and nothing of Hugging Face's, with ``chat_template.jinja`` beside it.
 
     Raises:
-        UserError: the folder is missing, or has no fast tokenizer or no chat template.
+        UserError: the folder is missing, or has no such tokenizer or no chat template.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return ChatTokenizer(SentencePieceTokenizer(folder), folder)
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise UserError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer_config.json)")
+        if (folder / "tokenizer.model").is_file():
+            return ChatTokenizer(SentencePieceTokenizer(folder / "tokenizer.model"), folder)
+        raise UserError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer_config.json or tokenizer.model)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")       # we encode one text at a time
     from transformers import AutoTokenizer
 
@@ -145,5 +286,16 @@ def _tokenizer_hash(tokenizer: Any) -> str:
     return sha256_of_json({name: parts[name] for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")})
 
 
+def _leading_spaces(text: str) -> int:
+    return len(text) - len(text.lstrip(" "))
+
+
 def _shortened(text: str) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _replaced(text: str, by: Mapping[str, str]) -> str:
+    if not by:
+        return text
+    longest_first = sorted(by, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)), lambda match: by[match[0]], text)

@@ -94,7 +94,7 @@ def test_parameter_map_names_every_parameter_of_the_megatron_model(tmp_path, tie
     [(names, keys)] = run_ranks(1, parameter_names, config)
     parameters = family_of(config).parameters(model_fields(config))
     assert names == {(p.local_name or p.name).format(layer=layer)
-                     for p in parameters for layer in range(2 if p.layered else 1)}
+                     for p in parameters for layer in range(2 if p.stacking else 1)}
     assert keys == {"module." + p.key for p in parameters}
 
 

@@ -18,6 +18,8 @@ LAYOUTS = {
     "TP2": (2, ["parallel.tensor=2"]),
     "DP2": (2, []),
     "TP2xPP2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "recompute": (1, ["train.recompute=full"]),
+    "selective recompute": (1, ["train.recompute=selective"]),
     "TP2+SP": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "padded": (1, ["data.layout=padded"]),
     "micro-batch 4": (1, ["data.micro_batch_size=4"]),
@@ -153,6 +155,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tied_run, tmp_path):
     """A poisoned reference log-prob of one pair: the pair is named, and the last checkpoint stays."""
     import numpy as np
 
+    from treg_megatron.indexed import ends_of
     from treg_megatron.streams import open_streams, stream_paths
 
     prefix = tmp_path / "streams" / "train"
@@ -164,6 +167,10 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tied_run, tmp_path):
     values = np.fromfile(file, dtype=np.float32)
     values[0] = np.nan
     values.tofile(file)
+    manifest = Path(f"{prefix}.manifest.json")
+    content = json.loads(manifest.read_text())
+    content["files"]["ref_logprobs.bin"]["ends"] = ends_of(file)
+    manifest.write_text(json.dumps(content))
     with pytest.raises(AssertionError, match=f"the loss of step .* is nan, from the pairs .*{open_streams(prefix)[0].pair_id}"):
         run(tied_run, tmp_path / "out", 2, "parallel.pipeline=2", f"data.train={prefix}", "train.save_every=1",
             "data.validation=null", "train.first_loss_tolerance=10")
@@ -208,3 +215,12 @@ def test_a_run_resumes_on_another_layout(before, after, tied_run, single, tmp_pa
     run(tied_run, out, LAYOUTS[after][0], "train.save_every=7", *LAYOUTS[after][1])
     assert "resuming from step_000007" in out.with_suffix(".log.0").read_text()
     assert_same([r["loss"] for r in records(out)], [r["loss"] for r in records(single)], rtol=1e-5)
+
+
+def test_bf16_trains_like_fp32_within_its_precision(tied_run, single, tmp_path):
+    """bf16 weights and activations, fp32 main parameters, gradients and reductions."""
+    out = run(tied_run, tmp_path / "out", 2, "parallel.pipeline=2", "train.precision=bf16", "train.first_loss_tolerance=0.05")
+    found, expected = ([r["loss"] for r in records(o)] for o in (out, single))
+    assert found[0] == pytest.approx(expected[0], abs=0.05)
+    assert found[-1] < 0.5 < found[0]
+    assert found != expected

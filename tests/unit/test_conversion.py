@@ -1,6 +1,7 @@
 """Conversion without Megatron: exact round trips, folders as transformers has them, refusals that leave nothing."""
 
 import dataclasses
+import errno
 import json
 import runpy
 import shutil
@@ -31,8 +32,8 @@ def random_tensors(config: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     fields = model_fields(config)
     generator = torch.Generator().manual_seed(0)
     return {
-        source.name.format(layer=layer): torch.randn(source_shape(source, fields), generator=generator).to(dtype)
-        for parameter, layer in in_model_order(family_of(config), fields) for source in parameter.sources
+        source.at(place): torch.randn(source_shape(source, fields), generator=generator).to(dtype)
+        for parameter, place in in_model_order(family_of(config), fields) for source in parameter.sources
     }
 
 
@@ -236,18 +237,58 @@ def test_a_missing_shard_is_named(tmp_path):
         import_checkpoint(hf, tmp_path / "checkpoint")
 
 
+def test_a_truncated_shard_is_named(tmp_path):
+    hf = hf_folder(tmp_path / "hf", shards=3)
+    path = hf / "model-00003-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="model-00003-of-00003.safetensors is truncated"):
+        import_checkpoint(hf, tmp_path / "checkpoint")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_index_that_places_a_tensor_elsewhere_is_refused(tmp_path):
+    hf = hf_folder(tmp_path / "hf", shards=2)
+    index = json.loads((hf / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = next(
+        name for name in index["weight_map"].values() if name != index["weight_map"]["model.norm.weight"])
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="lacks tensor model.norm.weight, which model.safetensors.index.json places"):
+        import_checkpoint(hf, tmp_path / "checkpoint")
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(hf, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - 1000, 1000))
+    for convert, output in ((import_checkpoint, tmp_path / "checkpoint"),
+                            (lambda hf, output: export_checkpoint(checkpoint, hf, output), tmp_path / "back")):
+        with pytest.raises(UserError, match="not enough disk space for .*: it needs 0.0 GB, 0.0 GB are free"):
+            convert(hf, output)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_midway_leaves_nothing(hf, tmp_path, monkeypatch):
+    from treg_megatron.checkpoint.buffers import OutputFile
+
+    def fill(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(OutputFile, "write", fill)
+    with pytest.raises(UserError, match="the disk of .* is full; nothing was written"):
+        import_checkpoint(hf, tmp_path / "checkpoint")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_family_is_refused(checkpoint, tmp_path):
+    hf = hf_folder(tmp_path / "hf", CONFIG | {"architectures": ["MistralForCausalLM"]})
+    with pytest.raises(UserError, match="architecture is 'LlamaForCausalLM' and 'MistralForCausalLM'"):
+        export_checkpoint(checkpoint, hf, tmp_path / "back")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
 def test_an_existing_output_is_never_overwritten(hf, checkpoint, tmp_path):
     with pytest.raises(UserError, match="already exists"):
         import_checkpoint(hf, checkpoint)
     with pytest.raises(UserError, match="already exists"):
         export_checkpoint(checkpoint, hf, tmp_path)
-
-
-def test_a_full_disk_is_noticed_before_anything_is_written(hf, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))
-    with pytest.raises(UserError, match="not enough disk space"):
-        import_checkpoint(hf, tmp_path / "checkpoint")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_conversion_left_is_written_anew(hf, tmp_path):

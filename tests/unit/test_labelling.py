@@ -52,9 +52,11 @@ class ArithmeticScorer:
 
 @pytest.fixture
 def section(tiny_folder, tmp_path):
-    return LabelSection(model=str(tiny_folder), pairs=str(jsonl(tmp_path / "pairs.jsonl", ROWS)),
-                        output=str(tmp_path / "labelled"), prompt_pair="few_shot", max_length=512, batch_tokens=2048,
-                        dtype="float32", device="cpu", reward_eot=True, shard_pairs=3)
+    return LabelSection(model=str(tiny_folder), pairs=str(jsonl(tmp_path / "pairs.jsonl", ROWS)), format="auto",
+                        output=str(tmp_path / "labelled"), prompt_pair="few_shot", max_length=512,
+                        max_revision_length=None, engine="huggingface", checkpoint="", tensor=1, pipeline=1,
+                        batch_tokens=2048, dtype="float32", device="cpu",
+                        reward_eot=True, shard_pairs=3)
 
 
 def jsonl(path, rows):
@@ -101,7 +103,7 @@ def test_values_belong_to_the_response_tokens(section, chatml):
             np.testing.assert_allclose(getattr(pair, f"{side}_ref_logprobs"), logps(chatml.encode_prompt(messages)))
 
 
-@pytest.mark.parametrize("name", ["few_shot", "revise"])
+@pytest.mark.parametrize("name", ["answer", "few_shot", "revise"])
 def test_swapped_prompts_give_exactly_the_negative(section, tmp_path, name):
     pair = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     pair["fill"] = {"better": pair["fill"]["worse"], "worse": pair["fill"]["better"]}
@@ -133,7 +135,7 @@ def test_what_does_not_fit_is_dropped_whole_and_counted(section, chatml, tmp_pat
         return len(chatml.encode_prompt((Message("user", prompt),))) + (
             len(chatml.encode_response((Message("user", prompt),), response)) if response else 0)
 
-    section.prompt_pair, section.max_length = "revise", 400
+    section.prompt_pair, section.max_length, section.max_revision_length = "revise", 400, 500
     fitting = {"prompt": "Q?", "chosen": "yes", "rejected": "no"}
     rows = [fitting, {**fitting, "prompt": "x" * 400}, {**fitting, "chosen": "z" * 390},
             {**fitting, "chosen": "z" * 300}, {**fitting, "chosen": "no"}, fitting]
@@ -146,6 +148,26 @@ def test_what_does_not_fit_is_dropped_whole_and_counted(section, chatml, tmp_pat
     assert manifest["pairs"] == 1
     (pair,) = read_labelled(section.output)
     assert len(pair.chosen_tokens) == rendered("Q?", "yes")
+
+
+def test_sampled_ids_are_used_as_they_are(section, chatml, tmp_path):
+    """Even where tokenising their text gives other ids, and where the model did not end its turn."""
+    sampled = [chatml.encode_response((Message("user", "Q?"),), letter)[0] for letter in "It is"]
+    row = {"prompt": "Q?", "chosen": "It is", "rejected": "no", "chosen_ids": sampled,
+           "rejected_ids": chatml.encode_response((Message("user", "Q?"),), "no"), "tokenizer": chatml.sha256}
+    assert sampled != chatml.encode_response((Message("user", "Q?"),), "It is")
+    section.pairs = str(jsonl(tmp_path / "sampled.jsonl", [row]))
+    label(section, ArithmeticScorer())
+    (pair,) = read_labelled(section.output)
+    assert pair.chosen_tokens.tolist()[-len(sampled):] == sampled
+    assert len(pair.chosen_token_rewards) == len(sampled)
+    section.output = str(tmp_path / "other")
+    for change, message in (({"tokenizer": "other"}, "sampled with another tokenizer"),
+                            ({"chosen_ids": [10**6]}, "chosen_ids holds 1000000"),
+                            ({"chosen_ids": None}, "go together"), ({"chosen_ids": ["a"]}, "a list of token ids")):
+        section.pairs = str(jsonl(tmp_path / "sampled.jsonl", [row | change]))
+        with pytest.raises(UserError, match=message):
+            label(section, ArithmeticScorer())
 
 
 def test_nothing_left_is_an_error_without_output(section):
@@ -178,6 +200,7 @@ def test_another_run_in_the_folder_is_refused(section, finished):
         (Path(section.output) / "manifest.json").unlink()
     before = contents(section.output)
     for change, name in (({"prompt_pair": "revise"}, "prompt_pair"), ({"max_length": 511}, "max_length"),
+                         ({"max_revision_length": 512}, "max_revision_length"),
                          ({"dtype": "bfloat16"}, "reference"), ({"reward_eot": False}, "reward_eot")):
         with pytest.raises(UserError, match=f"is a run with another {name}; name another label.output"):
             label(dataclasses.replace(section, **change), ArithmeticScorer())
@@ -198,6 +221,7 @@ def test_foreign_files_in_the_folder_are_refused(section):
     ({"model": "absent"}, "tokenizer folder absent does not exist"),
     ({"prompt_pair": "absent"}, "prompt pair absent is neither a built-in one"),
     ({"max_length": 4096}, "label.max_length=4096 is more than the 1024 positions"),
+    ({"max_revision_length": 4096}, "label.max_revision_length=4096 is more than the 1024 positions"),
     ({"shard_pairs": 0}, "label.shard_pairs=0 must be at least 1"),
 ])
 def test_bad_settings(section, change, message):
@@ -259,10 +283,11 @@ def test_unfinished_labels_are_not_indexed(section, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         label(section, ArithmeticScorer(fail_after=1))
     with pytest.raises(UserError, match="its labelling job is unfinished"):
-        index(IndexSection(section.output, str(tmp_path / "t"), section.model))
+        index(IndexSection(section.output, str(tmp_path / "t"), section.model, workers=1, validation_fraction=0.0))
 
 
-@pytest.mark.parametrize("tool", ["label_tokens.py", "index_pairs.py"])
+@pytest.mark.parametrize("tool", ["label_tokens.py", "index_pairs.py", "sample_responses.py", "rank_responses.py",
+                                  "show_rewards.py"])
 def test_help_needs_nothing_heavy(tool):
     code = textwrap.dedent(f"""\
         import runpy, sys

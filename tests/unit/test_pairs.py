@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treg_megatron import pairs
+from treg_megatron import pairs, rows
 from treg_megatron.errors import UserError
 from treg_megatron.pairs import Message, read_pairs
 
@@ -123,16 +123,16 @@ def test_arrays_are_read_the_same_whatever_the_chunks(tmp_path_factory, contents
     path = tmp_path_factory.getbasetemp() / "chunks.json"
     write(path, json.dumps([row(text, number=-1.5e-7) for text in contents], indent=indent, ensure_ascii=ascii))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pairs, "_CHUNK", chunk)
+        patch.setattr(rows, "_CHUNK", chunk)
         assert [pair.messages[0].content for pair in read_pairs(path)] == contents
 
 
 def test_a_bad_row_is_found_without_reading_the_rest(tmp_path, monkeypatch):
-    monkeypatch.setattr(pairs, "_CHUNK", 64)
+    monkeypatch.setattr(rows, "_CHUNK", 64)
     path = write(tmp_path / "p.json", f"[{GOOD}, {{'prompt'" + " " * 100_000 + "]")
     with pytest.raises(UserError, match="row 2"), open(path) as stream:
         stream.read(1)
         try:
-            list(pairs._array_elements(stream, path))
+            list(rows._array_elements(stream, path))
         finally:
             assert stream.tell() < 20_000

@@ -47,6 +47,13 @@ def test_revise_shows_conversation_and_response_in_one_turn_and_differs_late():
     assert pair.shows_response
 
 
+def test_answer_shows_the_conversation_and_not_the_response():
+    pair = load_prompt_pair("answer")
+    (better,), (worse,) = pair.better(CONVERSATION, "No."), pair.worse(CONVERSATION, "No.")
+    assert "User: Why?" in better.content and "No." not in better.content and not pair.shows_response
+    assert better.content.split("It must be ")[0] == worse.content.split("It must be ")[0]
+
+
 def test_few_shot_keeps_the_conversation_and_puts_its_system_message_first():
     pair = load_prompt_pair("few_shot")
     better, worse = pair.better(CONVERSATION, "No."), pair.worse(CONVERSATION, "No.")
@@ -107,5 +114,5 @@ def test_files_of_another_form_are_refused(tmp_path, text, message):
 
 
 def test_unknown_name_lists_the_built_in_ones():
-    with pytest.raises(UserError, match="few_shot.*revise"):
+    with pytest.raises(UserError, match="answer, few_shot, revise"):
         load_prompt_pair("revize")

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from treg_megatron.alignment import score_positions
 from treg_megatron.errors import UserError
-from treg_megatron.scoring import ScoredSequence, huggingface
+from treg_megatron.scoring import ScoredSequence, huggingface, shared_prefixes
 from treg_megatron.scoring.huggingface import HuggingFaceScorer, model_identity
 
 TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -25,7 +25,7 @@ def some_sequences(vocab: int, count: int = 9) -> list[ScoredSequence]:
 
 def plain_logps(folder, sequence: ScoredSequence) -> np.ndarray:
     """One sequence at a time, all logits, every response token looked up by its own index."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     tokens = [*sequence.prompt_ids, *sequence.response_ids]
     with torch.no_grad():
         logps = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
@@ -43,6 +43,38 @@ def test_batching_and_chunking_change_nothing(tiny_folder, monkeypatch, batch_to
     assert np.sum(told, axis=0).tolist() == [len(sequences), sum(s.length for s in sequences)]
 
 
+def related_sequences(vocab: int) -> list[ScoredSequence]:
+    """Shared prompts, prompts that are the beginning of others, equal sequences, and one with nothing in common."""
+    random = np.random.default_rng(1)
+    trunk, branch, leaf = (random.integers(1, vocab, length).tolist() for length in (30, 20, 12))
+    return [ScoredSequence(trunk + branch, leaf), ScoredSequence(trunk, leaf), ScoredSequence(trunk + branch, leaf[:5] + [3]),
+            ScoredSequence(trunk, branch + leaf), ScoredSequence([0, *leaf], trunk), ScoredSequence(trunk, leaf),
+            ScoredSequence(trunk + branch[:3], [7]), ScoredSequence(trunk[:2], trunk[2:9])]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 70, 100_000])
+@pytest.mark.parametrize("window", [None, 11])
+def test_sharing_prefixes_changes_nothing(tmp_path, batch_tokens, window):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TINY)) if window is None else Gemma2ForCausalLM(
+        Gemma2Config(**TINY, sliding_window=window))
+    model.save_pretrained(tmp_path)
+    sequences = related_sequences(64)
+    for sequence, logps in zip(sequences, HuggingFaceScorer(tmp_path, "float32", "cpu", batch_tokens).score(sequences)):
+        np.testing.assert_allclose(logps, plain_logps(tmp_path, sequence), atol=2e-5)
+
+
+def test_a_row_holds_what_is_shared_once():
+    trunk = np.arange(40)
+    sequences = [trunk, trunk[:25], np.concatenate([trunk[:30], [90, 91]]), np.arange(50, 60)]
+    order = shared_prefixes.in_order(sequences)
+    row = shared_prefixes.one_row([sequences[i] for i in order], torch.device("cpu"))
+    assert len(row.tokens) == 40 + 2 + 10
+    for i, rows in zip(order, row.rows, strict=True):
+        assert row.tokens[rows].tolist() == sequences[i].tolist()
+        assert row.positions[rows].tolist() == list(range(len(sequences[i])))
+
+
 def test_logit_softcapping_is_honoured(tmp_path):
     torch.manual_seed(0)
     Gemma2ForCausalLM(Gemma2Config(**TINY, final_logit_softcapping=3.0, sliding_window=8)).save_pretrained(tmp_path)
@@ -53,7 +85,7 @@ def test_logit_softcapping_is_honoured(tmp_path):
 
 def test_unknown_ways_to_make_logits_are_refused(tmp_path):
     GraniteForCausalLM(GraniteConfig(**TINY, logits_scaling=8.0)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="GraniteForCausalLM turns hidden states into logits in a way"):
+    with pytest.raises(UserError, match="GraniteForCausalLM attends or makes logits in a way"):
         HuggingFaceScorer(tmp_path, "float32", "cpu")
 
 

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treg_megatron.errors import UserError
-from treg_megatron.indexed import DTYPE_CODES, IndexedReader, IndexedWriter
+from treg_megatron.indexed import IndexedWriter
 from treg_megatron.indexing import index
 from treg_megatron.labels import LabelledPair, write_shard
 from treg_megatron.recipe import IndexSection
-from treg_megatron.streams import PairRecord, open_streams, require_same_tokenizer, stream_paths, verify, write_streams
+from treg_megatron.streams import (PairRecord, in_validation, merge_streams, open_streams, require_same_tokenizer,
+                                   split_streams, stream_paths, verify, write_streams)
 
 
 def pair(name: str, prompt: int, chosen: int, rejected: int, reference: bool = True, vocab: int = 384) -> LabelledPair:
@@ -85,35 +86,6 @@ def test_replaced_streams_leave_nothing_behind(chatml, tmp_path):
     write_streams(tmp_path / "t", [pair("a", 3, 4, 5, reference=False)], chatml)
     assert open_streams(tmp_path / "t")[0].chosen_ref_logprobs is None
     assert not any(path.exists() for path in stream_paths(tmp_path / "t", "ref_logprobs"))
-
-
-@pytest.mark.parametrize("dtype", DTYPE_CODES)
-def test_megatron_reads_ours_and_we_read_megatrons(tmp_path, dtype):
-    torch = pytest.importorskip("torch")
-    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    documents = [[np.arange(n) % 100 for n in document] for document in ((3, 1), (5, 0), (2,), (7, 4, 1))]
-    documents = [[sequence.astype(dtype) for sequence in document] for document in documents]
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    writer = IndexedWriter(ours.with_suffix(".bin"), ours.with_suffix(".idx"), dtype)
-    builder = megatron.IndexedDatasetBuilder(str(theirs) + ".bin", dtype=dtype.type)
-    for document in documents:
-        writer.add_document(document)
-        for sequence in document:
-            builder.add_item(torch.from_numpy(sequence))
-        builder.end_document()
-    writer.finish()
-    builder.finalize(str(theirs) + ".idx")
-    for suffix in (".bin", ".idx"):
-        assert ours.with_suffix(suffix).read_bytes() == theirs.with_suffix(suffix).read_bytes()
-    by_megatron = megatron.IndexedDataset(str(ours))
-    by_us = IndexedReader(theirs.with_suffix(".bin"), theirs.with_suffix(".idx"))
-    sequences = [sequence for document in documents for sequence in document]
-    assert len(by_megatron) == len(by_us) == len(sequences)
-    np.testing.assert_array_equal(by_megatron.document_indices, by_us.document_starts)
-    for i, sequence in enumerate(sequences):
-        np.testing.assert_array_equal(by_megatron[i], sequence)
-        np.testing.assert_array_equal(by_us[i], sequence)
-        assert by_us[i].dtype == dtype
 
 
 @pytest.mark.parametrize("pairs, message", [
@@ -209,7 +181,7 @@ def test_index_station(chatml, tokenizer_folders, tmp_path):
     run = {"tokenizer": {"sha256": chatml.sha256}, "prompt_pair": {"name": "few_shot"}}
     write_shard(tmp_path / "own.parquet", THREE, {"run": run})
     section = IndexSection(str(tmp_path / "own.parquet"), str(tmp_path / "streams" / "train"),
-                           str(tokenizer_folders["chatml"]))
+                           str(tokenizer_folders["chatml"]), workers=1, validation_fraction=0.0)
     assert index(section)["labels"] == run
     streams = open_streams(section.output)
     assert [streams[i].pair_id for i in range(3)] == ["a", "b", "\u03b3 3"]
@@ -219,3 +191,84 @@ def test_index_station(chatml, tokenizer_folders, tmp_path):
     section.tokenizer = str(tokenizer_folders["headers"])
     with pytest.raises(UserError, match="own.parquet was made with another tokenizer"):
         index(section)
+
+
+MANY = [pair(f"p{i}", 1 + i % 5, 1 + i % 7, 1 + i % 3) for i in range(40)]
+
+
+def bytes_of(prefix):
+    return {path.name.removeprefix(prefix.name): path.read_bytes() for path in prefix.parent.glob(f"{prefix.name}[._]*")
+            if path.is_file()}
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_streams_are_the_same_whatever_the_number_of_workers(chatml, tokenizer_folders, tmp_path, workers):
+    for i, part in enumerate((MANY[:25], MANY[25:])):
+        write_shard(tmp_path / "labelled" / f"part-{i}.parquet", part)
+    for name, count in (("one", 1), ("several", workers)):
+        index(IndexSection(str(tmp_path / "labelled"), str(tmp_path / name), str(tokenizer_folders["chatml"]),
+                           workers=count, validation_fraction=0.0))
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "several")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["labelled"]
+
+
+def test_text_with_rewards_is_indexed_by_workers_in_its_order(tokenizer_folders, tmp_path):
+    text = tmp_path / "own.jsonl"
+    text.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"{i}?", "chosen": "yes",
+                                        "rejected": "no " * (1 + i % 3), "chosen_spans": [[0, 3, i / 400]],
+                                        "rejected_spans": []}) + "\n"
+                            for i in range(150)))
+    for name, workers in (("one", 1), ("two", 2)):
+        index(IndexSection(str(text), str(tmp_path / name), str(tokenizer_folders["chatml"]), workers=workers,
+                           validation_fraction=0.0))
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    streams = open_streams(tmp_path / "two")
+    assert [streams.pair_id(i) for i in range(150)] == [f"p{i}" for i in range(150)]
+    assert streams[100].chosen_token_rewards[0] == np.float32(0.25)
+
+
+def test_merging_keeps_the_order_named(chatml, tmp_path):
+    for name, part in (("part10", MANY[:10]), ("part9", MANY[10:30]), ("last", MANY[30:])):
+        write_streams(tmp_path / name, part, chatml)
+    write_streams(tmp_path / "whole", MANY, chatml)
+    merge_streams(tmp_path / "merged", [tmp_path / name for name in ("part10", "part9", "last")])
+    assert bytes_of(tmp_path / "merged") == bytes_of(tmp_path / "whole")
+    with pytest.raises(UserError, match="pair_id 'p0' of .*part10 is in an earlier part, too"):
+        merge_streams(tmp_path / "twice", [tmp_path / "whole", tmp_path / "part10"])
+    with pytest.raises(UserError, match="cannot be merged into themselves"):
+        merge_streams(tmp_path / "whole", [tmp_path / "whole"])
+    write_streams(tmp_path / "free", [pair("x", 1, 2, 3, reference=False)], chatml)
+    with pytest.raises(UserError, match="their manifests differ in reference_logprobs"):
+        merge_streams(tmp_path / "mixed", [tmp_path / "whole", tmp_path / "free"])
+
+
+def test_splitting_by_hash_loses_nothing_and_keeps_pairs_on_their_side(chatml, tokenizer_folders, tmp_path):
+    write_shard(tmp_path / "own.parquet", MANY)
+    index(IndexSection(str(tmp_path / "own.parquet"), str(tmp_path / "t"), str(tokenizer_folders["chatml"]), workers=1,
+                       validation_fraction=0.25))
+    sides = [verify(tmp_path / "t"), verify(tmp_path / "t_validation")]
+    ids = [[side.pair_id(i) for i in range(len(side))] for side in sides]
+    assert sorted(ids[0] + ids[1]) == sorted(p.pair_id for p in MANY)
+    assert [i for i, p in enumerate(MANY) if in_validation(p.pair_id, 0.25)] == [int(name[1:]) for name in ids[1]]
+    by_name = {p.pair_id: p for p in MANY}
+    for side in sides:
+        for i in range(len(side)):
+            assert_holds(side[i], by_name[side.pair_id(i)])
+    with pytest.raises(UserError, match="leaves none for"):
+        split_streams(sides[1], (tmp_path / "x", tmp_path / "y"), 1e-9)
+
+
+def test_blends_leave_no_pair_out_and_keep_the_shares(chatml, tmp_path):
+    write_streams(tmp_path / "a", MANY[:10], chatml)
+    write_streams(tmp_path / "b", MANY[10:], chatml)
+    blend = open_streams(f"0.5 {tmp_path}/a 0.5 {tmp_path}/b")
+    ids = [blend[i].pair_id for i in range(len(blend))]
+    assert len(ids) == 60 and set(ids) == {p.pair_id for p in MANY} and ids.count("p0") == 3 and ids.count("p39") == 1
+    assert blend.sequence_lengths.tolist() == [[len(blend[i].chosen_tokens), len(blend[i].rejected_tokens)]
+                                               for i in range(60)]
+    together = open_streams(f"{tmp_path}/a {tmp_path}/b")
+    assert [together.pair_id(i) for i in range(40)] == [p.pair_id for p in MANY]
+    for written, message in ((f"0.5 {tmp_path}/a {tmp_path}/b", "is no blend"), (f"-1 {tmp_path}/a", "positive"),
+                             (f"1e-9 {tmp_path}/a 1 {tmp_path}/b", "give the larger streams more weight")):
+        with pytest.raises(UserError, match=message):
+            open_streams(written)

@@ -50,6 +50,31 @@ def test_response_ids_decode_to_the_response(tokenizers, template, question, res
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
+@given(question=texts.filter(str.strip), response=texts.filter(str.strip))
+def test_no_words_of_a_conversation_become_special_tokens(tokenizers, template, question, response):
+    tokenizer = tokenizers[template]
+    messages = (Message("user", question), Message("assistant", response), Message("user", question))
+    plain = tuple(message._replace(content="x") for message in messages)
+    ids, usual = tokenizer.encode_prompt(messages), tokenizer.encode_prompt(plain)
+    assert [i for i in ids if i in tokenizer._special_ids] == [i for i in usual if i in tokenizer._special_ids]
+    assert tokenizer.decode(ids) == tokenizer._render(messages, True)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@given(response=texts.filter(str.strip))
+def test_spans_are_the_characters_of_each_token(tokenizers, template, response):
+    tokenizer = tokenizers[template]
+    ids, spans = tokenizer.encode_response_with_spans(QUESTION, response)
+    assert ids == tokenizer.encode_response(QUESTION, response) and len(spans) == len(ids) - 1
+    covered = sorted({i for start, end in spans for i in range(start, end)})
+    kept = response if template == "chatml" else response.strip()
+    assert covered == list(range(response.index(kept), response.index(kept) + len(kept)))
+    for token, (start, end) in zip(ids, spans):
+        if "\ufffd" not in (text := tokenizer.decode([token])):
+            assert response[start:end] == text
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_conversations_keep_all_their_turns(tokenizers, template):
     messages = (*QUESTION, Message("assistant", "2"), Message("user", "And 2 + 2?"))
     text = tokenizers[template].decode(tokenizers[template].encode_prompt(messages))
@@ -58,8 +83,19 @@ def test_conversations_keep_all_their_turns(tokenizers, template):
 
 
 def test_a_template_that_refuses_is_the_users_business(tokenizers):
-    with pytest.raises(UserError, match="refuses a conversation of system, user: System role not supported"):
-        tokenizers["turns"].encode_prompt((Message("system", "Be kind."), *QUESTION))
+    with pytest.raises(UserError, match="refuses a conversation of user, user: Conversation roles must alternate"):
+        tokenizers["turns"].encode_prompt((*QUESTION, *QUESTION))
+
+
+@pytest.mark.parametrize("system", ["", "{% if message['role'] == 'system' %}{% continue %}{% endif %}"])
+def test_without_a_system_role_its_message_heads_the_first_turn(tokenizers, chatml, tmp_path, system):
+    """Whether the template refuses a system message, or leaves it out."""
+    tokenizer = tokenizers["turns"]
+    if system:
+        tokenizer = changed(chatml, tmp_path, CHATML.replace("%}{{ '<|im_start|>' + m", "%}" + system
+                                                             + "{{ '<|im_start|>' + m", 1))
+    folded = tokenizer.encode_prompt((Message("user", "Be kind.\n\n" + QUESTION[0].content),))
+    assert tokenizer.encode_prompt((Message("system", "Be kind."), *QUESTION)) == folded
 
 
 def changed(tokenizer: ChatTokenizer, folder, chat_template: str) -> ChatTokenizer:

@@ -8,16 +8,19 @@ from tqdm import tqdm
 
 import treg_megatron
 from treg_megatron.checkpoint.families import (
-    EXTRA_STATE_MODULES,
     OUTPUT_LAYER,
     Family,
     Parameter,
+    checkpoint_key,
     family_of,
     in_model_order,
     interleaving,
     model_fields,
     parameter_shape,
+    places,
     source_shape,
+    stacked_shape,
+    stacking,
 )
 from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, Identity, read_json, write_identity, written_whole
 from treg_megatron.checkpoint.safetensors_stream import DTYPES, StoredTensor, tensors_in_folder
@@ -53,9 +56,9 @@ def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False
         with TorchDistWriter(weights) as writer, tqdm(total=nbytes, desc="import", unit="B", unit_scale=True,
                                                       disable=not progress) as bar:
             copier = _ParameterCopier(stored, dtype, fields, writer, bar)
-            for parameter, layer in in_model_order(family, fields):
-                copier.copy(parameter, layer)
-            _write_extra_state(writer, fields["num_layers"])
+            for parameter, place in in_model_order(family, fields):
+                copier.copy(parameter, place)
+            _write_extra_state(writer, family, fields)
         write_identity(folder, identity)
     return identity
 
@@ -68,22 +71,21 @@ class _ParameterCopier:
         self._stored, self._dtype, self._fields, self._writer, self._bar = stored, dtype, fields, writer, bar
         self._source, self._merged = Scratch(), Scratch()
 
-    def copy(self, parameter: Parameter, layer: int | None = None) -> None:
-        """Copy one parameter (of one layer)."""
-        shape = parameter_shape(parameter, self._fields)
+    def copy(self, parameter: Parameter, place: tuple[int, ...]) -> None:
+        """Copy one parameter (of one layer, of one expert)."""
         if parameter.groups is None:
             row = 0
             for source in parameter.sources:
-                tensor = self._read(source.name.format(layer=layer), source_shape(source, self._fields))
-                self._write(parameter, tensor, row, shape, layer)
+                tensor = self._read(source.at(place), source_shape(source, self._fields))
+                self._write(parameter, tensor, row, place)
                 row += len(tensor)
             return
-        merged = self._merged.tensor(shape, self._dtype)
+        merged = self._merged.tensor(parameter_shape(parameter, self._fields), self._dtype)
         layout = interleaving(parameter, self._fields)
         for index, source in enumerate(parameter.sources):
             view = layout.part(merged, index)
-            view.copy_(self._read(source.name.format(layer=layer), source_shape(source, self._fields)).view(view.shape))
-        self._write(parameter, merged, 0, shape, layer)
+            view.copy_(self._read(source.at(place), source_shape(source, self._fields)).view(view.shape))
+        self._write(parameter, merged, 0, place)
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = self._source.tensor(shape, self._dtype)
@@ -91,20 +93,18 @@ class _ParameterCopier:
         self._bar.update(tensor.nbytes)
         return tensor
 
-    def _write(self, parameter: Parameter, chunk: torch.Tensor, row: int, shape: tuple[int, ...],
-               layer: int | None) -> None:
-        offsets = (row, *(0 for _ in shape[1:]))
-        if layer is not None:
-            chunk, offsets, shape = chunk.unsqueeze(0), (layer, *offsets), (self._fields["num_layers"], *shape)
-        self._writer.write_chunk(MODEL_PREFIX + parameter.key, chunk, offsets, shape)
+    def _write(self, parameter: Parameter, chunk: torch.Tensor, row: int, place: tuple[int, ...]) -> None:
+        offsets = (*place, row, *(0 for _ in chunk.shape[1:]))
+        self._writer.write_chunk(MODEL_PREFIX + parameter.key, chunk.view(*(1 for _ in place), *chunk.shape), offsets,
+                                 stacked_shape(parameter, self._fields))
 
 
-def _write_extra_state(writer: TorchDistWriter, num_layers: int) -> None:
-    for module in EXTRA_STATE_MODULES:
-        key = MODEL_PREFIX + module.replace(".{layer}", "") + "._extra_state"
-        items = num_layers if "{layer}" in module else 1
-        for item in range(items):
-            writer.write_object(key, None, item, items)
+def _write_extra_state(writer: TorchDistWriter, family: Family, fields: dict[str, Any]) -> None:
+    for module in family.extra_state_modules():
+        key = MODEL_PREFIX + checkpoint_key(module) + "._extra_state"
+        shape = tuple(fields[f] for f in stacking(module))
+        for place in places(module, fields):
+            writer.write_object(key, None, place or (0,), shape or (1,))
 
 
 def model_tensors(stored: dict[str, StoredTensor], family: Family, fields: dict[str, Any],
@@ -114,8 +114,8 @@ def model_tensors(stored: dict[str, StoredTensor], family: Family, fields: dict[
     Raises:
         UserError: a tensor is missing, has another shape, or is not part of the architecture.
     """
-    expected = {source.name.format(layer=layer): source_shape(source, fields)
-                for parameter, layer in in_model_order(family, fields) for source in parameter.sources}
+    expected = {source.at(place): source_shape(source, fields)
+                for parameter, place in in_model_order(family, fields) for source in parameter.sources}
     for name, shape in expected.items():
         if name not in stored:
             raise UserError(f"{folder} lacks tensor {name}, which its config.json calls for")

@@ -97,6 +97,11 @@ def newest_checkpoint(run: Path) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint or a run with checkpoints, complete or not, and no Hugging Face folder."""
+    return (folder / WEIGHTS).is_dir() or (folder / CHECKPOINTS).is_dir()
+
+
 def find_checkpoint(folder: Path) -> Path:
     """The checkpoint that a user means by ``folder``: itself, or the newest complete one of a run.
 

@@ -14,13 +14,13 @@ from tqdm import tqdm
 from treg_megatron.checkpoint.buffers import Scratch, as_bytes, read_pieces
 from treg_megatron.checkpoint.families import (
     Family,
-    Parameter,
     family_of,
     in_model_order,
     interleaving,
     model_fields,
     parameter_shape,
     source_shape,
+    stacked_shape,
 )
 from treg_megatron.checkpoint.layout import (
     MODEL_PREFIX,
@@ -89,14 +89,12 @@ def export_checkpoint(checkpoint: str | Path, base: str | Path, output: str | Pa
     check_tensors(reader, family, fields, checkpoint)
 
     target_dtype = getattr(torch, identity.dtype if dtype == "auto" else dtype)
-    steps = list(in_model_order(family, fields))
-    planned = [PlannedTensor(source.name.format(layer=layer), source_shape(source, fields), target_dtype)
-               for parameter, layer in steps for source in parameter.sources]
+    planned = planned_tensors(family, fields, target_dtype)
     shards = plan_shards(planned, shard_bytes)
     nbytes = sum(tensor.nbytes for tensor in planned)
     with written_whole(output, nbytes) as folder:
         with tqdm(total=nbytes, desc="export", unit="B", unit_scale=True, disable=not progress) as bar:
-            sources = _sources(reader, steps, fields, target_dtype)
+            sources = exported_tensors(reader, family, fields, target_dtype)
             for name, shard in shards.items():
                 with ShardWriter(folder / name, shard) as writer:
                     for tensor in shard:
@@ -123,9 +121,7 @@ def check_tensors(reader: TorchDistReader, family: Family, fields: dict[str, Any
         if key not in reader.tensors:
             raise UserError(f"checkpoint {checkpoint} lacks {key}, which a {family.architecture} has")
         stored = tuple(reader.tensors[key].size)
-        shape = parameter_shape(parameter, fields)
-        if parameter.layered:
-            shape = (fields["num_layers"], *shape)
+        shape = stacked_shape(parameter, fields)
         padded = parameter.sources[0].dims.startswith("vocab") and stored[0] >= shape[0] and stored[1:] == shape[1:]
         if stored != shape and not padded:
             raise UserError(f"checkpoint {checkpoint}: {key} has shape {list(stored)}, the model's config.json says "
@@ -146,24 +142,30 @@ def _common_fields(identity: Identity, checkpoint: Path, base_config: dict, base
     return ours
 
 
-def _sources(reader: TorchDistReader, steps: list[tuple[Parameter, int | None]], fields: dict[str, Any],
-             dtype: torch.dtype) -> Iterator[Iterator[memoryview]]:
+def planned_tensors(family: Family, fields: dict[str, Any], dtype: torch.dtype) -> list[PlannedTensor]:
+    """The Hugging Face tensors of a model with these fields, in the order of :func:`exported_tensors`."""
+    return [PlannedTensor(source.at(place), source_shape(source, fields), dtype)
+            for parameter, place in in_model_order(family, fields) for source in parameter.sources]
+
+
+def exported_tensors(reader: TorchDistReader, family: Family, fields: dict[str, Any],
+                     dtype: torch.dtype) -> Iterator[Iterator[memoryview]]:
     """The bytes of each Hugging Face tensor in ``dtype``, piece by piece; valid until the next is asked for."""
     whole, part = Scratch(), Scratch()
-    for parameter, layer in steps:
+    for parameter, place in in_model_order(family, fields):
         key = MODEL_PREFIX + parameter.key
         shapes = [source_shape(source, fields) for source in parameter.sources]
         stored_dtype = reader.tensors[key].properties.dtype
         stretches = None
         if parameter.groups is None and stored_dtype == dtype:
             first_rows = itertools.accumulate((shape[0] for shape in shapes), initial=0)
-            stretches = [reader.rows_in_files(key, layer, row, shape) for row, shape in zip(first_rows, shapes)]
+            stretches = [reader.rows_in_files(key, place, row, shape) for row, shape in zip(first_rows, shapes)]
         if stretches and None not in stretches:
             for stretch in stretches:
                 yield itertools.chain.from_iterable(read_pieces(*place) for place in stretch)
             continue
         merged = whole.tensor(parameter_shape(parameter, fields), stored_dtype)
-        reader.read_into(key, merged, layer)
+        reader.read_into(key, merged, place)
         layout = interleaving(parameter, fields)
         for index, shape in enumerate(shapes):
             view = layout.part(merged, index)

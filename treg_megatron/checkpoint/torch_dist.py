@@ -74,9 +74,9 @@ class TorchDistWriter:
         entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), chunk.shape))
         self._append(MetadataIndex(key, torch.Size(offsets)), chunk)
 
-    def write_object(self, key: str, value: Any, offset: int, length: int) -> None:
-        """Write item ``offset`` of ``length`` of a sharded object, e.g. one layer's FP8 state."""
-        unique_key = f"{key}/shard_{offset}_{length}"
+    def write_object(self, key: str, value: Any, place: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        """Write the item at ``place`` of a sharded object of ``shape`` items, e.g. one layer's FP8 state."""
+        unique_key = f"{key}/shard_{'.'.join(map(str, place))}_{'.'.join(map(str, shape))}"
         self._metadata.state_dict_metadata[unique_key] = BytesStorageMetadata()
         self._append(MetadataIndex(unique_key), [value])
 
@@ -116,8 +116,8 @@ class TorchDistReader:
             if isinstance(entry, TensorStorageMetadata)}
         self._scratch = Scratch()
 
-    def read_into(self, key: str, target: torch.Tensor, layer: int | None = None) -> None:
-        """Read a tensor, or one layer of a tensor that stacks layers on axis 0.
+    def read_into(self, key: str, target: torch.Tensor, place: tuple[int, ...] = ()) -> None:
+        """Read a tensor, or what lies at ``place`` of one that stacks layers (and experts) on its leading axes.
 
         ``target`` is contiguous, of the stored dtype, and may have fewer rows than are stored: a vocabulary without
         its padding.
@@ -125,7 +125,7 @@ class TorchDistReader:
         Raises:
             UserError: the chunks in the checkpoint do not cover it, or cannot be read.
         """
-        for part in self._parts(key, layer, 0, tuple(target.shape)):
+        for part in self._parts(key, place, 0, tuple(target.shape)):
             path, start, rows = self._locate(part)
             piece = target[part.in_target]
             in_place = rows.shape == piece.shape and piece.is_contiguous()
@@ -134,16 +134,16 @@ class TorchDistReader:
             if not in_place:
                 piece.copy_(block[(slice(None), *part.in_chunk[1:])])
 
-    def rows_in_files(self, key: str, layer: int | None, first_row: int,
+    def rows_in_files(self, key: str, place: tuple[int, ...], first_row: int,
                       shape: tuple[int, ...]) -> list[tuple[Path, int, int]] | None:
-        """Where ``shape[0]`` rows of a tensor (of a layer) lie: file, first byte and length of each stretch, in order.
+        """Where ``shape[0]`` rows of a tensor (at a place of it) lie: file, first byte and length of each stretch, in order.
 
         None if some chunk holds less than whole rows, so that the rows are nowhere in one stretch.
 
         Raises:
             UserError: as :meth:`read_into`.
         """
-        parts = sorted(self._parts(key, layer, first_row, shape), key=lambda part: part.in_target[0].start)
+        parts = sorted(self._parts(key, place, first_row, shape), key=lambda part: part.in_target[0].start)
         stretches = []
         for part in parts:
             path, start, rows = self._locate(part)
@@ -152,19 +152,18 @@ class TorchDistReader:
             stretches.append((path, start, rows.nbytes))
         return stretches
 
-    def _parts(self, key: str, layer: int | None, first_row: int, shape: tuple[int, ...]) -> list["_Part"]:
-        """The chunks that overlap a rectangle: whole rows of a tensor (of a layer) from ``first_row`` on."""
-        leading = () if layer is None else (layer,)
+    def _parts(self, key: str, place: tuple[int, ...], first_row: int, shape: tuple[int, ...]) -> list["_Part"]:
+        """The chunks that overlap a rectangle: whole rows of a tensor (at a place of it) from ``first_row`` on."""
         parts = []
         for chunk in self.tensors[key].chunks:
-            if not all(o <= i < o + s for i, o, s in zip(leading, chunk.offsets, chunk.sizes)):
+            if not all(o <= i < o + s for i, o, s in zip(place, chunk.offsets, chunk.sizes)):
                 continue
-            offsets, sizes = chunk.offsets[len(leading):], chunk.sizes[len(leading):]
+            offsets, sizes = chunk.offsets[len(place):], chunk.sizes[len(place):]
             offsets = (offsets[0] - first_row, *offsets[1:])
             ranges = [(max(0, o), min(n, o + s)) for o, s, n in zip(offsets, sizes, shape)]
             if all(start < stop for start, stop in ranges):
                 parts.append(_Part(
-                    key, chunk, tuple(i - o for i, o in zip(leading, chunk.offsets)),
+                    key, chunk, tuple(i - o for i, o in zip(place, chunk.offsets)),
                     tuple(slice(start - o, stop - o) for (start, stop), o in zip(ranges, offsets)),
                     tuple(slice(start, stop) for start, stop in ranges)))
         covered = sum(math.prod(s.stop - s.start for s in part.in_target) for part in parts)
@@ -187,19 +186,19 @@ class TorchDistReader:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
         if not stored.is_contiguous():
             raise UserError(f"{path}: {part.key} is not stored row by row, which cannot be read")
-        rows = stored[(*part.layer, part.in_chunk[0])]
+        rows = stored[(*part.place, part.in_chunk[0])]
         start = stored.untyped_storage()._checkpoint_offset + rows.storage_offset() * rows.element_size()
         return path, info.offset + start, rows
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The overlap of one chunk with a rectangle that is read: the layer's place in the chunk, and the overlap's place
-    in that layer and in the rectangle."""
+    """The overlap of one chunk with a rectangle that is read: the layer's and expert's place in the chunk, and the
+    overlap's position there and in the rectangle."""
 
     key: str
     chunk: ChunkStorageMetadata
-    layer: tuple[int, ...]
+    place: tuple[int, ...]
     in_chunk: tuple[slice, ...]
     in_target: tuple[slice, ...]
 

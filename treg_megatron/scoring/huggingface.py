@@ -1,14 +1,16 @@
 """A Hugging Face model on one device as a :class:`~treg_megatron.scoring.Scorer`.
 
-Sequences are sorted by length and batched under a budget of padded tokens. Only the hidden states that predict a
-response token go through the head, a chunk at a time, so that logits of a whole batch never exist.
+Sequences that begin alike are scored together, and what they share is computed once (``shared_prefixes``): chosen and
+rejected share their prompt, the better and the worse prompt what precedes their difference, and all pairs the
+demonstrations of a prompt pair. Only the hidden states that predict a response token go through the head, a chunk at a
+time, so that logits of a whole batch never exist.
 
-Shapes: b sequences, s tokens of the longest, h hidden size, n response tokens of a batch, V vocabulary.
+Shapes: t tokens of a row, h hidden size, n response tokens of a batch, V vocabulary.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,13 @@ import torch
 
 from treg_megatron.alignment import score_positions
 from treg_megatron.errors import UserError
+from treg_megatron.runtime.launch import world
 from treg_megatron.scoring import ScoredSequence
+from treg_megatron.scoring.shared_prefixes import ATTENTION, attention, one_row, portions
 
 _LOGITS_AT_ONCE = 1 << 25            # elements: 128 MiB in fp32
+_PROBE_TOKENS = 10
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}    # of the logits' spread; a wrong way is off by its order
 _FINGERPRINT_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
 
 
@@ -29,11 +35,11 @@ class HuggingFaceScorer:
         folder: config.json and safetensors weights; nothing is downloaded, no code of the folder is executed.
         dtype: float32 or bfloat16: precision of weights and hidden states; the softmax is always fp32.
         device: cpu, cuda, cuda:1, ..., or auto for cuda where there is one.
-        batch_tokens: padded tokens in one forward pass; a longer sequence gets a pass of its own.
+        batch_tokens: tokens in one forward pass; a longer sequence gets a pass of its own.
 
     Raises:
-        UserError: the folder has no model that loads, the device does not exist, or the model turns hidden states into
-            logits in a way that this scorer does not know.
+        UserError: the folder has no model that loads, the device does not exist, or the model attends or makes logits
+            in a way that this scorer does not know.
     """
 
     def __init__(self, folder: str | Path, dtype: str = "bfloat16", device: str = "auto", batch_tokens: int = 8192):
@@ -45,47 +51,38 @@ class HuggingFaceScorer:
         self.vocab_size = self._model.get_input_embeddings().weight.shape[0]
         self._head = self._model.get_output_embeddings()
         self._softcap = getattr(config, "final_logit_softcapping", None)
-        self._require_known_head(folder)
+        self._take_over_attention(folder)
 
     def score(self, sequences: Sequence[ScoredSequence],
               scored: Callable[[int, int], None] = lambda sequences, tokens: None) -> list[np.ndarray]:
         """See :meth:`treg_megatron.scoring.Scorer.score`."""
         results: list[np.ndarray | None] = [None] * len(sequences)
-        for batch in self._batches(sequences):
-            members = [sequences[i] for i in batch]
-            for i, logps in zip(batch, self._score_batch(members)):
+        # the last token of a sequence is predicted and predicts nothing
+        read = [np.array([*s.prompt_ids, *s.response_ids[:-1]]) for s in sequences]
+        for portion in portions(read, self.batch_tokens):
+            members = [sequences[i] for i in portion]
+            for i, logps in zip(portion, self._score_together(members, [read[i] for i in portion]), strict=True):
                 results[i] = logps
-            scored(len(batch), sum(member.length for member in members))
+            scored(len(members), sum(member.length for member in members))
         return results
 
-    def _batches(self, sequences: Sequence[ScoredSequence]) -> Iterator[list[int]]:
-        batch: list[int] = []
-        for i in sorted(range(len(sequences)), key=lambda i: -sequences[i].length):
-            if batch and (len(batch) + 1) * sequences[batch[0]].length > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
-
     @torch.inference_mode()
-    def _score_batch(self, members: list[ScoredSequence]) -> list[np.ndarray]:
-        width = max(member.length for member in members)
-        tokens_bs = torch.zeros(len(members), width, dtype=torch.int64)
-        for row, member in enumerate(members):
-            tokens_bs[row, :member.length] = torch.tensor([*member.prompt_ids, *member.response_ids])
-        hidden_bsh = self._hidden_states(tokens_bs.to(self.device))
-        hidden_nh = torch.cat([hidden_bsh[row, score_positions(len(member.prompt_ids), len(member.response_ids))]
-                               for row, member in enumerate(members)])
+    def _score_together(self, members: list[ScoredSequence], read: list[np.ndarray]) -> list[np.ndarray]:
+        hidden_th, rows = self._hidden_states(read)
+        predicting = [row[score_positions(len(member.prompt_ids), len(member.response_ids))]
+                      for row, member in zip(rows, members, strict=True)]
+        hidden_nh = hidden_th[torch.from_numpy(np.concatenate(predicting)).to(self.device)]
         targets_n = torch.tensor([token for member in members for token in member.response_ids], device=self.device)
         logps_n = self._logps(hidden_nh, targets_n).cpu().numpy()
         ends = np.cumsum([len(member.response_ids) for member in members])
         return np.split(logps_n, ends[:-1])
 
-    def _hidden_states(self, tokens_bs: torch.Tensor) -> torch.Tensor:
-        # Padding stands on the right, where a causal model's real tokens never look: no mask is needed, and without one
-        # attention takes its fast path.
-        return self._model.base_model(input_ids=tokens_bs, use_cache=False).last_hidden_state
+    def _hidden_states(self, sequences: list[np.ndarray]) -> tuple[torch.Tensor, list[np.ndarray]]:
+        """[t, h] of all tokens, and for each sequence the rows of its own."""
+        row = one_row(sequences, self.device)
+        output = self._model.base_model(input_ids=row.tokens[None], position_ids=row.positions[None], use_cache=False,
+                                        row=row)
+        return output.last_hidden_state[0], row.rows
 
     def _logps(self, hidden_nh: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
         rows = max(1, _LOGITS_AT_ONCE // self._head.weight.shape[0])
@@ -104,14 +101,24 @@ class HuggingFaceScorer:
         return logits_nv
 
     @torch.inference_mode()
-    def _require_known_head(self, folder: str | Path) -> None:
-        """Compare with the model's own logits once: some architectures scale them in ways of their own."""
-        tokens_bs = torch.arange(8, device=self.device)[None] % self.vocab_size
-        ours = self._logits(self._hidden_states(tokens_bs)[0])
-        theirs = self._model(input_ids=tokens_bs, use_cache=False).logits[0].float()
-        if not torch.allclose(ours, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item()):
-            raise UserError(f"{folder}: {type(self._model).__name__} turns hidden states into logits in a way that "
-                            "this release does not know; its log-probs would be wrong")
+    def _take_over_attention(self, folder: str | Path) -> None:
+        """Give the model our attention, and compare with its own logits once: some architectures do it in their way."""
+        count = 2 * _PROBE_TOKENS
+        first = np.arange(count) % self.vocab_size
+        second = np.concatenate([first[:_PROBE_TOKENS], first[:_PROBE_TOKENS]])
+        tokens_bs = torch.from_numpy(np.stack([first, second])).to(self.device)
+        theirs = self._model(input_ids=tokens_bs, use_cache=False).logits.float()
+        try:
+            self._model.set_attn_implementation(ATTENTION)
+            hidden_th, rows = self._hidden_states([second, first])
+            ours = torch.stack([self._logits(hidden_th[torch.from_numpy(row)]) for row in reversed(rows)])
+            spread = theirs - theirs.mean(-1, keepdim=True)
+            known = bool((ours - theirs).norm() < _PROBE_TOLERANCE[self._model.dtype] * spread.norm())
+        except (TypeError, ValueError, AttributeError):
+            known = False
+        if not known:
+            raise UserError(f"{folder}: {type(self._model).__name__} attends or makes logits in a way that this release "
+                            "does not know; its log-probs would be wrong")
 
 
 def model_identity(folder: str | Path) -> dict[str, str]:
@@ -140,11 +147,13 @@ def _model_folder(folder: str | Path) -> Path:
 
 
 def _load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoModelForCausalLM
 
+    AttentionInterface.register(ATTENTION, attention)
     try:
+        # eager: the model's own attention, of which other implementations leave things out (Gemma 2's soft-cap)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True,
-                                                     trust_remote_code=False)
+                                                     trust_remote_code=False, attn_implementation="eager")
     except Exception as error:
         raise UserError(f"the model of {folder} does not load: {error}") from None
     return model.eval()
@@ -153,6 +162,8 @@ def _load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{world().local_rank % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -1,0 +1,126 @@
+"""How much faster labelling is than scoring each response by itself, and what each idea brings.
+
+    python benchmarks/labelling.py --model HF_FOLDER [--pairs PAIRS.jsonl] [--prompt-pair few_shot] [--count 16]
+
+The plain way: Hugging Face, one sequence at a time, logits at response positions only, each of the three contexts of a
+response computed whole. Ours: the engine of tools/label_tokens.py. Both score the same sequences in this one run, in
+turns, and the figure is the ratio of the best times; tokens/s count every token of all three contexts for both. Then
+each idea is switched off by itself.
+"""
+
+import argparse
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from treg_megatron import errors
+from treg_megatron.alignment import score_positions
+from treg_megatron.pairs import read_pairs
+from treg_megatron.prompts import load_prompt_pair
+from treg_megatron.scoring import ScoredSequence, shared_prefixes
+from treg_megatron.scoring.huggingface import HuggingFaceScorer
+from treg_megatron.tokens import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+LARGEST_DIFFERENCE = {"float32": 1e-4, "bfloat16": float("inf")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face folder of the reference model")
+    parser.add_argument("--pairs", default=ROOT / "demo" / "pairs" / "train.jsonl", help="preference pairs")
+    parser.add_argument("--prompt-pair", default="few_shot", help="better/worse prompt pair")
+    parser.add_argument("--count", type=int, default=16, help="pairs to score, spread evenly over the file")
+    parser.add_argument("--max-length", type=int, default=2048, help="longer sequences are left out")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of one forward pass of ours")
+    parser.add_argument("--repeat", type=int, default=3, help="times that each way is run; the fastest counts")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    arguments = parser.parse_args()
+    sequences = scored_sequences(arguments)
+    tokens = sum(sequence.length for sequence in sequences)
+    print(f"{len(sequences) // 6} pairs of {arguments.pairs}, prompt pair {arguments.prompt_pair}: {len(sequences)} "
+          f"sequences, {tokens} tokens, {min(s.length for s in sequences)} to {max(s.length for s in sequences)} each; "
+          f"{torch.get_num_threads()} threads")
+    figures = [figure(arguments, dtype, sequences, tokens) for dtype in arguments.dtypes]
+    print(*figures, sep="\n")
+
+
+def scored_sequences(arguments: argparse.Namespace) -> list[ScoredSequence]:
+    """Six for each pair: chosen and rejected after x, x_better and x_worse."""
+    tokenizer, prompts = load_tokenizer(arguments.model), load_prompt_pair(arguments.prompt_pair)
+    pairs = list(read_pairs(arguments.pairs))
+    sequences = []
+    for pair in pairs[::max(1, len(pairs) // arguments.count)][:arguments.count]:
+        six = []
+        for text in (pair.chosen, pair.rejected):
+            response = tokenizer.encode_response(pair.messages, text)
+            for messages in (pair.messages, prompts.better(pair.messages, text), prompts.worse(pair.messages, text)):
+                six.append(ScoredSequence(tokenizer.encode_prompt(messages), response))
+        if max(sequence.length for sequence in six) <= arguments.max_length:
+            sequences += six
+    return sequences
+
+
+def figure(arguments: argparse.Namespace, dtype: str, sequences: list[ScoredSequence], tokens: int) -> str:
+    plain = plain_scorer(arguments.model, dtype)
+    ours = HuggingFaceScorer(arguments.model, dtype, "cpu", arguments.batch_tokens)
+    ways: dict[str, Callable[[], list[np.ndarray]]] = {
+        "plain": lambda: [plain(sequence) for sequence in sequences],
+        "ours": lambda: ours.score(sequences),
+        "ours, nothing shared": lambda: without_sharing(ours, sequences),
+        "ours, one pair in a pass": lambda: list(itertools.chain.from_iterable(
+            ours.score(sequences[i:i + 6]) for i in range(0, len(sequences), 6))),
+        "ours, one sequence in a pass": lambda: [ours.score([sequence])[0] for sequence in sequences],
+    }
+    plain(sequences[0]), ours.score(sequences[:1])      # the first call of a process sets kernels up
+    seconds, values = dict.fromkeys(ways, float("inf")), {}
+    for _ in range(arguments.repeat):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            values[name] = way()
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    difference = max(np.abs(a - b).max() for a, b in zip(values["plain"], values["ours"]))
+    print(f"\n{dtype}: largest difference of a log-prob {difference:.1e}")
+    assert difference < LARGEST_DIFFERENCE[dtype]
+    for name in ways:
+        print(f"  {name:30} {seconds[name]:7.2f} s {tokens / seconds[name]:9,.0f} tokens/s "
+              f"{seconds['plain'] / seconds[name]:6.2f} x plain")
+    short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+    return f"figure label_vs_plain_{short} {seconds['plain'] / seconds['ours']:.2f} ratio"
+
+
+def plain_scorer(folder: str, dtype: str) -> Callable[[ScoredSequence], np.ndarray]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True).eval()
+
+    @torch.inference_mode()
+    def score(sequence: ScoredSequence) -> np.ndarray:
+        tokens = torch.tensor([[*sequence.prompt_ids, *sequence.response_ids]])
+        where = score_positions(len(sequence.prompt_ids), len(sequence.response_ids))
+        logits = model(tokens, use_cache=False, logits_to_keep=torch.arange(where.start, where.stop)).logits[0]
+        targets = torch.tensor(sequence.response_ids)
+        return logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0].numpy()
+
+    return score
+
+
+def without_sharing(scorer: HuggingFaceScorer, sequences: list[ScoredSequence]) -> list[np.ndarray]:
+    with no_shared_prefixes():
+        return scorer.score(sequences)
+
+
+@contextlib.contextmanager
+def no_shared_prefixes() -> Iterator[None]:
+    with mock.patch.object(shared_prefixes, "shared_length", lambda first, second: 0):
+        yield
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,141 @@
+"""Pairs a second of a training step, against TRL's DPOTrainer on the same weights and the same pairs.
+
+    python benchmarks/train_step.py                                   # 56M random Llama, the demo's pairs
+    python benchmarks/train_step.py --model MODEL --pairs pairs.json  # a Hugging Face folder, your pairs
+
+Opponents: TRL from PyPI, in a virtual environment that this script makes, with reference log-probs precomputed and
+with the reference in memory; ourselves with one gain switched off at a time; ourselves without T-REG (alpha = 0). All
+run at once, each in a process of its own, and take steps in turn, so that a slow moment of the machine hits all alike.
+Figures are ratios of medians over the same steps: same global batch, same micro-batch, AdamW, fp32 on a CPU and bf16 on
+a GPU. `train_gemm_share` is the rate of forward + backward over that of a square matrix product measured in between.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKERS = Path(__file__).resolve().parent / "workers"
+TRL = "trl==0.24.0"
+OURS = {
+    "treg": [],
+    "dpo": ["objective.alpha=0"],
+    "padded rows": ["data.layout=padded"],
+    "padded, Megatron's attention": ["data.layout=padded", "bench.attention=local"],
+    "logits of all tokens": ["bench.head=whole"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="Hugging Face folder (default: a random 56M Llama with the demo's tokenizer)")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer with a chat template, for the random model")
+    parser.add_argument("--pairs", type=Path, default=ROOT / "demo" / "pairs" / "train.jsonl", help="preference pairs")
+    parser.add_argument("--max-length", type=int, default=512, help="longest sequence; longer pairs are left out")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps of each, after two that are not")
+    parser.add_argument("--batch", type=int, default=8, help="pairs in a step")
+    parser.add_argument("--micro-batch", type=int, default=4, help="pairs in a forward pass, ours and TRL's")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--trl-python", type=Path, default=ROOT / "runs" / "trl-venv" / "bin" / "python",
+                        help="interpreter of an environment with TRL; made when missing")
+    parser.add_argument("--only", nargs="*", default=None, help="names of the runs to take part (default: all)")
+    arguments = parser.parse_args()
+    make_trl(arguments.trl_python)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(arguments, Path(folder))
+
+
+def make_trl(python: Path) -> None:
+    """An environment with TRL and this environment's versions of torch and transformers."""
+    if python.exists():
+        return
+    print(f"making {python.parent.parent} with {TRL}", flush=True)
+    folder = python.parent.parent
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    try:
+        subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", "torch", "transformers",
+                        "accelerate", "datasets", "jinja2", TRL], check=True)
+    except subprocess.CalledProcessError:
+        shutil.rmtree(folder)
+        raise
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "PYTHONPATH": str(ROOT), "TREG_THREADS":
+                                str(arguments.threads)}
+    prepare = subprocess.run(
+        [sys.executable, WORKERS / "prepare.py", folder, str(arguments.model or ""), str(arguments.tokenizer or ""),
+         arguments.pairs, str(arguments.max_length)], env=environment, check=True, capture_output=True, text=True)
+    print(prepare.stdout.strip().splitlines()[-1])
+    sizes = ["--batch", str(arguments.batch), "--micro-batch", str(arguments.micro_batch),
+             "--steps", str(arguments.steps + 2), "--max-length", str(arguments.max_length)]
+    commands = {name: [sys.executable, WORKERS / "ours.py", folder, *sizes, *extra] for name, extra in OURS.items()}
+    commands["TRL, precomputed"] = [arguments.trl_python, WORKERS / "trl_dpo.py", folder, *sizes, "--precompute"]
+    commands["TRL, reference in memory"] = [arguments.trl_python, WORKERS / "trl_dpo.py", folder, *sizes]
+    if arguments.only:
+        commands = {name: command for name, command in commands.items() if name in arguments.only}
+    workers = {name: Worker(name, command, environment, folder) for name, command in commands.items()}
+    try:
+        for worker in workers.values():
+            worker.wait_until_ready()
+        samples = {name: [] for name in workers}
+        for step in range(arguments.steps + 2):
+            for name, worker in workers.items():
+                sample = worker.step()
+                if step >= 2:
+                    samples[name].append(sample)
+    finally:
+        for worker in workers.values():
+            worker.process.kill()
+    report(samples, arguments)
+
+
+class Worker:
+    """A training process that takes a step when told and says how long it took."""
+
+    def __init__(self, name: str, command: list, environment: dict[str, str], folder: Path):
+        self.name, self.log = name, folder / f"{name.replace(' ', '_')}.log"
+        self.process = subprocess.Popen([str(c) for c in command], env=environment, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=open(self.log, "w"), text=True)
+
+    def wait_until_ready(self) -> None:
+        self._read()
+
+    def step(self) -> dict[str, float]:
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, float]:
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"{self.name} ended:\n{self.log.read_text()[-3000:]}")
+
+
+def report(samples: dict[str, list[dict[str, float]]], arguments: argparse.Namespace) -> None:
+    medians = {name: statistics.median(s["seconds"] for s in taken) for name, taken in samples.items()}
+    print(f"\n{'':32} {'median s/step':>14} {'pairs/s':>9} {'x treg':>8}")
+    for name, seconds in medians.items():
+        print(f"{name:32} {seconds:14.3f} {arguments.batch / seconds:9.2f} {seconds / medians['treg']:8.2f}")
+    ours = samples["treg"]
+    share = statistics.median(s["flops"] / s["forward_backward_seconds"] / s["gemm_rate"] for s in ours)
+    print(f"\n{arguments.steps} steps of {arguments.batch} pairs, {statistics.mean(s['tokens'] for s in ours):.0f} tokens a step, "
+          f"matrix product {statistics.median(s['gemm_rate'] for s in ours) / 1e9:.0f} GFLOP/s")
+    figures = {"train_vs_trl_precomputed": "TRL, precomputed", "train_vs_trl_resident": "TRL, reference in memory"}
+    for figure, opponent in figures.items():
+        if opponent in medians:
+            print(f"figure {figure} {medians[opponent] / medians['treg']:.2f} ratio")
+    print(f"figure train_gemm_share {share:.2f} ratio")
+    if "dpo" in medians:
+        print(f"figure treg_over_dpo {medians['treg'] / medians['dpo']:.3f} ratio")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Our trainer, one step at a time: each line on stdin is a step, each step a line of JSON on stdout."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from treg_megatron.recipe import load_recipe, section
+from treg_megatron.runtime.quiet import quieten, unheard_imports
+
+GEMM = 2048
+
+
+class OnDemand(pl.Callback):
+    """Waits before each step, times it, and measures the matrix rate after it."""
+
+    def __init__(self, fields: dict):
+        self.fields, self.tokens, self.scored = fields, 0, 0
+        self.a, self.b = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM)
+        if torch.cuda.is_available():
+            self.a, self.b = self.a.cuda().bfloat16(), self.b.cuda().bfloat16()
+
+    def on_train_start(self, trainer, module):
+        say({"ready": 1})
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if not sys.stdin.readline():
+            os._exit(0)
+        synchronize()
+        self.start, self.flops, self.tokens = time.perf_counter(), 0.0, 0
+
+    def on_megatron_microbatch_start(self, step, batch, forward_callback):
+        sequences = batch["cu_seqlens"].diff().tolist() if "cu_seqlens" in batch else \
+            [batch["tokens"].shape[1]] * len(batch["tokens"])
+        useful = sum(batch["sequence_lengths"]) if "sequence_lengths" in batch else sum(sequences)
+        self.tokens += useful
+        self.flops += flops(self.fields, sequences, len(batch["targets"]))
+
+    def on_megatron_step_end(self, step, **_):
+        synchronize()
+        self.forward_backward = time.perf_counter() - self.start
+
+    def on_train_batch_end(self, trainer, module, *_):
+        synchronize()
+        seconds = time.perf_counter() - self.start
+        say({"seconds": seconds, "forward_backward_seconds": self.forward_backward, "flops": self.flops,
+             "tokens": self.tokens, "gemm_rate": self.gemm_rate()})
+
+    def gemm_rate(self) -> float:
+        """FLOP/s of a square matrix product, the best of five."""
+        best = min(self.timed_product() for _ in range(5))
+        return 2 * GEMM ** 3 / best
+
+    def timed_product(self) -> float:
+        synchronize()
+        start = time.perf_counter()
+        self.a @ self.b
+        synchronize()
+        return time.perf_counter() - start
+
+
+def flops(fields: dict, sequences: list[int], scored: int) -> float:
+    """Forward + backward of one micro-batch: 6 per weight and token, causal attention, the head on scored rows only."""
+    hidden, heads, groups, channels = (fields[k] for k in ("hidden_size", "num_attention_heads", "num_query_groups",
+                                                           "kv_channels"))
+    weights = hidden * channels * (2 * heads + 2 * groups) + 3 * hidden * fields["ffn_hidden_size"]
+    tokens = sum(sequences)
+    attention = sum(2 * 2 * n * n / 2 * heads * channels for n in sequences)
+    return 3 * (fields["num_layers"] * (2 * weights * tokens + attention) + 2 * hidden * fields["vocab_size"] * scored)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def say(message: dict) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def switch_off(gains: dict[str, str]) -> None:
+    """Replace one of our parts by what Megatron or Hugging Face does."""
+    from treg_megatron import model
+
+    if gains.get("attention") == "local":
+        from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+        from treg_megatron import layers
+
+        layers.SdpaAttention = DotProductAttention
+    if gains.get("head") == "whole":
+        chunked = model.response_logps
+
+        class Everything(model.ResponseGPTModel):
+            def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, **kwargs):
+                rows = torch.arange(hidden_states.shape[0] * hidden_states.shape[1])
+                targets = torch.zeros(len(rows), dtype=torch.int64)
+                targets[labels.rows] = labels.targets
+                every = super()._postprocess(hidden_states, input_ids, position_ids, model.ResponseTokens(rows, targets),
+                                             *args, **kwargs)
+                return every[labels.rows]
+
+        model.response_logps = lambda *a, **k: chunked(*a, **{**k, "block_words": 1 << 30})
+        model.ResponseGPTModel = Everything
+
+
+def main() -> None:
+    quieten()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    for name in ("--batch", "--micro-batch", "--steps", "--max-length"):
+        parser.add_argument(name)
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    gains = dict(o.removeprefix("bench.").split("=") for o in arguments.overrides if o.startswith("bench."))
+    torch.set_num_threads(int(os.environ["TREG_THREADS"]))
+    if not torch.cuda.is_available():
+        from treg_megatron.runtime.cpu import use_cpu
+
+        use_cpu()
+    with unheard_imports():
+        from treg_megatron import build
+        from treg_megatron.data import PairData
+    from treg_megatron.checkpoint.families import model_fields, nemo_config_class
+    from treg_megatron.checkpoint.layout import read_identity
+    from treg_megatron.objective import Objective
+    from treg_megatron.runtime.launch import world
+    from treg_megatron.streams import open_streams
+
+    folder = arguments.folder
+    recipe = load_recipe("recipes/tiny.yaml", [
+        f"run={folder}", f"model.hf={(folder / 'model.txt').read_text()}", f"data.global_batch_size={arguments.batch}",
+        f"data.micro_batch_size={arguments.micro_batch}", f"data.seq_length={arguments.max_length}", "data.epochs=1000",
+        "optimizer.lr=1e-7", f"train.precision={'bf16' if torch.cuda.is_available() else 'fp32'}",
+        *(o for o in arguments.overrides if not o.startswith("bench."))])
+    switch_off(gains)
+    data, parallel, train = (section(recipe, name) for name in ("data", "parallel", "train"))
+    identity = read_identity(folder / "megatron")
+    fields = model_fields(identity.hf_config)
+    strategy = build.strategy(parallel, train, folder / "megatron")
+    trainer = build.trainer(world(), strategy, train, int(arguments.steps), [OnDemand(fields)])
+    config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, train)
+    optimizer = build.optimizer(section(recipe, "optimizer"), train, int(arguments.steps))
+    trainer.fit(build.policy(config, Objective(**vars(section(recipe, "objective"))), optimizer),
+                datamodule=PairData(data, open_streams(data.train), None))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Every architecture: Hugging Face to Megatron and back bit for bit, and transformers' log-probs in every layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parallel import megatron_model, policy_ranks
+from tests.parallel.forked import run_ranks
+from tests.parallel.policy_ranks import LAYOUTS, Layout
+from tests.parallel.test_conversion import assert_same_tensors, config_of
+from tests.tiny_families import SPECIAL, VOCAB, tiny_family, transformers_logprobs
+from treg_megatron.checkpoint.families import family_of, model_fields, name_at, places
+from treg_megatron.checkpoint.from_hf import import_checkpoint
+from treg_megatron.checkpoint.layout import read_identity, write_identity
+from treg_megatron.checkpoint.to_hf import export_checkpoint
+
+CASES = [(family, layout) for family in SPECIAL for layout in LAYOUTS if layout != "EP2" or family == "Mixtral"]
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """The folders of a family, made once: (Hugging Face, checkpoint)."""
+    made = {}
+
+    def folders(family: str, tied: bool) -> tuple[Path, Path]:
+        if (family, tied) not in made:
+            folder = tmp_path_factory.mktemp(family)
+            tiny_family(folder / "hf", family, tied=tied)
+            import_checkpoint(folder / "hf", folder / "checkpoint")
+            made[family, tied] = folder / "hf", folder / "checkpoint"
+        return made[family, tied]
+
+    return folders
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family, layout", CASES)
+def test_policy_gives_the_logprobs_of_transformers(imported, tokens, family, layout, tied):
+    """Through the model that trains, sequences padded and packed."""
+    hf, checkpoint = imported(family, tied)
+    expected = transformers_logprobs(hf, tokens)
+    for outputs in run_ranks(LAYOUTS[layout].ranks, score, checkpoint, tokens, LAYOUTS[layout]):
+        for actual in outputs or ():
+            torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family, layout", [case for case in CASES if case[1] in ("TP2xPP2", "EP2")])
+def test_export_of_what_megatron_saved_is_the_original_bit_for_bit(imported, tmp_path, family, layout):
+    hf, checkpoint = imported(family, False)
+    (tmp_path / "saved" / "weights").mkdir(parents=True)
+    run_ranks(LAYOUTS[layout].ranks, load_and_save, checkpoint, LAYOUTS[layout], tmp_path / "saved")
+    write_identity(tmp_path / "saved", read_identity(checkpoint))
+    export_checkpoint(tmp_path / "saved", hf, tmp_path / "hf")
+    assert_same_tensors(tmp_path / "hf", hf)
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_parameter_map_names_every_parameter_of_the_policy(imported, family):
+    hf, checkpoint = imported(family, False)
+    [(names, keys)] = run_ranks(1, parameter_names, checkpoint)
+    fields = model_fields(config_of(hf))
+    parameters = family_of(config_of(hf)).parameters(fields)
+    assert names == {name_at(p.local_name or p.name, place) for p in parameters for place in places(p.name, fields)}
+    assert keys == {"module." + p.key for p in parameters}
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_import_then_export_loads_in_transformers_without_a_warning(imported, tmp_path, family):
+    from transformers import AutoModelForCausalLM
+
+    hf, checkpoint = imported(family, True)
+    export_checkpoint(checkpoint, hf, tmp_path / "back", shard_bytes=50_000)
+    assert_same_tensors(tmp_path / "back", hf)
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(report.values())
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False).shape[1] > 2
+
+
+def score(checkpoint: Path, tokens: torch.Tensor, layout: Layout) -> list[torch.Tensor] | None:
+    policy = policy_ranks.load(checkpoint, layout)
+    outputs = [policy_ranks.token_logprobs(policy, tokens, packed) for packed in (False, True)]
+    return None if outputs[0] is None else outputs
+
+
+def load_and_save(checkpoint: Path, layout: Layout, output: Path) -> None:
+    megatron_model.save(policy_ranks.load(checkpoint, layout).module, str(output / "weights"))
+
+
+def parameter_names(checkpoint: Path) -> tuple[set[str], set[str]]:
+    model = policy_ranks.load(checkpoint, Layout()).module
+    entries = megatron_model.sharded_state_dict(model)
+    keys = {entry.key for name, entry in entries.items() if not name.endswith("_extra_state")}
+    return {name for name, _ in model.named_parameters()}, keys

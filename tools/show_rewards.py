@@ -1,0 +1,63 @@
+"""Look at token rewards before training pays for them: a page for the browser, or a text for the terminal.
+
+    python tools/show_rewards.py --labelled runs/X/labelled/train --tokenizer MODEL --output rewards.html
+    python tools/show_rewards.py --labelled runs/X/labelled/train --tokenizer MODEL --text
+    python tools/show_rewards.py ... --policy ALIGNED_MODEL      # its implicit token rewards beside the labels
+
+The page is one file that needs no network: each pair side by side with its tokens shaded by reward, to sort and filter,
+and figures on the quality of the labels over all pairs. It warns where the reference model merely copies.
+"""
+
+import argparse
+import sys
+
+from treg_megatron import errors
+from treg_megatron.errors import UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--labelled", required=True, metavar="DIR", help="labelled pairs: a folder or a Parquet file")
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face folder of their tokenizer")
+    parser.add_argument("--output", default="rewards.html", metavar="HTML", help="the page to write (%(default)s)")
+    parser.add_argument("--text", action="store_true", help="print to the terminal and write no page")
+    parser.add_argument("--pairs", type=int, default=200, metavar="N", help="show the first N pairs (%(default)s)")
+    parser.add_argument("--policy", metavar="DIR", help="Hugging Face folder of a trained policy")
+    parser.add_argument("--device", default="auto", help="where the policy runs: auto, cpu or cuda")
+    arguments = parser.parse_args()
+    if arguments.pairs < 1:
+        raise UserError(f"--pairs {arguments.pairs} must be at least 1")
+    from treg_megatron import rewards_page
+    from treg_megatron.labels import labelling_run, read_labelled
+    from treg_megatron.tokens import load_tokenizer
+
+    tokenizer, run = load_tokenizer(arguments.tokenizer), labelling_run(arguments.labelled) or {}
+    if run.get("tokenizer", {}).get("sha256", tokenizer.sha256) != tokenizer.sha256:
+        raise UserError(f"{arguments.labelled} was labelled with another tokenizer than that of {arguments.tokenizer}")
+    pairs = list(read_labelled(arguments.labelled))
+    if not pairs:
+        raise UserError(f"{arguments.labelled} holds no pairs")
+    figures, shown = rewards_page.quality(pairs), pairs[:arguments.pairs]
+    if arguments.text:
+        for line in rewards_page.text_report(figures, shown, tokenizer.decode, colour=sys.stdout.isatty()):
+            print(line)
+        return
+    policy = None
+    if arguments.policy:
+        if any(pair.chosen_ref_logprobs is None for pair in shown):
+            raise UserError(f"{arguments.labelled} has no reference log-probs, which implicit rewards are relative to")
+        from treg_megatron.scoring.huggingface import HuggingFaceScorer
+
+        policy = rewards_page.policy_rewards(shown, HuggingFaceScorer(arguments.policy, "float32", arguments.device))
+    made_by = [f"{key.replace('_', ' ')} {run[key]['name']}" for key in ("reference", "prompt_pair") if key in run]
+    source = ", ".join([str(arguments.labelled), *made_by])
+    if len(shown) < len(pairs):
+        source += f"; the first {len(shown)} of {len(pairs)} pairs are shown, the figures on the left cover all"
+    rewards_page.write_page(arguments.output, source, figures, shown, tokenizer.decode, policy)
+    print(f"wrote {arguments.output}: {len(shown)} pairs, mean size of a reward {figures.mean_abs:.4f}")
+    for warning in figures.warnings:
+        print(f"warning: {warning}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,105 @@
+"""Whether two models hold the same weights, bit for bit: Hugging Face folders and Megatron checkpoints, in any mixture.
+
+A checkpoint is compared as the folder that an export would write, and nothing is written. One tensor of each is in
+memory at a time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from treg_megatron.checkpoint.buffers import Scratch, as_bytes, read_pieces
+from treg_megatron.checkpoint.families import family_of, model_fields
+from treg_megatron.checkpoint.layout import WEIGHTS, find_checkpoint, is_checkpoint, read_identity
+from treg_megatron.checkpoint.safetensors_stream import DTYPES, PlannedTensor, StoredTensor, tensors_in_folder
+from treg_megatron.checkpoint.to_hf import check_tensors, exported_tensors, planned_tensors
+from treg_megatron.checkpoint.torch_dist import TorchDistReader
+from treg_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes:
+        tensors, nbytes: what was compared, in the first model.
+        different: names of tensors that only one model has, or that differ in shape, precision or value.
+    """
+
+    tensors: int
+    nbytes: int
+    different: list[str]
+
+
+def compare(a: Path, b: Path) -> Comparison:
+    """Compare the weights of two models.
+
+    A checkpoint beside a folder takes the folder's precision, since that is what it would be exported in.
+
+    Raises:
+        UserError: one of them is no model, or is damaged.
+    """
+    if is_checkpoint(b) and not is_checkpoint(a):
+        a, b = b, a
+    theirs = _CheckpointWeights(b) if is_checkpoint(b) else _FolderWeights(b)
+    ours = _CheckpointWeights(a, None if is_checkpoint(b) else theirs.dtype) if is_checkpoint(a) else _FolderWeights(a)
+    planned, others = ours.planned(), {tensor.name: tensor for tensor in theirs.planned()}
+    different = [tensor.name for tensor in planned if others.get(tensor.name) != tensor]
+    different += sorted(others.keys() - {tensor.name for tensor in planned})
+    if not different:
+        left, right = Scratch(), Scratch()
+        names = [tensor.name for tensor in planned]
+        for tensor, mine, other in zip(planned, ours.read(names), theirs.read(names)):
+            if not torch.equal(_filled(left, mine, tensor.nbytes), _filled(right, other, tensor.nbytes)):
+                different.append(tensor.name)
+    return Comparison(len(planned), sum(tensor.nbytes for tensor in planned), different)
+
+
+class _FolderWeights:
+    """The weights of a Hugging Face folder, whatever its architecture."""
+
+    def __init__(self, folder: Path) -> None:
+        self._stored: dict[str, StoredTensor] = tensors_in_folder(folder)
+        unknown = {tensor.dtype for tensor in self._stored.values()} - DTYPES.keys()
+        if unknown:
+            raise UserError(f"{folder} has {unknown.pop()} weights; known: {', '.join(DTYPES)}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[next(iter(self._stored.values())).dtype]
+
+    def planned(self) -> list[PlannedTensor]:
+        return [PlannedTensor(name, tensor.shape, DTYPES[tensor.dtype]) for name, tensor in self._stored.items()]
+
+    def read(self, names: list[str]) -> Iterator[Iterator[memoryview]]:
+        return (read_pieces(t.file, t.start, t.nbytes) for t in (self._stored[name] for name in names))
+
+
+class _CheckpointWeights:
+    """The weights of a Megatron checkpoint under their Hugging Face names."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        checkpoint = find_checkpoint(folder)
+        identity = read_identity(checkpoint)
+        self._family, self._fields = family_of(identity.hf_config), model_fields(identity.hf_config)
+        self._reader = TorchDistReader(checkpoint / WEIGHTS)
+        check_tensors(self._reader, self._family, self._fields, checkpoint)
+        self.dtype = dtype or getattr(torch, identity.dtype)
+
+    def planned(self) -> list[PlannedTensor]:
+        return planned_tensors(self._family, self._fields, self.dtype)
+
+    def read(self, names: list[str]) -> Iterator[Iterator[memoryview]]:
+        """In the order of the family, which is that of ``names`` when both sides are checkpoints of one model."""
+        return exported_tensors(self._reader, self._family, self._fields, self.dtype)
+
+
+def _filled(scratch: Scratch, pieces: Iterator[memoryview], nbytes: int) -> torch.Tensor:
+    whole = scratch.tensor((nbytes,), torch.uint8)
+    view, at = as_bytes(whole), 0
+    for piece in pieces:
+        view[at:at + len(piece)] = piece
+        at += len(piece)
+    return whole

@@ -1,0 +1,98 @@
+"""Whether a Megatron checkpoint computes what transformers computes from a Hugging Face folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from treg_megatron.checkpoint.layout import find_checkpoint
+from treg_megatron.checkpoint.policy import load_policy
+from treg_megatron.errors import UserError
+from treg_megatron.runtime.quiet import unheard_imports
+
+# Both sides compute in fp32 and round differently, layer by layer.
+TOLERANCE = 1e-4
+
+TEXTS = (
+    "The capital of France is Paris, and the capital of Italy is Rome. What, then, is the capital of Spain?",
+    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
+    "Die Katze sitzt auf der Matte. 猫がマットの上に座っている。 Il gatto è seduto sul tappeto.",
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Per-token log-probs of two models: how many tokens, and by how much they differ at most."""
+
+    tokens: int
+    largest: float
+
+
+def logprob_difference(checkpoint: Path, hf: Path, texts: Sequence[str]) -> Difference:
+    """Compare log p(token | tokens before it) over ``texts``, both models in fp32, one after the other in memory.
+
+    Raises:
+        UserError: no complete checkpoint, no loadable folder or tokenizer, or a text of fewer than two tokens.
+    """
+    ids = [_ids(hf, text) for text in texts]
+    found = torch.cat(_megatron_logprobs(find_checkpoint(checkpoint), ids))
+    expected = torch.cat(_transformers_logprobs(hf, ids))
+    return Difference(len(expected), (found - expected).abs().max().item())
+
+
+def _ids(hf: Path, text: str) -> torch.Tensor:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"the tokenizer of {hf} does not load: {error}") from None
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    if len(ids) < 2:
+        raise UserError(f"the text {text!r} has {len(ids)} tokens: one to predict another from needs two")
+    return ids
+
+
+def _megatron_logprobs(checkpoint: Path, ids: list[torch.Tensor]) -> list[torch.Tensor]:
+    if not torch.cuda.is_available():
+        from treg_megatron.runtime.cpu import use_cpu
+
+        use_cpu()
+    with unheard_imports():
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        from treg_megatron.model import data_step, forward_step
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)  # modules ask for Megatron's random state even where all weights are loaded
+        policy = load_policy(checkpoint)
+        with torch.no_grad():
+            return [forward_step(policy, data_step(iter([_batch(x)]))).cpu() for x in ids]
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One sequence, every token but the first scored."""
+    return {"tokens": ids[None], "position_ids": torch.arange(len(ids))[None], "rows": torch.arange(len(ids) - 1),
+            "targets": ids[1:]}
+
+
+def _transformers_logprobs(hf: Path, ids: list[torch.Tensor]) -> list[torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        # eager: the model's own attention, of which other implementations leave things out (Gemma 2's soft-cap)
+        model = AutoModelForCausalLM.from_pretrained(
+            hf, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+            attn_implementation="eager").eval()
+    except Exception as error:
+        raise UserError(f"the model of {hf} does not load: {error}") from None
+    with torch.no_grad():
+        logits = [model(x[None]).logits[0, :-1] for x in ids]
+    return [x.log_softmax(-1).gather(-1, i[1:, None]).squeeze(-1) for x, i in zip(logits, ids)]

@@ -1,0 +1,47 @@
+"""The model that trains, on the weights of a checkpoint, outside of a training run.
+
+The one file of this package that needs NeMo, and imports it when asked: everything else converts without it.
+"""
+
+from pathlib import Path
+
+import torch
+
+from treg_megatron.checkpoint.families import model_fields, nemo_config_class
+from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, read_identity
+from treg_megatron.checkpoint.torch_dist import CONTENT_METADATA
+from treg_megatron.recipe import load_recipe, section
+
+
+def load_policy(checkpoint: Path, tensor: int = 1, pipeline: int = 1, expert: int = 1,
+                sequence: bool = False) -> "treg_megatron.model.Policy":
+    """The policy of a checkpoint in fp32, evaluating; its ``module`` is this rank's part of Megatron's model.
+
+    ``treg_megatron.build`` gives the model and Megatron-core loads it, as for training. The process group exists and is
+    split by Megatron's ``parallel_state`` into these sizes.
+
+    Raises:
+        UserError: no complete checkpoint, or a layout that the model does not train in.
+    """
+    from megatron.core import dist_checkpointing
+
+    from treg_megatron import build
+    from treg_megatron.objective import Objective
+
+    hf_config = read_identity(checkpoint).hf_config
+    recipe = load_recipe(overrides=[
+        "train.precision=fp32", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}",
+        f"parallel.sequence={sequence}"])
+    config = build.policy_config(nemo_config_class(hf_config), model_fields(hf_config), section(recipe, "parallel"),
+                                 section(recipe, "train"))
+    # what NeMo's strategy fills in
+    config.tensor_model_parallel_size = config.expert_tensor_parallel_size = tensor
+    config.pipeline_model_parallel_size, config.pipeline_dtype = pipeline, torch.float32
+    config.expert_model_parallel_size, config.sequence_parallel = expert, sequence
+    policy = build.policy(config, Objective(**vars(section(recipe, "objective"))))
+    policy.configure_model()
+    model = policy.eval().module
+    wanted = model.sharded_state_dict(prefix=MODEL_PREFIX, metadata=CONTENT_METADATA)
+    loaded = dist_checkpointing.load(wanted, str(checkpoint / WEIGHTS), strict="raise_unexpected")
+    model.load_state_dict({k.removeprefix(MODEL_PREFIX): v for k, v in loaded.items() if k.startswith(MODEL_PREFIX)})
+    return policy

@@ -1,0 +1,31 @@
+"""Responses of a model to prompts: one interface, an engine for each way to generate.
+
+The prompt goes in as the token ids that labelling and training will see, so that no engine adds a BOS of its own, and
+the response comes back as the ids that were sampled.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+class Sampled(NamedTuple):
+    """A response.
+
+    Attributes:
+        text: its words, without special tokens.
+        ids: the sampled token ids, with the end-of-turn token where the model ended its turn; None where the engine
+            does not tell them.
+        finished: False for a response that was cut off.
+    """
+
+    text: str
+    ids: list[int] | None
+    finished: bool
+
+
+class Sampler(Protocol):
+    """A model that answers."""
+
+    def sample(self, prompts: Sequence[list[int]], seed: int) -> list[Sampled]:
+        """One response to each prompt, in their order; the same for the same prompts and seed."""
+        ...

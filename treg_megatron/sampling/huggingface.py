@@ -1,0 +1,42 @@
+"""Sampling with Hugging Face's ``generate`` on one device: for small models, and machines without a GPU."""
+
+from collections.abc import Sequence
+
+import torch
+
+from treg_megatron.recipe import SampleSection
+from treg_megatron.sampling import Sampled
+from treg_megatron.scoring.huggingface import _device, _load, _model_folder
+from treg_megatron.tokens import ChatTokenizer
+
+
+class HuggingFaceSampler:
+    """The model of ``section.model``.
+
+    Raises:
+        UserError: the folder has no model that loads, or the device does not exist.
+    """
+
+    def __init__(self, section: SampleSection, tokenizer: ChatTokenizer):
+        self._section, self._tokenizer = section, tokenizer
+        self._device = _device(section.device)
+        self._model = _load(_model_folder(section.model), getattr(torch, section.dtype)).to(self._device)
+        self._model.set_attn_implementation("sdpa")
+
+    @torch.inference_mode()
+    def sample(self, prompts: Sequence[list[int]], seed: int) -> list[Sampled]:
+        """See :meth:`treg_megatron.sampling.Sampler.sample`."""
+        section, end = self._section, self._tokenizer.end_of_turn
+        width = max(map(len, prompts))
+        tokens = torch.full((len(prompts), width), end)
+        mask = torch.zeros_like(tokens)
+        for row, prompt in enumerate(prompts):              # padding on the left: responses begin together
+            tokens[row, width - len(prompt):] = torch.tensor(prompt)
+            mask[row, width - len(prompt):] = 1
+        torch.manual_seed(seed)
+        # top_k and repetition_penalty: a folder's own generation settings would change the distribution
+        output = self._model.generate(
+            tokens.to(self._device), attention_mask=mask.to(self._device), do_sample=True, top_k=0,
+            repetition_penalty=1.0, temperature=section.temperature, top_p=section.top_p,
+            max_new_tokens=section.max_new_tokens, eos_token_id=end, pad_token_id=end)
+        return [self._tokenizer.sampled(ids) for ids in output[:, width:].tolist()]

@@ -1,0 +1,77 @@
+"""Sampling from a server that speaks OpenAI's completions protocol (vLLM, SGLang, llama.cpp, ...).
+
+The prompt is sent as token ids. vLLM also answers with the sampled ids when asked to; of other servers the text comes
+back, and labelling tokenises it.
+"""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from treg_megatron.errors import UserError
+from treg_megatron.recipe import SampleSection
+from treg_megatron.sampling import Sampled
+from treg_megatron.tokens import ChatTokenizer
+
+_FIRST_PAUSE = 1.0           # seconds; doubles with each try
+_TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
+
+
+class ServerSampler:
+    """The model ``section.server_model`` of ``section.server``.
+
+    Raises:
+        UserError: no address, or a server that does not answer.
+    """
+
+    def __init__(self, section: SampleSection, tokenizer: ChatTokenizer):
+        if not section.server:
+            raise UserError("sample.server has no value; give the server's address, such as http://localhost:8000/v1")
+        self._section, self._tokenizer = section, tokenizer
+        self._address = section.server.rstrip("/")
+        self._model = section.server_model or self._ask("models")["data"][0]["id"]
+
+    def sample(self, prompts: Sequence[list[int]], seed: int) -> list[Sampled]:
+        """See :meth:`treg_megatron.sampling.Sampler.sample`; the prompts are asked all at once."""
+        with ThreadPoolExecutor(max_workers=len(prompts)) as pool:
+            return list(pool.map(lambda prompt: self._sample(prompt, seed), prompts))
+
+    def _sample(self, prompt: list[int], seed: int) -> Sampled:
+        section = self._section
+        answer = self._ask("completions", {
+            "model": self._model, "prompt": prompt, "seed": seed, "temperature": section.temperature,
+            "top_p": section.top_p, "max_tokens": section.max_new_tokens, "return_token_ids": True})
+        try:
+            (choice,) = answer["choices"]
+            text, finished, ids = choice["text"], choice["finish_reason"] == "stop", choice.get("token_ids")
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{self._address}/completions answered in an unknown form: "
+                            f"{json.dumps(answer)[:200]}") from None
+        if ids is None:
+            return Sampled(text, None, finished)
+        end = self._tokenizer.end_of_turn
+        return self._tokenizer.sampled(ids if not finished or ids[-1:] == [end] else [*ids, end])
+
+    def _ask(self, path: str, content: dict[str, Any] | None = None) -> Any:
+        request = urllib.request.Request(
+            f"{self._address}/{path}", headers={"Content-Type": "application/json"},
+            data=None if content is None else json.dumps(content).encode())
+        for attempt in range(self._section.tries):
+            if attempt:
+                time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=self._section.timeout) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                if error.code not in _TRY_AGAIN:
+                    said = error.read(300).decode(errors="replace")
+                    raise UserError(f"{self._address}/{path} refuses with status {error.code}: {said}") from None
+                problem: Any = f"status {error.code}"
+            except (OSError, ValueError) as error:          # refused, reset, timed out, cut off
+                problem = getattr(error, "reason", error)
+        raise UserError(f"{self._address}/{path} gave no answer in {self._section.tries} tries (the last: {problem}); what "
+                        "was sampled so far is kept: mend the server and run the same command again")
