@@ -48,7 +48,8 @@ def main() -> None:
                     ratio = statistics.median(c / o for c, o, _ in pairs)
                     ratios[kind].setdefault(cache, []).append(ratio)
                     peaks[kind].append(peak)
-                    print(f"{gigabytes:5g} {kind:6} {cache:5} {cp:7.2f} {ours:7.2f} {ratio:6.2f} {peak:8.2f}", flush=True)
+                    print(f"{gigabytes:5g} {kind:6} {cache:5} {cp:7.2f} {ours:7.2f} {ratio:6.2f} {peak:8.2f}",
+                          flush=True)
     print(f"largest tensor {largest / 1e9:.2f} GB; peak memory over all sizes: "
           + ", ".join(f"{kind} {min(p):.2f} to {max(p):.2f} GB" for kind, p in peaks.items()))
     for kind in ("export", "import"):
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def synthetic_llama(folder: Path, gigabytes: float) -> int:
-    """Write a random bf16 Llama of about that size, its tensors alike at every size; returns the bytes of the largest."""
+    """Write a random bf16 Llama of about that size, its tensors alike at every size; the bytes of the largest."""
     import torch
 
     from treg_megatron.checkpoint.buffers import as_bytes

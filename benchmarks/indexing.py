@@ -84,7 +84,7 @@ def call(command: list, package: Path) -> None:
 
 
 def write_text(path: Path, pairs: int) -> None:
-    """English of the length of UltraFeedback's: prompts of about 150 words, responses of about 200."""
+    """Made-up English of about the length of UltraFeedback's: prompts of about 150 words, responses of about 200."""
     words = " ".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))).split()
     chance = random.Random(0)
 
@@ -155,7 +155,7 @@ def write_labelled(path: Path, pairs: int) -> None:
 
 
 def fill() -> None:
-    """Bins of 8192 tokens in global batches of 128 pairs, with the spread of lengths that UltraFeedback has."""
+    """Bins of 8192 tokens in global batches of 128 pairs, of made-up lengths, log-normal."""
     from treg_megatron.packing import BinOrder
 
     lengths = np.minimum(np.random.default_rng(0).lognormal(np.log(850), 0.55, 60_000), 4096).astype(np.int64)

@@ -14,9 +14,9 @@ tokenizer and chat template of the base model.
 bit, and of a checkpoint beside a folder also the log-probs that Megatron and transformers compute (in fp32, so it takes
 the memory of the whole model). Exit code 0: the same, 1: different.
 
-Import and export stream: memory holds about one tensor, whatever the size of the model. Both are exact: import followed by export
-gives the original weights bit for bit. Both write beside their output and rename at the end, so that an output that
-exists is whole. No GPU is used.
+Import and export stream: memory holds about one tensor, whatever the size of the model. Both are exact: import followed
+by export gives the original weights bit for bit. Both write beside their output and rename at the end, so that an
+output that exists is whole. No GPU is used.
 """
 
 import argparse

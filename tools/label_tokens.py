@@ -9,8 +9,8 @@ pairs as Parquet with a manifest. Pairs that do not fit --max-length are dropped
 is cut. Under torchrun or srun the processes share the pairs out. Stopped at any moment, the same command goes on where
 it was, with any number of processes.
 
-A reference model that is too large for one device is labelled with by Megatron: `--engine megatron --tensor 8` takes the
-checkpoint that training starts from; processes that one copy of the model leaves over hold further copies.
+A reference model that is too large for one device is labelled with by Megatron: `--engine megatron --tensor 8` takes
+the checkpoint that training starts from; processes that one copy of the model leaves over hold further copies.
 
 Which prompt pair? `revise` is the paper's and suits models of billions of parameters; small ones merely copy the
 response that it shows them, and every reward is near 0. For those take `few_shot`, or write a YAML file of your own.

@@ -8,8 +8,8 @@ the reference log-probs that training needs, and after the prompts x_better and 
 (Zhou et al., "T-REG", ACL 2025, section 3.2).
 
 The input is cut into portions of ``shard_pairs`` pairs, and each becomes one Parquet file, written atomically. A file
-carries the fingerprint of its run, so an interrupted job goes on with what is not finished, and files of another run are
-never mixed in. Portions are labelled independently of each other: any number of processes share them out, and which of
+carries the fingerprint of its run, so an interrupted job goes on with what is not finished, and files of another run
+are never mixed in. Portions are labelled independently of each other: any number of processes share them out, and which of
 them labels a portion changes nothing in it. Whoever finds all of them finished writes the manifest.
 """
 
@@ -183,8 +183,8 @@ def _response_ids(pair: Pair, side: str, tokenizer: ChatTokenizer) -> list[int]:
     if sampled is None:
         return tokenizer.encode_response(pair.messages, getattr(pair, side))
     if pair.tokenizer != tokenizer.sha256:
-        raise UserError("its response ids were sampled with another tokenizer; label it with the model that sampled it, "
-                        "or remove chosen_ids and rejected_ids to have the text tokenised")
+        raise UserError("its response ids were sampled with another tokenizer; label it with the model that sampled "
+                        "it, or remove chosen_ids and rejected_ids to have the text tokenised")
     if max(sampled) >= tokenizer.vocab_size:
         raise UserError(f"{side}_ids holds {max(sampled)}, the tokenizer has {tokenizer.vocab_size} tokens")
     return list(sampled)

@@ -41,10 +41,10 @@ class Ranked(NamedTuple):
 
 
 def rank(section: RankSection) -> Ranked:
-    """Write the pairs of ``section.samples`` to ``section.output``; a file that is there is replaced when all went well.
+    """Write the pairs of ``section.samples`` to ``section.output``; a file that is there is replaced at the end.
 
     Raises:
-        UserError: samples that are unfinished, scores that are missing, no numbers or of another count, or no pair left.
+        UserError: samples that are unfinished, scores that are missing, no numbers or of another count; no pair left.
     """
     folder = Path(section.samples)
     manifest = read_manifest(folder / MANIFEST_NAME, FORMAT, VERSION)
@@ -106,8 +106,8 @@ def _scores(score: Callable[[dict, list[dict]], Sequence[float]], row: dict, kep
     except (TypeError, ValueError) as error:
         raise UserError(f"prompt {row['prompt_id']!r}: scores that are no numbers: {error}") from None
     if len(scores) != len(kept) or not all(map(math.isfinite, scores)):
-        raise UserError(f"prompt {row['prompt_id']!r}: {len(kept)} responses got the scores {scores}; each needs a finite "
-                        "number")
+        raise UserError(f"prompt {row['prompt_id']!r}: {len(kept)} responses got the scores {scores}; each needs a "
+                        "finite number")
     return scores
 
 

@@ -17,12 +17,12 @@ MERE_COPYING = 0.02          # mean |r| below which the reference does not tell 
 NEAR_ZERO = 0.01
 
 _COPYING_WARNING = (
-    "The rewards are near 0 (mean size {:.4f}): the reference model gives the response nearly the same probability under "
-    "both prompts. Small models do so with `revise`, which shows them the response to copy. Training on these labels is "
-    "close to plain preference optimization; try the prompt pair few_shot or answer, or a larger reference model.")
+    "The rewards are near 0 (mean size {:.4f}): the reference model gives the response nearly the same probability "
+    "under both prompts. Small models do so with `revise`, which shows them the response to copy. Training on these "
+    "labels is close to plain preference optimization; try the prompt pair few_shot or answer, or a larger reference model.")
 _CONTRARY_WARNING = (
-    "Chosen responses have a lower mean reward ({:+.4f}) than rejected ones ({:+.4f}): the token rewards speak against the "
-    "preferences. Look at the pairs, and try another prompt pair, before you train on them.")
+    "Chosen responses have a lower mean reward ({:+.4f}) than rejected ones ({:+.4f}): the token rewards speak against "
+    "the preferences. Look at the pairs, and try another prompt pair, before you train on them.")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Quality:
             ("pairs", f"{self.pairs:,}"), ("response tokens", f"{self.tokens:,}"),
             ("mean size of a reward", f"{self.mean_abs:.4f}"),
             (f"share within ±{NEAR_ZERO}", f"{self.near_zero:.1%}"),
-            ("mean reward, chosen", f"{self.chosen_mean:+.4f}"), ("mean reward, rejected", f"{self.rejected_mean:+.4f}"),
+            ("mean reward, chosen", f"{self.chosen_mean:+.4f}"),
+            ("mean reward, rejected", f"{self.rejected_mean:+.4f}"),
             ("pairs whose chosen response has the higher mean", f"{self.chosen_above:.1%}"),
             ("correlation with surprisal", _shown(self.with_surprisal)),
             ("correlation with position", _shown(self.with_position)),

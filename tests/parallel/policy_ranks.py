@@ -54,7 +54,8 @@ def token_logprobs(policy, tokens: torch.Tensor, packed: bool) -> torch.Tensor |
         given = {"tokens": tokens, "position_ids": positions}
     given |= {"rows": rows.reshape(-1), "targets": tokens[:, 1:].reshape(-1)}
     model = policy.module
-    width = given["tokens"].shape[1] // (model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1)
+    splits = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
+    width = given["tokens"].shape[1] // splits
     with torch.no_grad():
         if not parallel_state.is_pipeline_first_stage():
             hidden = torch.empty(width, len(given["tokens"]), model.config.hidden_size)

@@ -110,9 +110,9 @@ def test_auroc_by_hand():
 
 def test_planted_errors_are_found(suite):
     found = {name: separation(suite, name) for name in ("few_shot", "oracle", "reference")}
+    better = " (which is the better one here)" if found["reference"] > found["few_shot"] else ""
     print(f"\nAUROC, first error token against good tokens, {len(suite)} items: few_shot {found['few_shot']:.3f}, "
-          f"oracle {found['oracle']:.3f}, plain surprisal {found['reference']:.3f}"
-          + (" (surprisal tells these errors better than few_shot does)" if found["reference"] > found["few_shot"] else ""))
+          f"oracle {found['oracle']:.3f}, plain surprisal {found['reference']:.3f}{better}")
     assert found["few_shot"] >= 0.85
     assert found["oracle"] >= 0.93
 
@@ -128,5 +128,6 @@ def test_mixed_up_rows_are_noticed(suite):
     mixed = []
     for scored, other in zip(suite, [*suite[1:], suite[0]]):
         length = len(scored.good)
-        mixed.append(scored._replace(few_shot=np.resize(other.few_shot, length), oracle=np.resize(other.oracle, length)))
+        mixed.append(scored._replace(few_shot=np.resize(other.few_shot, length),
+                                     oracle=np.resize(other.oracle, length)))
     assert separation(mixed, "few_shot") < 0.85 and separation(mixed, "oracle") < 0.93

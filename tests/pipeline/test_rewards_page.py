@@ -63,8 +63,8 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: ap
 
 
 def browse(*arguments: str) -> str:
-    return subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND",
-                           *arguments], capture_output=True, text=True, timeout=120, check=True).stdout
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +82,15 @@ def articles(page: Path, view: str = "") -> list[str]:
 @needs_chromium
 def test_a_token_shows_its_value_and_colour(page):
     document = browse("--dump-dom", f"file://{page}").partition('<main id="pairs">')[2]
-    spans = re.findall(r'<span title="([^"]*)" data-value="([^"]*)" tabindex="(-?\d)" style="background-color: ([^;]*);">'
-                       r"([^<]*)</span>", document)
+    spans = re.findall(r'<span title="([^"]*)" data-value="([^"]*)" tabindex="(-?\d)" '
+                       r'style="background-color: ([^;]*);">([^<]*)</span>', document)
     assert len(spans) == sum(len(rewards) for pair in PAIRS
                              for rewards in (pair.chosen_token_rewards, pair.rejected_token_rewards))
     title, value, tabindex, colour, text = spans[0]
     assert (value, tabindex, text) == ("0.1", "0", " blue") and "reward +0.1000" in title
     assert "surprisal 1.00" in title and colour.startswith("rgba(33, 102, 172")
-    assert "reward \u22120.2000" in spans[1][0] and spans[1][3].startswith("rgba(230, 97, 1") and spans[1][4] == "&lt;/script&gt;"
+    assert "reward \u22120.2000" in spans[1][0] and spans[1][3].startswith("rgba(230, 97, 1")
+    assert spans[1][4] == "&lt;/script&gt;"
     strength = [float(re.search(r"([0-9.]+)\)$", span[3])[1]) for span in spans[:3]]
     assert strength[0] < strength[1] < strength[2]
 
@@ -108,6 +109,7 @@ def test_views_sort_and_filter(page):
 @needs_chromium
 def test_it_can_be_photographed_and_names_no_other_address(page, tmp_path):
     browse(f"--screenshot={tmp_path}/page.png", "--window-size=1200,900", f"file://{page}")
-    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "page.png").stat().st_size > 10_000
+    picture = (tmp_path / "page.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
     addresses = set(re.findall(r"https?://[^\s\"']+", page.read_text(encoding="utf-8")))
     assert addresses == {"http://www.w3.org/2000/svg"}          # the name of SVG's elements, which is not fetched

@@ -40,7 +40,7 @@ def test_every_pair_once_an_epoch_whatever_the_ranks_and_the_interruption(length
 
 
 def test_real_lengths_fill_the_bins():
-    """Lengths as UltraFeedback's: log-normal, 2 x (230 + 260) tokens in the mean, cut at 2 x 2048."""
+    """Made-up lengths: log-normal, 2 x (230 + 260) tokens in the mean, cut at 2 x 2048."""
     random = np.random.default_rng(0)
     lengths = np.minimum(random.lognormal(np.log(850), 0.55, 12_800), 4096).astype(np.int64)
     order = BinOrder(lengths, 8192, 128, 0, 1, micro_batches=1, seed=1)

@@ -24,8 +24,8 @@ def settings(tiny_folder, tmp_path):
     rows = [{"prompt_id": f"q{i}", "prompt": f"Question {i}?"} for i in range(5)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return section(load_recipe(overrides=[
-        f"model.hf={tiny_folder}", f"run={tmp_path}", f"sample.prompts={tmp_path}/prompts.jsonl", "sample.dtype=float32",
-        "sample.device=cpu", "sample.seeds=[1,2,3]", "sample.max_new_tokens=4", "sample.shard_prompts=2",
+        f"model.hf={tiny_folder}", f"run={tmp_path}", f"sample.prompts={tmp_path}/prompts.jsonl",
+        "sample.dtype=float32", "sample.device=cpu", "sample.seeds=[1,2,3]", "sample.max_new_tokens=4", "sample.shard_prompts=2",
         "sample.batch_prompts=2", "sample.tries=2"]), "sample")
 
 
@@ -121,7 +121,8 @@ def test_what_cannot_be_ranked_is_left_out_and_counted(settings, chatml):
     for path in sorted(Path(settings.output).glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for row in rows:
-            for response, score in zip(row["responses"], {"q0": (1, 1, 1), "q1": (2, 2, 1)}.get(row["prompt_id"], (1, 2, 3))):
+            scores = {"q0": (1, 1, 1), "q1": (2, 2, 1)}.get(row["prompt_id"], (1, 2, 3))
+            for response, score in zip(row["responses"], scores):
                 response["score"] = score
             if row["prompt_id"] == "q2":
                 for response in row["responses"]:

@@ -47,7 +47,8 @@ def related_sequences(vocab: int) -> list[ScoredSequence]:
     """Shared prompts, prompts that are the beginning of others, equal sequences, and one with nothing in common."""
     random = np.random.default_rng(1)
     trunk, branch, leaf = (random.integers(1, vocab, length).tolist() for length in (30, 20, 12))
-    return [ScoredSequence(trunk + branch, leaf), ScoredSequence(trunk, leaf), ScoredSequence(trunk + branch, leaf[:5] + [3]),
+    return [ScoredSequence(trunk + branch, leaf), ScoredSequence(trunk, leaf),
+            ScoredSequence(trunk + branch, leaf[:5] + [3]),
             ScoredSequence(trunk, branch + leaf), ScoredSequence([0, *leaf], trunk), ScoredSequence(trunk, leaf),
             ScoredSequence(trunk + branch[:3], [7]), ScoredSequence(trunk[:2], trunk[2:9])]
 

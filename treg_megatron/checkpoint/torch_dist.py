@@ -136,7 +136,7 @@ class TorchDistReader:
 
     def rows_in_files(self, key: str, place: tuple[int, ...], first_row: int,
                       shape: tuple[int, ...]) -> list[tuple[Path, int, int]] | None:
-        """Where ``shape[0]`` rows of a tensor (at a place of it) lie: file, first byte and length of each stretch, in order.
+        """Where ``shape[0]`` rows of a tensor (at a place of it) lie: file, first byte, length of each stretch, in order.
 
         None if some chunk holds less than whole rows, so that the rows are nowhere in one stretch.
 

@@ -73,5 +73,5 @@ class ServerSampler:
                 problem: Any = f"status {error.code}"
             except (OSError, ValueError) as error:          # refused, reset, timed out, cut off
                 problem = getattr(error, "reason", error)
-        raise UserError(f"{self._address}/{path} gave no answer in {self._section.tries} tries (the last: {problem}); what "
-                        "was sampled so far is kept: mend the server and run the same command again")
+        raise UserError(f"{self._address}/{path} gave no answer in {self._section.tries} tries (the last: {problem}); "
+                        "what was sampled so far is kept: mend the server and run the same command again")

@@ -124,8 +124,8 @@ def _require_sensible(section: SampleSection) -> None:
         if getattr(section, name) < 1:
             raise UserError(f"sample.{name}={getattr(section, name)} must be at least 1")
     if not section.temperature > 0 or not 0 < section.top_p <= 1:
-        raise UserError(f"sample.temperature={section.temperature} must be positive and sample.top_p={section.top_p} in "
-                        "(0, 1]")
+        raise UserError(f"sample.temperature={section.temperature} must be positive and sample.top_p={section.top_p} "
+                        "in (0, 1]")
     if len(set(section.seeds)) != len(section.seeds) or len(section.seeds) < 2:
         raise UserError(f"sample.seeds={list(section.seeds)} must be two or more different numbers: a pair needs two "
                         "responses")
@@ -135,8 +135,9 @@ def _require_same_run(output: Path, run: dict[str, Any]) -> None:
     if (output / RUN_NAME).exists():
         found = read_manifest(output / RUN_NAME, FORMAT, VERSION)["run"]
         if found != run:
-            raise UserError(f"{output} holds samples with another {', '.join(k for k in run if found.get(k) != run[k])}; "
-                            "name another sample.output, or remove that folder")
+            different = ", ".join(name for name in run if found.get(name) != run[name])
+            raise UserError(f"{output} holds samples with another {different}; name another "
+                            "sample.output, or remove that folder")
     elif output.is_dir() and any(output.iterdir()):
         raise UserError(f"{output} is not empty and holds no {RUN_NAME}; name another sample.output")
 

@@ -19,8 +19,8 @@ class VllmSampler:
         try:
             import vllm
         except ImportError:
-            raise UserError("sample.engine=vllm needs the package vllm: pip install treg-megatron[sampling], or start its "
-                            "server and use sample.engine=server") from None
+            raise UserError("sample.engine=vllm needs the package vllm: pip install treg-megatron[sampling], or start "
+                            "its server and use sample.engine=server") from None
         self._vllm, self._section, self._tokenizer = vllm, section, tokenizer
         self._model = vllm.LLM(section.model, dtype=section.dtype,
                                max_model_len=section.max_prompt_length + section.max_new_tokens)

@@ -24,7 +24,8 @@ from treg_megatron.scoring.shared_prefixes import ATTENTION, attention, one_row,
 
 _LOGITS_AT_ONCE = 1 << 25            # elements: 128 MiB in fp32
 _PROBE_TOKENS = 10
-_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}    # of the logits' spread; a wrong way is off by its order
+# of the spread of the logits; a wrong way is off by as much as that
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 _FINGERPRINT_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
 
 
@@ -117,8 +118,8 @@ class HuggingFaceScorer:
         except (TypeError, ValueError, AttributeError):
             known = False
         if not known:
-            raise UserError(f"{folder}: {type(self._model).__name__} attends or makes logits in a way that this release "
-                            "does not know; its log-probs would be wrong")
+            raise UserError(f"{folder}: {type(self._model).__name__} attends or makes logits in a way that this "
+                            "release does not know; its log-probs would be wrong")
 
 
 def model_identity(folder: str | Path) -> dict[str, str]:

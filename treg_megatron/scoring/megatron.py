@@ -1,7 +1,7 @@
 """A reference model that Megatron spreads over ranks (any TP x PP), as a :class:`~treg_megatron.scoring.Scorer`.
 
-The policy's own model class, on the checkpoint that training starts from: the log-probs are those that training compares
-with. Sequences are packed, one after the other in a row, sorted by length under a token budget; forward passes run
+The policy's own model class, on the checkpoint that training starts from: the log-probs are those that training
+compares with. Sequences are packed, one after the other in a row, sorted by length under a token budget; forward passes run
 through Megatron's pipeline schedule. Every rank of a replica scores the same sequences in the same order and gets the
 results.
 
@@ -94,8 +94,8 @@ class MegatronScorer:
 
         batch = _packed(members)
         outputs = get_forward_backward_func()(
-            forward_step_func=self._forward, data_iterator=iter([batch]), model=[self._policy.module], num_microbatches=1,
-            seq_length=batch["tokens"].shape[1], micro_batch_size=1, forward_only=True)
+            forward_step_func=self._forward, data_iterator=iter([batch]), model=[self._policy.module],
+            num_microbatches=1, seq_length=batch["tokens"].shape[1], micro_batch_size=1, forward_only=True)
         if parallel_state.is_pipeline_last_stage():
             logps = outputs[0]["logps"]
         else:
