@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treg_megatron.errors import UserError
@@ -37,6 +37,7 @@ def assert_holds(record: PairRecord, expected: LabelledPair) -> None:
 sizes = st.integers(1, 12)
 
 
+@settings(max_examples=30)
 @given(lengths=st.lists(st.tuples(sizes, sizes, sizes), min_size=1, max_size=6), reference=st.booleans())
 def test_streams_equal_what_was_written(chatml, tmp_path_factory, lengths, reference):
     prefix = tmp_path_factory.getbasetemp() / "round" / "train"
@@ -201,7 +202,7 @@ def bytes_of(prefix):
             if path.is_file()}
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [3])
 def test_streams_are_the_same_whatever_the_number_of_workers(chatml, tokenizer_folders, tmp_path, workers):
     for i, part in enumerate((MANY[:25], MANY[25:])):
         write_shard(tmp_path / "labelled" / f"part-{i}.parquet", part)
