@@ -22,7 +22,7 @@ venv: $(INSTALLED)  ## .venv with exactly the versions of constraints.txt
 
 test: $(INSTALLED)  ## unit tests, then the tests on real Megatron ranks and the end-to-end runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel tests/pipeline $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel tests/pipeline tests/faults $(ARGS)
 
 demo: $(DEMO_MODEL)  ## align a real 135M model end to end on this machine, about ten minutes on two cores
 	$(BIN)/python demo/run.py $(ARGS)

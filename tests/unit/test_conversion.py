@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -392,3 +393,12 @@ def test_help_imports_nothing_heavy():
             f"try: runpy.run_path({str(TOOL)!r}, run_name='__main__')\n"
             "except SystemExit: sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_export_where_the_kernel_cannot_copy_between_the_file_systems(hf, checkpoint, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    export_checkpoint(checkpoint, hf, tmp_path / "back")
+    assert_equal(read_tensors(tmp_path / "back"), read_tensors(hf))

@@ -1,9 +1,12 @@
 """Moving tensors between files and memory at the speed of ``cp``."""
 
+import errno
 import io
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +15,17 @@ from treg_megatron.errors import UserError
 # The size that `cp` uses. One write of a whole tensor makes the kernel allocate its page cache in huge pieces, which
 # took 5 to 10 times as long on a virtual machine (Linux 6.18, ext4).
 PIECE_BYTES = 128 * 1024
+
+# Two file systems of different kinds, or one that does not offer it.
+CANNOT_COPY_INSIDE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class Stretch(NamedTuple):
+    """Bytes of a file that are wanted as they are."""
+
+    path: Path
+    start: int
+    nbytes: int
 
 
 class Scratch:
@@ -47,20 +61,43 @@ class OutputFile(io.FileIO):
             written += super().write(view[written:written + PIECE_BYTES])
         return written
 
+    def copy(self, stretch: Stretch) -> int:
+        """Append a stretch of another file, inside the kernel where the file systems can; the bytes written.
+
+        Raises:
+            UserError: the other file is shorter.
+        """
+        copied = 0
+        with open(stretch.path, "rb", buffering=0) as source:
+            while copied < stretch.nbytes:
+                try:
+                    count = os.copy_file_range(source.fileno(), self.fileno(),
+                                               min(PIECE_BYTES, stretch.nbytes - copied), stretch.start + copied)
+                except OSError as error:
+                    if error.errno not in CANNOT_COPY_INSIDE:
+                        raise
+                    rest = Stretch(stretch.path, stretch.start + copied, stretch.nbytes - copied)
+                    return copied + sum(self.write(piece) for piece in read_pieces(rest))
+                if not count:
+                    raise UserError(f"{stretch.path} is truncated")
+                copied += count
+        return copied
+
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, shared with it."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def read_pieces(path: Path, start: int, nbytes: int) -> Iterator[memoryview]:
-    """``nbytes`` bytes of a file in pieces small enough to stay in the processor's cache until they are written.
+def read_pieces(stretch: Stretch) -> Iterator[memoryview]:
+    """A stretch of a file in pieces small enough to stay in the processor's cache until they are written.
 
     Each piece is valid until the next one is asked for.
 
     Raises:
         UserError: the file is shorter.
     """
+    path, start, nbytes = stretch
     buffer = memoryview(bytearray(min(PIECE_BYTES, nbytes)))
     with open(path, "rb", buffering=0) as file:
         file.seek(start)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from treg_megatron.checkpoint.buffers import Scratch, as_bytes, read_pieces
+from treg_megatron.checkpoint.buffers import Scratch, Stretch, as_bytes, read_into
 from treg_megatron.checkpoint.families import family_of, model_fields
 from treg_megatron.checkpoint.layout import WEIGHTS, find_checkpoint, is_checkpoint, read_identity
 from treg_megatron.checkpoint.safetensors_stream import DTYPES, PlannedTensor, StoredTensor, tensors_in_folder
@@ -73,8 +73,8 @@ class _FolderWeights:
     def planned(self) -> list[PlannedTensor]:
         return [PlannedTensor(name, tensor.shape, DTYPES[tensor.dtype]) for name, tensor in self._stored.items()]
 
-    def read(self, names: list[str]) -> Iterator[Iterator[memoryview]]:
-        return (read_pieces(t.file, t.start, t.nbytes) for t in (self._stored[name] for name in names))
+    def read(self, names: list[str]) -> Iterator[list[Stretch]]:
+        return ([Stretch(t.file, t.start, t.nbytes)] for t in (self._stored[name] for name in names))
 
 
 class _CheckpointWeights:
@@ -91,15 +91,18 @@ class _CheckpointWeights:
     def planned(self) -> list[PlannedTensor]:
         return planned_tensors(self._family, self._fields, self.dtype)
 
-    def read(self, names: list[str]) -> Iterator[Iterator[memoryview]]:
+    def read(self, names: list[str]) -> Iterator[list[memoryview | Stretch]]:
         """In the order of the family, which is that of ``names`` when both sides are checkpoints of one model."""
         return exported_tensors(self._reader, self._family, self._fields, self.dtype)
 
 
-def _filled(scratch: Scratch, pieces: Iterator[memoryview], nbytes: int) -> torch.Tensor:
-    whole = scratch.tensor((nbytes,), torch.uint8)
-    view, at = as_bytes(whole), 0
+def _filled(scratch: Scratch, pieces: list[memoryview | Stretch], nbytes: int) -> torch.Tensor:
+    whole, at = scratch.tensor((nbytes,), torch.uint8), 0
     for piece in pieces:
-        view[at:at + len(piece)] = piece
-        at += len(piece)
+        length = piece.nbytes
+        if isinstance(piece, Stretch):
+            read_into(piece.path, piece.start, whole[at:at + length])
+        else:
+            as_bytes(whole)[at:at + length] = piece
+        at += length
     return whole

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from treg_megatron.checkpoint.layout import read_json
-from treg_megatron.checkpoint.buffers import OutputFile, read_into
+from treg_megatron.checkpoint.buffers import OutputFile, Stretch, read_into
 from treg_megatron.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
@@ -159,9 +159,10 @@ class ShardWriter:
         if exception_type is None and self._remaining:
             raise RuntimeError(f"{self._remaining[-1].name} was planned and not written")
 
-    def write(self, name: str, pieces: Iterable[memoryview]) -> None:
+    def write(self, name: str, pieces: Iterable[memoryview | Stretch]) -> None:
         """Append the bytes of the next tensor."""
         planned = self._remaining.pop()
-        written = sum(self._file.write(piece) for piece in pieces)
+        written = sum(self._file.copy(piece) if isinstance(piece, Stretch) else self._file.write(piece)
+                      for piece in pieces)
         if (name, written) != (planned.name, planned.nbytes):
             raise RuntimeError(f"planned {planned}, got {written} bytes of {name}")

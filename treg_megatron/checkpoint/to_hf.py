@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from treg_megatron.checkpoint.buffers import Scratch, as_bytes, read_pieces
+from treg_megatron.checkpoint.buffers import Scratch, Stretch, as_bytes
 from treg_megatron.checkpoint.families import (
     Family,
     family_of,
@@ -149,8 +149,9 @@ def planned_tensors(family: Family, fields: dict[str, Any], dtype: torch.dtype) 
 
 
 def exported_tensors(reader: TorchDistReader, family: Family, fields: dict[str, Any],
-                     dtype: torch.dtype) -> Iterator[Iterator[memoryview]]:
-    """The bytes of each Hugging Face tensor in ``dtype``, piece by piece; valid until the next is asked for."""
+                     dtype: torch.dtype) -> Iterator[list[memoryview | Stretch]]:
+    """The bytes of each Hugging Face tensor in ``dtype``, in memory (until the next is asked for) or in the checkpoint's
+    files."""
     whole, part = Scratch(), Scratch()
     for parameter, place in in_model_order(family, fields):
         key = MODEL_PREFIX + parameter.key
@@ -161,8 +162,7 @@ def exported_tensors(reader: TorchDistReader, family: Family, fields: dict[str, 
             first_rows = itertools.accumulate((shape[0] for shape in shapes), initial=0)
             stretches = [reader.rows_in_files(key, place, row, shape) for row, shape in zip(first_rows, shapes)]
         if stretches and None not in stretches:
-            for stretch in stretches:
-                yield itertools.chain.from_iterable(read_pieces(*place) for place in stretch)
+            yield from stretches
             continue
         merged = whole.tensor(parameter_shape(parameter, fields), stored_dtype)
         reader.read_into(key, merged, place)
@@ -171,7 +171,7 @@ def exported_tensors(reader: TorchDistReader, family: Family, fields: dict[str, 
             view = layout.part(merged, index)
             tensor = part.tensor(shape, dtype)
             tensor.view(view.shape).copy_(view)
-            yield iter([as_bytes(tensor)])
+            yield [as_bytes(tensor)]
 
 
 def _with_dtype(config: dict, dtype: torch.dtype) -> dict:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from treg_megatron.checkpoint.buffers import OutputFile, Scratch, read_into
+from treg_megatron.checkpoint.buffers import OutputFile, Scratch, Stretch, read_into
 from treg_megatron.errors import UserError
 
 METADATA = ".metadata"
@@ -135,8 +135,8 @@ class TorchDistReader:
                 piece.copy_(block[(slice(None), *part.in_chunk[1:])])
 
     def rows_in_files(self, key: str, place: tuple[int, ...], first_row: int,
-                      shape: tuple[int, ...]) -> list[tuple[Path, int, int]] | None:
-        """Where ``shape[0]`` rows of a tensor (at a place of it) lie: file, first byte, length of each stretch, in order.
+                      shape: tuple[int, ...]) -> list[Stretch] | None:
+        """Where ``shape[0]`` rows of a tensor (at a place of it) lie, in order.
 
         None if some chunk holds less than whole rows, so that the rows are nowhere in one stretch.
 
@@ -149,7 +149,7 @@ class TorchDistReader:
             path, start, rows = self._locate(part)
             if rows.shape[1:] != shape[1:]:
                 return None
-            stretches.append((path, start, rows.nbytes))
+            stretches.append(Stretch(path, start, rows.nbytes))
         return stretches
 
     def _parts(self, key: str, place: tuple[int, ...], first_row: int, shape: tuple[int, ...]) -> list["_Part"]:
