@@ -1,3 +1,3 @@
-"""The unit tests' tokenizers: what is damaged here is what those tests write."""
+"""The models and tokenizers of the unit tests, for tests that take longer than those may."""
 
-from tests.unit.conftest import chatml, tokenizer_folders, tokenizers  # noqa: F401 -- fixtures
+from tests.unit.conftest import chatml, tiny_folder, tokenizer_folders, tokenizers  # noqa: F401 -- fixtures

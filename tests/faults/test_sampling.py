@@ -104,7 +104,7 @@ def test_best_and_worst_with_ties(scores, lengths, expected):
 
 def test_ranked_pairs_keep_the_sampled_ids(settings, chatml):
     sample(settings, Counting(chatml))
-    ranked = rank(rank_settings(settings, scores="function", function="tests.unit.test_sampling:by_text"))
+    ranked = rank(rank_settings(settings, scores="function", function="tests.faults.test_sampling:by_text"))
     assert ranked.pairs == 5
     for pair in read_pairs(Path(settings.output).parent / "pairs.jsonl"):
         assert pair.chosen > pair.rejected and pair.tokenizer == chatml.sha256
@@ -171,7 +171,7 @@ def http(chatml):
 
     running = HTTPServer(("127.0.0.1", 0), Handler)
     running.asked, running.broken = [], 0
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
     yield running
     running.shutdown()
     running.server_close()
