@@ -4,6 +4,8 @@ import json
 import random
 import resource
 import shutil
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -148,24 +150,24 @@ def test_rows_out_of_order(chatml, tmp_path):
         open_streams(prefix)
 
 
-@pytest.fixture
-def small_disk():
-    """Files may grow to 4 kB, as on a disk with no more room."""
-    import signal
-
+@contextmanager
+def files_of_at_most(size: int):
+    """As on a disk with no more room. Only around the write: pytest's own output may be a longer file."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("write", ["streams", "shard", "merge", "split"])
-def test_a_full_disk_is_told_and_leaves_nothing(chatml, tmp_path, small_disk, write):
+def test_a_full_disk_is_told_and_leaves_nothing(chatml, tmp_path, write):
     many = [pair(f"p{i}", 40, 60, 60) for i in range(60)]
     write_streams(tmp_path / "in" / "whole", many, chatml)
     out = tmp_path / "out"
-    small_disk()
-    with pytest.raises(UserError, match="cannot write .*out.*File too large"):
+    with files_of_at_most(4096), pytest.raises(UserError, match="cannot write .*out.*File too large"):
         {"streams": lambda: write_streams(out / "t", many, chatml),
          "shard": lambda: write_shard(out / "t.parquet", many),
          "merge": lambda: merge_streams(out / "t", [tmp_path / "in" / "whole"]),
