@@ -154,6 +154,18 @@ class ParallelSection:
     pipeline: int = key("pipeline-parallel size")
     sequence: bool = key("sequence parallelism inside the tensor-parallel group")
     expert: int = key("expert-parallel size of a mixture-of-experts model")
+    virtual_pipeline: int | None = key("interleaved schedule: model chunks of each pipeline stage; null: one")
+    context: int = key("context-parallel size: ranks that share each sequence (needs Transformer Engine)")
+
+
+@dataclass
+class LoraSection:
+    """Low-rank adapters instead of training every weight; the reference stays the cached one."""
+
+    rank: int | None = key("rank of the adapters; null trains every weight")
+    alpha: float = key("adapters are scaled by alpha / rank")
+    dropout: float = key("dropout before the adapters, in [0, 1)")
+    targets: list[str] = key("Megatron's names of the linear layers that get an adapter")
 
 
 @dataclass
@@ -194,6 +206,8 @@ class ExportSection:
     output: str = key("Hugging Face folder to write")
     dtype: str = key("precision of the written weights; auto keeps the base model's",
                      choices=("auto", "float32", "bfloat16", "float16"))
+    lora: str = key("what a run with adapters becomes: the base model with them merged in, or a folder that peft loads",
+                    choices=("merged", "adapter"))
     shard_size: float = key("largest weight file in GB (10^9 bytes); larger models are split and get an index")
 
 
@@ -211,6 +225,7 @@ class Recipe:
     objective: ObjectiveSection
     data: DataSection
     parallel: ParallelSection
+    lora: LoraSection
     optimizer: OptimizerSection
     train: TrainSection
     export: ExportSection
