@@ -30,6 +30,8 @@ class ModelSection:
     """The model to align."""
 
     hf: str = key("Hugging Face folder of the model: config.json, tokenizer and, for import, safetensors weights")
+    architecture: str | None = key("name of a published config.json under treg_megatron/architectures, or the path of "
+                                   "one: what preflight builds where hf is not on disk; null: hf must be")
     checkpoint: str = key("Megatron checkpoint of the same model, as convert_checkpoint.py import writes it")
 
 
@@ -212,6 +214,20 @@ class ExportSection:
 
 
 @dataclass
+class ClusterSection:
+    """The machines that the recipe is meant for: what preflight compares with. No other station reads it."""
+
+    device: str = key("what computes: gpus with fused kernels, or processes on a CPU", choices=("gpu", "cpu"))
+    nodes: int = key("machines")
+    gpus_per_node: int = key("ranks of a node: its GPUs, or the processes on a CPU")
+    gpu_memory: float = key("memory of one rank, in GB (10^9 bytes)")
+    peak_tflops: float = key("arithmetic peak of one rank in the training precision, in 10^12 operations a second")
+    mfu: float = key("model FLOPs utilisation that times are stated at, in (0, 1]")
+    storage_bandwidth: float = key("what the file system takes from the whole job, in GB (10^9 bytes) a second")
+    pairs: int | None = key("training pairs, where the streams do not exist yet to be counted")
+
+
+@dataclass
 class Recipe:
     """A whole run, station by station."""
 
@@ -229,6 +245,7 @@ class Recipe:
     optimizer: OptimizerSection
     train: TrainSection
     export: ExportSection
+    cluster: ClusterSection
 
 
 SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Recipe) if dataclasses.is_dataclass(f.type)}
