@@ -155,7 +155,7 @@ class ParallelSection:
     sequence: bool = key("sequence parallelism inside the tensor-parallel group")
     expert: int = key("expert-parallel size of a mixture-of-experts model")
     virtual_pipeline: int | None = key("interleaved schedule: model chunks of each pipeline stage; null: one")
-    context: int = key("context-parallel size: ranks that share each sequence (needs Transformer Engine)")
+    context: int = key("context-parallel size: ranks that share each sequence; layouts packed and bins")
 
 
 @dataclass

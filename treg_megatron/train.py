@@ -70,8 +70,7 @@ def train(recipe: DictConfig) -> None:
         from treg_megatron.saving import SaveEvery, remove_unfinished
         from treg_megatron.validation import ValidateEvery
 
-    pairs = PairData(data, streams[data.train], streams.get(data.validation),
-                     divisor=parallel.tensor if parallel.sequence else 1)
+    pairs = PairData(data, streams[data.train], streams.get(data.validation), parallel)
     steps = min(pairs.steps, run.max_steps or pairs.steps)
     output = Path(run.output)
     resume = newest_checkpoint(output)
