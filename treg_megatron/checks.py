@@ -83,4 +83,4 @@ def require_trainable(streams: PairStreams, data: DataSection, objective: Object
                         f"data.seq_length, or label again with a smaller label.max_length")
     if objective.needs_reference and not streams.manifest["reference_logprobs"]:
         raise UserError(f"{streams.prefix} has no reference log-probs, which objective.preference={objective.preference} "
-                        f"needs: label with a reference model, or use simpo")
+                        f"needs: label with a reference model, or use simpo or sft")
