@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
+from nemo.lightning.pytorch.callbacks import PEFT
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
@@ -138,6 +139,7 @@ def trainer(world: World, strategy: PolicyStrategy, train: TrainSection, steps: 
     )
 
 
-def policy(config, objective: Objective, optim: MegatronOptimizerModule | None = None) -> policies.Policy:
+def policy(config, objective: Objective, optim: MegatronOptimizerModule | None = None,
+           adapters: PEFT | None = None) -> policies.Policy:
     """The Lightning module that is trained, of the NeMo model class that goes with ``config``."""
-    return policies.POLICIES[type(config)](config, objective, optim)
+    return policies.POLICIES[type(config)](config, objective, optim, adapters)

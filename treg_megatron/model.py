@@ -186,8 +186,8 @@ class PreferenceLossReduction(MegatronLossReduction):
 class Policy:
     """Mix-in over NeMo's ``llm.GPTModel`` classes: their training and validation loss is the objective's."""
 
-    def __init__(self, config: llm.GPTConfig, objective: Objective, optim=None):
-        super().__init__(config, optim=optim)
+    def __init__(self, config: llm.GPTConfig, objective: Objective, optim=None, adapters=None):
+        super().__init__(config, optim=optim, model_transform=adapters)
         self.objective = objective
 
     @property

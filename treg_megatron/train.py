@@ -64,7 +64,7 @@ def train(recipe: DictConfig) -> None:
     rank_zero_print(describe_stack())
 
     with unheard_imports():
-        from treg_megatron import build
+        from treg_megatron import build, lora
         from treg_megatron.data import PairData
         from treg_megatron.metrics import RunMetrics
         from treg_megatron.saving import SaveEvery, remove_unfinished
@@ -89,11 +89,16 @@ def train(recipe: DictConfig) -> None:
         SaveEvery(output, run.save_every, run.keep_checkpoints, identity, metrics=metrics.last,
                   description={"recipe": OmegaConf.to_container(recipe, resolve=False), "data": pairs.train.manifest}),
     ]
+    config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, run)
+    adapters = lora.adapters(section(recipe, "lora"), config)
+    if adapters is not None:
+        callbacks.append(adapters)
     strategy = build.strategy(parallel, run, initial_weights=None if resume else Path(model.checkpoint))
     trainer = build.trainer(ranks, strategy, run, steps, callbacks)
-    config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, run)
-    trainer.fit(build.policy(config, objective, build.optimizer(section(recipe, "optimizer"), run, steps)),
-                datamodule=pairs, ckpt_path=str(resume) if resume else None)
+    policy = build.policy(config, objective, build.optimizer(section(recipe, "optimizer"), run, steps), adapters)
+    if resume and adapters is not None:
+        resume = lora.resumed(resume, Path(model.checkpoint))
+    trainer.fit(policy, datamodule=pairs, ckpt_path=resume)
     rank_zero_print(f"done: {steps} steps, checkpoints and metrics.jsonl in {output}")
 
 
