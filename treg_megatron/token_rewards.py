@@ -155,7 +155,7 @@ def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict)
     else:
         raise ValueError(f"{side} has no token rewards: give {side}_token_rewards with {side}_token_ids or "
                          f"{side}_token_texts, or {side}_spans")
-    rewards = np.array(rewards, dtype=np.float32)
+    rewards = np.asarray(rewards, dtype=np.float32)
     if (wrong := ~(np.abs(rewards) <= _LARGEST)).any():
         raise ValueError(f"{side} has a token reward of {rewards[wrong][0]:g}, outside [-0.5, 0.5]")
     return ids, rewards
@@ -189,22 +189,18 @@ def _by_id(side: str, given: Any, values: list[float], ids: list[int]) -> list[f
     return [*values, 0.0][:len(ids)]
 
 
-def _by_span(side: str, valued: list[tuple[int, int, float]], spans: list[tuple[int, int]],
-             response: str) -> list[float]:
-    rewards, length = [], len(response)
-    following = iter([*valued, (length, length + 1, 0.0)])
-    first, last, value = next(following)
-    for start, end in spans:
-        while last <= start:
-            first, last, value = next(following, (length, length + 1, 0.0))
-        if first <= start and end <= last:
-            rewards.append(value)
-        elif end <= first:
-            rewards.append(0.0)
-        else:
-            raise ValueError(f"{side}: the rewards do not line up with our tokens: {response[start:end]!r} (characters "
-                             f"{start} to {end}) is one token, of which the rewards for {first} to {last} cover a part")
-    return [*rewards, 0.0]
+def _by_span(side: str, valued: list[tuple[int, int, float]], spans: np.ndarray, response: str) -> np.ndarray:
+    beyond = (len(response), sys.maxsize, 0.0)
+    firsts, lasts, values = (np.array(column) for column in zip(*valued, beyond))
+    starts, ends = spans.T
+    at = np.searchsorted(lasts, starts, side="right")         # the first of theirs that ends after our token begins
+    inside, before = (firsts[at] <= starts) & (ends <= lasts[at]), ends <= firsts[at]
+    if (apart := ~(inside | before)).any():
+        (start, end), theirs = spans[apart.argmax()], at[apart.argmax()]
+        raise ValueError(f"{side}: the rewards do not line up with our tokens: {response[start:end]!r} (characters "
+                         f"{start} to {end}) is one token, of which the rewards for {firsts[theirs]} to "
+                         f"{lasts[theirs]} cover a part")
+    return np.append(np.where(inside, values[at], 0.0), 0.0)
 
 
 def _spans(given: Any, name: str, length: int) -> list[tuple[int, int, float]]:

@@ -38,7 +38,7 @@ def test_by_id_with_and_without_the_end_of_turn(chatml):
 
 @given(response=st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).filter(str.strip), data=st.data())
 def test_texts_and_spans_give_each_token_the_value_of_its_characters(chatml, response, data):
-    _, spans = chatml.encode_response_with_spans(QUESTION, response)
+    spans = chatml.encode_response_with_spans(QUESTION, response)[1].tolist()
     edges = sorted({0, len(response)} | {start for start, _ in spans})
     edges = [0, *sorted(data.draw(st.sets(st.sampled_from(edges[1:-1]))) if edges[1:-1] else []), len(response)]
     edges = [e for e in edges if all(not start < e < end for start, end in spans)]
