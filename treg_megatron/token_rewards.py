@@ -10,6 +10,7 @@ Values lie in [-0.5, 0.5]. Texts and spans are mapped to our tokens by the chara
 several of ours, which all get its value, but never part of one. The end-of-turn token gets 0 unless ids name it.
 """
 
+import dataclasses
 import itertools
 import math
 import multiprocessing
@@ -38,6 +39,8 @@ _COLUMNS = tuple(f"{side}_{name}" for side in SIDES for name in ("token_rewards"
 def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[str, Any]:
     """Turn ``section.pairs`` with token rewards into the Parquet file ``section.output`` of labelled pairs.
 
+    Memory holds ``section.shard_pairs`` pairs, whatever the size of the file.
+
     Args:
         scorer: gives the reference log-probs; without one the file has none, which suits reference-free objectives.
 
@@ -49,33 +52,47 @@ def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[s
     """
     tokenizer = load_tokenizer(section.model)
     drops: Counter[str] = Counter()
-    labelled, sequences = [], []
-    for pair, row in read_pairs_and_rows(section.pairs, drops, section.format):
-        try:
-            one, reason = _labelled(pair, row, tokenizer, section.max_length)
-        except (ValueError, UserError) as error:
-            raise UserError(f"{section.pairs}, pair {pair.pair_id}: {error}") from None
-        if one is None:
-            drops[reason] += 1
-            continue
-        labelled.append(one)
-        for side in SIDES:
-            tokens, response = getattr(one, f"{side}_tokens"), len(getattr(one, f"{side}_token_rewards"))
-            sequences.append(ScoredSequence(tokens[:-response].tolist(), tokens[-response:].tolist()))
-    if not labelled:
-        raise UserError(f"{section.pairs}: no pair is left ({', '.join(drops)})")
+    labelled = _fitting(section, tokenizer, drops)
     if scorer is not None:
-        logps = iter(scorer.score(sequences))
-        labelled = [LabelledPair(**{**vars(one), **{f"{side}_ref_logprobs": next(logps) for side in SIDES}})
-                    for one in labelled]
+        # Everything is read once before the first forward pass: a broken row must not show up after hours of scoring.
+        for _ in _fitting(section, tokenizer, Counter()):
+            pass
+        labelled = _with_reference(labelled, scorer, section.shard_pairs)
+    first = next(labelled, None)
+    if first is None:
+        raise UserError(f"{section.pairs}: no pair is left ({', '.join(drops)})")
     run = {"pairs": source_identity(section.pairs), "token_rewards": "own",
            "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256},
            "reference": {"model": Path(section.model).name, "dtype": section.dtype} if scorer else None,
            "max_length": section.max_length}
     output = Path(section.output)
-    write_shard(output if output.suffix == ".parquet" else output.with_name(output.name + ".parquet"), labelled,
-                {"run": run, "drops": dict(drops)})
-    return {"pairs": len(labelled), "drops": dict(sorted(drops.items()))}
+    pairs = write_shard(output if output.suffix == ".parquet" else output.with_name(output.name + ".parquet"),
+                        itertools.chain([first], labelled), {"run": run, "drops": drops})
+    return {"pairs": pairs, "drops": dict(sorted(drops.items()))}
+
+
+def _fitting(section: LabelSection, tokenizer: ChatTokenizer, drops: Counter[str]) -> Iterator[LabelledPair]:
+    for pair, row in read_pairs_and_rows(section.pairs, drops, section.format):
+        try:
+            labelled, reason = _labelled(pair, row, tokenizer, section.max_length)
+        except (ValueError, UserError) as error:
+            raise UserError(f"{section.pairs}, pair {pair.pair_id}: {error}") from None
+        if labelled is None:
+            drops[reason] += 1
+        else:
+            yield labelled
+
+
+def _with_reference(pairs: Iterator[LabelledPair], scorer: Scorer, at_once: int) -> Iterator[LabelledPair]:
+    while batch := list(itertools.islice(pairs, at_once)):
+        sequences = []
+        for pair in batch:
+            for side in SIDES:
+                tokens, response = getattr(pair, f"{side}_tokens"), len(getattr(pair, f"{side}_token_rewards"))
+                sequences.append(ScoredSequence(tokens[:-response].tolist(), tokens[-response:].tolist()))
+        logps = iter(scorer.score(sequences))
+        for pair in batch:
+            yield dataclasses.replace(pair, **{f"{side}_ref_logprobs": next(logps) for side in SIDES})
 
 
 def labelled_from_text(source: str | Path, tokenizer: ChatTokenizer, workers: int) -> Iterator[LabelledPair]:
