@@ -45,7 +45,7 @@ def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[s
         scorer: gives the reference log-probs; without one the file has none, which suits reference-free objectives.
 
     Returns:
-        ``pairs`` (written) and ``drops`` by reason.
+        ``file`` (its path), ``pairs`` (written) and ``drops`` by reason.
 
     Raises:
         UserError: a row without rewards, or with some that do not line up with the tokens; or no pair that fits.
@@ -66,9 +66,9 @@ def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[s
            "reference": {"model": Path(section.model).name, "dtype": section.dtype} if scorer else None,
            "max_length": section.max_length}
     output = Path(section.output)
-    pairs = write_shard(output if output.suffix == ".parquet" else output.with_name(output.name + ".parquet"),
-                        itertools.chain([first], labelled), {"run": run, "drops": drops})
-    return {"pairs": pairs, "drops": dict(sorted(drops.items()))}
+    file = output if output.suffix == ".parquet" else output.with_name(output.name + ".parquet")
+    pairs = write_shard(file, itertools.chain([first], labelled), {"run": run, "drops": drops})
+    return {"file": str(file), "pairs": pairs, "drops": dict(sorted(drops.items()))}
 
 
 def _fitting(section: LabelSection, tokenizer: ChatTokenizer, drops: Counter[str]) -> Iterator[LabelledPair]:

@@ -81,7 +81,8 @@ def test_from_a_file_of_rewards_to_streams(tokenizer_folders, chatml, tmp_path):
     overrides = [f"model.hf={tokenizer_folders['chatml']}", f"label.pairs={tmp_path}/own.jsonl",
                  f"label.output={tmp_path}/own.parquet", f"index.output={tmp_path}/train"]
     recipe = load_recipe(overrides=overrides)
-    assert import_token_rewards(section(recipe, "label"), scorer=None) == {"pairs": 3, "drops": {}}
+    assert import_token_rewards(section(recipe, "label"), scorer=None) == {
+        "file": f"{tmp_path}/own.parquet", "pairs": 3, "drops": {}}
     assert [pair.chosen for pair in read_labelled(tmp_path / "own.parquet")] == ["Paris"] * 3
     index(section(recipe, "index"))
     record = open_streams(tmp_path / "train")[2]
