@@ -148,10 +148,13 @@ def _packed(members: list[ScoredSequence]) -> dict[str, Any]:
 
 def _start_ranks(tensor: int, pipeline: int) -> None:
     import torch.distributed as dist
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from treg_megatron.runtime.cpu import use_cpu
+    from treg_megatron.runtime.quiet import unheard_imports
+
+    with unheard_imports():
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     cuda = torch.cuda.is_available()
     if cuda:
