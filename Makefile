@@ -8,6 +8,7 @@ PIP        := $(VENV)/bin/python -m pip install -q -q --disable-pip-version-chec
 INSTALLED  := $(VENV)/.installed
 DEMO_MODEL := $(VENV)/.demo-model
 TEST_DATA  := $(VENV)/.test-data
+TEST_MODEL := $(VENV)/smollm2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -21,9 +22,10 @@ help:  ## what can be made
 
 venv: $(INSTALLED)  ## .venv with exactly the versions of constraints.txt
 
-test: $(TEST_DATA)  ## unit tests, then the tests on real Megatron ranks and the end-to-end runs
+test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then the tests on real Megatron ranks and the end-to-end runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel tests/pipeline tests/faults $(ARGS)
+	OMP_NUM_THREADS=1 TREG_REAL_MODEL=$(abspath $(TEST_MODEL)) $(BIN)/python -m pytest \
+		tests/parallel tests/pipeline tests/faults $(ARGS)
 
 demo: $(DEMO_MODEL)  ## align a real 135M model end to end on this machine, about ten minutes on two cores
 	$(BIN)/python demo/run.py $(ARGS)
@@ -51,3 +53,7 @@ $(DEMO_MODEL): $(INSTALLED)
 $(TEST_DATA): $(INSTALLED)
 	$(PIP) --no-deps mistral-common==1.8.5
 	@touch $@
+
+# SmolLM2 as a Hugging Face folder, for the tests that need a model which knows something; it appears whole or not at all.
+$(TEST_MODEL): | $(DEMO_MODEL)
+	$(BIN)/python demo/smollm2.py --output $@
