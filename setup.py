@@ -56,7 +56,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",  # numpy 1.26, which megatron-core 0.15 needs, ends at Python 3.12
     packages=find_packages(include=["treg_megatron", "treg_megatron.*"]),
-    package_data={"treg_megatron": ["prompts/*.yaml", "pages/*.html"]},
+    package_data={"treg_megatron": ["architectures/*.json", "pages/*.html", "prompts/*.yaml"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

@@ -14,17 +14,15 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from treg_megatron import errors
-from treg_megatron.recipe import load_recipe, section
+from treg_megatron.recipe import add_recipe_arguments, parse_recipe, section
 from treg_megatron.runtime.quiet import unheard_imports
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="torchrun -m treg_megatron.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, metavar="YAML", help="the run's recipe")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the recipe")
-    arguments = parser.parse_args(argv)
-    train(load_recipe(arguments.recipe, arguments.overrides))
+    add_recipe_arguments(parser)
+    train(parse_recipe(parser.parse_args(argv)))
 
 
 def train(recipe: DictConfig) -> None:
