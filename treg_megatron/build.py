@@ -55,6 +55,13 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
         raise UserError(f"parallel.tensor={parallel.tensor} of a model with experts needs parallel.sequence=true")
     fields = dict(fields)
     vocabulary, activation = fields.pop("vocab_size"), ACTIVATIONS[fields.pop("activation")]
+    schedule = {"variable_seq_lengths": True}
+    if parallel.virtual_pipeline:
+        # rows of one length (see data.PairData): the lengths of two neighbours' rows get mixed up where, as with two
+        # stages, both neighbours are the same rank. Two stages need the overlapped exchange, one transfer at a time;
+        # gloo sends in the background from memory that CUDA's allocator alone would keep alive
+        schedule = {"variable_seq_lengths": False, "overlap_p2p_comm": True, "batch_p2p_comm": False,
+                    "deallocate_pipeline_outputs": not is_cpu()}
     without_engine = {"apply_rope_fusion": False, "persist_layer_norm": False} if not policies.HAVE_TE else {}
     recompute = {
         "none": {},
@@ -62,7 +69,7 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[train.recompute]
     return getattr(policies, nemo_config.replace("Config", "PolicyConfig"))(
-        **fields | without_engine | (CPU_FIELDS if is_cpu() else {}) | recompute,
+        **fields | without_engine | (CPU_FIELDS if is_cpu() else {}) | recompute | schedule,
         activation_func=activation,
         true_vocab_size=vocabulary,
         vocab_size=math.ceil(vocabulary / parallel.tensor) * parallel.tensor,
@@ -71,7 +78,6 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
         forward_step_fn=policies.forward_step,
         cross_entropy_loss_fusion=False,
         calculate_per_token_loss=True,  # with pairs for tokens: the loss is the mean over the global batch's pairs
-        variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # what Megatron asks for with variable lengths, of dense models too
         params_dtype=DTYPES[train.precision],
         bf16=train.precision == "bf16",
@@ -96,7 +102,9 @@ def strategy(parallel: ParallelSection, train: TrainSection, initial_weights: Pa
     return PolicyStrategy(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         expert_model_parallel_size=parallel.expert,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         pipeline_dtype=DTYPES[train.precision],
         process_group_backend="gloo" if is_cpu() else "nccl",

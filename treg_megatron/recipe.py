@@ -115,7 +115,8 @@ class IndexSection:
 class ObjectiveSection:
     """What is minimised: docs/METHOD.md has the formulas."""
 
-    preference: str = key("preference loss", choices=("dpo", "ipo", "simpo"))
+    preference: str = key("preference loss; sft is maximum likelihood of the chosen responses",
+                          choices=("dpo", "ipo", "simpo", "sft"))
     beta: float = key("KL strength of DPO and IPO, reward scale of SimPO; > 0")
     gamma: float = key("SimPO's target margin, in units of the reward (the paper states gamma / beta); >= 0")
     label_smoothing: float = key("cDPO: share of pairs whose preference is assumed to be flipped, in [0, 0.5)")
@@ -156,7 +157,7 @@ class ParallelSection:
     sequence: bool = key("sequence parallelism inside the tensor-parallel group")
     expert: int = key("expert-parallel size of a mixture-of-experts model")
     virtual_pipeline: int | None = key("interleaved schedule: model chunks of each pipeline stage; null: one")
-    context: int = key("context-parallel size: ranks that share each sequence (needs Transformer Engine)")
+    context: int = key("context-parallel size: ranks that share each sequence; layouts packed and bins")
 
 
 @dataclass

@@ -75,9 +75,7 @@ def train(recipe: DictConfig) -> None:
         from treg_megatron.validation import ValidateEvery
 
     join(ranks, run.stuck_after)
-
-    pairs = PairData(data, streams[data.train], streams.get(data.validation),
-                     divisor=parallel.tensor if parallel.sequence else 1)
+    pairs = PairData(data, streams[data.train], streams.get(data.validation), parallel)
     steps = min(pairs.steps, run.max_steps or pairs.steps)
     output = Path(run.output)
     resume = on_rank_zero(lambda: checkpoint_to_resume(output))

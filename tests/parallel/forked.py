@@ -88,8 +88,7 @@ def _collect(pipes: list, processes: list) -> list[Any]:
 
 def _rank(rank: int, size: int, port: int, sender, log: Path | None, function: Callable[..., Any], args: tuple) -> None:
     os.setsid()
-    # tqdm's lock is shared with the parent, and a killed rank takes it with it
-    tqdm.set_lock(threading.RLock())
+    tqdm.set_lock(threading.RLock())  # its own is shared with the parent: a rank killed inside would keep it for ever
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
                       GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     if log is not None:
