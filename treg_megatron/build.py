@@ -112,7 +112,7 @@ def strategy(parallel: ParallelSection, train: TrainSection, initial_weights: Pa
         ddp=DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True,
                                           check_for_nan_in_grad=False),
         restore_config=RestoreConfig(path=str(initial_weights)) if initial_weights else None,
-        ckpt_async_save=False,
+        ckpt_async_save=train.save_in_background,
         ckpt_load_directly_on_device=not is_cpu(),
         replace_progress_bar=False,
     )

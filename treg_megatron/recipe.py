@@ -6,6 +6,7 @@ its help text and hold no values. ``key=value`` arguments override the file, fla
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -211,9 +212,13 @@ class TrainSection:
     max_steps: int | None = key("stop after this many optimizer steps; null runs all epochs")
     save_every: int = key("optimizer steps between checkpoints")
     keep_checkpoints: int = key("how many of the newest checkpoints stay on disk")
+    save_in_background: bool = key("whether training goes on while a checkpoint is written from a copy in memory")
     validate_every: int = key("optimizer steps between validations; also run before the first step and after the last")
     recompute: str = key("activation recompute", choices=("none", "selective", "full"))
     seed: int = key("seed of everything random in the model (dropout; initialisation where no checkpoint is given)")
+    stuck_after: float = key("seconds without a step (or a micro-batch of validation, or a checkpoint) after which every "
+                             "rank prints its stack and ends")
+    record_pairs: bool = key("whether RUN/pairs/ records the pairs that each step trained on")
     first_loss_tolerance: float = key("how far the first preference loss may be from its known value, e.g. ln 2 for DPO")
 
 
@@ -333,6 +338,33 @@ def section(recipe: DictConfig, name: str) -> Any:
         if choices and getattr(values, field.name) not in choices:
             raise UserError(f"{name}.{field.name} is {getattr(values, field.name)!r}; choose one of {', '.join(choices)}")
     return values
+
+
+def value(recipe: DictConfig, name: str) -> Any:
+    """The value of one key, ``section.key``, resolved.
+
+    Raises:
+        UserError: there is no such key, or it has no value.
+    """
+    try:
+        found = OmegaConf.select(recipe, name, throw_on_missing=True, throw_on_resolution_failure=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"recipe {recipe.get('name', '?')}: {name}: {_first_line(error)}") from None
+    if found is None:
+        raise UserError(f"recipe {recipe.get('name', '?')}: {name} has no value")
+    return found
+
+
+def resolved_text(recipe: DictConfig) -> str:
+    """The whole recipe as YAML; what hangs on a key without a value stays as it was written."""
+    written = OmegaConf.to_container(recipe, resolve=False)
+    for section_name in SECTIONS:
+        for key_name in written[section_name]:
+            with contextlib.suppress(UserError):
+                written[section_name][key_name] = value(recipe, f"{section_name}.{key_name}")
+    for key_name in ("name", "run"):
+        written[key_name] = value(recipe, key_name)
+    return OmegaConf.to_yaml(OmegaConf.create(written))
 
 
 def station_section(name: str, description: str, argv: list[str] | None = None,
