@@ -17,15 +17,17 @@ PROMPT_PAIR = HERE / "revise.yaml"
 
 @dataclass(frozen=True)
 class Run:
-    """One training of one method with one setting and one seed."""
+    """One training of one method with one setting of its grid and one seed."""
 
     method: str
     setting: int                # its number in the method's grid
     seed: int
+    overrides: dict[str, Any]   # recipe keys that tell this run from the others
 
     @property
     def name(self) -> str:
-        return f"{self.method}-setting{self.setting}-seed{self.seed}"
+        """Changes with the overrides, so that a result is never taken for that of other settings."""
+        return f"{self.method}-setting{self.setting}-seed{self.seed}-{sha256_of_json(self.overrides)[:8]}"
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,19 @@ class Study:
     @property
     def search_runs(self) -> list[Run]:
         """Every setting of every method's grid, once."""
-        return [Run(method, setting, self.search_seed) for method, of in self.methods.items()
-                for setting in range(len(self.grids[of["grid"]]))]
+        return [self.of(method, setting, self.search_seed) for method, keys in self.methods.items()
+                for setting in range(len(self.grids[keys["grid"]]))]
 
     def final_runs(self, choice: dict[str, int]) -> list[Run]:
         """Every method with its chosen setting, seed by seed, so that an interrupted study is short of seeds, not methods."""
-        return [Run(method, choice[method], seed) for seed in self.seeds for method in self.methods]
+        return [self.of(method, choice[method], seed) for seed in self.seeds for method in self.methods]
 
-    def settings(self, run: Run) -> dict[str, Any]:
-        """Recipe keys that tell a run from the others; results are kept for as long as these stay the same."""
-        method = self.methods[run.method]
-        return {**method["settings"], **self.grids[method["grid"]][run.setting], "data.seed": run.seed,
-                "train.seed": run.seed, "data.train": self.run / "streams" / method.get("streams", "train")}
+    def of(self, method: str, setting: int, seed: int) -> Run:
+        """The run of a method with a setting and a seed."""
+        keys = self.methods[method]
+        streams = str(self.run / "streams" / keys.get("streams", "train"))
+        return Run(method, setting, seed, {**keys["settings"], **self.grids[keys["grid"]][setting], "data.seed": seed,
+                                           "train.seed": seed, "data.train": streams})
 
     @property
     def digest(self) -> str:

@@ -81,8 +81,8 @@ def train_and_measure(study: Study, run: Run, split: str) -> None:
     """One run from the reference to its measures; checkpoints and answers are not kept."""
     folder, log = study.run / "runs" / run.name, study.run / "logs" / f"{run.name}.log"
     if not (folder / "hf").exists():
-        station("treg_megatron.train", *_recipe(study), *_overrides({**study.settings(run), "train.output": folder / "train"}),
-                log=log)
+        station("treg_megatron.train", *_recipe(study), *_overrides(run.overrides),
+                f"train.output={folder / 'train'}", log=log)
         station("tools/convert_checkpoint.py", "export", *_recipe(study), "--checkpoint", folder / "train",
                 "--output", folder / "hf", log=log)
     measure_policy(study, run.name, folder, folder / "hf", split, measure.curves(folder / "train" / "metrics.jsonl"))

@@ -7,7 +7,7 @@ import numpy as np
 
 from studies.miniature import data, pictures
 from studies.miniature.bootstrap import Bootstrap, Estimate
-from studies.miniature.configuration import Run, Study
+from studies.miniature.configuration import Study
 from studies.miniature.data import WORSE
 from studies.miniature.measure import load_arrays
 from studies.miniature.pipeline import REFERENCE, result_path
@@ -36,7 +36,7 @@ class Results:
         self.study, self.choice = study, choice
         self.credit = load_arrays(study.run / "credit" / "test.npz")
         self.reference = load_arrays(result_path(study, REFERENCE, "test"))
-        self.runs = {method: [load_arrays(result_path(study, Run(method, choice[method], seed).name, "test"))
+        self.runs = {method: [load_arrays(result_path(study, study.of(method, choice[method], seed).name, "test"))
                               for seed in study.seeds] for method in study.methods}
         self.tasks = [task_of(row["prompt"]) for row in data.read_rows(study.run / "prompts" / "test.jsonl")]
         resamples = study.measure["resamples"]

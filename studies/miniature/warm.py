@@ -5,6 +5,7 @@ command line runs in a child of it, as ``python tools/X.py ...`` or ``python -m 
 """
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import sys

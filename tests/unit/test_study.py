@@ -1,5 +1,6 @@
 """The miniature study's world, verifier and statistics."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -115,7 +116,15 @@ def test_interval_of_a_mean_covers_what_it_should():
 
 def test_the_budget_of_the_search_is_equal():
     study = load_study(HERE / "study.yaml")
-    assert {len(grid) for grid in study.grids.values()} == {4}
+    assert {len(grid) for grid in study.grids.values()} == {6}
     assert len(study.seeds) >= 5 and study.search_seed not in study.seeds
     names = [run.name for run in (*study.search_runs, *study.final_runs({method: 0 for method in study.methods}))]
     assert len(set(names)) == len(names)
+
+
+def test_a_result_is_not_that_of_other_settings():
+    study = load_study(HERE / "study.yaml")
+    grids = study.grids | {"dpo": [{**setting, "optimizer.lr": 0.5} for setting in study.grids["dpo"]]}
+    other = dataclasses.replace(study, grids=grids)
+    for method in study.methods:
+        assert (study.of(method, 0, 1).name == other.of(method, 0, 1).name) == (study.methods[method]["grid"] != "dpo")
