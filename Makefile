@@ -1,4 +1,4 @@
-# `make demo`, `make test` and `make study` need nothing first: each sets up .venv when it is missing or older than what describes it.
+# `make demo`, `make test` and `make study` need nothing first: each sets up .venv when it is missing or out of date.
 PYTHON ?= python3
 ARGS   ?=
 

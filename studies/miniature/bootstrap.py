@@ -38,9 +38,7 @@ class Bootstrap:
 
     def mean(self, values: np.ndarray) -> Estimate:
         """Of values [seeds, prompts]; of one seed, [1, prompts], the draws are over prompts."""
-        by_prompt = values @ self.prompt_weights.T                                  # [seeds, resamples]
-        drawn = by_prompt[0] if len(values) == 1 else np.einsum("rs,sr->r", self.seed_weights, by_prompt)
-        return _estimate(float(values.mean()), drawn)
+        return self.estimate(values.mean(axis=1), values @ self.prompt_weights.T)
 
     def auroc(self, scores: np.ndarray, positive: np.ndarray, prompt: np.ndarray) -> Estimate:
         """Probability that a score of a positive token is above one of a negative, mean over seeds.
@@ -48,15 +46,19 @@ class Bootstrap:
         Args:
             scores: [seeds, n]. positive: [n] bool. prompt: [n] int, which prompt a token belongs to.
         """
-        weights = np.concatenate([np.full((1, self.prompt_weights.shape[1]), 1.0), self.prompt_weights])
-        by_seed = np.stack([_weighted_aurocs(row, positive, weights[:, prompt]) for row in scores])
-        drawn = by_seed[0, 1:] if len(scores) == 1 else np.einsum("rs,sr->r", self.seed_weights, by_seed[:, 1:])
-        return _estimate(float(by_seed[:, 0].mean()), drawn)
+        return self.estimate(*self.aurocs(scores, positive, prompt))
 
+    def aurocs(self, scores: np.ndarray, positive: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What :meth:`auroc` estimates from, seed by seed: [seeds] over all prompts, [seeds, resamples] over draws."""
+        weights = np.concatenate([np.ones((1, self.prompt_weights.shape[1])), self.prompt_weights])
+        found = np.stack([_weighted_aurocs(row, positive, weights[:, prompt]) for row in scores])
+        return found[:, 0], found[:, 1:]
 
-def _estimate(value: float, drawn: np.ndarray) -> Estimate:
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value, float(low), float(high))
+    def estimate(self, by_seed: np.ndarray, drawn: np.ndarray) -> Estimate:
+        """From values by seed, [seeds] and [seeds, resamples], which already drew prompts."""
+        over_seeds = drawn[0] if len(drawn) == 1 else np.einsum("rs,sr->r", self.seed_weights, drawn)
+        low, high = np.quantile(over_seeds, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return Estimate(float(by_seed.mean()), float(low), float(high))
 
 
 def _weighted_aurocs(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:

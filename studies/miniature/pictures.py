@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from studies.miniature import data
+from studies.miniature.configuration import Study
+from studies.miniature.measure import load_arrays
 from studies.miniature.model import vocabulary
+from studies.miniature.pipeline import result_path
 from treg_megatron.files import atomic_write
 from treg_megatron.labels import SIDES, read_labelled
 
@@ -26,9 +28,11 @@ def draw_all(results: "Results", regularised: str, folder: Path) -> dict[str, st
     import matplotlib
 
     matplotlib.use("agg")
-    _save(learning_curves(results), folder / "curves.png")
-    _save(token_picture(results, regularised), folder / "tokens.png")
-    return {name: f"{folder.name}/{name}.png" for name in ("curves", "tokens")}
+    figures = {"curves": learning_curves(results), "tokens": token_picture(results, regularised),
+               "search": search_picture(results.study)}
+    for name, figure in figures.items():
+        _save(figure, folder / f"{name}.png")
+    return {name: f"{folder.name}/{name}.png" for name in figures}
 
 
 def learning_curves(results: "Results"):
@@ -48,6 +52,22 @@ def learning_curves(results: "Results"):
         axis.set_title(title)
         axis.set_xlabel("step")
     axes[0].legend(fontsize=7)
+    return figure
+
+
+def search_picture(study: Study):
+    """Score of sampled answers to development prompts over KL from the reference, a point a search run."""
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    colours = pyplot.get_cmap("tab20")
+    for number, method in enumerate(study.methods):
+        found = [load_arrays(result_path(study, run.name, "dev")) for run in study.search_runs if run.method == method]
+        points = sorted((run["kl"].mean(), run["sampled/score"].mean()) for run in found)
+        axis.plot(*zip(*points), marker="o", markersize=4, linewidth=0.8, color=colours(number), label=method)
+    axis.set_xlabel("KL from the reference, nats an answer")
+    axis.set_ylabel("score, sampled")
+    axis.legend(fontsize=7)
     return figure
 
 

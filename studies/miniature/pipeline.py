@@ -31,8 +31,6 @@ def write_world(study: Study) -> None:
 def train_reference(study: Study) -> None:
     """Import, index, train with the objective `sft`, export, and import again for the runs to start from."""
     folder = study.run / REFERENCE
-    if (study.run / "megatron").exists():
-        return
     random, start, streams = folder / "random", folder / "random-megatron", folder / "streams"
     log = study.run / "logs" / f"{REFERENCE}.log"
     if not (folder / "hf").exists():

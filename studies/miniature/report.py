@@ -1,5 +1,6 @@
 """docs/STUDY.md from the results: every figure in it is computed here, and whether the paper is borne out, too."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,8 @@ PAPER_ORDER = (
     ("dpo", "dpo_sft", "47.0 > 46.0"),
     ("simpo_reg", "simpo", "74.5 > 73.5 (Gemma-2-9B)"),
 )
-EXTRA_ORDER = (("truth", "dpo"), ("truth", "dpo_reg"), ("dpo", "sft"))
+EXTRA_ORDER = tuple((better, worse, "not in the paper") for better, worse in
+                    (("truth", "dpo"), ("truth", "dpo_reg"), ("dpo", "sft"), ("dpo", "simpo")))
 REGULARISED = ("dpo_reg_0.1", "dpo_reg_0.25", "dpo_reg_0.5")
 
 
@@ -64,29 +66,29 @@ class Results:
         """[prompts, items] bool: facts of that error rate."""
         return np.array([[fact.error_rate == rate for fact in task.facts] for task in self.tasks])
 
-    def credit_auroc(self, method: str) -> Estimate:
-        """How well implicit token rewards tell right tokens from wrong ones."""
-        return self.token_auroc(np.stack([run["implicit"] for run in self.runs[method]]))
+    @functools.cache
+    def credit_aurocs(self, method: str) -> tuple[np.ndarray, np.ndarray]:
+        """How well implicit token rewards tell right tokens from wrong ones, by seed and by draw."""
+        implicit = np.stack([run["implicit"] for run in self.runs[method]])
+        return self.draw_pairs.aurocs(implicit, self.credit["right"], self.credit["pair"])
 
-    def token_auroc(self, scores: np.ndarray) -> Estimate:
-        return self.draw_pairs.auroc(scores, self.credit["right"], self.credit["pair"])
+    def credit_auroc(self, method: str) -> Estimate:
+        return self.draw_pairs.estimate(*self.credit_aurocs(method))
+
+    def credit_difference(self, better: str, worse: str) -> Estimate:
+        return self.draw_pairs.estimate(*(a - b for a, b in zip(self.credit_aurocs(better), self.credit_aurocs(worse))))
 
     def difference(self, better: str, worse: str, what: str = "sampled/score") -> Estimate:
         return self.draw.mean(self.values(better, what) - self.values(worse, what))
-
-    def auroc_difference(self, better: str, worse: str) -> float:
-        return self.credit_auroc(better).value - self.credit_auroc(worse).value
 
 
 def write_report(study: Study, choice: dict[str, int]) -> Path:
     """Write the report and its pictures beside it; returns its path."""
     results, search = Results(study, choice), search_scores(study)
     regularised = max((m for m in REGULARISED if m in study.methods), key=lambda method: max(search[method]))
-    folder = study.report.with_suffix("")
-    folder = folder.with_name(folder.name.lower())
-    files = pictures.draw_all(results, regularised, folder)
-    text = "\n".join([*introduction(study), *reference_section(study, results), *main_section(results, regularised, files),
-                      *order_section(results, regularised), *fact_section(results), *search_section(study, choice, search),
+    files = pictures.draw_all(results, regularised, study.report.with_name(study.report.stem.lower()))
+    text = "\n".join([*introduction(study), *reference_section(study, results), *method_section(study), *main_section(results, regularised, files),
+                      *order_section(results, regularised), *fact_section(results), *search_section(study, choice, search, files),
                       *picture_section(files), *limits_section(), *run_section(study, results)]) + "\n"
     with atomic_write(study.report) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -147,35 +149,22 @@ def main_section(results: Results, regularised: str, files: dict[str, str]) -> I
                  shown(mean(values(method, "sampled/length")), 1), shown(mean(values(method, "kl")), 2),
                  shown(results.credit_auroc(method))]
         yield f"| {method} | {' | '.join(cells)} |"
-    yield from ["", "`truth` is the upper bound: the verifier's marks in the place of r_t. `static`, `implicit`, `simpo_reg` and `truth` have",
-                f"alpha 0.5. Of the three alphas of `dpo_reg`, development prompts chose `{regularised}`.", "",
+    yield from ["", f"Of the three alphas of `dpo_reg`, development prompts chose `{regularised}`.", "",
                 f"![learning curves]({files['curves']})"]
 
 
 def order_section(results: Results, regularised: str) -> Iterator[str]:
     yield from ["", "## The paper's order and ours", "",
-                "Difference of mean scores of sampled answers, the same seeds and prompts on both sides. The paper's figures are",
-                "AlpacaEval 2 length-controlled win rates, of Llama-3-8B where nothing else is said.", "",
-                "| the paper says | its figures | our difference | borne out? | difference in credit |",
+                "Differences of mean scores of sampled answers and of credit, the same seeds and prompts on both sides. The paper's",
+                "figures are AlpacaEval 2 length-controlled win rates, of Llama-3-8B where nothing else is said.", "",
+                "| the paper says | its figures | difference in score | borne out? | difference in credit |",
                 "| --- | --- | ---: | --- | ---: |"]
-    named = {"dpo_reg": regularised}
-    for better, worse, figures in PAPER_ORDER:
-        ours = [named.get(name, name) for name in (better, worse)]
-        if set(ours) <= set(results.runs):
-            yield _order_row(results, *ours, figures)
-    yield from ["", "Not in the paper:", "", "| better? | difference | told apart? | difference in credit |", "| --- | ---: | --- | ---: |"]
-    for better, worse in EXTRA_ORDER:
-        ours = [named.get(name, name) for name in (better, worse)]
-        found = results.difference(*ours)
-        yield (f"| {ours[0]} over {ours[1]} | {shown(found, signed=True)} | {'yes' if found.excludes_zero else 'no'} "
-               f"| {results.auroc_difference(*ours):+.3f} |")
-
-
-def _order_row(results: Results, better: str, worse: str, figures: str) -> str:
-    found = results.difference(better, worse)
-    verdict = "not told apart" if not found.excludes_zero else "yes" if found.value > 0 else "no, the opposite"
-    return (f"| {better} > {worse} | {figures} | {shown(found, signed=True)} | {verdict} "
-            f"| {results.auroc_difference(better, worse):+.3f} |")
+    for better, worse, figures in (*PAPER_ORDER, *EXTRA_ORDER):
+        ours = [regularised if name == "dpo_reg" else name for name in (better, worse)]
+        score, credit = results.difference(*ours), results.credit_difference(*ours)
+        verdict = "not told apart" if not score.excludes_zero else "yes" if score.value > 0 else "no, the opposite"
+        yield (f"| {' > '.join(ours)} | {figures} | {shown(score, signed=True)} | {verdict} "
+               f"| {shown(credit, signed=True)} |")
 
 
 def fact_section(results: Results) -> Iterator[str]:
@@ -187,6 +176,14 @@ def fact_section(results: Results) -> Iterator[str]:
         yield f"| {method} | {' | '.join(f'{results.right_results(method, rate):.3f}' for rate in ERROR_RATES)} |"
 
 
+def method_section(study: Study) -> Iterator[str]:
+    yield from ["", "## The methods", "", "What each sets beside the recipe; `dpo` is what nothing else is said of. `truth` trains on the verifier's marks",
+                "(0.5 right, -0.5 wrong) in the place of r_t and is the upper bound. The rest is chosen on development prompts, see below.", "",
+                "| method | settings |", "| --- | --- |"]
+    for method, of in study.methods.items():
+        yield f"| {method} | {', '.join(f'`{name}={value}`' for name, value in of['settings'].items())} |"
+
+
 def search_scores(study: Study) -> dict[str, list[float]]:
     """Method -> mean score of sampled answers to development prompts, of each setting of its grid."""
     found: dict[str, list[float]] = {}
@@ -196,7 +193,8 @@ def search_scores(study: Study) -> dict[str, list[float]]:
     return found
 
 
-def search_section(study: Study, choice: dict[str, int], search: dict[str, list[float]]) -> Iterator[str]:
+def search_section(study: Study, choice: dict[str, int], search: dict[str, list[float]],
+                   files: dict[str, str]) -> Iterator[str]:
     yield from ["", "## How settings were chosen", "",
                 f"Each setting of each method ran once with seed {study.search_seed}; the best mean score of sampled answers to the",
                 f"{study.world['prompts']['dev']} development prompts was written down before a test prompt was answered. All search runs:", "",
@@ -205,6 +203,7 @@ def search_section(study: Study, choice: dict[str, int], search: dict[str, list[
         for number, setting in enumerate(study.grids[of["grid"]]):
             named = ", ".join(f"{name.split('.')[-1]} {value:g}" for name, value in setting.items())
             yield f"| {method} | {named} | {search[method][number]:.4f} | {'yes' if choice[method] == number else ''} |"
+    yield from ["", "Score against distance from the reference, every search run:", "", f"![score and KL]({files['search']})"]
 
 
 def picture_section(files: dict[str, str]) -> Iterator[str]:
@@ -220,7 +219,7 @@ def limits_section() -> Iterator[str]:
 * The world is made: errors are popular and planted one fact at a time, and the reference was taught the two revision prompts.
   The study says what the regulariser does where contrastive prompting works, not whether it works on real models.
 * One reference and one set of pairs; seeds change the order of the pairs. Intervals do not cover other references or worlds.
-* A policy of a million parameters, 5 samples, one epoch, four settings a method: small effects of the settings remain.
+* A policy of a million parameters, 5 samples, one epoch, a few settings a method: small effects of the settings remain.
 * alpha is at most 0.5 as in the paper, so a token's factor stays within [0.75, 1.25]: effects are bound to be small.""".splitlines()
 
 
@@ -228,8 +227,7 @@ def run_section(study: Study, results: Results) -> Iterator[str]:
     yield from ["", "## Every run", "", "Final runs, test prompts; search runs stand above.", "",
                 "| method | seed | score, sampled | score, greedy | KL | credit |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
     for method, runs in results.runs.items():
-        for seed, run in zip(study.seeds, runs, strict=True):
-            credit = results.token_auroc(run["implicit"][None]).value
+        for seed, run, credit in zip(study.seeds, runs, results.credit_aurocs(method)[0], strict=True):
             yield (f"| {method} | {seed} | {run['sampled/score'].mean():.4f} | {run['greedy/score'].mean():.4f} "
                    f"| {run['kl'].mean():.3f} | {credit:.4f} |")
 

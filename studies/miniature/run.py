@@ -52,8 +52,9 @@ def conduct(study: Study, processes: int) -> None:
     begin(study)
     warm_up()
     say("world and reference")
-    pipeline.write_world(study)
-    pipeline.train_reference(study)
+    if not (study.run / "megatron").exists():
+        pipeline.write_world(study)
+        pipeline.train_reference(study)
     run_jobs({f"pairs of {split}": functools.partial(pipeline.make_pairs, study, split) for split in ("train", "dev")},
              processes, "step")
     pipeline.index_training_pairs(study)
