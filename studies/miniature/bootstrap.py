@@ -1,7 +1,7 @@
 """Means and AUROCs with bootstrap intervals over seeds and prompts.
 
-Both are drawn with replacement, seeds and prompts independently, so an interval speaks of other seeds and other prompts of
-the same kind. Two methods are compared on the same draws: their runs share seeds, and all runs share prompts.
+Both are drawn with replacement, seeds and prompts independently, so an interval speaks of other seeds and other prompts
+of the same kind. Two methods are compared on the same draws: their runs share seeds, and all runs share prompts.
 """
 
 from typing import NamedTuple

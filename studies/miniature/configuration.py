@@ -56,7 +56,7 @@ class Study:
                 for setting in range(len(self.grids[keys["grid"]]))]
 
     def final_runs(self, choice: dict[str, int]) -> list[Run]:
-        """Every method with its chosen setting, seed by seed, so that an interrupted study is short of seeds, not methods."""
+        """Every method with its chosen setting, seed by seed: what an interrupted study lacks is seeds, not methods."""
         return [self.of(method, choice[method], seed) for seed in self.seeds for method in self.methods]
 
     def of(self, method: str, setting: int, seed: int) -> Run:
@@ -70,8 +70,7 @@ class Study:
     def digest(self) -> str:
         """Of all that the numbers come from but the runs' own settings."""
         files = ("world.py", "model.py", "data.py", "revise.yaml", "recipe.yaml")
-        return sha256_of_json([self.world, self.reference, *(sha256_of(HERE / name) for name in files),
-                               sha256_of(ROOT / "recipes" / "base.yaml")])
+        return sha256_of_json([self.world, self.reference, *(sha256_of(HERE / name) for name in files)])
 
 
 def load_study(path: Path) -> Study:

@@ -52,7 +52,7 @@ def reference_rows(tasks: list[Task], examples: int, pair: PromptPair, seed: int
 
 
 def truth_rows(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ranked pairs with the verifier's marks for token rewards: 0.5 right, -0.5 wrong. For ``tools/import_rewards.py``."""
+    """Ranked pairs with the verifier's marks for token rewards, 0.5 right, -0.5 wrong: for ``import_rewards.py``."""
     return [row | {f"{side}_token_rewards": [0.5 if right else -0.5 for right in marks(row, side)]
                    for side in ("chosen", "rejected")}
             | {f"{side}_token_ids": row[f"{side}_ids"] for side in ("chosen", "rejected")} for row in pairs]

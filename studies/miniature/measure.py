@@ -70,11 +70,13 @@ def answers(samples: Path) -> dict[str, np.ndarray]:
 
 
 def divergence(policy: Path, reference: Path, samples: Path) -> np.ndarray:
-    """[P, S] log pi(y) - log pi_ref(y) of answers that the policy sampled at temperature 1: its mean is KL(pi || pi_ref)."""
+    """[P, S] log pi(y) - log pi_ref(y) of answers that pi sampled at temperature 1; the mean is KL(pi || pi_ref)."""
     tokenizer = load_tokenizer(reference)
     rows = _rows(samples)
-    sequences = [ScoredSequence(tokenizer.encode_prompt([Message(**message) for message in row["messages"]]), response["ids"])
-                 for row in rows for response in row["responses"]]
+    sequences = []
+    for row in rows:
+        prompt = tokenizer.encode_prompt([Message(**message) for message in row["messages"]])
+        sequences += [ScoredSequence(prompt, response["ids"]) for response in row["responses"]]
     ratios = [float(np.sum(ours - theirs, dtype=np.float64)) for ours, theirs in
               zip(_scorer(policy).score(sequences), _scorer(reference).score(sequences), strict=True)]
     return np.array(ratios).reshape(len(rows), -1)

@@ -24,8 +24,8 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def write_model(folder: str | Path, *, layers: int, hidden: int, ffn: int, heads: int, positions: int, seed: int) -> int:
-    """Write tokenizer and random weights (fp32); returns the number of parameters."""
+def write_model(folder: Path, *, layers: int, hidden: int, ffn: int, heads: int, positions: int, seed: int) -> None:
+    """Write tokenizer and random weights (fp32)."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -44,4 +44,3 @@ def write_model(folder: str | Path, *, layers: int, hidden: int, ffn: int, heads
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).float()
     model.save_pretrained(str(folder))
-    return sum(parameter.numel() for parameter in model.parameters())

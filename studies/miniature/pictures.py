@@ -82,7 +82,8 @@ def token_picture(results: "Results", regularised: str):
         if method in results.runs:
             rows[method] = np.mean([run["implicit"] for run in results.runs[method]], axis=0)
     answers = _answers_with_errors(results)
-    figure, axes = pyplot.subplots(len(answers), 1, figsize=(16, 2.2 * len(answers)), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(len(answers), 1, figsize=(16, 2.2 * len(answers)), layout="constrained",
+                                   squeeze=False)
     for axis, (title, words, span) in zip(axes[:, 0], answers):
         values = np.stack([of[span] / np.quantile(np.abs(of), WHOLE_COLOUR) for of in rows.values()])
         axis.imshow(values, cmap=orange_to_blue, vmin=-1, vmax=1, aspect="auto")

@@ -19,7 +19,8 @@ def write_world(study: Study) -> None:
     """Prompts of every split, the rows that the reference learns from, and its random weights."""
     settings, reference = study.world, study.reference
     sizes = settings["prompts"]
-    tasks = world.splits(settings["seed"], {**sizes, "train": max(sizes["train"], reference["tasks"])}, settings["shares"])
+    drawn = {**sizes, "train": max(sizes["train"], reference["tasks"])}
+    tasks = world.splits(settings["seed"], drawn, settings["shares"])
     for split, size in sizes.items():
         data.write_rows(study.run / "prompts" / f"{split}.jsonl", data.prompt_rows(split, tasks[split][:size]))
     data.write_rows(study.run / REFERENCE / "rows.jsonl",
@@ -48,7 +49,7 @@ def train_reference(study: Study) -> None:
 
 
 def make_pairs(study: Study, split: str) -> None:
-    """On-policy pairs of a split with token rewards: sample, rank, label; the reference's tokens for measuring credit."""
+    """On-policy pairs of a split with token rewards: sample, rank, label; and the tokens that credit is measured on."""
     run, log = study.run, study.run / "logs" / f"pairs-{split}.log"
     samples, pairs, labelled = run / "samples" / split, run / "pairs" / f"{split}.jsonl", run / "labelled" / split
     _unless(samples / "manifest.json", "tools/sample_responses.py", *_recipe(study),

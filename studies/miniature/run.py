@@ -3,9 +3,9 @@
     make study                       or:   python -m studies.miniature.run
     python -m studies.miniature.run --smoke         # the same in three minutes, with figures that mean nothing
 
-Trains a reference from scratch, makes on-policy pairs with it, searches each method's settings on development prompts,
-writes the choice down, and only then answers test prompts; docs/STUDY.md is written from the results. Interrupted at any
-moment, the same command goes on where it was. One seed, one result, bit for bit.
+Trains a reference from scratch, makes on-policy pairs with it, searches each method's settings on development
+prompts, writes the choice down, and only then answers test prompts; docs/STUDY.md is written from the results.
+Interrupted at any moment, the same command goes on where it was. One seed, one result, bit for bit.
 """
 
 import os

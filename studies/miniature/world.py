@@ -4,10 +4,10 @@ A task applies one operation to four items, and an answer goes through them in o
 
     add 7 : 3 9 0 5          so 3 makes 1 0 then 9 gives 1 6 next 0 makes 0 7 and 5 is 1 2
 
-Every word is a token. Connectors and verbs are free choices, equally right. Everything else is decided by the task. What
-an operation makes of an item is a *fact*; each fact has one popular error, which changes one token of the result, and a
-rate at which people who answer fall for it. Of some facts the error is rare, of others it is what most people say, so
-that how likely a token is does not tell whether it is right. Fillers ("um") may slip in anywhere before an item.
+Every word is a token. Connectors and verbs are free choices, equally right. Everything else is decided by the task.
+What an operation makes of an item is a *fact*; each fact has one popular error, which changes one token of the
+result, and a rate at which people who answer fall for it. Of some facts the error is rare, of others it is what most
+people say, so that how likely a token is does not tell whether it is right. Fillers ("um") may slip in before an item.
 
 The verifier aligns an answer with the places of the right one and marks each token right or wrong.
 """
@@ -57,7 +57,8 @@ def _foreign(language: str, word: str) -> str:
 
 OPERATIONS = {
     "add": Operation(DIGITS[1:], DIGITS, lambda k, x: tuple(f"{int(k) + int(x):02d}"), lambda k: DIGITS),
-    "convert": Operation(tuple(UNITS), DIGITS, lambda unit, x: tuple(f"{UNITS[unit] * int(x):03d}"), lambda unit: DIGITS),
+    "convert": Operation(tuple(UNITS), DIGITS, lambda unit, x: tuple(f"{UNITS[unit] * int(x):03d}"),
+                         lambda unit: DIGITS),
     "spell": Operation(DIRECTIONS, WORDS, lambda way, word: tuple(word if way == "forwards" else word[::-1]),
                        lambda way: LETTERS),
     "say": Operation(LANGUAGES, WORDS, lambda language, word: (_foreign(language, word),),
