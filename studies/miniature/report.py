@@ -182,8 +182,8 @@ def order_section(results: Results, regularised: str) -> Iterator[str]:
     """The paper's claims beside our differences."""
     yield from heading("The paper's order and ours")
     yield from table(("the paper says", "its figures", "difference in score", "borne out?", "difference in credit"),
-                     [order_row(results, *(regularised if name == "dpo_reg" else name for name in (better, worse)), told)
-                      for better, worse, told in (*PAPER_ORDER, *EXTRA_ORDER)])
+                     [order_row(results, *(regularised if name == "dpo_reg" else name for name in names), told)
+                      for *names, told in (*PAPER_ORDER, *EXTRA_ORDER)])
     yield """
 Differences of mean scores of sampled answers and of credit, the same seeds and prompts on both sides; an interval that
 holds 0 tells nothing apart. The paper's figures are AlpacaEval 2 length-controlled win rates, of Llama-3-8B where
