@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing first: each sets up .venv when it is missing or older than what describes it.
+# `make demo`, `make test` and `make study` need nothing first: each sets up .venv when it is missing or out of date.
 PYTHON ?= python3
 ARGS   ?=
 
@@ -12,13 +12,13 @@ TEST_MODEL := $(VENV)/smollm2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test demo clean
+.PHONY: help venv test demo study clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  PYTHON=python3.11 chooses the interpreter of a new .venv (3.10 to 3.12);"
-	@echo "  ARGS=... reaches the demo or pytest, as in: make demo ARGS=--fresh"
+	@echo "  ARGS=... reaches the demo, the study or pytest, as in: make demo ARGS=--fresh"
 
 venv: $(INSTALLED)  ## .venv with exactly the versions of constraints.txt
 
@@ -29,6 +29,9 @@ test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then tests on real
 
 demo: $(DEMO_MODEL)  ## align a real 135M model end to end on this machine, about ten minutes on two cores
 	$(BIN)/python demo/run.py $(ARGS)
+
+study: $(INSTALLED)  ## does T-REG work where the truth of every token is known? two hours on two cores
+	$(BIN)/python -m studies.miniature.run $(ARGS)
 
 clean:  ## remove .venv and caches; what runs wrote under runs/ stays
 	rm -rf $(VENV) treg_megatron.egg-info .pytest_cache .hypothesis

@@ -67,7 +67,7 @@ class SampleSection:
     timeout: float = key("engine server: seconds that an answer may take before it is asked for again")
     tries: int = key("engine server: how often an answer is asked for, with growing pauses, before the job stops")
     seeds: list[int] = key("one response to each prompt for each seed")
-    temperature: float = key("temperature of the distribution that is sampled; > 0")
+    temperature: float = key("temperature of the distribution that is sampled; 0 takes the likeliest token each time")
     top_p: float = key("share of the probability that is sampled from, in (0, 1]")
     max_new_tokens: int = key("tokens of a response; one that is cut off there is marked")
     max_prompt_length: int = key("tokens that a prompt may have; longer ones are dropped and counted")
