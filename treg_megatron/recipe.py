@@ -200,6 +200,8 @@ class OptimizerSection:
     beta1: float = key("Adam beta1")
     beta2: float = key("Adam beta2")
     eps: float = key("Adam epsilon")
+    router_aux_loss: float = key("mixture of experts: coefficient of the load-balancing loss, a mean over micro-batches "
+                                 "beside the mean over pairs; 0 leaves it out")
     clip_grad: float = key("largest global gradient norm; 0 turns clipping off")
 
 
