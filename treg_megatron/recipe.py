@@ -6,6 +6,7 @@ its help text and hold no values. ``key=value`` arguments override the file, fla
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -66,7 +67,7 @@ class SampleSection:
     timeout: float = key("engine server: seconds that an answer may take before it is asked for again")
     tries: int = key("engine server: how often an answer is asked for, with growing pauses, before the job stops")
     seeds: list[int] = key("one response to each prompt for each seed")
-    temperature: float = key("temperature of the distribution that is sampled; > 0")
+    temperature: float = key("temperature of the distribution that is sampled; 0 takes the likeliest token each time")
     top_p: float = key("share of the probability that is sampled from, in (0, 1]")
     max_new_tokens: int = key("tokens of a response; one that is cut off there is marked")
     max_prompt_length: int = key("tokens that a prompt may have; longer ones are dropped and counted")
@@ -133,7 +134,8 @@ class IndexSection:
 class ObjectiveSection:
     """What is minimised: docs/METHOD.md has the formulas."""
 
-    preference: str = key("preference loss", choices=("dpo", "ipo", "simpo"))
+    preference: str = key("preference loss; sft is maximum likelihood of the chosen responses",
+                          choices=("dpo", "ipo", "simpo", "sft"))
     beta: float = key("KL strength of DPO and IPO, reward scale of SimPO; > 0")
     gamma: float = key("SimPO's target margin, in units of the reward (the paper states gamma / beta); >= 0")
     label_smoothing: float = key("cDPO: share of pairs whose preference is assumed to be flipped, in [0, 0.5)")
@@ -174,7 +176,7 @@ class ParallelSection:
     sequence: bool = key("sequence parallelism inside the tensor-parallel group")
     expert: int = key("expert-parallel size of a mixture-of-experts model")
     virtual_pipeline: int | None = key("interleaved schedule: model chunks of each pipeline stage; null: one")
-    context: int = key("context-parallel size: ranks that share each sequence (needs Transformer Engine)")
+    context: int = key("context-parallel size: ranks that share each sequence; layouts packed and bins")
 
 
 @dataclass
@@ -198,6 +200,8 @@ class OptimizerSection:
     beta1: float = key("Adam beta1")
     beta2: float = key("Adam beta2")
     eps: float = key("Adam epsilon")
+    router_aux_loss: float = key("mixture of experts: coefficient of the load-balancing loss, a mean over micro-batches "
+                                 "beside the mean over pairs; 0 leaves it out")
     clip_grad: float = key("largest global gradient norm; 0 turns clipping off")
 
 
@@ -210,9 +214,13 @@ class TrainSection:
     max_steps: int | None = key("stop after this many optimizer steps; null runs all epochs")
     save_every: int = key("optimizer steps between checkpoints")
     keep_checkpoints: int = key("how many of the newest checkpoints stay on disk")
+    save_in_background: bool = key("whether training goes on while a checkpoint is written from a copy in memory")
     validate_every: int = key("optimizer steps between validations; also run before the first step and after the last")
     recompute: str = key("activation recompute", choices=("none", "selective", "full"))
     seed: int = key("seed of everything random in the model (dropout; initialisation where no checkpoint is given)")
+    stuck_after: float = key("seconds without a step (or a micro-batch of validation, or a checkpoint) after which every "
+                             "rank prints its stack and ends")
+    record_pairs: bool = key("whether RUN/pairs/ records the pairs that each step trained on")
     first_loss_tolerance: float = key("how far the first preference loss may be from its known value, e.g. ln 2 for DPO")
 
 
@@ -334,6 +342,33 @@ def section(recipe: DictConfig, name: str) -> Any:
         if choices and getattr(values, field.name) not in choices:
             raise UserError(f"{name}.{field.name} is {getattr(values, field.name)!r}; choose one of {', '.join(choices)}")
     return values
+
+
+def value(recipe: DictConfig, name: str) -> Any:
+    """The value of one key, ``section.key``, resolved.
+
+    Raises:
+        UserError: there is no such key, or it has no value.
+    """
+    try:
+        found = OmegaConf.select(recipe, name, throw_on_missing=True, throw_on_resolution_failure=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"recipe {recipe.get('name', '?')}: {name}: {_first_line(error)}") from None
+    if found is None:
+        raise UserError(f"recipe {recipe.get('name', '?')}: {name} has no value")
+    return found
+
+
+def resolved_text(recipe: DictConfig) -> str:
+    """The whole recipe as YAML; what hangs on a key without a value stays as it was written."""
+    written = OmegaConf.to_container(recipe, resolve=False)
+    for section_name in SECTIONS:
+        for key_name in written[section_name]:
+            with contextlib.suppress(UserError):
+                written[section_name][key_name] = value(recipe, f"{section_name}.{key_name}")
+    for key_name in ("name", "run"):
+        written[key_name] = value(recipe, key_name)
+    return OmegaConf.to_yaml(OmegaConf.create(written))
 
 
 def station_section(name: str, description: str, argv: list[str] | None = None,
