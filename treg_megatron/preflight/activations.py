@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel.schedules import custom_backward, deallocat
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from treg_megatron import model as policies
+from treg_megatron.context import ContextPart
 from treg_megatron.microbatch import collate
 from treg_megatron.preflight.live import LiveTensors
 from treg_megatron.preflight.ranks import Rank
@@ -50,7 +51,7 @@ def largest_micro_batch(data: DataSection, parallel: ParallelSection) -> dict:
     if data.layout == "bins":
         tokens = data.bin_size or 2 * data.seq_length
         sequences = 2 * math.ceil(tokens / (2 * data.seq_length))
-    length = tokens // sequences // parallel.context
+    length = tokens // sequences
     return micro_batch(data, parallel, [(length, length - 1)] * sequences)
 
 
@@ -61,8 +62,9 @@ def micro_batch(data: DataSection, parallel: ParallelSection, sequences: list[tu
         sequences: (tokens, response tokens) of chosen 0, rejected 0, chosen 1, ...
     """
     records = [pair_of(*shapes) for shapes in zip(sequences[0::2], sequences[1::2])]
-    multiple = math.lcm(data.pad_to_multiple_of, parallel.tensor if parallel.sequence else 1)
-    batch = collate(records, "packed" if data.layout == "bins" else data.layout, multiple)
+    part = ContextPart(0, parallel.context)
+    multiple = math.lcm(data.pad_to_multiple_of, part.divisor * (parallel.tensor if parallel.sequence else 1))
+    batch = collate(records, "packed" if data.layout == "bins" else data.layout, multiple, part)
     # the ends of sequences stay: attention cuts its input by their values
     return {k: v.to("meta") if isinstance(v, torch.Tensor) and k != "cu_seqlens" else v for k, v in batch.items()}
 

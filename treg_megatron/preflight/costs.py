@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from treg_megatron.preflight.activations import Pass
 from treg_megatron.recipe import ClusterSection, DataSection, LabelSection
 
-#: reference, better and worse prompt, for chosen and rejected
-LABEL_SEQUENCES = 6
+if TYPE_CHECKING:
+    from treg_megatron.preflight.activations import Pass
+
 FORWARD_AND_BACKWARD = 3   # the backward pass does each product's arithmetic twice
 ELEMENT = {"fp32": 4, "bf16": 2}
 
@@ -69,7 +69,7 @@ def hours(flops: float, ranks: int, cluster: ClusterSection) -> float:
     return flops / (ranks * cluster.peak_tflops * 1e12 * cluster.mfu) / 3600
 
 
-def moved_in_a_step(passes: Iterable[Pass], names: dict[str, str], micro_batches: int, gradients: int, weights: int,
+def moved_in_a_step(passes: Iterable["Pass"], names: dict[str, str], micro_batches: int, gradients: int, weights: int,
                     hidden: int, stages: int, data_ranks: int) -> dict[str, int]:
     """Bytes that one rank puts into the collectives of each kind of group, and receives from its pipeline neighbour.
 

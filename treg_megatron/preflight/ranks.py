@@ -12,6 +12,7 @@ from nemo.lightning.megatron_parallel import DDP
 
 from treg_megatron import build
 from treg_megatron.checkpoint.families import model_fields, nemo_config_class
+from treg_megatron.lora import adapters
 from treg_megatron.objective import Objective
 from treg_megatron.recipe import LoraSection, ObjectiveSection, OptimizerSection, ParallelSection, TrainSection
 
@@ -64,16 +65,18 @@ def build_rank(hf_config: dict, parallel: ParallelSection, train: TrainSection, 
     on_meta = torch.distributed.get_backend() == "fake"
     if on_meta:
         config.perform_initialization = False
-        config.context_parallel_size = 1
         if config.num_moe_experts:
             # balanced routing as Megatron knows it, and without asking the data how many tokens each expert gets
             config.moe_pad_expert_input_to_capacity, config.moe_expert_capacity_factor = True, 1.0
+    transform = adapters(lora, config)
     policies = []
     for chunk in range(parallel.virtual_pipeline or 1):
         policy = build.policy(config, Objective(**vars(objective)), build.optimizer(optimizer, train, steps=1))
         strategy.connect(policy)
         with torch.device("meta") if on_meta else torch.device("cpu"):
             policy.configure_model(vp_stage=chunk if parallel.virtual_pipeline else None)
+            if transform is not None:
+                transform(policy)
         policy.train()
         policies.append(policy)
     wrapped = [DDP(config, strategy.ddp_config, policy.module, disable_bucketing=chunk > 0,
