@@ -107,7 +107,7 @@ def predict_in_this_process(hf_config, layout, precision, recompute) -> list[Byt
     sections = sections_for(layout, precision, recompute)
     stages, size, predicted = sections.parallel.pipeline, LAYOUTS[layout][0], []
     for stage in range(stages):
-        with fake_world(sections.parallel, size, rank_of_stage(sections.parallel, size, stage)):
+        with fake_world(sections.parallel, size, rank_of_stage(sections.parallel, size, stage), gpu=False):
             rank = built(hf_config, sections)
             batch = activations.micro_batch(sections.data, sections.parallel, SEQUENCES)
             run = activations.run_chunk(rank, 0, batch)

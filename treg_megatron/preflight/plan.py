@@ -114,22 +114,16 @@ def sections_of(config: DictConfig) -> Sections:
     return Sections(*(recipe.section(config, name) for name in Sections._fields))
 
 
-def require_possible(sections: Sections, pairs: int | None = None) -> dict[str, Any]:
-    """Everything that training would refuse, and what only shows on the cluster; the model's fields.
-
-    Args:
-        pairs: of the training streams, where they are known.
+def require_possible(sections: Sections) -> dict[str, Any]:
+    """Everything that training would refuse before it starts; the model's fields.
 
     Raises:
         UserError: what cannot work.
     """
     fields = model_fields(hf_config_of(sections.model))
     Objective(**vars(sections.objective))
-    checks.require_batch(sections.data, pairs)
     checks.require_tensor_inside_node(sections.parallel, sections.cluster.gpus_per_node)
-    checks.data_parallel_size(sections.parallel, sections.ranks)
-    checks.require_divisible(fields, sections.parallel, sections.data, sections.ranks)
-    checks.require_experts_divide(fields, sections.parallel, sections.ranks)
+    checks.require_layout(fields, sections.parallel, sections.data, sections.ranks)
     return fields
 
 
@@ -149,7 +143,7 @@ def make_plan(sections: Sections, stages: list[int] | None = None) -> Plan:
     micro_batches = sections.data.global_batch_size // (sections.data.micro_batch_size * data_ranks)
     built, trainable, frozen = {}, 0, 0
     for stage in range(parallel.pipeline) if stages is None else stages:
-        with fake_world(parallel, size, rank_of_stage(parallel, size, stage)):
+        with fake_world(parallel, size, rank_of_stage(parallel, size, stage), sections.cluster.device == "gpu"):
             built[stage], counts = _build_stage(sections, stage, micro_batches, data_ranks)
         trainable, frozen = trainable + counts[0], frozen + counts[1]
     return Plan(sections, fields, trainable, frozen, built, data_ranks, micro_batches)

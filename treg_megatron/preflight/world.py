@@ -14,10 +14,13 @@ from treg_megatron.recipe import ParallelSection
 
 
 @contextlib.contextmanager
-def fake_world(parallel: ParallelSection, size: int, rank: int) -> Iterator[None]:
+def fake_world(parallel: ParallelSection, size: int, rank: int, gpu: bool) -> Iterator[None]:
     """This process is ``rank`` of ``size``, and whatever asks for a GPU gets the meta device.
 
     Groups cost nothing, so a world of thousands takes milliseconds.
+
+    Args:
+        gpu: whether the real ranks are GPUs, see :class:`~treg_megatron.preflight.meta.OnMeta`.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
@@ -27,7 +30,7 @@ def fake_world(parallel: ParallelSection, size: int, rank: int) -> Iterator[None
             create_gloo_process_groups=False)
         with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
             model_parallel_cuda_manual_seed(1)
-            with OnMeta():
+            with OnMeta(gpu):
                 yield
     finally:
         parallel_state.destroy_model_parallel()
