@@ -35,7 +35,7 @@ class OnMeta(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return _flash_attention(*args, **kwargs)
         if func is F.rms_norm and self.gpu:
-            return _FusedNorm.apply(args[0], args[2])
+            return _fused_norm(*args, **kwargs)
         if func is Tensor.nonzero:
             return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)
         return func(*args, **kwargs)
@@ -45,6 +45,10 @@ def _flash_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tenso
                      is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def _fused_norm(hidden: Tensor, normalized_shape: tuple[int, ...], weight: Tensor, eps: float) -> Tensor:
+    return _FusedNorm.apply(hidden, weight)
 
 
 class _FusedNorm(torch.autograd.Function):

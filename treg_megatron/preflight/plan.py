@@ -156,7 +156,7 @@ def _build_stage(sections: Sections, stage: int, micro_batches: int, data_ranks:
     batch = activations.largest_micro_batch(sections.data, parallel)
     passes = [activations.run_chunk(rank, chunk, batch) for chunk in range(len(rank.policies))]
     peak = activations.peak(passes, schedule.events(stage, parallel.pipeline, len(passes), micro_batches))
-    at_rest, names = bytes_at_rest(rank.wrapped, rank.optimizer), group_names()
+    at_rest, names = bytes_at_rest(rank.wrapped, rank.optimizer), group_names(bool(rank.config.num_moe_experts))
     groups = len(names) + (parallel.pipeline > 1) + (data_ranks > 1)
     moved = costs.moved_in_a_step(passes, names, micro_batches, at_rest.gradients, at_rest.weights,
                                   activations.hidden_bytes(batch, rank.config) * len(passes), parallel.pipeline,

@@ -42,13 +42,12 @@ def rank_of_stage(parallel: ParallelSection, size: int, stage: int) -> int:
     return stage * (size // parallel.pipeline)
 
 
-def group_names() -> dict[str, str]:
+def group_names(experts: bool) -> dict[str, str]:
     """What the process groups of this rank are for, by torch's name of the group; groups of one rank are left out."""
-    groups = {
-        "expert": parallel_state.get_expert_model_parallel_group(),
-        "expert tensor": parallel_state.get_expert_tensor_parallel_group(),
-        "expert tensor x expert": parallel_state.get_expert_tensor_and_model_parallel_group(),
-        "context": parallel_state.get_context_parallel_group(),
-        "tensor": parallel_state.get_tensor_model_parallel_group(),
-    }
+    groups = {"context": parallel_state.get_context_parallel_group(),
+              "tensor": parallel_state.get_tensor_model_parallel_group()}
+    if experts:
+        groups |= {"expert": parallel_state.get_expert_model_parallel_group(),
+                   "expert tensor": parallel_state.get_expert_tensor_parallel_group(),
+                   "expert tensor x expert": parallel_state.get_expert_tensor_and_model_parallel_group()}
     return {group.group_name: name for name, group in groups.items() if group.size() > 1}
