@@ -25,6 +25,8 @@ LAYOUTS = {
     "PP2": (2, ["parallel.pipeline=2"]),
     "DP2": (2, []),
     "TP2xPP2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "TP3": (3, ["parallel.tensor=3"]),                 # SmolLM2 has 9 heads
+    "TP3xPP2": (6, ["parallel.tensor=3", "parallel.pipeline=2"]),
 }
 #: (tokens, response tokens) of chosen and rejected
 SEQUENCES = [(120, 70), (136, 90)]
@@ -118,7 +120,7 @@ def predict_in_this_process(hf_config, layout, precision, recompute) -> list[Byt
 
 CASES = [(model, layout, "fp32", recompute)
          for model in ("tiny", "56M") for layout in LAYOUTS for recompute in ("none", "full")
-         if model == "tiny" or layout in ("TP1", "TP2xPP2")]
+         if "3" not in layout and (model == "tiny" or layout in ("TP1", "TP2xPP2"))]
 CASES += [("tiny", "PP2", "bf16", "none"), ("tiny", "TP2+SP", "bf16", "selective"), ("tiny", "TP1", "fp32", "selective")]
 
 
@@ -140,7 +142,7 @@ def main() -> None:
 
     warm_up()
     for model, config in MODELS.items():
-        for layout in ("TP1", "TP2", "PP2", "TP2xPP2"):
+        for layout in ("TP1", "TP3", "PP2", "TP3xPP2") if config["num_attention_heads"] % 2 else ("TP1", "TP2", "PP2", "TP2xPP2"):
             for recompute in ("none", "selective", "full"):
                 case = (config, layout, "fp32", recompute)
                 measured = run_ranks(LAYOUTS[layout][0], measure_on_this_rank, *case)

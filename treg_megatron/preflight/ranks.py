@@ -69,11 +69,11 @@ def build_rank(hf_config: dict, parallel: ParallelSection, train: TrainSection, 
         config.moe_pad_expert_input_to_capacity, config.moe_expert_capacity_factor = True, 1.0
     transform = adapters(lora, config)
     policies = []
-    for chunk in range(parallel.virtual_pipeline or 1):
+    for vp_stage in [{"vp_stage": chunk} for chunk in range(parallel.virtual_pipeline or 0)] or [{}]:
         policy = build.policy(config, Objective(**vars(objective)), build.optimizer(optimizer, train, steps=1))
         strategy.connect(policy)
         with torch.device("meta") if on_meta else torch.device("cpu"):
-            policy.configure_model(vp_stage=chunk if parallel.virtual_pipeline else None)
+            policy.configure_model(**vp_stage)
             if transform is not None:
                 transform(_Walkable(policy.module))
         policy.train()
