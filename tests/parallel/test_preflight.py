@@ -128,11 +128,11 @@ def test_a_layout_that_needs_more_memory_gets_exit_code_1_and_the_change_that_he
 
 def test_a_70b_layout_that_needs_96_gb():
     """The same recipe on two memories: what is too much for 80 GB fits 96."""
-    tight = ["parallel.pipeline=4", "cluster.nodes=4", "data.seq_length=4096"]
+    tight = ["cluster.nodes=4", "data.seq_length=6144"]
     small, large = (preflight("llama3_70b", *tight, f"cluster.gpu_memory={memory}") for memory in (80, 96))
     assert (small.code, large.code) == (1, 0)
-    assert "to make it fit: train.recompute=selective" in small.printed
-    assert preflight("llama3_70b", *tight, "train.recompute=selective").code == 0
+    assert "to make it fit: train.recompute=full" in small.printed
+    assert preflight("llama3_70b", *tight, "train.recompute=full").code == 0
 
 
 def test_suggestions_fit_and_come_with_their_memory():

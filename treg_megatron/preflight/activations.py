@@ -88,7 +88,8 @@ def run_chunk(rank: Rank, chunk: int, batch: dict) -> Pass:
         shape, dtype = output.shape, output.dtype
         deallocate_output_tensor(output, config.deallocate_pipeline_outputs)
         kept, forward, live.peaks = live.now, live.peaks, {}
-        custom_backward(output, torch.empty(shape, dtype=dtype, device="meta"))
+        run_backward = custom_backward if config.deallocate_pipeline_outputs else torch.autograd.backward
+        run_backward(output, torch.empty(shape, dtype=dtype, device="meta"))
         live.end_phase(LAYERS)
     model.set_input_tensor(None)
     return Pass(kept, forward, live.peaks, live.moved)

@@ -1,9 +1,35 @@
 """Megatron on meta tensors: shapes without bytes, on the kernels that the real device would take."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
+
+
+@contextlib.contextmanager
+def on_meta(gpu: bool) -> Iterator[None]:
+    """Inside, :class:`OnMeta` sees every torch call, those of a backward pass too.
+
+    torch leaves a mode while it runs a call that the mode saw, such as the backward pass of recomputed layers;
+    ``runtime.cpu`` mends that for its own mode, which would come before this one.
+    """
+    mended = torch.autograd._engine_run_backward
+    mode = OnMeta(gpu)
+
+    def run_in_mode(*args, **kwargs):
+        with mode:
+            return _engine_run_backward(*args, **kwargs)
+
+    with mode:
+        torch.autograd._engine_run_backward = run_in_mode
+        try:
+            yield
+        finally:
+            torch.autograd._engine_run_backward = mended
 
 
 class OnMeta(TorchFunctionMode):

@@ -63,6 +63,7 @@ def build_rank(hf_config: dict, parallel: ParallelSection, train: TrainSection, 
     if fused:
         for name in ("bias_activation_fusion", "bias_dropout_fusion"):
             setattr(config, name, type(config).__dataclass_fields__[name].default)
+        config.deallocate_pipeline_outputs = True
     on_meta = torch.distributed.get_backend() == "fake"
     if on_meta and config.num_moe_experts:
         # balanced routing as Megatron knows it, and without asking the data how many tokens each expert gets

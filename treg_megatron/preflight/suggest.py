@@ -15,7 +15,7 @@ def remedy(plan: Plan) -> str:
     """The change that would make a plan fit: of one key if that is enough, then of the layout, then of the cluster."""
     sections = plan.sections
     for change in _single_changes(sections):
-        if _fits(sections.with_keys(**change)):
+        if _fits(sections.with_keys(**change), plan.trainable + plan.frozen):
             return f"to make it fit: {_written(change)}"
     for found in suggestions(sections, plan.trainable + plan.frozen, most=1):
         return f"to make it fit: {_written(_layout_of(found.sections))}"
@@ -78,7 +78,9 @@ def _single_changes(sections: Sections) -> Iterator[dict[str, dict[str, Any]]]:
         yield {"parallel": {"tensor": factor * parallel.tensor, "sequence": True}}
 
 
-def _fits(sections: Sections) -> bool:
+def _fits(sections: Sections, parameters: int) -> bool:
+    if _at_rest(sections, parameters) > sections.cluster.gpu_memory * 1e9:
+        return False
     try:
         return make_plan(sections, stages=sorted({0, sections.parallel.pipeline - 1})).fits
     except UserError:

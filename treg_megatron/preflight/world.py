@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from treg_megatron.preflight.meta import OnMeta
+from treg_megatron.preflight.meta import on_meta
 from treg_megatron.recipe import ParallelSection
 
 
@@ -30,7 +30,7 @@ def fake_world(parallel: ParallelSection, size: int, rank: int, gpu: bool) -> It
             create_gloo_process_groups=False)
         with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
             model_parallel_cuda_manual_seed(1)
-            with OnMeta(gpu):
+            with on_meta(gpu):
                 yield
     finally:
         parallel_state.destroy_model_parallel()
