@@ -90,6 +90,15 @@ def test_hugging_face_samples_and_marks_what_is_cut_off(settings, chatml):
     assert not chatml.sampled([10, 11]).finished
 
 
+def test_temperature_0_takes_the_likeliest_token(settings, chatml):
+    sampler = HuggingFaceSampler(dataclasses.replace(settings, temperature=0.0), chatml)
+    first, other = sampler.sample([[5, 6, 7]], 1), sampler.sample([[5, 6, 7]], 2)
+    assert first == other
+    with torch.inference_mode():
+        logits = sampler._model(torch.tensor([[5, 6, 7, *first[0].ids]])).logits[0, 2:-1]
+    assert logits.argmax(-1).tolist() == first[0].ids
+
+
 def test_a_stopped_job_goes_on_and_ends_the_same(settings, chatml, tmp_path):
     whole = dataclasses.replace(settings, output=str(tmp_path / "whole"))
     sample(whole, Counting(chatml))
@@ -272,7 +281,8 @@ def test_a_server_that_is_silent_or_gone_is_told(settings, http, monkeypatch):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"seeds": [1]}, "two or more different numbers"), ({"temperature": 0.0}, "must be positive"),
+    ({"seeds": [1, 1]}, "one or more different numbers"), ({"seeds": []}, "one or more different numbers"),
+    ({"temperature": -0.1}, "must not be negative"),
     ({"prompts": "absent.jsonl"}, "absent.jsonl"), ({"engine": "server"}, "sample.server has no value"),
 ])
 def test_bad_settings(settings, change, message):
