@@ -48,6 +48,9 @@ class Objective:
         refuse(not 0 <= self.alpha <= LARGEST_ALPHA,
                f"objective.alpha is {self.alpha}: outside [0, 2] a token's gradient changes sign")
         refuse(self.sft_weight < 0, f"objective.sft_weight is {self.sft_weight}: it must not be negative")
+        refuse(self.preference == "sft" and (self.alpha > 0 or self.label_smoothing > 0 or self.sft_weight > 0),
+               "objective.preference=sft is the likelihood of the chosen responses and nothing else: set alpha, "
+               "label_smoothing and sft_weight to 0")
         refuse(self.gamma > 0 and self.preference != "simpo",
                f"objective.gamma belongs to simpo; {self.preference} has no target margin: set it to 0")
         refuse(self.label_smoothing > 0 and self.preference == "ipo",
@@ -57,13 +60,13 @@ class Objective:
                "use dpo or simpo, or set alpha to 0")
         refuse(self.alpha > 0 and self.token_rewards == "none",
                "objective.alpha is positive but objective.token_rewards is none: set one of the two")
-        refuse(self.token_rewards == "implicit" and self.preference == "simpo",
-               "objective.token_rewards: implicit is the log-ratio to a reference model, which simpo has not")
+        refuse(self.token_rewards == "implicit" and not self.needs_reference,
+               f"objective.token_rewards: implicit is the log-ratio to a reference model, which {self.preference} has not")
 
     @property
     def needs_reference(self) -> bool:
         """Whether the reference model's log-probs enter the loss."""
-        return self.preference != "simpo"
+        return self.preference not in ("simpo", "sft")
 
     @property
     def reads_token_rewards(self) -> bool:
@@ -219,7 +222,12 @@ def _ipo(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) 
     return (chosen / tokens[0::2] - rejected / tokens[1::2] - 1 / (2 * o.beta)) ** 2
 
 
-_PREFERENCE: dict[str, Callable[..., Tensor]] = {"dpo": _dpo, "simpo": _simpo, "ipo": _ipo}
+def _sft(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) -> Tensor:
+    """-log pi(y_w): maximum likelihood of the chosen responses. The rejected ones are only measured."""
+    return -responses.sums(log_ratio)[0]
+
+
+_PREFERENCE: dict[str, Callable[..., Tensor]] = {"dpo": _dpo, "simpo": _simpo, "ipo": _ipo, "sft": _sft}
 
 
 def _token_rewards(log_ratio: Tensor, token_rewards: Tensor | None, objective: Objective) -> Tensor | None:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from treg_megatron.errors import UserError
-from treg_megatron.labelling import PROMPT_FILLS_CONTEXT, TOO_LONG
+from treg_megatron.labelling import PROMPT_FILLS_CONTEXT, TOO_LONG, response_ids
 from treg_megatron.labels import SIDES, LabelledPair, write_shard
 from treg_megatron.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs_and_rows
 from treg_megatron.recipe import LabelSection
@@ -156,6 +156,7 @@ def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict)
     ids, spans = tokenizer.encode_response_with_spans(pair.messages, response)
     values, given, texts = (row.get(f"{side}_{name}") for name in ("token_rewards", "token_ids", "token_texts"))
     if given is not None:
+        ids = response_ids(pair, side, tokenizer)
         rewards = _by_id(side, given, _numbers(values, f"{side}_token_rewards"), ids)
     elif texts is not None:
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

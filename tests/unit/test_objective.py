@@ -39,7 +39,7 @@ def formula(o: Objective, logps, ref_logps, rewards) -> float:
             lp, ref, r = (x[at:at + n].double().tolist() for x in (logps, ref_logps, rewards))
             at += n
             beta = o.beta / n if o.preference == "simpo" else o.beta
-            ratio = lp if o.preference == "simpo" else [a - b for a, b in zip(lp, ref)]
+            ratio = lp if o.preference in ("simpo", "sft") else [a - b for a, b in zip(lp, ref)]
             if o.token_rewards == "implicit":
                 r = [sigmoid(x) - 0.5 for x in ratio]
             sides.append({"reward": beta * sum(ratio), "reg": -beta * sum(a * b for a, b in zip(r, lp)),
@@ -48,6 +48,8 @@ def formula(o: Objective, logps, ref_logps, rewards) -> float:
         margin = w["reward"] - l["reward"]
         if o.preference == "ipo":
             loss = (w["mean_ratio"] - l["mean_ratio"] - 1 / (2 * o.beta)) ** 2
+        elif o.preference == "sft":
+            loss = -w["logp"]
         else:
             eps = o.label_smoothing
             loss = -(1 - eps) * math.log(sigmoid(margin - o.gamma)) - eps * math.log(sigmoid(o.gamma - margin))
@@ -65,6 +67,7 @@ VARIANTS = [
     dict(label_smoothing=0.1, alpha=0.25),
     dict(sft_weight=0.3),
     dict(preference="ipo"),
+    dict(preference="sft"),
     dict(preference="simpo", beta=2.0, gamma=0.6),
     dict(preference="simpo", beta=2.0, gamma=0.6, alpha=0.5),
     dict(preference="simpo", beta=2.0, gamma=0.6, alpha=0.5, weight_margin=False),
@@ -152,7 +155,8 @@ def test_metrics_count_tokens_where_they_are_about_tokens(tokens):
 @pytest.mark.parametrize("changes", [
     dict(beta=0.0), dict(gamma=0.5), dict(label_smoothing=0.5), dict(alpha=2.1), dict(alpha=-0.1), dict(sft_weight=-1.0),
     dict(preference="ipo", alpha=0.5), dict(preference="ipo", label_smoothing=0.1), dict(alpha=0.5, token_rewards="none"),
-    dict(preference="simpo", token_rewards="implicit"),
+    dict(preference="simpo", token_rewards="implicit"), dict(preference="sft", alpha=0.5),
+    dict(preference="sft", sft_weight=0.1), dict(preference="sft", label_smoothing=0.1),
 ], ids=str)
 def test_meaningless_settings_are_refused(changes):
     with pytest.raises(UserError, match="objective."):

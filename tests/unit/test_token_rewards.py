@@ -36,6 +36,16 @@ def test_by_id_with_and_without_the_end_of_turn(chatml):
     assert rewards(chatml, {"chosen_token_ids": ids[:-1], "chosen_token_rewards": values[:-1]}) == [*values[:-1], 0.0]
 
 
+def test_sampled_ids_are_taken_as_they_are(chatml):
+    """A model may sample another split of a text than the tokenizer's own."""
+    ids = [*(i for character in "Paris" for i in chatml.encode_response(QUESTION, character)[:-1]), chatml.end_of_turn]
+    assert ids != chatml.encode_response(QUESTION, "Paris")
+    pair = Pair("a", QUESTION, "Paris", "x", chosen_ids=tuple(ids), rejected_ids=(1,), tokenizer=chatml.sha256)
+    row = {"chosen_token_ids": ids, "chosen_token_rewards": [0.25] * len(ids)}
+    found, values = response_rewards(chatml, pair, "chosen", row)
+    assert found == ids and values.tolist() == [0.25] * len(ids)
+
+
 @given(response=st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).filter(str.strip), data=st.data())
 def test_texts_and_spans_give_each_token_the_value_of_its_characters(chatml, response, data):
     spans = chatml.encode_response_with_spans(QUESTION, response)[1].tolist()
