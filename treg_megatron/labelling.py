@@ -164,13 +164,13 @@ def _prepare(pair: Pair, max_length: int, max_revision_length: int, tokenizer: C
         return None, PROMPT_FILLS_CONTEXT
     sequences = {}
     for side, response in zip(SIDES, (pair.chosen, pair.rejected)):
-        response_ids = _response_ids(pair, side, tokenizer)
-        if len(prompt_ids) + len(response_ids) > max_length:
+        ids = response_ids(pair, side, tokenizer)
+        if len(prompt_ids) + len(ids) > max_length:
             return None, TOO_LONG
         prompts = {"reference": prompt_ids,
                    "better": tokenizer.encode_prompt(prompt_pair.better(pair.messages, response)),
                    "worse": tokenizer.encode_prompt(prompt_pair.worse(pair.messages, response))}
-        sequences[side] = {name: ScoredSequence(prompts[name], response_ids) for name in _PASSES}
+        sequences[side] = {name: ScoredSequence(prompts[name], ids) for name in _PASSES}
         if max(sequences[side]["better"].length, sequences[side]["worse"].length) > max_revision_length:
             return None, REVISION_TOO_LONG
     if sequences["chosen"]["reference"] == sequences["rejected"]["reference"]:
@@ -178,7 +178,12 @@ def _prepare(pair: Pair, max_length: int, max_revision_length: int, tokenizer: C
     return _Prepared(pair, sequences), ""
 
 
-def _response_ids(pair: Pair, side: str, tokenizer: ChatTokenizer) -> list[int]:
+def response_ids(pair: Pair, side: str, tokenizer: ChatTokenizer) -> list[int]:
+    """Ids of one side's response: those that were sampled, where the pair has them, else those of its text.
+
+    Raises:
+        UserError: they were sampled with another tokenizer.
+    """
     sampled = getattr(pair, f"{side}_ids")
     if sampled is None:
         return tokenizer.encode_response(pair.messages, getattr(pair, side))
@@ -324,7 +329,9 @@ def _load_scorer(section: LabelSection) -> Scorer:
     if section.engine == "megatron":
         from treg_megatron.scoring.megatron import MegatronScorer
 
-        return MegatronScorer(section.checkpoint, section.tensor, section.pipeline, section.dtype, section.batch_tokens)
+        scorer = MegatronScorer(section.checkpoint, section.tensor, section.pipeline, section.dtype, section.batch_tokens)
+        scorer.require_weights_of(section.model)
+        return scorer
     from treg_megatron.scoring.huggingface import HuggingFaceScorer
 
     return HuggingFaceScorer(section.model, section.dtype, section.device, section.batch_tokens)

@@ -15,17 +15,15 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from treg_megatron import errors
-from treg_megatron.recipe import load_recipe, section
+from treg_megatron.recipe import add_recipe_arguments, parse_recipe, section
 from treg_megatron.runtime.quiet import unheard_imports
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="torchrun -m treg_megatron.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, metavar="YAML", help="the run's recipe")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the recipe")
-    arguments = parser.parse_args(argv)
-    train(load_recipe(arguments.recipe, arguments.overrides))
+    add_recipe_arguments(parser)
+    train(parse_recipe(parser.parse_args(argv)))
 
 
 def train(recipe: DictConfig) -> None:
@@ -41,12 +39,13 @@ def train(recipe: DictConfig) -> None:
     from treg_megatron.runtime.launch import join, leave, on_rank_zero, rank_zero_print, world
     from treg_megatron.streams import open_streams, require_same_tokenizer
 
-    model, data, parallel, run = (section(recipe, name) for name in ("model", "data", "parallel", "train"))
+    model, data, parallel, optimizer, run = (
+        section(recipe, name) for name in ("model", "data", "parallel", "optimizer", "train"))
     objective = Objective(**vars(section(recipe, "objective")))
     ranks = world()
     identity = read_identity(Path(model.checkpoint))
     fields = model_fields(identity.hf_config)
-    data_parallel_size(parallel, ranks.size)
+    data_ranks = data_parallel_size(parallel, ranks.size)
     require_divisible(fields, parallel, data, ranks.size)
     streams = {prefix: open_streams(prefix) for prefix in (data.train, data.validation) if prefix}
     for opened in streams.values():
@@ -65,7 +64,7 @@ def train(recipe: DictConfig) -> None:
     rank_zero_print(describe_stack())
 
     with unheard_imports():
-        from treg_megatron import build
+        from treg_megatron import build, lora
         from treg_megatron.data import PairData
         from treg_megatron.heartbeat import Heartbeat
         from treg_megatron.metrics import RunMetrics
@@ -96,11 +95,18 @@ def train(recipe: DictConfig) -> None:
                   description={"recipe": OmegaConf.to_container(recipe, resolve=False), "data": pairs.train.manifest}),
         Heartbeat(ranks, run.stuck_after),  # the last: a step counts when it is saved
     ]
+    # divided by the step's pairs like every gradient, the routers' becomes its mean over micro-batches
+    router_aux_loss = optimizer.router_aux_loss * pairs.pairs_per_micro_batch(data_ranks)
+    config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, run, router_aux_loss)
+    adapters = lora.adapters(section(recipe, "lora"), config)
+    if adapters is not None:
+        callbacks.append(adapters)
     strategy = build.strategy(parallel, run, initial_weights=None if resume else Path(model.checkpoint))
     trainer = build.trainer(ranks, strategy, run, steps, callbacks)
-    config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, run)
-    trainer.fit(build.policy(config, objective, build.optimizer(section(recipe, "optimizer"), run, steps)),
-                datamodule=pairs, ckpt_path=str(resume) if resume else None)
+    policy = build.policy(config, objective, build.optimizer(optimizer, run, steps), adapters)
+    if resume and adapters is not None:
+        resume = lora.resumed(resume, Path(model.checkpoint))
+    trainer.fit(policy, datamodule=pairs, ckpt_path=resume)
     leave()
     if stop.stopped_by:
         rank_zero_print(f"stopped by {stop.stopped_by}: step {trainer.global_step} of {steps} is saved, the same command "

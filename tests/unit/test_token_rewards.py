@@ -36,9 +36,19 @@ def test_by_id_with_and_without_the_end_of_turn(chatml):
     assert rewards(chatml, {"chosen_token_ids": ids[:-1], "chosen_token_rewards": values[:-1]}) == [*values[:-1], 0.0]
 
 
+def test_sampled_ids_are_taken_as_they_are(chatml):
+    """A model may sample another split of a text than the tokenizer's own."""
+    ids = [*(i for character in "Paris" for i in chatml.encode_response(QUESTION, character)[:-1]), chatml.end_of_turn]
+    assert ids != chatml.encode_response(QUESTION, "Paris")
+    pair = Pair("a", QUESTION, "Paris", "x", chosen_ids=tuple(ids), rejected_ids=(1,), tokenizer=chatml.sha256)
+    row = {"chosen_token_ids": ids, "chosen_token_rewards": [0.25] * len(ids)}
+    found, values = response_rewards(chatml, pair, "chosen", row)
+    assert found == ids and values.tolist() == [0.25] * len(ids)
+
+
 @given(response=st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).filter(str.strip), data=st.data())
 def test_texts_and_spans_give_each_token_the_value_of_its_characters(chatml, response, data):
-    _, spans = chatml.encode_response_with_spans(QUESTION, response)
+    spans = chatml.encode_response_with_spans(QUESTION, response)[1].tolist()
     edges = sorted({0, len(response)} | {start for start, _ in spans})
     edges = [0, *sorted(data.draw(st.sets(st.sampled_from(edges[1:-1]))) if edges[1:-1] else []), len(response)]
     edges = [e for e in edges if all(not start < e < end for start, end in spans)]
@@ -81,7 +91,8 @@ def test_from_a_file_of_rewards_to_streams(tokenizer_folders, chatml, tmp_path):
     overrides = [f"model.hf={tokenizer_folders['chatml']}", f"label.pairs={tmp_path}/own.jsonl",
                  f"label.output={tmp_path}/own.parquet", f"index.output={tmp_path}/train"]
     recipe = load_recipe(overrides=overrides)
-    assert import_token_rewards(section(recipe, "label"), scorer=None) == {"pairs": 3, "drops": {}}
+    assert import_token_rewards(section(recipe, "label"), scorer=None) == {
+        "file": f"{tmp_path}/own.parquet", "pairs": 3, "drops": {}}
     assert [pair.chosen for pair in read_labelled(tmp_path / "own.parquet")] == ["Paris"] * 3
     index(section(recipe, "index"))
     record = open_streams(tmp_path / "train")[2]

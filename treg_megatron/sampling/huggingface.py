@@ -34,9 +34,10 @@ class HuggingFaceSampler:
             tokens[row, width - len(prompt):] = torch.tensor(prompt)
             mask[row, width - len(prompt):] = 1
         torch.manual_seed(seed)
-        # top_k and repetition_penalty: a folder's own generation settings would change the distribution
+        # all named, because a folder's own generation settings would change the distribution
+        distribution = {"do_sample": True, "temperature": section.temperature, "top_p": section.top_p, "top_k": 0} \
+            if section.temperature else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         output = self._model.generate(
-            tokens.to(self._device), attention_mask=mask.to(self._device), do_sample=True, top_k=0,
-            repetition_penalty=1.0, temperature=section.temperature, top_p=section.top_p,
-            max_new_tokens=section.max_new_tokens, eos_token_id=end, pad_token_id=end)
+            tokens.to(self._device), attention_mask=mask.to(self._device), **distribution, repetition_penalty=1.0,
+            num_beams=1, max_new_tokens=section.max_new_tokens, eos_token_id=end, pad_token_id=end)
         return [self._tokenizer.sampled(ids) for ids in output[:, width:].tolist()]

@@ -123,12 +123,12 @@ def _require_sensible(section: SampleSection) -> None:
     for name in ("max_new_tokens", "max_prompt_length", "batch_prompts", "shard_prompts", "tries"):
         if getattr(section, name) < 1:
             raise UserError(f"sample.{name}={getattr(section, name)} must be at least 1")
-    if not section.temperature > 0 or not 0 < section.top_p <= 1:
-        raise UserError(f"sample.temperature={section.temperature} must be positive and sample.top_p={section.top_p} "
-                        "in (0, 1]")
-    if len(set(section.seeds)) != len(section.seeds) or len(section.seeds) < 2:
-        raise UserError(f"sample.seeds={list(section.seeds)} must be two or more different numbers: a pair needs two "
-                        "responses")
+    if not section.temperature >= 0 or not 0 < section.top_p <= 1:
+        raise UserError(f"sample.temperature={section.temperature} must not be negative and sample.top_p="
+                        f"{section.top_p} in (0, 1]")
+    if len(set(section.seeds)) != len(section.seeds) or not section.seeds:
+        raise UserError(f"sample.seeds={list(section.seeds)} must be one or more different numbers; a preference pair "
+                        "needs at least two")
 
 
 def _require_same_run(output: Path, run: dict[str, Any]) -> None:

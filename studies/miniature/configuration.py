@@ -1,0 +1,97 @@
+"""study.yaml, and what else decides the numbers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from treg_megatron.errors import UserError
+from treg_megatron.files import sha256_of, sha256_of_json
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RECIPE = HERE.relative_to(ROOT) / "recipe.yaml"
+PROMPT_PAIR = HERE / "revise.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one method with one setting of its grid and one seed."""
+
+    method: str
+    setting: int                # its number in the method's grid
+    seed: int
+    overrides: dict[str, Any]   # recipe keys that tell this run from the others
+
+    @property
+    def name(self) -> str:
+        """Changes with the overrides, so that a result is never taken for that of other settings."""
+        return f"{self.method}-setting{self.setting}-seed{self.seed}-{sha256_of_json(self.overrides)[:8]}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """The keys of study.yaml, where each is explained."""
+
+    run: Path
+    report: Path
+    processes: int
+    world: dict[str, Any]
+    reference: dict[str, Any]
+    measure: dict[str, Any]
+    search_seed: int
+    seeds: list[int]
+    grids: dict[str, list[dict[str, Any]]]
+    methods: dict[str, dict[str, Any]]
+
+    def __post_init__(self):
+        if self.search_seed in self.seeds:
+            raise UserError(f"search_seed={self.search_seed} is also one of seeds: the choice would know its test")
+
+    @property
+    def search_runs(self) -> list[Run]:
+        """Every setting of every method's grid, once."""
+        return [self.of(method, setting, self.search_seed) for method, keys in self.methods.items()
+                for setting in range(len(self.grids[keys["grid"]]))]
+
+    def final_runs(self, choice: dict[str, int]) -> list[Run]:
+        """Every method with its chosen setting, seed by seed: what an interrupted study lacks is seeds, not methods."""
+        return [self.of(method, choice[method], seed) for seed in self.seeds for method in self.methods]
+
+    def of(self, method: str, setting: int, seed: int) -> Run:
+        """The run of a method with a setting and a seed."""
+        keys = self.methods[method]
+        streams = str(self.run / "streams" / keys.get("streams", "train"))
+        return Run(method, setting, seed, {**keys["settings"], **self.grids[keys["grid"]][setting], "data.seed": seed,
+                                           "train.seed": seed, "data.train": streams})
+
+    @property
+    def digest(self) -> str:
+        """Of all that the numbers come from but the runs' own settings."""
+        files = ("world.py", "model.py", "data.py", "revise.yaml", "recipe.yaml")
+        return sha256_of_json([self.world, self.reference, *(sha256_of(HERE / name) for name in files)])
+
+
+def load_study(path: Path) -> Study:
+    """Read a study; a ``defaults`` key names the file that it changes some keys of.
+
+    Raises:
+        UserError: no such file, or a key that is unknown or missing.
+    """
+    try:
+        keys = _with_defaults(path)
+        return Study(**{**keys, "run": Path(keys["run"]), "report": Path(keys["report"])})
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise UserError(f"study {path} cannot be used: {error}") from None
+
+
+def _with_defaults(path: Path) -> dict[str, Any]:
+    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    parent = keys.pop("defaults", None)
+    return _merged(_with_defaults(path.parent / parent), keys) if parent else keys
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return {**base, **{name: _merged(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict)
+                       else value for name, value in changes.items()}}

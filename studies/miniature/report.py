@@ -1,0 +1,285 @@
+"""docs/STUDY.md from the results: every figure in it is computed here, and whether the paper is borne out, too."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from studies.miniature import data, pictures
+from studies.miniature.bootstrap import Bootstrap, Estimate
+from studies.miniature.configuration import Study
+from studies.miniature.data import WORSE
+from studies.miniature.measure import load_arrays
+from studies.miniature.pipeline import REFERENCE, result_path
+from studies.miniature.world import ERROR_RATES, OPERATIONS, task_of
+from treg_megatron.files import atomic_write
+
+#: (better, worse, what the paper's tables say); `dpo_reg` stands for the alpha that development prompts chose
+PAPER_ORDER = (
+    ("dpo_reg", "dpo", "50.8 > 47.0"),
+    ("dpo_reg", "implicit", "50.8 > 49.8"),
+    ("dpo_reg", "static", "50.8 > 48.0"),
+    ("dpo_reg", "dpo_sft", "50.8 > 46.0"),
+    ("implicit", "dpo", "49.8 > 47.0"),
+    ("static", "dpo", "48.0 > 47.0"),
+    ("dpo", "dpo_sft", "47.0 > 46.0"),
+    ("simpo_reg", "simpo", "74.5 > 73.5 (Gemma-2-9B)"),
+)
+EXTRA_ORDER = tuple((better, worse, "not in the paper") for better, worse in
+                    (("truth", "dpo"), ("truth", "dpo_reg"), ("dpo", "sft"), ("dpo", "simpo")))
+REGULARISED = ("dpo_reg_0.1", "dpo_reg_0.25", "dpo_reg_0.5")
+
+
+class Results:
+    """The measures of the final runs on test prompts, and what is computed from them."""
+
+    def __init__(self, study: Study, choice: dict[str, int]):
+        self.study = study
+        self.credit = load_arrays(study.run / "credit" / "test.npz")
+        self.reference = load_arrays(result_path(study, REFERENCE, "test"))
+        self.runs = {method: [load_arrays(result_path(study, study.of(method, choice[method], seed).name, "test"))
+                              for seed in study.seeds] for method in study.methods}
+        self.tasks = [task_of(row["prompt"]) for row in data.read_rows(study.run / "prompts" / "test.jsonl")]
+        resamples = study.measure["resamples"]
+        self.draw = Bootstrap(len(study.seeds), len(self.tasks), resamples)
+        self.draw_pairs = Bootstrap(len(study.seeds), int(self.credit["pair"].max()) + 1, resamples)
+
+    def of(self, method: str) -> list[dict[str, np.ndarray]]:
+        """The measures of a method seed by seed, or of the reference, which has no seeds."""
+        return [self.reference] if method == REFERENCE else self.runs[method]
+
+    def values(self, method: str, what: str) -> np.ndarray:
+        """[seeds, prompts] of a measure, the mean over a prompt's answers."""
+        return np.stack([run[what].mean(axis=1) for run in self.of(method)])
+
+    def mean(self, method: str, what: str) -> Estimate:
+        return self.draw.mean(self.values(method, what))
+
+    def wins(self, method: str, way: str) -> Estimate:
+        """Share of answers that score above the reference's to the same prompt with the same seed, ties half."""
+        theirs = self.reference[f"{way}/score"]
+        ours = np.stack([run[f"{way}/score"] for run in self.runs[method]])
+        return self.draw.mean(((ours > theirs) + (ours == theirs) / 2).mean(axis=2))
+
+    def score_difference(self, better: str, worse: str) -> Estimate:
+        return self.draw.mean(self.values(better, "sampled/score") - self.values(worse, "sampled/score"))
+
+    def right_results(self, method: str, rate: float) -> float:
+        """Share of right results in sampled answers, among the facts of one error rate."""
+        of_rate = np.array([[fact.error_rate == rate for fact in task.facts] for task in self.tasks])
+        by_item = np.mean([run["sampled/results"].mean(axis=1) for run in self.of(method)], axis=0)
+        return float(by_item[of_rate].mean())
+
+    @functools.cache
+    def credit_aurocs(self, method: str) -> tuple[np.ndarray, np.ndarray]:
+        """How well implicit token rewards tell right tokens from wrong ones, by seed and by draw."""
+        implicit = np.stack([run["implicit"] for run in self.runs[method]])
+        return self.draw_pairs.aurocs(implicit, self.credit["right"], self.credit["pair"])
+
+    def credit_auroc(self, method: str) -> Estimate:
+        return self.draw_pairs.estimate(*self.credit_aurocs(method))
+
+    def credit_difference(self, better: str, worse: str) -> Estimate:
+        both = zip(self.credit_aurocs(better), self.credit_aurocs(worse), strict=True)
+        return self.draw_pairs.estimate(*(ours - theirs for ours, theirs in both))
+
+
+def write_report(study: Study, choice: dict[str, int]) -> Path:
+    """Write the report and its pictures beside it; returns its path."""
+    results, search = Results(study, choice), search_scores(study)
+    regularised = max((method for method in REGULARISED if method in search), key=lambda method: max(search[method]))
+    files = pictures.draw_all(results, regularised, study.report.with_name(study.report.stem.lower()))
+    lines = [
+        *introduction(study), *reference_section(study, results), *method_section(study),
+        *main_section(results, regularised, files), *order_section(results, regularised), *fact_section(results),
+        *search_section(study, choice, search, files), *token_section(files), *limits_section(study),
+        *run_section(study, results),
+    ]
+    with atomic_write(study.report) as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return study.report
+
+
+def introduction(study: Study) -> Iterator[str]:
+    """What the study is, with its sizes."""
+    world, reference = study.world, study.reference
+    facts = sum(len(operation.arguments) * len(operation.items) for operation in OPERATIONS.values())
+    yield f"""\
+# A miniature study: does the regulariser give the right tokens the credit?
+
+Written by `make study` from its own results; no figure in it was typed. Nobody knows which tokens of real text are
+right. In the made world of [world.py](../studies/miniature/world.py) a verifier does: a task applies an operation (add,
+convert, spell, say in a made-up language) to four items, and an answer goes through them in freely chosen words.
+
+    add 7 : 3 9 0 5        so 3 makes 1 0 then 9 gives 1 6 next 0 makes 0 7 and 5 is 1 2
+
+Each of {facts} facts has one popular error, which people who answer fall for at a rate of
+{", ".join(f"{rate:.0%}" for rate in ERROR_RATES)}, and fillers ("um") slip in. So a likely token need not be right, nor
+an unlikely one wrong: this is what makes token rewards worth having. No two splits share a set of items; the facts are
+shared, because they are what there is to learn. A score is 1 minus edits to the nearest right answer, per place.
+
+The reference, a Llama with {reference["model"]["layers"]} layers of {reference["model"]["hidden"]}, learned
+{reference["examples"]} answers by the objective `sft`: half of them everyday answers, half revisions of one, "make it
+better" (right) or "make it worse" ({WORSE.error_rate:.0%} of the results wrong). All runs start from it, on the same
+on-policy pairs of {world["prompts"]["train"]} prompts (5 samples, the verifier's best and worst), through the stations
+`sample`, `rank`, `label`, `index`, `train` and `export`. Intervals are 95 %, bootstrapped over seeds
+({len(study.seeds)}) and prompts ({world["prompts"]["test"]})."""
+
+
+def reference_section(study: Study, results: Results) -> Iterator[str]:
+    """Whether token rewards see what surprisal does not."""
+    yield from heading("Does the reference understand the two prompts?")
+    yield from table(("prompts", "tokens", "wrong", "AUROC of token rewards r_t", "AUROC of its plain log-prob"),
+                     [reference_row(study, split) for split in ("dev", "test")])
+    right, reward = results.credit["right"], results.credit["reward"]
+    yield f"""
+AUROC of telling right from wrong tokens of the reference's own ranked answers; 0.5 is chance. The mean token reward on
+test prompts is {reward[right].mean():+.3f} of right tokens and {reward[~right].mean():+.3f} of wrong ones."""
+
+
+def reference_row(study: Study, split: str) -> list[str]:
+    credit = load_arrays(study.run / "credit" / f"{split}.npz")
+    draw = Bootstrap(1, int(credit["pair"].max()) + 1, study.measure["resamples"])
+    rewards, plain = (shown(draw.auroc(credit[name][None], credit["right"], credit["pair"]))
+                      for name in ("reward", "ref_logp"))
+    return [split, str(len(credit["right"])), f"{np.mean(~credit['right']):.1%}", rewards, plain]
+
+
+def method_section(study: Study) -> Iterator[str]:
+    """What tells the methods apart."""
+    yield from heading("The methods")
+    yield from table(("method", "sets"), [
+        [method, ", ".join(f"`{name}={value}`" for name, value in keys["settings"].items())]
+        for method, keys in study.methods.items()])
+    yield """
+`dpo_sft` is the paper's ablation "SFT on the chosen", in the place of the regulariser; `sft` trains on nothing else.
+`truth` is the upper bound: the verifier's marks (0.5 right, -0.5 wrong) in the place of r_t. Learning rate and beta are
+chosen on development prompts, see below."""
+
+
+def main_section(results: Results, regularised: str, files: dict[str, str]) -> Iterator[str]:
+    """The measures of every method."""
+    yield from heading("What the methods reach on test prompts")
+    columns = ("method", "score, sampled", "score, greedy", "wins, sampled", "wins, greedy", "length", "KL", "credit")
+    scores = ("sampled/score", "greedy/score")
+    rows = [[REFERENCE, *(shown(results.mean(REFERENCE, what)) for what in scores), "", "",
+             shown(results.mean(REFERENCE, "sampled/length"), 1), "0", ""]]
+    rows += [[method, *(shown(results.mean(method, what)) for what in scores),
+              *(shown(results.wins(method, way)) for way in ("sampled", "greedy")),
+              shown(results.mean(method, "sampled/length"), 1), shown(results.mean(method, "kl"), 2),
+              shown(results.credit_auroc(method))] for method in results.runs]
+    yield from table(columns, rows)
+    yield f"""
+Sampled at temperature 1; length in tokens. Wins: answers that score above the reference's, ties half. KL: from the
+reference, in nats an answer. Credit: AUROC of the trained model's log-ratio to the reference, token by token, against
+the verifier's marks. Of the three alphas of `dpo_reg`, development prompts chose `{regularised}`.
+
+![learning curves]({files["curves"]})"""
+
+
+def order_section(results: Results, regularised: str) -> Iterator[str]:
+    """The paper's claims beside our differences."""
+    yield from heading("The paper's order and ours")
+    yield from table(("the paper says", "its figures", "difference in score", "borne out?", "difference in credit"),
+                     [order_row(results, *(regularised if name == "dpo_reg" else name for name in names), told)
+                      for *names, told in (*PAPER_ORDER, *EXTRA_ORDER)])
+    yield """
+Differences of mean scores of sampled answers and of credit, the same seeds and prompts on both sides; an interval that
+holds 0 tells nothing apart. The paper's figures are AlpacaEval 2 length-controlled win rates, of Llama-3-8B where
+nothing else is said."""
+
+
+def order_row(results: Results, better: str, worse: str, told: str) -> list[str]:
+    score, credit = results.score_difference(better, worse), results.credit_difference(better, worse)
+    verdict = "not told apart" if not score.excludes_zero else "yes" if score.value > 0 else "no, the opposite"
+    return [f"{better} > {worse}", told, shown(score, signed=True), verdict, shown(credit, signed=True)]
+
+
+def fact_section(results: Results) -> Iterator[str]:
+    """Which popular errors each method gets rid of."""
+    yield from heading("Which errors go away")
+    yield from table(("method", *(f"{rate:.0%} wrong" for rate in ERROR_RATES)), [
+        [method, *(f"{results.right_results(method, rate):.3f}" for rate in ERROR_RATES)]
+        for method in (REFERENCE, *results.runs)])
+    yield """
+Share of right results in sampled answers, by how many everyday answers get the fact wrong. Best and worst of five
+samples mostly share the errors of the last column: there a pair's preference says little, and a token reward much."""
+
+
+def search_scores(study: Study) -> dict[str, list[float]]:
+    """Method -> mean score of sampled answers to development prompts, of each setting of its grid."""
+    found: dict[str, list[float]] = {}
+    for run in study.search_runs:
+        result = load_arrays(result_path(study, run.name, "dev"))
+        found.setdefault(run.method, []).append(float(result["sampled/score"].mean()))
+    return found
+
+
+def search_section(study: Study, choice: dict[str, int], search: dict[str, list[float]],
+                   files: dict[str, str]) -> Iterator[str]:
+    """Every run of the search."""
+    yield from heading("How settings were chosen")
+    yield f"""\
+Each setting of each method ran once with seed {study.search_seed}; the best mean score of sampled answers to the
+{study.world["prompts"]["dev"]} development prompts was written down before a test prompt was answered. The ranges of
+the grids come from a handful of earlier runs of `dpo` on development prompts. All runs of the search:
+"""
+    yield from table(("method", "setting", "score on development prompts", "chosen"), [
+        [method, ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in setting.items()),
+         f"{search[method][number]:.4f}", "yes" if choice[method] == number else ""]
+        for method, keys in study.methods.items() for number, setting in enumerate(study.grids[keys["grid"]])])
+    yield f"\n![score against distance from the reference, every run of the search]({files['search']})"
+
+
+def token_section(files: dict[str, str]) -> Iterator[str]:
+    """The token picture."""
+    yield from heading("What tokens get")
+    yield f"""\
+The reference's answers to the first test prompts with two wrong tokens or more. Blue is up, orange is down, each row on
+a scale of its own; the first row is the truth, the last ones are trained policies (log-ratio, mean over seeds).
+
+![token rewards]({files["tokens"]})"""
+
+
+def limits_section(study: Study) -> Iterator[str]:
+    """What the figures do not say."""
+    yield from heading("Limits")
+    settings = len(next(iter(study.grids.values())))
+    yield f"""\
+* The world is made: errors are popular and planted one fact at a time, and the reference was taught the two revision
+  prompts. The study says what the regulariser does where contrastive prompting works, not whether it works for real
+  models.
+* One reference and one set of pairs; seeds change the order of the pairs. Intervals do not cover other references,
+  other worlds or the choice of settings, and are not corrected for the number of comparisons.
+* A policy of a million parameters, one epoch, {settings} settings a method, each tried once.
+* alpha is at most 0.5 as in the paper, so a token's factor stays within [0.75, 1.25]: effects are bound to be small.
+* The paper's win rates come from judges and include style and length; a verifier's score does not."""
+
+
+def run_section(study: Study, results: Results) -> Iterator[str]:
+    """Every final run."""
+    yield from heading("Every run")
+    rows = [[method, str(seed), f"{run['sampled/score'].mean():.4f}", f"{run['greedy/score'].mean():.4f}",
+             f"{run['kl'].mean():.3f}", f"{credit:.4f}"] for method, runs in results.runs.items()
+            for seed, run, credit in zip(study.seeds, runs, results.credit_aurocs(method)[0], strict=True)]
+    yield from table(("method", "seed", "score, sampled", "score, greedy", "KL", "credit"), rows)
+    yield "\nTest prompts; the runs of the search stand above."
+
+
+def heading(title: str) -> Iterator[str]:
+    yield from ("", f"## {title}", "")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A Markdown table, its first column to the left, the others to the right."""
+    yield f"| {' | '.join(columns)} |"
+    yield f"| --- |{' ---: |' * (len(columns) - 1)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def shown(estimate: Estimate, digits: int = 3, signed: bool = False) -> str:
+    """0.912 [0.905, 0.919]"""
+    value, low, high = (f"{number:{'+' if signed else ''}.{digits}f}" for number in estimate)
+    return f"{value} [{low}, {high}]"

@@ -1,0 +1,114 @@
+"""Does token-level reward regularization give right tokens the credit, in a world where the truth is known?
+
+    make study                       or:   python -m studies.miniature.run
+    python -m studies.miniature.run --smoke         # the same in three minutes, with figures that mean nothing
+
+Trains a reference from scratch, makes on-policy pairs with it, searches each method's settings on development
+prompts, writes the choice down, and only then answers test prompts; docs/STUDY.md is written from the results.
+Interrupted at any moment, the same command goes on where it was. One seed, one result, bit for bit.
+"""
+
+import os
+
+# before torch is imported anywhere: one thread and one device, whose sums have one order
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+import argparse  # noqa: E402
+import functools  # noqa: E402
+import json  # noqa: E402
+import shutil  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+
+from studies.miniature import measure, pipeline  # noqa: E402
+from studies.miniature.configuration import HERE, Run, Study, load_study  # noqa: E402
+from studies.miniature.warm import run_jobs, warm_up  # noqa: E402
+from treg_megatron import errors  # noqa: E402
+from treg_megatron.errors import UserError  # noqa: E402
+from treg_megatron.files import atomic_write  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m studies.miniature.run", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=Path, default=HERE / "study.yaml", metavar="YAML", help="another study.yaml")
+    parser.add_argument("--smoke", action="store_true", help="the small study of smoke.yaml")
+    parser.add_argument("--fresh", action="store_true", help="delete what an earlier study wrote and start over")
+    parser.add_argument("--processes", type=int, metavar="N", help="runs at a time (default: the study's)")
+    arguments = parser.parse_args(argv)
+    study = load_study(HERE / "smoke.yaml" if arguments.smoke else arguments.study)
+    if arguments.fresh and study.run.exists():
+        shutil.rmtree(study.run)
+    conduct(study, arguments.processes or study.processes)
+
+
+def conduct(study: Study, processes: int) -> None:
+    """All steps in their order; those that are finished are skipped.
+
+    Raises:
+        UserError: the run folder is of a study with another world, reference or recipe.
+    """
+    begin(study)
+    warm_up()
+    say("world and reference")
+    if not (study.run / "megatron").exists():
+        pipeline.write_world(study)
+        pipeline.train_reference(study)
+    run_jobs({f"pairs of {split}": functools.partial(pipeline.make_pairs, study, split) for split in ("train", "dev")},
+             processes, "step")
+    pipeline.index_training_pairs(study)
+    say("search on development prompts")
+    measure_all(study, study.search_runs, "dev", processes)
+    choice = choose(study)
+    say("test prompts: " + ", ".join(f"{method} setting {setting}" for method, setting in choice.items()))
+    pipeline.make_pairs(study, "test")
+    measure_all(study, study.final_runs(choice), "test", processes)
+    from studies.miniature.report import write_report
+
+    print(f"wrote {write_report(study, choice)}")
+
+
+def begin(study: Study) -> None:
+    """Make the run folder this study's, or find that it is."""
+    path = study.run / "study.json"
+    if not path.exists():
+        with atomic_write(path) as partial:
+            partial.write_text(json.dumps({"digest": study.digest}) + "\n", encoding="utf-8")
+    elif json.loads(path.read_text(encoding="utf-8"))["digest"] != study.digest:
+        raise UserError(f"the world, the reference or the recipe changed since {study.run} was begun; start over with: "
+                        "make study ARGS=--fresh")
+
+
+def measure_all(study: Study, runs: list[Run], split: str, processes: int) -> None:
+    """Every run that has no result yet, and the reference."""
+    jobs = {} if pipeline.result_path(study, pipeline.REFERENCE, split).exists() else {
+        pipeline.REFERENCE: functools.partial(pipeline.measure_reference, study, split)}
+    jobs |= {run.name: functools.partial(pipeline.train_and_measure, study, run, split) for run in runs
+             if not pipeline.result_path(study, run.name, split).exists()}
+    run_jobs(jobs, processes, "run")
+
+
+def choose(study: Study) -> dict[str, int]:
+    """The setting of each method whose sampled answers to development prompts score best, written down once."""
+    path = study.run / "choice.json"
+    if not path.exists():
+        scores: dict[str, dict[int, float]] = {}
+        for run in study.search_runs:
+            result = measure.load_arrays(pipeline.result_path(study, run.name, "dev"))
+            scores.setdefault(run.method, {})[run.setting] = float(np.mean(result["sampled/score"]))
+        with atomic_write(path) as partial:
+            partial.write_text(json.dumps({method: max(found, key=found.get) for method, found in scores.items()},
+                                          indent=2) + "\n", encoding="utf-8")
+    choice = json.loads(path.read_text(encoding="utf-8"))
+    if set(choice) != set(study.methods):
+        raise UserError(f"{path} was written for other methods; remove {study.run}, or set the methods back")
+    return choice
+
+
+def say(what: str) -> None:
+    print(f"\n== {what}", flush=True)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,103 @@
+"""Stations as a user starts them, in processes forked from one that has imported everything they need.
+
+Starting Python with NeMo takes ten seconds, a run of the study takes twenty: so this process imports once, and each
+command line runs in a child of it, as ``python tools/X.py ...`` or ``python -m MODULE ...`` would.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import runpy
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from treg_megatron.errors import UserError
+
+_FORK = multiprocessing.get_context("fork")
+
+
+def warm_up() -> None:
+    """Import the stack on one thread; a child would wait for other threads, which it does not inherit."""
+    from treg_megatron.runtime.quiet import quieten, unheard_imports
+
+    quieten()
+    import torch
+
+    torch.set_num_threads(1)
+    from treg_megatron.runtime.cpu import use_cpu
+
+    use_cpu()
+    with unheard_imports():
+        import transformers  # noqa: F401
+
+        import treg_megatron.build
+        import treg_megatron.checkpoint.to_hf
+        import treg_megatron.data
+        import treg_megatron.labelling
+        import treg_megatron.sampling.huggingface  # noqa: F401
+
+
+def station(program: str, *arguments: object, log: Path) -> None:
+    """Run ``python PROGRAM ARGUMENTS``; what it prints is added to ``log``.
+
+    Args:
+        program: a path like tools/label_tokens.py, or the name of a module.
+
+    Raises:
+        UserError: it failed; the log says why.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    child = _FORK.Process(target=_execute, args=(program, [str(argument) for argument in arguments], log))
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise UserError(f"{program} failed with exit code {child.exitcode}, see the end of {log}; "
+                        "the same command goes on from here")
+
+
+def run_jobs(jobs: dict[str, Callable[[], None]], processes: int, what: str) -> None:
+    """Call each job in a child, ``processes`` at a time, in order.
+
+    Raises:
+        UserError: one failed; those that run beside it are waited for, no other is begun.
+    """
+    waiting, running, failed, start = list(jobs), {}, [], time.monotonic()
+    while running or (waiting and not failed):
+        while waiting and len(running) < processes and not failed:
+            name = waiting.pop(0)
+            running[name] = _FORK.Process(target=_call, args=(jobs[name],))
+            running[name].start()
+        multiprocessing.connection.wait([job.sentinel for job in running.values()])
+        for name in [name for name, job in running.items() if not job.is_alive()]:
+            failed += [name] * bool(_exit_code(running.pop(name)))
+            done = len(jobs) - len(waiting) - len(running)
+            print(f"{what} {done} of {len(jobs)}: {name}, {time.monotonic() - start:.0f} s", flush=True)
+    if failed:
+        raise UserError(f"{what} {', '.join(failed)} failed, see above; the same command goes on from here")
+
+
+def _exit_code(job: BaseProcess) -> int | None:
+    job.join()
+    return job.exitcode
+
+
+def _call(job: Callable[[], None]) -> None:
+    from treg_megatron import errors
+
+    errors.run(job)
+
+
+def _execute(program: str, arguments: list[str], log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = sys.stderr = open(descriptor, "w", buffering=1, encoding="utf-8")
+    print(f"$ python {program} {' '.join(arguments)}")
+    sys.argv = [program, *arguments]
+    if program.endswith(".py"):
+        runpy.run_path(program, run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
