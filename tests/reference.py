@@ -16,20 +16,35 @@ def response_logps(model, tokens, response_length: int) -> torch.Tensor:
     return torch.stack([logps[t - 1, ids[t]] for t in range(len(ids) - response_length, len(ids))])
 
 
-def pair_loss(model, pair, beta: float, alpha: float, capture: list | None = None) -> torch.Tensor:
-    """DPO-REG's loss of one pair (a treg_megatron.streams.PairRecord)."""
-    logps = [response_logps(model, tokens, len(rewards)) for tokens, rewards in
-             ((pair.chosen_tokens, pair.chosen_token_rewards), (pair.rejected_tokens, pair.rejected_token_rewards))]
-    refs = [torch.tensor(x).to(logps[0].dtype) for x in (pair.chosen_ref_logprobs, pair.rejected_ref_logprobs)]
-    rewards = [torch.tensor(x).to(logps[0].dtype) for x in (pair.chosen_token_rewards, pair.rejected_token_rewards)]
-    r_w, r_l = (beta * (lp - ref).sum() for lp, ref in zip(logps, refs))
-    weight = torch.sigmoid(r_l - r_w).detach()
-    regularizers = [-(beta * r * lp).sum() for r, lp in zip(rewards, logps)]
-    if capture is not None:
-        for lp in logps:
-            lp.retain_grad()
-            capture.append(lp)
-    return -F.logsigmoid(r_w - r_l) + alpha * weight * (regularizers[0] + regularizers[1])
+def pair_logps(model, pair) -> list[torch.Tensor]:
+    """Log-probs of the chosen and of the rejected response of one pair (a treg_megatron.streams.PairRecord)."""
+    return [response_logps(model, tokens, len(rewards)) for tokens, rewards in
+            ((pair.chosen_tokens, pair.chosen_token_rewards), (pair.rejected_tokens, pair.rejected_token_rewards))]
+
+
+def pair_loss(logps: list[torch.Tensor], pair, *, beta: float, alpha: float, preference: str = "dpo",
+              gamma: float = 0.0, label_smoothing: float = 0.0, weight: str = "dynamic", weight_margin: bool = True,
+              token_rewards: str = "contrastive", sft_weight: float = 0.0) -> torch.Tensor:
+    """The loss of one pair in the precision of its log-probs."""
+    refs, rewards = ([torch.tensor(x).to(logps[0].dtype) for x in both] for both in (
+        (pair.chosen_ref_logprobs, pair.rejected_ref_logprobs), (pair.chosen_token_rewards, pair.rejected_token_rewards)))
+    if preference == "sft":
+        return -logps[0].sum()
+    ratios = [lp - ref for lp, ref in zip(logps, refs)]
+    if preference == "ipo":
+        return (ratios[0].mean() - ratios[1].mean() - 1 / (2 * beta)) ** 2 - sft_weight * logps[0].sum()
+    if token_rewards == "implicit":
+        rewards = [torch.sigmoid(ratio.detach()) - 0.5 for ratio in ratios]
+    if preference == "simpo":
+        margin = beta * (logps[0].mean() - logps[1].mean())
+        regularizer = -beta * sum((r * lp).mean() for r, lp in zip(rewards, logps))
+    else:
+        margin = beta * (ratios[0].sum() - ratios[1].sum())
+        regularizer = -beta * sum((r * lp).sum() for r, lp in zip(rewards, logps))
+    target = margin - gamma
+    dynamic = torch.sigmoid(-(target if weight_margin else margin)).detach()
+    return (-(1 - label_smoothing) * F.logsigmoid(target) - label_smoothing * F.logsigmoid(-target)
+            + alpha * (dynamic if weight == "dynamic" else 1.0) * regularizer - sft_weight * logps[0].sum())
 
 
 def learning_rate(step: int, steps: int, peak: float, lowest: float, warmup: int) -> float:
@@ -48,7 +63,7 @@ def train(model, batches: list[list], *, beta: float, alpha: float, lr: float, w
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, len(batches), lr, min_lr, warmup)
         optimizer.zero_grad()
-        loss = sum(pair_loss(model, pair, beta, alpha) for pair in pairs) / len(pairs)
+        loss = sum(pair_loss(pair_logps(model, pair), pair, beta=beta, alpha=alpha) for pair in pairs) / len(pairs)
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item())
         optimizer.step()

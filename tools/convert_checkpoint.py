@@ -56,11 +56,14 @@ def run_import(model: recipe.ModelSection) -> None:
 
 
 def run_export(export: recipe.ExportSection) -> None:
-    from treg_megatron.checkpoint.to_hf import export_checkpoint
+    from treg_megatron.checkpoint.to_hf import export_adapter, export_checkpoint
 
     start = time.monotonic()
-    exported = export_checkpoint(export.checkpoint, export.base, export.output, export.dtype,
-                                 shard_bytes=round(export.shard_size * 1e9), progress=True)
+    if export.lora == "adapter":
+        exported = export_adapter(export.checkpoint, export.base, export.output)
+    else:
+        exported = export_checkpoint(export.checkpoint, export.base, export.output, export.dtype,
+                                     shard_bytes=round(export.shard_size * 1e9), progress=True)
     print(f"exported {exported.checkpoint} ({exported.dtype}, {exported.nbytes / 1e9:.2f} GB in {exported.files} "
           f"file{'s' if exported.files > 1 else ''}) to {export.output} in {time.monotonic() - start:.1f} s")
 

@@ -28,7 +28,7 @@ def main() -> None:
         scorer = HuggingFaceScorer(section.model, section.dtype, section.device, section.batch_tokens)
     result = import_token_rewards(section, scorer)
     dropped = "; ".join(f"{count} {reason}" for reason, count in result["drops"].items()) or "none"
-    print(f"imported {result['pairs']} pairs to {section.output} (dropped: {dropped})")
+    print(f"imported {result['pairs']} pairs to {result['file']} (dropped: {dropped})")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python tools/show_rewards.py --labelled runs/X/labelled/train --tokenizer MODEL --output rewards.html
     python tools/show_rewards.py --labelled runs/X/labelled/train --tokenizer MODEL --text
-    python tools/show_rewards.py ... --policy ALIGNED_MODEL      # its implicit token rewards beside the labels
+    python tools/show_rewards.py ... --policy RUN_OR_MODEL       # a trained policy's implicit token rewards beside them
 
 The page is one file that needs no network: each pair side by side with its tokens shaded by reward, to sort and filter,
 and figures on the quality of the labels over all pairs. It warns where the reference model merely copies.
@@ -10,9 +10,16 @@ and figures on the quality of the labels over all pairs. It warns where the refe
 
 import argparse
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from treg_megatron import errors
 from treg_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from treg_megatron.scoring import Scorer
+
+BATCH_TOKENS = 8192     # of a policy's forward pass
 
 
 def main() -> None:
@@ -22,8 +29,8 @@ def main() -> None:
     parser.add_argument("--output", default="rewards.html", metavar="HTML", help="the page to write (%(default)s)")
     parser.add_argument("--text", action="store_true", help="print to the terminal and write no page")
     parser.add_argument("--pairs", type=int, default=200, metavar="N", help="show the first N pairs (%(default)s)")
-    parser.add_argument("--policy", metavar="DIR", help="Hugging Face folder of a trained policy")
-    parser.add_argument("--device", default="auto", help="where the policy runs: auto, cpu or cuda")
+    parser.add_argument("--policy", metavar="DIR", help="a trained policy: Megatron checkpoint, a run (its newest one), or Hugging Face folder")
+    parser.add_argument("--device", default="auto", help="where a Hugging Face policy runs: auto, cpu or cuda")
     arguments = parser.parse_args()
     if arguments.pairs < 1:
         raise UserError(f"--pairs {arguments.pairs} must be at least 1")
@@ -37,18 +44,15 @@ def main() -> None:
     pairs = list(read_labelled(arguments.labelled))
     if not pairs:
         raise UserError(f"{arguments.labelled} holds no pairs")
-    figures, shown = rewards_page.quality(pairs), pairs[:arguments.pairs]
-    if arguments.text:
-        for line in rewards_page.text_report(figures, shown, tokenizer.decode, colour=sys.stdout.isatty()):
-            print(line)
-        return
-    policy = None
+    figures, shown, policy = rewards_page.quality(pairs), pairs[:arguments.pairs], None
     if arguments.policy:
         if any(pair.chosen_ref_logprobs is None for pair in shown):
             raise UserError(f"{arguments.labelled} has no reference log-probs, which implicit rewards are relative to")
-        from treg_megatron.scoring.huggingface import HuggingFaceScorer
-
-        policy = rewards_page.policy_rewards(shown, HuggingFaceScorer(arguments.policy, "float32", arguments.device))
+        policy = rewards_page.policy_rewards(shown, load_policy(arguments.policy, arguments.device))
+    if arguments.text:
+        for line in rewards_page.text_report(figures, shown, tokenizer.decode, sys.stdout.isatty(), policy):
+            print(line)
+        return
     made_by = [f"{key.replace('_', ' ')} {run[key]['name']}" for key in ("reference", "prompt_pair") if key in run]
     source = ", ".join([str(arguments.labelled), *made_by])
     if len(shown) < len(pairs):
@@ -57,6 +61,19 @@ def main() -> None:
     print(f"wrote {arguments.output}: {len(shown)} pairs, mean size of a reward {figures.mean_abs:.4f}")
     for warning in figures.warnings:
         print(f"warning: {warning}")
+
+
+def load_policy(folder: str, device: str) -> "Scorer":
+    """The policy in fp32, in this one process."""
+    from treg_megatron.checkpoint.layout import is_checkpoint
+
+    if is_checkpoint(Path(folder)):
+        from treg_megatron.scoring.megatron import MegatronScorer
+
+        return MegatronScorer(folder, tensor=1, pipeline=1, dtype="float32", batch_tokens=BATCH_TOKENS)
+    from treg_megatron.scoring.huggingface import HuggingFaceScorer
+
+    return HuggingFaceScorer(folder, "float32", device, BATCH_TOKENS)
 
 
 if __name__ == "__main__":

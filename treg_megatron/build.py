@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
+from nemo.lightning.pytorch.callbacks import PEFT
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
@@ -41,12 +42,14 @@ CPU_FIELDS = {
 }
 
 
-def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSection, train: TrainSection):
+def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSection, train: TrainSection,
+                  router_aux_loss: float = 0.0):
     """The NeMo config of the policy.
 
     Args:
         nemo_config: name of NeMo's config class, as ``families.nemo_config_class`` gives it.
         fields: its fields, as ``families.model_fields`` gives them.
+        router_aux_loss: strength of the experts' load-balancing loss of one micro-batch beside the sum over its pairs.
 
     Raises:
         UserError: a layout that Megatron does not train the model in.
@@ -55,6 +58,14 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
         raise UserError(f"parallel.tensor={parallel.tensor} of a model with experts needs parallel.sequence=true")
     fields = dict(fields)
     vocabulary, activation = fields.pop("vocab_size"), ACTIVATIONS[fields.pop("activation")]
+    schedule = {"variable_seq_lengths": True}
+    if parallel.virtual_pipeline:
+        # rows of one length (see data.PairData): the lengths of two neighbours' rows get mixed up where, as with two
+        # stages, both neighbours are the same rank. Two stages need the overlapped exchange, one transfer at a time;
+        # gloo sends in the background from memory that CUDA's allocator alone would keep alive
+        schedule = {"variable_seq_lengths": False, "overlap_p2p_comm": True, "batch_p2p_comm": False,
+                    "deallocate_pipeline_outputs": not is_cpu()}
+    balancing = {"moe_aux_loss_coeff": router_aux_loss} if fields.get("num_moe_experts") else {}
     without_engine = {"apply_rope_fusion": False, "persist_layer_norm": False} if not policies.HAVE_TE else {}
     recompute = {
         "none": {},
@@ -62,7 +73,7 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[train.recompute]
     return getattr(policies, nemo_config.replace("Config", "PolicyConfig"))(
-        **fields | without_engine | (CPU_FIELDS if is_cpu() else {}) | recompute,
+        **fields | without_engine | (CPU_FIELDS if is_cpu() else {}) | recompute | schedule | balancing,
         activation_func=activation,
         true_vocab_size=vocabulary,
         vocab_size=math.ceil(vocabulary / parallel.tensor) * parallel.tensor,
@@ -71,7 +82,6 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
         forward_step_fn=policies.forward_step,
         cross_entropy_loss_fusion=False,
         calculate_per_token_loss=True,  # with pairs for tokens: the loss is the mean over the global batch's pairs
-        variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # what Megatron asks for with variable lengths, of dense models too
         params_dtype=DTYPES[train.precision],
         bf16=train.precision == "bf16",
@@ -96,14 +106,16 @@ def strategy(parallel: ParallelSection, train: TrainSection, initial_weights: Pa
     return PolicyStrategy(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         expert_model_parallel_size=parallel.expert,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         pipeline_dtype=DTYPES[train.precision],
         process_group_backend="gloo" if is_cpu() else "nccl",
         ddp=DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True,
                                           check_for_nan_in_grad=False),
         restore_config=RestoreConfig(path=str(initial_weights)) if initial_weights else None,
-        ckpt_async_save=False,
+        ckpt_async_save=train.save_in_background,
         ckpt_load_directly_on_device=not is_cpu(),
         replace_progress_bar=False,
     )
@@ -130,6 +142,7 @@ def trainer(world: World, strategy: PolicyStrategy, train: TrainSection, steps: 
     )
 
 
-def policy(config, objective: Objective, optim: MegatronOptimizerModule | None = None) -> policies.Policy:
+def policy(config, objective: Objective, optim: MegatronOptimizerModule | None = None,
+           adapters: PEFT | None = None) -> policies.Policy:
     """The Lightning module that is trained, of the NeMo model class that goes with ``config``."""
-    return policies.POLICIES[type(config)](config, objective, optim)
+    return policies.POLICIES[type(config)](config, objective, optim, adapters)

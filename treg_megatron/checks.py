@@ -14,12 +14,14 @@ def data_parallel_size(parallel: ParallelSection, ranks: int) -> int:
     """Ranks that are left for data parallelism.
 
     Raises:
-        UserError: tensor times pipeline size does not divide the ranks.
+        UserError: tensor times pipeline times context size does not divide the ranks.
     """
-    model_ranks = parallel.tensor * parallel.pipeline
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     if ranks % model_ranks:
-        raise UserError(f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} needs a multiple of "
-                        f"{model_ranks} processes, {ranks} were started: torchrun --nproc-per-node {model_ranks}")
+        context = f" x parallel.context={parallel.context}" if parallel.context > 1 else ""
+        raise UserError(f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}{context} needs a "
+                        f"multiple of {model_ranks} processes, {ranks} were started: "
+                        f"torchrun --nproc-per-node {model_ranks}")
     return ranks // model_ranks
 
 
@@ -42,6 +44,17 @@ def require_divisible(fields: dict[str, Any], parallel: ParallelSection, data: D
         fitting = [n for n in range(1, fields["num_layers"] + 1) if fields["num_layers"] % n == 0]
         raise UserError(f"parallel.pipeline={parallel.pipeline} does not divide the model's {fields['num_layers']} layers; "
                         f"pipeline sizes that do: {', '.join(map(str, fitting))}")
+    if parallel.virtual_pipeline:
+        chunks = parallel.pipeline * parallel.virtual_pipeline
+        if parallel.pipeline == 1:
+            raise UserError("parallel.virtual_pipeline interleaves pipeline stages: it needs parallel.pipeline > 1")
+        if fields["num_layers"] % chunks:
+            raise UserError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} x parallel.pipeline="
+                            f"{parallel.pipeline} does not divide the model's {fields['num_layers']} layers")
+        if data.layout != "bins":
+            raise UserError(f"parallel.virtual_pipeline needs rows of one length: data.layout=bins, not {data.layout}")
+    if parallel.context > 1 and data.layout == "padded":
+        raise UserError("parallel.context splits packed sequences: data.layout=packed or bins, not padded")
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("parallel.sequence splits the sequence over the tensor-parallel group: it needs parallel.tensor > 1")
     per_pass = data.micro_batch_size * data_parallel_size(parallel, ranks)

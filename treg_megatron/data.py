@@ -11,9 +11,10 @@ from nemo.utils import AppState
 from torch.utils.data import DataLoader, Dataset
 
 from treg_megatron import packing
+from treg_megatron.context import ContextPart
 from treg_megatron.microbatch import collate
 from treg_megatron.order import MicrobatchOrder
-from treg_megatron.recipe import DataSection
+from treg_megatron.recipe import DataSection, ParallelSection
 from treg_megatron.streams import PairRecord, PairStreams
 
 
@@ -35,17 +36,21 @@ class PairSampler(MegatronDataSampler):
 
     Args:
         bins: of the step with the most, where pairs lie in bins: then a bin is the sample that NeMo counts.
+        bin_size: tokens of a bin, or None where pairs do not lie in bins. Pipeline stages exchange rows of that many
+            tokens under the interleaved schedule; under the other one they tell each other the length of each row.
+        group: micro-batches of a step come in multiples of this, empty ones where they are too few.
     """
 
-    def __init__(self, data: DataSection, bins: int | None = None):
-        super().__init__(seq_len=data.seq_length, micro_batch_size=data.micro_batch_size if bins is None else 1,
+    def __init__(self, data: DataSection, bins: int | None = None, bin_size: int | None = None, group: int = 1):
+        super().__init__(seq_len=bin_size or data.seq_length,
+                         micro_batch_size=data.micro_batch_size if bins is None else 1,
                          global_batch_size=data.global_batch_size, dataloader_type="single", output_log=False)
-        self.bins = bins
+        self.bins, self.group = bins, group
 
     def setup(self, global_rank: int) -> None:
         if self.bins is not None:
             ranks = AppState().data_parallel_size
-            self.global_batch_size = packing.micro_batches(self.bins, ranks) * ranks
+            self.global_batch_size = packing.micro_batches(self.bins, ranks, self.group) * ranks
         super().setup(global_rank)
 
     def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
@@ -59,21 +64,36 @@ class PairData(pl.LightningDataModule):
     Args:
         data: the recipe's section.
         train, validation: its streams, opened and checked; validation may be None.
-        divisor: what a micro-batch's length must be divisible by (the tensor-parallel size under sequence parallelism).
+        parallel: the recipe's section.
     """
 
-    def __init__(self, data: DataSection, train: PairStreams, validation: PairStreams | None, divisor: int = 1):
+    def __init__(self, data: DataSection, train: PairStreams, validation: PairStreams | None, parallel: ParallelSection):
         super().__init__()
         self.data, self.train, self.validation = data, train, validation
-        self.pad_to = math.lcm(data.pad_to_multiple_of, divisor)
-        self.bins = None
+        part = ContextPart(0, parallel.context)
+        # a rank's part of a row is a multiple of what sequence parallelism divides it by
+        self.pad_to = math.lcm(data.pad_to_multiple_of, part.divisor * (parallel.tensor if parallel.sequence else 1))
+        self.padded_length = part.padded
+        self.bins = self.bin_size = None
+        self.group = 1
         if data.layout == "bins":
             self.bin_size = data.bin_size or 2 * data.seq_length
+            if parallel.virtual_pipeline:
+                # the interleaved schedule cannot tell lengths apart from one stage to the next, and it runs
+                # micro-batches in groups of as many as there are stages
+                self.pad_to = self.bin_size = math.ceil(self.bin_size / self.pad_to) * self.pad_to
+                self.group = parallel.pipeline
             held_out = [] if validation is None else [packing.most_bins(
                 self._lengths(validation), self.bin_size, data.global_batch_size)]
             self.bins = max(packing.most_bins(self._lengths(train), self.bin_size, data.global_batch_size, data.epochs,
                                               data.seed), *held_out, 1)
-        self.data_sampler = PairSampler(data, self.bins)
+        self.data_sampler = PairSampler(data, self.bins, self.bin_size, self.group)
+
+    def pairs_per_micro_batch(self, ranks: int) -> float:
+        """Mean over the micro-batches of a full step on ``ranks`` data-parallel ranks."""
+        if self.bins is None:
+            return self.data.micro_batch_size
+        return self.data.global_batch_size / (packing.micro_batches(self.bins, ranks, self.group) * ranks)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -101,9 +121,10 @@ class PairData(pl.LightningDataModule):
         else:
             layout = "packed"
             sampler = packing.BinOrder(self._lengths(streams), self.bin_size, self.data.global_batch_size, rank, ranks,
-                                       micro_batches=packing.micro_batches(self.bins, ranks), **order)
+                                       micro_batches=packing.micro_batches(self.bins, ranks, self.group), **order)
         return DataLoader(PairDataset(streams), batch_sampler=sampler, collate_fn=functools.partial(
-            collate, layout=layout, pad_to_multiple_of=self.pad_to))
+            collate, layout=layout, pad_to_multiple_of=self.pad_to, context=ContextPart(
+                parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())))
 
     def _lengths(self, streams: PairStreams) -> np.ndarray:
-        return packing.pair_lengths(streams.sequence_lengths, self.bin_size, str(streams.prefix))
+        return packing.pair_lengths(self.padded_length(streams.sequence_lengths), self.bin_size, str(streams.prefix))

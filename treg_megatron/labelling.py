@@ -329,7 +329,9 @@ def _load_scorer(section: LabelSection) -> Scorer:
     if section.engine == "megatron":
         from treg_megatron.scoring.megatron import MegatronScorer
 
-        return MegatronScorer(section.checkpoint, section.tensor, section.pipeline, section.dtype, section.batch_tokens)
+        scorer = MegatronScorer(section.checkpoint, section.tensor, section.pipeline, section.dtype, section.batch_tokens)
+        scorer.require_weights_of(section.model)
+        return scorer
     from treg_megatron.scoring.huggingface import HuggingFaceScorer
 
     return HuggingFaceScorer(section.model, section.dtype, section.device, section.batch_tokens)

@@ -5,9 +5,10 @@ log-probs have one value for each response token, value t for response token t. 
 source of token rewards, so nothing in it is taken on trust when it is read.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,16 +53,27 @@ class LabelledPair:
     rejected: str | None = None
 
 
-def write_shard(path: str | Path, pairs: Sequence[LabelledPair], metadata: dict[str, Any] | None = None) -> None:
-    """Write labelled pairs as one Parquet file, atomically; ``metadata`` (JSON values) travels inside it."""
-    schema = {"pair_id": pa.string(), **{name: pa.list_(type) for name, type in _LISTS.items()}, **_OPTIONAL}
-    if pairs and pairs[0].chosen_ref_logprobs is None:
-        schema = {name: type for name, type in schema.items() if name not in _REFERENCE}
-    table = pa.table({name: pa.array([getattr(pair, name) for pair in pairs], type) for name, type in schema.items()})
-    if metadata is not None:
-        table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)})
-    with atomic_write(path) as partial:
-        pq.write_table(table, partial, compression="zstd")
+def write_shard(path: str | Path, pairs: Iterable[LabelledPair], metadata: dict[str, Any] | None = None) -> int:
+    """Write labelled pairs as one Parquet file, atomically, and return how many there were.
+
+    Memory holds some rows at a time. ``metadata`` (JSON values) travels inside the file; it is written after the last
+    pair, so that it may count what happened on the way.
+    """
+    pairs, written = iter(pairs), 0
+    rows = list(itertools.islice(pairs, _ROWS_AT_ONCE))
+    types = {"pair_id": pa.string(), **{name: pa.list_(type) for name, type in _LISTS.items()}, **_OPTIONAL}
+    if rows and rows[0].chosen_ref_logprobs is None:
+        types = {name: type for name, type in types.items() if name not in _REFERENCE}
+    schema = pa.schema(types.items())
+    with atomic_write(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as file:
+        while rows:
+            file.write_batch(pa.record_batch([pa.array([getattr(row, name) for row in rows], type)
+                                              for name, type in types.items()], schema=schema))
+            written += len(rows)
+            rows = list(itertools.islice(pairs, _ROWS_AT_ONCE))
+        if metadata is not None:
+            file.add_key_value_metadata({_METADATA_KEY: json.dumps(metadata)})
+    return written
 
 
 def read_shard_metadata(path: str | Path) -> dict[str, Any] | None:
@@ -70,7 +82,7 @@ def read_shard_metadata(path: str | Path) -> dict[str, Any] | None:
     Raises:
         UserError: the file is missing or is not Parquet.
     """
-    metadata = _open(Path(path)).schema_arrow.metadata or {}
+    metadata = _open(Path(path)).metadata.metadata or {}
     return json.loads(metadata[_METADATA_KEY]) if _METADATA_KEY in metadata else None
 
 

@@ -7,12 +7,14 @@ spec's, checkpoint keys are Transformer Engine's.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.tensor_parallel import RowParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
@@ -26,6 +28,8 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
+
+from treg_megatron.context import ContextPart
 
 
 def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec:
@@ -105,6 +109,8 @@ class SdpaAttention(MegatronModule):
     """Causal grouped-query attention on ``scaled_dot_product_attention``.
 
     Packed sequences (THD) are attended one by one: block-diagonal without a mask, and no work between sequences.
+    Context-parallel ranks gather the keys and values of all; each of their two pieces of a sequence attends to what
+    comes before its end.
 
     Two options of the config have no fused kernel: a sliding window (``window_size``, in the layers that
     ``window_attn_skip_freq`` names) takes a mask where a sequence is longer than the window, and a soft-cap on the
@@ -115,8 +121,6 @@ class SdpaAttention(MegatronModule):
                  attention_type: str, attention_dropout: float | None = None, softmax_scale: float | None = None,
                  cp_comm_type: str | None = None, pg_collection=None):
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError("context parallelism needs Transformer Engine's attention, which is not installed")
         head_scale = getattr(config, "query_pre_attn_scalar", config.kv_channels)
         self.softmax_scale = softmax_scale or 1 / math.sqrt(head_scale)
         self.softcap = getattr(config, "attn_logit_softcapping", None)
@@ -132,18 +136,24 @@ class SdpaAttention(MegatronModule):
             out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
             return out.permute(2, 0, 1, 3).flatten(2)
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        parts = zip(query.split(lengths), key.split(lengths), value.split(lengths))
+        context = ContextPart(parallel_state.get_context_parallel_rank(), self.config.context_parallel_size)
+        if context.ranks == 1:
+            parts = zip(query.split(lengths), key.split(lengths), value.split(lengths))
+        else:
+            parts = _pieces(query, key, value, lengths, context)
         out = [self._attend(*(x.transpose(0, 1)[None] for x in part)) for part in parts]
         return torch.cat([x[0].transpose(0, 1) for x in out]).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[b, heads, s, d], [b, groups, s, d] -> [b, heads, s, d]."""
-        length, dropout = query.shape[2], self.dropout if self.training else 0.0
+        """[b, heads, q, d], [b, groups, s, d] -> [b, heads, q, d]; the queries are those of the last q positions."""
+        queries, length, dropout = query.shape[2], key.shape[2], self.dropout if self.training else 0.0
         if self.softcap is not None:
-            mask = causal_mask(length, self.tokens_before, query.device)
+            mask = causal_mask(queries, length, self.tokens_before, query.device)
             return soft_capped_attention(query, key, value, mask, self.softmax_scale, self.softcap, dropout)
         slides = self.tokens_before is not None and length > self.tokens_before + 1
-        mask = causal_mask(length, self.tokens_before, query.device) if slides else None
+        mask = None
+        if slides or queries < length:
+            mask = causal_mask(queries, length, self.tokens_before, query.device)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1], dropout_p=dropout)
@@ -153,10 +163,25 @@ class SdpaAttention(MegatronModule):
         return {}
 
 
-def causal_mask(length: int, tokens_before: int | None, device: torch.device) -> Tensor:
-    """[s, s] bool, True where a query (row) sees a key: itself and the tokens before it, at most ``tokens_before``."""
+def _pieces(query: Tensor, key: Tensor, value: Tensor, lengths: list[int],
+            context: ContextPart) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each sequence this rank's two pieces of the queries, each with all keys and values up to its end."""
+    lengths = [length // context.ranks for length in lengths]
+    group = parallel_state.get_context_parallel_group()
+    key, value = (gather_from_sequence_parallel_region(x, group=group).unflatten(0, (context.ranks, -1))
+                  for x in (key, value))
+    for q, k, v in zip(query.split(lengths), key.split(lengths, 1), value.split(lengths, 1)):
+        k, v = context.whole(k), context.whole(v)
+        for piece, number in zip(q.chunk(2), context.pieces):
+            end = (number + 1) * len(piece)
+            yield piece, k[:end], v[:end]
+
+
+def causal_mask(queries: int, length: int, tokens_before: int | None, device: torch.device) -> Tensor:
+    """[queries, s] bool, True where a query (row) sees a key: itself and the tokens before it, at most
+    ``tokens_before``. The queries are those of the last positions."""
     position = torch.arange(length, device=device)
-    distance = position[:, None] - position
+    distance = position[length - queries:, None] - position
     return (distance >= 0) & (distance <= (length if tokens_before is None else tokens_before))
 
 
@@ -164,7 +189,7 @@ def soft_capped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tenso
                           dropout: float) -> Tensor:
     """Attention on c * tanh(scores / c), scores and softmax in fp32.
 
-    [b, heads, s, d], [b, groups, s, d], mask [s, s] -> [b, heads, s, d].
+    [b, heads, q, d], [b, groups, s, d], mask [q, s] -> [b, heads, q, d].
     """
     grouped = query.unflatten(1, (key.shape[1], -1))
     scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * scale

@@ -49,7 +49,7 @@ class RunMetrics(pl.Callback):
         self.started = time.time()
         if trainer.is_global_zero:
             self.run.mkdir(parents=True, exist_ok=True)
-            _forget_after(self.run / "metrics.jsonl", trainer.global_step)
+            forget_after(self.run / "metrics.jsonl", trainer.global_step)
             self.tensorboard = SummaryWriter(str(self.run / "tensorboard"), purge_step=trainer.global_step + 1)
             self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, unit="step", desc="train")
 
@@ -118,7 +118,7 @@ def _require_first_loss(found: float, expected: float, tolerance: float) -> None
             f"the pairs, that both used the same chat template, and that label.dtype and train.precision agree")
 
 
-def _forget_after(path: Path, step: int) -> None:
+def forget_after(path: Path, step: int) -> None:
     """Drop lines of steps that a resumed run makes again."""
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

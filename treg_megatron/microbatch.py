@@ -13,49 +13,68 @@ import numpy as np
 import torch
 
 from treg_megatron.alignment import score_positions
+from treg_megatron.context import WHOLE, ContextPart
 from treg_megatron.streams import PairRecord
 
 PADDING_TOKEN = 0  # never scored, never attended to by a scored token
 
 
-def collate(records: Sequence[PairRecord], layout: str, pad_to_multiple_of: int = 1) -> dict[str, Any]:
+def collate(records: Sequence[PairRecord], layout: str, pad_to_multiple_of: int = 1,
+            context: ContextPart = WHOLE) -> dict[str, Any]:
     """One micro-batch of 0 or more pairs; without pairs it is a row of padding whose loss is 0.
+
+    Args:
+        pad_to_multiple_of: a row's length is a multiple of this; as large as the longest row, it makes all rows equal.
+        context: the part of every sequence that this rank holds; layout packed alone can be split.
 
     Returns:
         tokens, position_ids: [b, s] int64; packed: b = 1.
-        cu_seqlens: [sequences + 1] int32 and max_seqlen: int, packed only; padding is a sequence of its own.
+        cu_seqlens: [sequences + 1] int32 and max_seqlen: int, of whole sequences, packed only; padding is a sequence of
+            its own.
         rows: [n] int64, which row of the [s * b, hidden] flattened hidden states predicts response token n.
-        targets: [n] int64, its id. lengths: list of int, response tokens of chosen 0, rejected 0, chosen 1, ...
+        targets: [n] int64, its id. lengths: list of int, tokens here of chosen 0, rejected 0, chosen 1, ...
         token_rewards, ref_logps: [n] fp32, absent where the streams have none. pair_ids: list of str.
     """
     sequences = [tokens for r in records for tokens in (r.chosen_tokens, r.rejected_tokens)]
     responses = [len(rewards) for r in records for rewards in (r.chosen_token_rewards, r.rejected_token_rewards)]
     scored = [score_positions(len(s) - n, n) for s, n in zip(sequences, responses, strict=True)]
     positions = [np.arange(part.start, part.stop) for part in scored]
-    arrange = {"packed": _packed, "padded": _padded}[layout]
-    batch = arrange([torch.from_numpy(np.asarray(s, dtype=np.int64)) for s in sequences], positions, pad_to_multiple_of)
-    batch["targets"] = _flat([s[len(s) - n:] for s, n in zip(sequences, responses)], np.int64)
-    batch["lengths"] = responses
+    widths = [context.padded(len(s)) for s in sequences]
+    here = [context.holds(p, width) for p, width in zip(positions, widths)]  # of each response: which tokens are ours
+
+    def flat(of_each: Sequence[np.ndarray], dtype: type = np.float32) -> torch.Tensor:
+        return _flat([np.asarray(values)[mine] for values, mine in zip(of_each, here, strict=True)], dtype)
+
+    positions = [p[mine] for p, mine in zip(positions, here)]
+    tokens = [torch.from_numpy(np.asarray(s, dtype=np.int64)) for s in sequences]
+    if layout == "packed":
+        batch = _packed(tokens, positions, pad_to_multiple_of, context)
+    else:
+        batch = _padded(tokens, positions, pad_to_multiple_of)
+    batch["targets"] = flat([s[len(s) - n:] for s, n in zip(sequences, responses)], np.int64)
+    batch["lengths"] = [len(p) for p in positions]
     batch["pair_ids"] = [r.pair_id for r in records]
-    batch["token_rewards"] = _flat([x for r in records for x in (r.chosen_token_rewards, r.rejected_token_rewards)])
+    batch["token_rewards"] = flat([x for r in records for x in (r.chosen_token_rewards, r.rejected_token_rewards)])
     if all(r.chosen_ref_logprobs is not None for r in records):
-        batch["ref_logps"] = _flat([x for r in records for x in (r.chosen_ref_logprobs, r.rejected_ref_logprobs)])
+        batch["ref_logps"] = flat([x for r in records for x in (r.chosen_ref_logprobs, r.rejected_ref_logprobs)])
     return batch
 
 
-def _packed(sequences: list[torch.Tensor], positions: list[np.ndarray], multiple: int) -> dict[str, Any]:
-    lengths = [len(s) for s in sequences]
-    padding = _round_up(max(sum(lengths), 1), multiple) - sum(lengths)
-    starts = np.cumsum([0, *lengths])[:-1]
+def _packed(sequences: list[torch.Tensor], positions: list[np.ndarray], multiple: int,
+            context: ContextPart) -> dict[str, Any]:
+    sequences = [_lengthened(s, context.padded(len(s))) for s in sequences]
+    total = sum(len(s) for s in sequences)
+    padding = _round_up(max(total, 1), multiple) - total
     if padding:
         sequences = [*sequences, torch.full((padding,), PADDING_TOKEN)]
-    sizes = torch.tensor([len(s) for s in sequences])
+    sizes = [len(s) for s in sequences]
+    starts = np.cumsum([0, *sizes]) // context.ranks  # where each begins on this rank
     return {
-        "tokens": torch.cat(sequences)[None],
-        "position_ids": torch.cat([torch.arange(len(s)) for s in sequences])[None],
-        "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).to(torch.int32),
-        "max_seqlen": int(sizes.max()),
-        "rows": _flat([start + p for start, p in zip(starts, positions)], np.int64),
+        "tokens": torch.cat([context.of(s) for s in sequences])[None],
+        "position_ids": torch.cat([context.of(torch.arange(size)) for size in sizes])[None],
+        "cu_seqlens": torch.tensor([0, *sizes]).cumsum(0).to(torch.int32),
+        "max_seqlen": max(sizes),
+        "rows": _flat([start + context.row(p, size) for start, p, size in zip(starts, positions, sizes)], np.int64),
     }
 
 
@@ -70,6 +89,10 @@ def _padded(sequences: list[torch.Tensor], positions: list[np.ndarray], multiple
         # Megatron's hidden states are [s, b, hidden]
         "rows": _flat([p * len(sequences) + row for row, p in enumerate(positions)], np.int64),
     }
+
+
+def _lengthened(sequence: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.nn.functional.pad(sequence, (0, width - len(sequence)), value=PADDING_TOKEN)
 
 
 def _flat(parts: Sequence[np.ndarray], dtype: type = np.float32) -> torch.Tensor:

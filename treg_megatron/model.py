@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel as MegatronGPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections import llm
@@ -68,6 +69,10 @@ class PolicyConfig:
         # NeMo's families build Megatron's class and then adjust it (rotary scaling, norms of Gemma); ours adds no
         # state, so the finished object changes class rather than repeat each family's construction
         model.__class__ = ResponseGPTModel
+        for module in model.modules():
+            if isinstance(module, Router):
+                # it would multiply the auxiliary loss by tokens, because Megatron takes what we count for tokens
+                module.calculate_per_token_loss = False
         return model
 
 
@@ -129,8 +134,10 @@ def forward_step(model, batch: dict[str, Any]) -> Tensor:
     """Hidden states of this stage, or [n] fp32 log-probs of the response tokens on the last one."""
     packed = None
     if "cu_seqlens" in batch:
-        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=batch["cu_seqlens"], cu_seqlens_kv=batch["cu_seqlens"],
-                                 max_seqlen_q=batch["max_seqlen"], max_seqlen_kv=batch["max_seqlen"])
+        ends = batch["cu_seqlens"]
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, cu_seqlens_q_padded=ends,
+                                 cu_seqlens_kv_padded=ends, max_seqlen_q=batch["max_seqlen"],
+                                 max_seqlen_kv=batch["max_seqlen"])
     return model(batch["tokens"], batch["position_ids"], labels=ResponseTokens(batch["rows"], batch["targets"]),
                  packed_seq_params=packed)
 
@@ -155,9 +162,12 @@ class PreferenceLossReduction(MegatronLossReduction):
         self.result = StepResult({}, [])
 
     def forward(self, batch: dict[str, Any], logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        split = parallel_state.get_context_parallel_world_size() > 1
         loss, sums = preference_loss(logps, batch.get("ref_logps"), batch.get("token_rewards"), batch["lengths"],
-                                     self.objective)
-        pairs = torch.tensor(len(batch["lengths"]) // 2, dtype=torch.int, device=loss.device)
+                                     self.objective, parallel_state.get_context_parallel_group() if split else None)
+        # Megatron adds the counts of context-parallel ranks, which share their pairs
+        own = len(batch["lengths"]) // 2 if parallel_state.get_context_parallel_rank() == 0 else 0
+        pairs = torch.tensor(own, dtype=torch.int, device=loss.device)
         return loss, pairs, {"sums": sums, "pair_ids": batch["pair_ids"]}
 
     def reduce(self, micro_batches: list[dict[str, Any]]) -> Tensor:
@@ -181,8 +191,8 @@ class PreferenceLossReduction(MegatronLossReduction):
 class Policy:
     """Mix-in over NeMo's ``llm.GPTModel`` classes: their training and validation loss is the objective's."""
 
-    def __init__(self, config: llm.GPTConfig, objective: Objective, optim=None):
-        super().__init__(config, optim=optim)
+    def __init__(self, config: llm.GPTConfig, objective: Objective, optim=None, adapters=None):
+        super().__init__(config, optim=optim, model_transform=adapters)
         self.objective = objective
 
     @property

@@ -7,10 +7,15 @@ the pairs that are there.
 """
 
 import functools
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+
+#: RUN/pairs/rank_00003.jsonl, of data-parallel rank 3, has lines {"step": 12, "pairs": ["p7", "p1"]}
+RECORD = "pairs"
 
 
 class MicrobatchOrder:
@@ -48,3 +53,13 @@ class MicrobatchOrder:
         if self.seed is None:
             return np.arange(self.pairs)
         return np.random.default_rng([self.seed, epoch]).permutation(self.pairs)
+
+
+def recorded_pairs(run: Path) -> dict[int, list[str]]:
+    """What a run trained on (train.record_pairs): ids of the pairs by step, over all data-parallel ranks."""
+    by_step: dict[int, list[str]] = {}
+    for path in sorted((Path(run) / RECORD).glob("rank_*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            by_step.setdefault(record["step"], []).extend(record["pairs"])
+    return by_step

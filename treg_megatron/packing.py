@@ -90,6 +90,6 @@ def most_bins(lengths: np.ndarray, bin_size: int, global_batch_size: int, epochs
     return max(len(order.bins(step)) for step in range(order.steps))
 
 
-def micro_batches(bins: int, ranks: int) -> int:
-    """Micro-batches a rank and step that hold ``bins`` bins over all ranks."""
-    return math.ceil(bins / ranks)
+def micro_batches(bins: int, ranks: int, group: int = 1) -> int:
+    """Micro-batches a rank and step that hold ``bins`` bins over all ranks, a multiple of ``group``."""
+    return math.ceil(bins / (ranks * group)) * group

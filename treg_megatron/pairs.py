@@ -12,6 +12,7 @@ from typing import Any
 from treg_megatron.errors import UserError
 from treg_megatron.formats import FORMATS, Answered, Message, NoPreference, PairFormat
 from treg_megatron.rows import read_rows
+from treg_megatron.seen import Seen
 
 IDENTICAL_RESPONSES = "identical responses"
 REPEATED_PAIR = "repeats an earlier pair"
@@ -63,8 +64,7 @@ def read_pairs_and_rows(source: str | Path, drops: Counter[str] | None = None, f
     """:func:`read_pairs`, each with its row for whoever needs more of it."""
     drops = Counter() if drops is None else drops
     reader = None if format == AUTO else format_named(format)
-    seen_ids: set[int] = set()
-    seen_pairs: set[int] = set()
+    seen_ids, seen_pairs = Seen(), Seen()
     for number, row in read_rows(source):
         try:
             if not isinstance(row, dict):
@@ -74,16 +74,16 @@ def read_pairs_and_rows(source: str | Path, drops: Counter[str] | None = None, f
                 pair, content = _pair(row, reader)
             except ValueError as error:
                 raise ValueError(f"{error} (read as {reader.name})") from None
-            identity, whole = _digest(pair.pair_id), _digest(pair.pair_id + content)
+            whole = pair.pair_id + content
             if pair.chosen == pair.rejected:
                 drops[IDENTICAL_RESPONSES] += 1
             elif whole in seen_pairs:
                 drops[REPEATED_PAIR] += 1
-            elif identity in seen_ids:
+            elif pair.pair_id in seen_ids:
                 raise ValueError(f"pair_id {pair.pair_id!r} already belongs to an earlier row with other content; give "
                                  "every pair an id of its own, or none")
             else:
-                seen_ids.add(identity)
+                seen_ids.add(pair.pair_id)
                 seen_pairs.add(whole)
                 yield pair, row
         except NoPreference:
@@ -179,7 +179,3 @@ def _score(value: Any, name: str) -> float | None:
         return float(value)
     except (ValueError, OverflowError):
         raise ValueError(f"{name} must be a finite number, got {str(value)[:40]}") from None
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -6,18 +6,36 @@ its help text and hold no values. ``key=value`` arguments override the file, fla
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from treg_megatron.errors import UserError
 
 BASE_RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "base.yaml"
+COMMAND_LINE = "the command line"
+
+_CACHED = "training holds no reference model: its log-probs are cached by labelling, and simpo reads none"
+# keys of other trainers, and what to do here instead
+FOREIGN = {
+    "reference": _CACHED,
+    "reference_model": _CACHED,
+    "ref_model": _CACHED,
+    "packing": "set data.layout=packed or data.layout=bins",
+    "loss_type": "set objective.preference",
+    "max_length": "set data.seq_length for training, label.max_length for labelling",
+    "gradient_accumulation_steps": "set data.global_batch_size; the micro-batches that it takes follow from it",
+    "bf16": "set train.precision=bf16",
+}
 
 
 def key(help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -30,6 +48,8 @@ class ModelSection:
     """The model to align."""
 
     hf: str = key("Hugging Face folder of the model: config.json, tokenizer and, for import, safetensors weights")
+    architecture: str | None = key("name of a published config.json under treg_megatron/architectures, or the path of "
+                                   "one: what preflight builds where hf is not on disk; null: hf must be")
     checkpoint: str = key("Megatron checkpoint of the same model, as convert_checkpoint.py import writes it")
 
 
@@ -156,7 +176,7 @@ class ParallelSection:
     sequence: bool = key("sequence parallelism inside the tensor-parallel group")
     expert: int = key("expert-parallel size of a mixture-of-experts model")
     virtual_pipeline: int | None = key("interleaved schedule: model chunks of each pipeline stage; null: one")
-    context: int = key("context-parallel size: ranks that share each sequence (needs Transformer Engine)")
+    context: int = key("context-parallel size: ranks that share each sequence; layouts packed and bins")
 
 
 @dataclass
@@ -180,6 +200,8 @@ class OptimizerSection:
     beta1: float = key("Adam beta1")
     beta2: float = key("Adam beta2")
     eps: float = key("Adam epsilon")
+    router_aux_loss: float = key("mixture of experts: coefficient of the load-balancing loss, a mean over micro-batches "
+                                 "beside the mean over pairs; 0 leaves it out")
     clip_grad: float = key("largest global gradient norm; 0 turns clipping off")
 
 
@@ -192,9 +214,13 @@ class TrainSection:
     max_steps: int | None = key("stop after this many optimizer steps; null runs all epochs")
     save_every: int = key("optimizer steps between checkpoints")
     keep_checkpoints: int = key("how many of the newest checkpoints stay on disk")
+    save_in_background: bool = key("whether training goes on while a checkpoint is written from a copy in memory")
     validate_every: int = key("optimizer steps between validations; also run before the first step and after the last")
     recompute: str = key("activation recompute", choices=("none", "selective", "full"))
     seed: int = key("seed of everything random in the model (dropout; initialisation where no checkpoint is given)")
+    stuck_after: float = key("seconds without a step (or a micro-batch of validation, or a checkpoint) after which every "
+                             "rank prints its stack and ends")
+    record_pairs: bool = key("whether RUN/pairs/ records the pairs that each step trained on")
     first_loss_tolerance: float = key("how far the first preference loss may be from its known value, e.g. ln 2 for DPO")
 
 
@@ -210,6 +236,20 @@ class ExportSection:
     lora: str = key("what a run with adapters becomes: the base model with them merged in, or a folder that peft loads",
                     choices=("merged", "adapter"))
     shard_size: float = key("largest weight file in GB (10^9 bytes); larger models are split and get an index")
+
+
+@dataclass
+class ClusterSection:
+    """The machines that the recipe is meant for: what preflight compares with. No other station reads it."""
+
+    device: str = key("what computes: gpus with fused kernels, or processes on a CPU", choices=("gpu", "cpu"))
+    nodes: int = key("machines")
+    gpus_per_node: int = key("ranks of a node: its GPUs, or the processes on a CPU")
+    gpu_memory: float = key("memory of one rank, in GB (10^9 bytes)")
+    peak_tflops: float = key("arithmetic peak of one rank in the training precision, in 10^12 operations a second")
+    mfu: float = key("model FLOPs utilisation that times are stated at, in (0, 1]")
+    storage_bandwidth: float = key("what the file system takes from the whole job, in GB (10^9 bytes) a second")
+    pairs: int | None = key("training pairs, where the streams do not exist yet to be counted")
 
 
 @dataclass
@@ -230,6 +270,7 @@ class Recipe:
     optimizer: OptimizerSection
     train: TrainSection
     export: ExportSection
+    cluster: ClusterSection
 
 
 SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Recipe) if dataclasses.is_dataclass(f.type)}
@@ -240,13 +281,22 @@ def load_recipe(path: str | Path = BASE_RECIPE, overrides: list[str] = ()) -> Di
 
     Interpolations stay unresolved, and keys left as ``???`` are asked for only when a station reads them.
 
+    Args:
+        path: a recipe, or a training checkpoint for the recipe of its run.
+
     Raises:
         UserError: a file that is missing or no YAML, an unknown key (the nearest known one is named), a wrong type.
     """
+    return trace_recipe(path, overrides)[0]
+
+
+def trace_recipe(path: str | Path, overrides: list[str] = ()) -> tuple[DictConfig, dict[str, str]]:
+    """:func:`load_recipe`, and where each value comes from: a file or the command line, by ``section.key``."""
     config = OmegaConf.structured(Recipe)
     OmegaConf.set_struct(config, True)
+    sources: dict[str, str] = {}
     for source in _with_defaults(Path(path)):
-        _merge(config, _read_yaml(source), str(source))
+        _merge(config, _read_yaml(source), _short(source), sources)
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r} is not of the form section.key=value")
@@ -255,8 +305,19 @@ def load_recipe(path: str | Path = BASE_RECIPE, overrides: list[str] = ()) -> Di
             parsed = OmegaConf.from_dotlist([f"{name}={value}"])
         except Exception as error:
             raise UserError(f"override {override!r}: {error}") from None
-        _merge(config, parsed, "the command line")
-    return config
+        _merge(config, parsed, COMMAND_LINE, sources)
+    return config, sources
+
+
+def described(config: DictConfig, sources: dict[str, str]) -> str:
+    """The whole recipe as YAML that can be launched as it is, each line with where its value comes from."""
+    lines = []
+    for name in config:
+        if name in SECTIONS:
+            lines += ["", f"{name}:", *(_described(config[name], k, f"{name}.{k}", sources, "  ") for k in config[name])]
+        else:
+            lines.append(_described(config, name, name, sources, ""))
+    return "\n".join(lines)
 
 
 def section(recipe: DictConfig, name: str) -> Any:
@@ -281,6 +342,33 @@ def section(recipe: DictConfig, name: str) -> Any:
     return values
 
 
+def value(recipe: DictConfig, name: str) -> Any:
+    """The value of one key, ``section.key``, resolved.
+
+    Raises:
+        UserError: there is no such key, or it has no value.
+    """
+    try:
+        found = OmegaConf.select(recipe, name, throw_on_missing=True, throw_on_resolution_failure=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"recipe {recipe.get('name', '?')}: {name}: {_first_line(error)}") from None
+    if found is None:
+        raise UserError(f"recipe {recipe.get('name', '?')}: {name} has no value")
+    return found
+
+
+def resolved_text(recipe: DictConfig) -> str:
+    """The whole recipe as YAML; what hangs on a key without a value stays as it was written."""
+    written = OmegaConf.to_container(recipe, resolve=False)
+    for section_name in SECTIONS:
+        for key_name in written[section_name]:
+            with contextlib.suppress(UserError):
+                written[section_name][key_name] = value(recipe, f"{section_name}.{key_name}")
+    for key_name in ("name", "run"):
+        written[key_name] = value(recipe, key_name)
+    return OmegaConf.to_yaml(OmegaConf.create(written))
+
+
 def station_section(name: str, description: str, argv: list[str] | None = None,
                     prog: str | None = None) -> Any:
     """Parse a station's command line: ``--recipe``, a flag for every key of its section, and ``key=value`` overrides."""
@@ -291,21 +379,38 @@ def station_section(name: str, description: str, argv: list[str] | None = None,
 
 
 def add_section_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Give ``parser`` the options ``--recipe`` and overrides, and one flag for each key of a section."""
-    parser.add_argument("--recipe", default=str(BASE_RECIPE), metavar="YAML",
-                        help="recipe whose section `%s` gives what no flag does (default: recipes/base.yaml)" % name)
+    """Give ``parser`` :func:`add_recipe_arguments`, and one flag for each key of a section."""
+    add_recipe_arguments(parser, help=f"recipe whose section `{name}` gives what no flag does "
+                                      "(default: recipes/base.yaml)", default=str(BASE_RECIPE))
     group = parser.add_argument_group(f"keys of the recipe's section `{name}`")
     for field in dataclasses.fields(SECTIONS[name]):
         choices = field.metadata["choices"]
         group.add_argument("--" + field.name.replace("_", "-"), dest=f"{name}.{field.name}",
                            metavar="|".join(choices) if choices else field.name.upper(), help=field.metadata["help"])
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other key of the recipe")
 
 
 def parse_section(arguments: argparse.Namespace, name: str) -> Any:
     """The section that :func:`add_section_arguments` described, with every flag and override applied."""
     flags = [f"{k}={v}" for k, v in vars(arguments).items() if k.startswith(name + ".") and v is not None]
-    return section(load_recipe(arguments.recipe, [*arguments.overrides, *flags]), name)
+    return section(parse_recipe(arguments, flags), name)
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, help: str = "the run's recipe, or a checkpoint of the run",
+                         default: str | None = None) -> None:
+    """Give ``parser`` the options that every entry point has: ``--recipe``, ``--print`` and ``key=value`` overrides."""
+    parser.add_argument("--recipe", default=default, required=default is None, metavar="YAML", help=help)
+    parser.add_argument("--print", action="store_true", dest="print_recipe",
+                        help="print the recipe with every override applied, where each value comes from, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the recipe")
+
+
+def parse_recipe(arguments: argparse.Namespace, flags: list[str] = ()) -> DictConfig:
+    """The recipe that :func:`add_recipe_arguments` described; under ``--print`` it is printed and the program ends."""
+    config, sources = trace_recipe(arguments.recipe, [*arguments.overrides, *flags])
+    if arguments.print_recipe:
+        print(described(config, sources))
+        sys.exit(0)
+    return config
 
 
 def _with_defaults(path: Path) -> list[Path]:
@@ -319,6 +424,8 @@ def _with_defaults(path: Path) -> list[Path]:
 
 
 def _read_yaml(path: Path, keep_defaults: bool = False) -> DictConfig:
+    if path.is_dir():
+        return OmegaConf.create(_recipe_of_checkpoint(path))
     if not path.is_file():
         raise UserError(f"recipe {path} does not exist")
     try:
@@ -332,26 +439,69 @@ def _read_yaml(path: Path, keep_defaults: bool = False) -> DictConfig:
     return config
 
 
-def _merge(config: DictConfig, extra: DictConfig, source: str) -> None:
+def _short(path: Path) -> str:
+    """Relative to the working directory where the file lies under it."""
+    below = Path(os.path.relpath(path))
+    return str(path if below.parts[0] == ".." else below)
+
+
+def _recipe_of_checkpoint(folder: Path) -> dict:
+    from treg_megatron.checkpoint.layout import find_checkpoint, read_identity
+
+    checkpoint = find_checkpoint(folder)
+    found = read_identity(checkpoint).run.get("recipe")
+    if found is None:
+        raise UserError(f"checkpoint {checkpoint} holds no recipe: training did not write it; name the recipe's file")
+    return found
+
+
+def _merge(config: DictConfig, extra: DictConfig, source: str, sources: dict[str, str]) -> None:
     for name in extra:
-        _refuse_unknown(name, list(config), name, source)
-        if name in SECTIONS:
-            if not isinstance(extra[name], DictConfig):
-                raise UserError(f"{source}: {name} must be a mapping of keys")
-            for k in extra[name]:
-                _refuse_unknown(k, [f.name for f in dataclasses.fields(SECTIONS[name])], f"{name}.{k}", source)
+        _refuse_unknown(str(name), "", source)
+        if name not in SECTIONS:
+            sources[name] = source
+            continue
+        if not isinstance(extra[name], DictConfig):
+            raise UserError(f"{source}: {name} must be a mapping of keys")
+        for k in extra[name]:
+            _refuse_unknown(str(k), name, source)
+            sources[f"{name}.{k}"] = source
     try:
         config.merge_with(extra)
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {getattr(error, 'full_key', '')}: {_first_line(error)}") from None
 
 
-def _refuse_unknown(name: str, known: list[str], full_name: str, source: str) -> None:
-    if name not in known:
-        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-        hint = f"did you mean {full_name.rpartition('.')[0] + '.' if '.' in full_name else ''}{nearest[0]}?" if nearest \
-            else f"known: {', '.join(known)}"
-        raise UserError(f"{source}: unknown recipe key {full_name}; {hint}")
+def _refuse_unknown(name: str, section_name: str, source: str) -> None:
+    keys = {s: [f.name for f in dataclasses.fields(SECTIONS[s])] for s in SECTIONS}
+    known = keys[section_name] if section_name else [f.name for f in dataclasses.fields(Recipe)]
+    if name in known:
+        return
+    prefix = f"{section_name}." if section_name else ""
+    elsewhere = [f"{s}.{name}" for s in SECTIONS if name in keys[s]]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if name in FOREIGN:
+        hint = FOREIGN[name]
+    elif elsewhere:
+        hint = f"did you mean {' or '.join(elsewhere)}?"
+    elif nearest:
+        hint = f"did you mean {prefix}{nearest[0]}?"
+    else:
+        hint = f"known: {', '.join(known)}"
+    raise UserError(f"{source}: unknown recipe key {prefix}{name}; {hint}")
+
+
+def _described(node: DictConfig, name: str, full_name: str, sources: dict[str, str], indent: str) -> str:
+    written = OmegaConf.to_container(node, resolve=False)[name]
+    origin = sources.get(full_name, "no value yet")
+    try:
+        value = OmegaConf.to_container(node[name]) if OmegaConf.is_config(node[name]) else node[name]
+    except OmegaConfBaseException:
+        value = written
+    if isinstance(written, str) and "${" in written:
+        origin = f"{written} in {origin}"
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    return f"{indent}{name}: {text}".ljust(48) + f" # {origin}"
 
 
 def _help(section_name: str, name: str) -> str:

@@ -106,7 +106,8 @@ def write_page(path: str | Path, source: str, figures: Quality, pairs: Sequence[
         decode: token ids to text.
         policy: :func:`policy_rewards` of ``pairs``.
     """
-    content = {"source": source, "warnings": figures.warnings, "summary": figures.lines(),
+    summary = figures.lines() + (_policy_lines(pairs, policy) if policy else [])
+    content = {"source": source, "warnings": figures.warnings, "summary": summary,
                "pairs": [_page_pair(number, pair, decode, policy[number] if policy else None)
                          for number, pair in enumerate(pairs)]}
     # `<` in a text could end the script element
@@ -115,22 +116,25 @@ def write_page(path: str | Path, source: str, figures: Quality, pairs: Sequence[
         partial.write_text(TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", data), encoding="utf-8")
 
 
-def text_report(figures: Quality, pairs: Sequence[LabelledPair], decode: Callable[[list[int]], str],
-                colour: bool) -> Iterator[str]:
+def text_report(figures: Quality, pairs: Sequence[LabelledPair], decode: Callable[[list[int]], str], colour: bool,
+                policy: Sequence[dict[str, np.ndarray]] | None = None) -> Iterator[str]:
     """The same for a terminal, line by line: tokens shaded where ``colour``, else each with its reward behind it."""
-    width = max(len(name) for name, _ in figures.lines())
-    yield from (f"{name:{width}}  {value}" for name, value in figures.lines())
+    summary = figures.lines() + (_policy_lines(pairs, policy) if policy else [])
+    width = max(len(name) for name, _ in summary)
+    yield from (f"{name:{width}}  {value}" for name, value in summary)
     yield from (f"\nwarning: {warning}" for warning in figures.warnings)
-    for pair in pairs:
+    for number, pair in enumerate(pairs):
         yield f"\n== {pair.pair_id}"
         yield pair.prompt if pair.prompt is not None else decode(
             pair.chosen_tokens[:-len(pair.chosen_token_rewards)].tolist())
         for side in SIDES:
             rewards = getattr(pair, f"{side}_token_rewards")
             texts = token_texts(getattr(pair, f"{side}_tokens")[-len(rewards):].tolist(), decode)
-            yield f"-- {side}, mean {rewards.mean():+.4f}"
-            yield "".join(_in_terminal(text, float(r)) if colour else f"{text}[{r:+.2f}]"
-                          for text, r in zip(texts, rewards))
+            columns = {side: rewards} | ({f"{side}, the policy's implicit rewards": policy[number][side]} if policy else {})
+            for name, values in columns.items():
+                yield f"-- {name}, mean {values.mean():+.4f}"
+                yield "".join(_in_terminal(text, float(r)) if colour else f"{text}[{r:+.2f}]"
+                              for text, r in zip(texts, values))
 
 
 def token_texts(ids: list[int], decode: Callable[[list[int]], str]) -> list[str]:
@@ -145,6 +149,15 @@ def token_texts(ids: list[int], decode: Callable[[list[int]], str]) -> list[str]
         texts.append("" if unfinished else text)
         waiting = waiting + 1 if unfinished else 0
     return texts
+
+
+def _policy_lines(pairs: Sequence[LabelledPair], policy: Sequence[dict[str, np.ndarray]]) -> list[tuple[str, str]]:
+    """How the policy's implicit rewards relate to the labels, over the pairs that are shown."""
+    labels = {side: np.concatenate([getattr(pair, f"{side}_token_rewards") for pair in pairs]) for side in SIDES}
+    implicit = {side: np.concatenate([rewards[side] for rewards in policy]) for side in SIDES}
+    correlation = _correlation(*(np.concatenate([of[side] for side in SIDES]) for of in (labels, implicit)))
+    return [*((f"mean implicit reward of the policy, {side}", f"{implicit[side].mean(dtype=np.float64):+.4f}")
+              for side in SIDES), ("its correlation with the labels", _shown(correlation))]
 
 
 def _page_pair(number: int, pair: LabelledPair, decode: Callable[[list[int]], str],

@@ -108,7 +108,7 @@ def _numbered(source: Path, files: list[Path], tables) -> Iterator[tuple[int, An
                     yield number, row
     except UnicodeDecodeError as error:
         raise UserError(f"{file} after row {number}: text that is not UTF-8 ({error.reason})") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:       # ValueError: a column twice, a date out of range
         raise UserError(f"{file} cannot be read after row {number}: {error}") from None
 
 

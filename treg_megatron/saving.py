@@ -1,5 +1,6 @@
-"""Checkpoints of a run: written whole or not at all, the newest few kept, the newest one found again."""
+"""Checkpoints of a run: written whole or not at all, the newest few kept, the newest good one found again."""
 
+import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -7,13 +8,20 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from treg_megatron import __version__
-from treg_megatron.checkpoint.layout import CHECKPOINTS, IDENTITY, UNFINISHED_MARKER, Identity, is_complete, write_identity
+from treg_megatron.checkpoint.layout import (CHECKPOINTS, IDENTITY, UNFINISHED_MARKER, Identity, damage, fingerprints,
+                                             is_complete, newest_checkpoint, write_identity)
+from treg_megatron.errors import UserError
+from treg_megatron.runtime.launch import on_rank_zero
+
+DAMAGED = ".damaged"
 
 
 class SaveEvery(pl.Callback):
-    """Saves model, optimizer, schedule and position every so many steps and after the last.
+    """Saves model, optimizer, schedule and position every so many steps, after the last, and when the run is to stop.
 
     A checkpoint counts only when every rank has finished it: the marker beside it goes, and treg.json comes, after a
     barrier. Older ones are removed only then.
@@ -24,6 +32,9 @@ class SaveEvery(pl.Callback):
         keep: how many of the newest stay.
         identity: of the checkpoint that the run started from.
         description: what made the run, for whoever finds the checkpoint; ``metrics`` is read at each save.
+
+    Raises:
+        UserError: on every rank, when a rank cannot write its part; nothing of that checkpoint stays.
     """
 
     def __init__(self, run: Path, steps: int, keep: int, identity: Identity, description: dict[str, Any],
@@ -33,27 +44,77 @@ class SaveEvery(pl.Callback):
         self.description, self.metrics = description, metrics
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
-        if trainer.global_step % self.steps == 0 or trainer.global_step == trainer.max_steps:
+        last = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if last or trainer.global_step % self.steps == 0:
             self._save(trainer)
+        if last:
+            self._finish_pending(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
+        self._finish_pending(trainer)
         step = trainer.global_step
         checkpoint = self.folder / f"step_{step:06d}"
-        marker = checkpoint.with_name(checkpoint.name + UNFINISHED_MARKER)
-        if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            marker.touch()
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        identity = dataclasses.replace(
+            self.identity, written_by=f"treg-megatron {__version__}, treg_megatron.train",
+            run={**self.description, "step": step, "metrics": dict(self.metrics)})
+        background = trainer.strategy.async_save
+        finish = lambda: self._finish(checkpoint, identity)  # noqa: E731
+        with self._refused(checkpoint):
+            on_rank_zero(lambda: _begin(checkpoint))
+            # NeMo drops the suffix: a folder, one file a rank
+            trainer.save_checkpoint(f"{checkpoint}.ckpt", storage_options={"finalize_fn": finish} if background else None)
+            if not background:
+                finish()
+
+    def _finish_pending(self, trainer: pl.Trainer) -> None:
+        """Wait for the checkpoint that is being written in the background, if any."""
+        if trainer.strategy.async_save:
+            with self._refused(self.folder):
+                trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
+
+    def _finish(self, checkpoint: Path, identity: Identity) -> None:
         torch.distributed.barrier()
-        trainer.save_checkpoint(str(checkpoint) + ".ckpt")  # NeMo drops the suffix: a folder, one file a rank
-        torch.distributed.barrier()
-        if trainer.is_global_zero:
-            marker.unlink()
-            write_identity(checkpoint, dataclasses.replace(
-                self.identity, written_by=f"treg-megatron {__version__}, treg_megatron.train",
-                run={**self.description, "step": step, "metrics": dict(self.metrics)}))
-            remove_old(self.folder, self.keep)
-        torch.distributed.barrier()
+        on_rank_zero(lambda: _complete(checkpoint, identity, self.keep))
+
+    @contextlib.contextmanager
+    def _refused(self, checkpoint: Path):
+        try:
+            yield
+        except (CheckpointException, CheckpointingException, OSError, UserError) as error:
+            if torch.distributed.get_rank() == 0:  # gives the room back, too
+                remove_unfinished(self.folder.parent)
+            reason = "No space left on device" if "No space left" in str(error) else str(error).splitlines()[0]
+            good = newest_checkpoint(self.folder.parent)
+            raise UserError(f"{checkpoint} could not be written: {reason}; "
+                            + (f"{good.name} is whole" if good else "there is no earlier one")
+                            + ": make room and start the same command again") from error
+
+
+def _begin(checkpoint: Path) -> None:
+    try:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        _marker(checkpoint).touch()
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    except OSError as error:
+        raise UserError(error.strerror) from None
+
+
+def _complete(checkpoint: Path, identity: Identity, keep: int) -> None:
+    write_identity(checkpoint, dataclasses.replace(identity, files=fingerprints(checkpoint)))
+    _marker(checkpoint).unlink()
+    remove_old(checkpoint.parent, keep)
+
+
+def checkpoint_to_resume(run: Path) -> Path | None:
+    """Clean up after an interrupted run, saying so, and find the checkpoint to go on from; for rank 0."""
+    if left := remove_unfinished(run):
+        print(f"removed checkpoints that an interrupted save left unfinished: {', '.join(left)}", flush=True)
+    newest = newest_checkpoint(run, passed_over=lambda line: print(line, flush=True))
+    for checkpoint in (Path(run) / CHECKPOINTS).glob("step_*"):
+        if is_complete(checkpoint) and damage(checkpoint):
+            # out of the way, so that it is not counted among those to keep; and kept, to look at
+            checkpoint.rename(checkpoint.with_name(checkpoint.name + DAMAGED))
+    return newest
 
 
 def remove_unfinished(run: Path) -> list[str]:
@@ -61,7 +122,7 @@ def remove_unfinished(run: Path) -> list[str]:
     folder = Path(run) / CHECKPOINTS
     if not folder.is_dir():
         return []
-    left = [p for p in folder.glob("step_*") if p.is_dir() and not is_complete(p)]
+    left = [p for p in _checkpoints(folder) if not is_complete(p)]
     for checkpoint in left:
         shutil.rmtree(checkpoint)
     for marker in folder.glob("step_*" + UNFINISHED_MARKER):
@@ -71,8 +132,16 @@ def remove_unfinished(run: Path) -> list[str]:
 
 def remove_old(folder: Path, keep: int) -> None:
     """Delete all complete checkpoints of ``folder`` but the newest ``keep``."""
-    complete = sorted(p for p in folder.glob("step_*") if p.is_dir() and is_complete(p))
+    complete = sorted(p for p in _checkpoints(folder) if is_complete(p))
     for checkpoint in complete[:-keep]:
         # treg.json first: a removal cut short leaves no checkpoint that looks whole
         (checkpoint / IDENTITY).unlink()
         shutil.rmtree(checkpoint)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("step_*") if p.is_dir() and p.suffix != DAMAGED]
+
+
+def _marker(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + UNFINISHED_MARKER)

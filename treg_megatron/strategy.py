@@ -7,6 +7,7 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from nemo import lightning as nl
+from nemo.lightning.pytorch.strategies.utils import init_model_parallel
 
 
 class PolicyStrategy(nl.MegatronStrategy):
@@ -18,6 +19,14 @@ class PolicyStrategy(nl.MegatronStrategy):
         super().__init__(ckpt_optim_fully_reshardable=True, **kwargs)
         # Megatron's timers all-gather over the world, but NeMo's printer asks for them on rank 0 alone: a deadlock
         self.timers = None
+
+    def setup_distributed(self) -> None:
+        joined = torch.distributed.is_initialized()
+        super().setup_distributed()
+        if joined:  # NeMo ends early then: this is the rest of its method
+            init_model_parallel(self.model)
+            if self.data_sampler:
+                self.data_sampler.setup(self.cluster_environment.global_rank())
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)

@@ -24,6 +24,7 @@ from treg_megatron.errors import UserError
 from treg_megatron.files import atomic_write_all, manifest_text, read_manifest, sha256_of
 from treg_megatron.indexed import IndexedReader, IndexedWriter, ends_of
 from treg_megatron.labels import LabelledPair
+from treg_megatron.seen import Seen
 from treg_megatron.tokens import ChatTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ class PairStreams:
                    PAIR_IDS: self._ids}
         for name, reader in readers.items():
             sequences = 1 if name == PAIR_IDS else 2
-            if reader is not None and not np.array_equal(reader.document_starts, np.arange(pairs + 1) * sequences):
+            if reader is not None and (len(reader.document_starts) != pairs + 1 or not np.array_equal(
+                    reader.document_starts, np.arange(pairs + 1) * sequences)):
                 raise UserError(f"{self.prefix}_{name} does not hold {pairs} documents of {sequences} sequences, as "
                                 "the manifest says; index again")
         self._refuse(self._rewards.lengths < 1, "{pair}: an empty response")
@@ -174,12 +176,12 @@ def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, 
     all_labels = [streams.manifest["labels"] for streams in opened]
     labels = all_labels[0] if all(each == all_labels[0] for each in all_labels) else {"merged": all_labels}
     with _stream_writers(prefix, np.dtype(first["token_dtype"]), first["reference_logprobs"]) as (writers, manifest):
-        seen: set[int] = set()
+        seen = Seen()
         for streams in opened:
             for pair in range(len(streams)):
-                if (id_hash := hash(streams.pair_id(pair))) in seen:
-                    raise UserError(f"pair_id {streams.pair_id(pair)!r} of {streams.prefix} is in an earlier part, too")
-                seen.add(id_hash)
+                if (pair_id := streams.pair_id(pair)) in seen:
+                    raise UserError(f"pair_id {pair_id!r} of {streams.prefix} is in an earlier part, too")
+                seen.add(pair_id)
             for name, writer in writers.items():
                 writer.append(streams.reader(name))
         manifest |= {"pairs": len(seen), "tokens": sum(s.manifest["tokens"] for s in opened),
@@ -301,15 +303,15 @@ def manifest_path(prefix: str | Path) -> Path:
 
 def _write_pairs(writers: dict[str, IndexedWriter], pairs: Iterable[LabelledPair],
                  tokenizer: ChatTokenizer) -> dict[str, int]:
-    id_hashes: set[int] = set()
+    seen = Seen()
     tokens = response_tokens = longest = 0
     for pair in pairs:
         if max(pair.chosen_tokens.max(), pair.rejected_tokens.max()) >= tokenizer.vocab_size:
             raise UserError(f"pair {pair.pair_id} holds a token id that the tokenizer of {tokenizer.folder} "
                             f"({tokenizer.vocab_size} tokens) does not have: it was made with another one")
-        if (id_hash := hash(pair.pair_id)) in id_hashes:
+        if pair.pair_id in seen:
             raise UserError(f"pair_id {pair.pair_id!r} comes twice; ids must be unique")
-        id_hashes.add(id_hash)
+        seen.add(pair.pair_id)
         if (pair.chosen_ref_logprobs is not None) != (REF_LOGPROBS in writers):
             raise UserError(f"pair {pair.pair_id} {'lacks' if REF_LOGPROBS in writers else 'has'} reference log-probs, "
                             "the pairs before it do not: give them for all pairs or for none")
@@ -321,7 +323,7 @@ def _write_pairs(writers: dict[str, IndexedWriter], pairs: Iterable[LabelledPair
         tokens += len(pair.chosen_tokens) + len(pair.rejected_tokens)
         response_tokens += len(pair.chosen_token_rewards) + len(pair.rejected_token_rewards)
         longest = max(longest, len(pair.chosen_tokens), len(pair.rejected_tokens))
-    return {"pairs": len(id_hashes), "tokens": tokens, "response_tokens": response_tokens, "longest_sequence": longest}
+    return {"pairs": len(seen), "tokens": tokens, "response_tokens": response_tokens, "longest_sequence": longest}
 
 
 _MANIFEST_KEYS = {"pairs": int, "tokens": int, "response_tokens": int, "longest_sequence": int, "alignment": str,

@@ -10,6 +10,7 @@ Values lie in [-0.5, 0.5]. Texts and spans are mapped to our tokens by the chara
 several of ours, which all get its value, but never part of one. The end-of-turn token gets 0 unless ids name it.
 """
 
+import dataclasses
 import itertools
 import math
 import multiprocessing
@@ -38,44 +39,60 @@ _COLUMNS = tuple(f"{side}_{name}" for side in SIDES for name in ("token_rewards"
 def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[str, Any]:
     """Turn ``section.pairs`` with token rewards into the Parquet file ``section.output`` of labelled pairs.
 
+    Memory holds ``section.shard_pairs`` pairs, whatever the size of the file.
+
     Args:
         scorer: gives the reference log-probs; without one the file has none, which suits reference-free objectives.
 
     Returns:
-        ``pairs`` (written) and ``drops`` by reason.
+        ``file`` (its path), ``pairs`` (written) and ``drops`` by reason.
 
     Raises:
         UserError: a row without rewards, or with some that do not line up with the tokens; or no pair that fits.
     """
     tokenizer = load_tokenizer(section.model)
     drops: Counter[str] = Counter()
-    labelled, sequences = [], []
-    for pair, row in read_pairs_and_rows(section.pairs, drops, section.format):
-        try:
-            one, reason = _labelled(pair, row, tokenizer, section.max_length)
-        except (ValueError, UserError) as error:
-            raise UserError(f"{section.pairs}, pair {pair.pair_id}: {error}") from None
-        if one is None:
-            drops[reason] += 1
-            continue
-        labelled.append(one)
-        for side in SIDES:
-            tokens, response = getattr(one, f"{side}_tokens"), len(getattr(one, f"{side}_token_rewards"))
-            sequences.append(ScoredSequence(tokens[:-response].tolist(), tokens[-response:].tolist()))
-    if not labelled:
-        raise UserError(f"{section.pairs}: no pair is left ({', '.join(drops)})")
+    labelled = _fitting(section, tokenizer, drops)
     if scorer is not None:
-        logps = iter(scorer.score(sequences))
-        labelled = [LabelledPair(**{**vars(one), **{f"{side}_ref_logprobs": next(logps) for side in SIDES}})
-                    for one in labelled]
+        # Everything is read once before the first forward pass: a broken row must not show up after hours of scoring.
+        for _ in _fitting(section, tokenizer, Counter()):
+            pass
+        labelled = _with_reference(labelled, scorer, section.shard_pairs)
+    first = next(labelled, None)
+    if first is None:
+        raise UserError(f"{section.pairs}: no pair is left ({', '.join(drops)})")
     run = {"pairs": source_identity(section.pairs), "token_rewards": "own",
            "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256},
            "reference": {"model": Path(section.model).name, "dtype": section.dtype} if scorer else None,
            "max_length": section.max_length}
     output = Path(section.output)
-    write_shard(output if output.suffix == ".parquet" else output.with_name(output.name + ".parquet"), labelled,
-                {"run": run, "drops": dict(drops)})
-    return {"pairs": len(labelled), "drops": dict(sorted(drops.items()))}
+    file = output if output.suffix == ".parquet" else output.with_name(output.name + ".parquet")
+    pairs = write_shard(file, itertools.chain([first], labelled), {"run": run, "drops": drops})
+    return {"file": str(file), "pairs": pairs, "drops": dict(sorted(drops.items()))}
+
+
+def _fitting(section: LabelSection, tokenizer: ChatTokenizer, drops: Counter[str]) -> Iterator[LabelledPair]:
+    for pair, row in read_pairs_and_rows(section.pairs, drops, section.format):
+        try:
+            labelled, reason = _labelled(pair, row, tokenizer, section.max_length)
+        except (ValueError, UserError) as error:
+            raise UserError(f"{section.pairs}, pair {pair.pair_id}: {error}") from None
+        if labelled is None:
+            drops[reason] += 1
+        else:
+            yield labelled
+
+
+def _with_reference(pairs: Iterator[LabelledPair], scorer: Scorer, at_once: int) -> Iterator[LabelledPair]:
+    while batch := list(itertools.islice(pairs, at_once)):
+        sequences = []
+        for pair in batch:
+            for side in SIDES:
+                tokens, response = getattr(pair, f"{side}_tokens"), len(getattr(pair, f"{side}_token_rewards"))
+                sequences.append(ScoredSequence(tokens[:-response].tolist(), tokens[-response:].tolist()))
+        logps = iter(scorer.score(sequences))
+        for pair in batch:
+            yield dataclasses.replace(pair, **{f"{side}_ref_logprobs": next(logps) for side in SIDES})
 
 
 def labelled_from_text(source: str | Path, tokenizer: ChatTokenizer, workers: int) -> Iterator[LabelledPair]:
@@ -156,7 +173,7 @@ def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict)
     else:
         raise ValueError(f"{side} has no token rewards: give {side}_token_rewards with {side}_token_ids or "
                          f"{side}_token_texts, or {side}_spans")
-    rewards = np.array(rewards, dtype=np.float32)
+    rewards = np.asarray(rewards, dtype=np.float32)
     if (wrong := ~(np.abs(rewards) <= _LARGEST)).any():
         raise ValueError(f"{side} has a token reward of {rewards[wrong][0]:g}, outside [-0.5, 0.5]")
     return ids, rewards
@@ -190,22 +207,18 @@ def _by_id(side: str, given: Any, values: list[float], ids: list[int]) -> list[f
     return [*values, 0.0][:len(ids)]
 
 
-def _by_span(side: str, valued: list[tuple[int, int, float]], spans: list[tuple[int, int]],
-             response: str) -> list[float]:
-    rewards, length = [], len(response)
-    following = iter([*valued, (length, length + 1, 0.0)])
-    first, last, value = next(following)
-    for start, end in spans:
-        while last <= start:
-            first, last, value = next(following, (length, length + 1, 0.0))
-        if first <= start and end <= last:
-            rewards.append(value)
-        elif end <= first:
-            rewards.append(0.0)
-        else:
-            raise ValueError(f"{side}: the rewards do not line up with our tokens: {response[start:end]!r} (characters "
-                             f"{start} to {end}) is one token, of which the rewards for {first} to {last} cover a part")
-    return [*rewards, 0.0]
+def _by_span(side: str, valued: list[tuple[int, int, float]], spans: np.ndarray, response: str) -> np.ndarray:
+    beyond = (len(response), sys.maxsize, 0.0)
+    firsts, lasts, values = (np.array(column) for column in zip(*valued, beyond))
+    starts, ends = spans.T
+    at = np.searchsorted(lasts, starts, side="right")         # the first of theirs that ends after our token begins
+    inside, before = (firsts[at] <= starts) & (ends <= lasts[at]), ends <= firsts[at]
+    if (apart := ~(inside | before)).any():
+        (start, end), theirs = spans[apart.argmax()], at[apart.argmax()]
+        raise ValueError(f"{side}: the rewards do not line up with our tokens: {response[start:end]!r} (characters "
+                         f"{start} to {end}) is one token, of which the rewards for {firsts[theirs]} to "
+                         f"{lasts[theirs]} cover a part")
+    return np.append(np.where(inside, values[at], 0.0), 0.0)
 
 
 def _spans(given: Any, name: str, length: int) -> list[tuple[int, int, float]]:

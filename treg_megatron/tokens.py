@@ -13,11 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from treg_megatron.errors import UserError
 from treg_megatron.files import sha256_of_json
 from treg_megatron.formats import Message
 from treg_megatron.sampling import Sampled
 from treg_megatron.sentencepiece_model import SentencePieceTokenizer
+from treg_megatron.word_memory import WordMemory, parts_expression
 
 # Llama 3.2's template writes today's date into the system turn unless it is given one; labels must not change with it.
 _FIXED_DATE = "26 Jul 2024"
@@ -96,25 +99,18 @@ class ChatTokenizer:
         words, _, end_of_turn = self._split_response(messages, response)
         return [*self._encode(words, special=False), end_of_turn]
 
-    def encode_response_with_spans(self, messages: Sequence[Message],
-                                   response: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_response_with_spans(self, messages: Sequence[Message], response: str) -> tuple[list[int], np.ndarray]:
         """:meth:`encode_response`, and for each id but the end-of-turn token its characters in ``response``.
 
-        A span is (first, one after the last). Tokens that share a character, as bytes of it do, have it in common;
-        what no token claims for itself, such as a space, belongs to the token after it.
+        The characters are int [tokens, 2]: the first, and one after the last. Tokens that share a character, as bytes
+        of it do, have it in common; what no token claims for itself, such as a space, belongs to the token after it.
         """
         words, shift, end_of_turn = self._split_response(messages, response)
-        ids, found = self._engine.encode_with_spans(words)
-        spans, reached = [], 0
-        for start, end in found:
-            if start > reached:
-                start = reached
-            if end > reached:
-                reached = end
-            spans.append((start, end))
-        if shift:
-            spans = [(max(start + shift, 0), max(end + shift, 0)) for start, end in spans]
-        return [*ids, end_of_turn], spans
+        ids, spans = self._engine.encode_with_spans(words)
+        starts, ends = np.asarray(spans, dtype=np.int64).reshape(-1, 2).T
+        reached = np.concatenate([[0], np.maximum.accumulate(ends)])[:-1]
+        spans = np.column_stack([np.minimum(starts, reached), ends])
+        return [*ids, end_of_turn], np.maximum(spans + shift, 0)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens included."""
@@ -233,17 +229,23 @@ class _FastEngine:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.no_truncation()
+        parts = parts_expression(self._backend)
+        self._memories = None if parts is None else {
+            special: WordMemory(functools.partial(self.encode_whole, special=special), parts) for special in (True, False)}
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Ids of a text; ``special`` says whether special tokens are recognised in it."""
-        return self._encoded(text, special).ids
+        return self._memories[special].encode(text) if self._memories else self.encode_whole(text, special).ids
 
-    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_with_spans(self, text: str) -> tuple[list[int], Any]:
         """Ids of a text without special tokens, and the characters of each."""
-        encoded = self._encoded(text, False)
+        if self._memories:
+            return self._memories[False].encode_with_spans(text)
+        encoded = self.encode_whole(text, False)
         return encoded.ids, encoded.offsets
 
-    def _encoded(self, text: str, special: bool) -> Any:
+    def encode_whole(self, text: str, special: bool) -> Any:
+        """The tokenizer's own encoding of a text, with ``ids`` and ``offsets``."""
         self._backend.encode_special_tokens = not special
         return self._backend.encode(text, add_special_tokens=False)
 

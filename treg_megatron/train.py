@@ -9,22 +9,21 @@ The same command resumes an interrupted run from its newest complete checkpoint.
 
 import argparse
 import multiprocessing
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from treg_megatron import errors
-from treg_megatron.recipe import load_recipe, section
+from treg_megatron.recipe import add_recipe_arguments, parse_recipe, section
 from treg_megatron.runtime.quiet import unheard_imports
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="torchrun -m treg_megatron.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, metavar="YAML", help="the run's recipe")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the recipe")
-    arguments = parser.parse_args(argv)
-    train(load_recipe(arguments.recipe, arguments.overrides))
+    add_recipe_arguments(parser)
+    train(parse_recipe(parser.parse_args(argv)))
 
 
 def train(recipe: DictConfig) -> None:
@@ -34,18 +33,19 @@ def train(recipe: DictConfig) -> None:
         UserError: anything in the recipe or the files it names that cannot work.
     """
     from treg_megatron.checkpoint.families import model_fields, nemo_config_class
-    from treg_megatron.checkpoint.layout import newest_checkpoint, read_identity
+    from treg_megatron.checkpoint.layout import read_identity
     from treg_megatron.checks import data_parallel_size, require_divisible, require_trainable
     from treg_megatron.objective import Objective
-    from treg_megatron.runtime.launch import rank_zero_print, world
+    from treg_megatron.runtime.launch import join, leave, on_rank_zero, rank_zero_print, world
     from treg_megatron.streams import open_streams, require_same_tokenizer
 
-    model, data, parallel, run = (section(recipe, name) for name in ("model", "data", "parallel", "train"))
+    model, data, parallel, optimizer, run = (
+        section(recipe, name) for name in ("model", "data", "parallel", "optimizer", "train"))
     objective = Objective(**vars(section(recipe, "objective")))
     ranks = world()
     identity = read_identity(Path(model.checkpoint))
     fields = model_fields(identity.hf_config)
-    data_parallel_size(parallel, ranks.size)
+    data_ranks = data_parallel_size(parallel, ranks.size)
     require_divisible(fields, parallel, data, ranks.size)
     streams = {prefix: open_streams(prefix) for prefix in (data.train, data.validation) if prefix}
     for opened in streams.values():
@@ -64,37 +64,54 @@ def train(recipe: DictConfig) -> None:
     rank_zero_print(describe_stack())
 
     with unheard_imports():
-        from treg_megatron import build
+        from treg_megatron import build, lora
         from treg_megatron.data import PairData
+        from treg_megatron.heartbeat import Heartbeat
         from treg_megatron.metrics import RunMetrics
-        from treg_megatron.saving import SaveEvery, remove_unfinished
+        from treg_megatron.pair_record import PairRecord
+        from treg_megatron.saving import SaveEvery, checkpoint_to_resume
+        from treg_megatron.stopping import EXIT_STOPPED, StopOnSignal
         from treg_megatron.validation import ValidateEvery
 
-    pairs = PairData(data, streams[data.train], streams.get(data.validation),
-                     divisor=parallel.tensor if parallel.sequence else 1)
+    join(ranks, run.stuck_after)
+    pairs = PairData(data, streams[data.train], streams.get(data.validation), parallel)
     steps = min(pairs.steps, run.max_steps or pairs.steps)
     output = Path(run.output)
-    resume = newest_checkpoint(output)
+    resume = on_rank_zero(lambda: checkpoint_to_resume(output))
     if ranks.rank == 0:
-        if left := remove_unfinished(output):
-            print(f"removed checkpoints that an interrupted save left unfinished: {', '.join(left)}")
         output.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(recipe, output / "recipe.yaml")
     rank_zero_print(f"{len(pairs.train)} pairs, {steps} steps of {data.global_batch_size} pairs, "
                     + (f"resuming from {resume.name}" if resume else f"starting from {model.checkpoint}"))
 
     metrics = RunMetrics(output, pairs.steps_per_epoch, objective.first_preference_loss, run.first_loss_tolerance)
+    stop = StopOnSignal()
     callbacks = [
         metrics,
+        *([PairRecord(output)] if run.record_pairs else []),
         *([ValidateEvery(run.validate_every, metrics)] if data.validation else []),
+        stop,  # before SaveEvery, which saves when the run is to stop
         SaveEvery(output, run.save_every, run.keep_checkpoints, identity, metrics=metrics.last,
                   description={"recipe": OmegaConf.to_container(recipe, resolve=False), "data": pairs.train.manifest}),
+        Heartbeat(ranks, run.stuck_after),  # the last: a step counts when it is saved
     ]
+    # divided by the step's pairs like every gradient, the routers' becomes its mean over micro-batches
+    router_aux_loss = optimizer.router_aux_loss * pairs.pairs_per_micro_batch(data_ranks)
+    config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, run, router_aux_loss)
+    adapters = lora.adapters(section(recipe, "lora"), config)
+    if adapters is not None:
+        callbacks.append(adapters)
     strategy = build.strategy(parallel, run, initial_weights=None if resume else Path(model.checkpoint))
     trainer = build.trainer(ranks, strategy, run, steps, callbacks)
-    config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, run)
-    trainer.fit(build.policy(config, objective, build.optimizer(section(recipe, "optimizer"), run, steps)),
-                datamodule=pairs, ckpt_path=str(resume) if resume else None)
+    policy = build.policy(config, objective, build.optimizer(optimizer, run, steps), adapters)
+    if resume and adapters is not None:
+        resume = lora.resumed(resume, Path(model.checkpoint))
+    trainer.fit(policy, datamodule=pairs, ckpt_path=resume)
+    leave()
+    if stop.stopped_by:
+        rank_zero_print(f"stopped by {stop.stopped_by}: step {trainer.global_step} of {steps} is saved, the same command "
+                        "goes on from there")
+        sys.exit(EXIT_STOPPED)
     rank_zero_print(f"done: {steps} steps, checkpoints and metrics.jsonl in {output}")
 
 

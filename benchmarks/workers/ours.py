@@ -147,7 +147,7 @@ def main() -> None:
     config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, train)
     optimizer = build.optimizer(section(recipe, "optimizer"), train, int(arguments.steps))
     trainer.fit(build.policy(config, Objective(**vars(section(recipe, "objective"))), optimizer),
-                datamodule=PairData(data, open_streams(data.train), None))
+                datamodule=PairData(data, open_streams(data.train), None, parallel))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """A thousand ways to damage inputs and outputs: each is refused in one line that names the file, or reads correctly."""
 
 import json
+import os
 import random
 import resource
 import shutil
 import signal
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from treg_megatron.streams import merge_streams, open_streams, split_streams, st
 
 SEEDS = range(250)                     # times four kinds of file
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "pairs"
-PAIR_FILES = sorted(path for path in FOLDER.iterdir() if path.is_file())
+PAIR_FILES = sorted(path for path in FOLDER.rglob("*") if path.is_file())
 
 
 def damaged(content: bytes, chance: random.Random) -> bytes:
@@ -56,8 +58,11 @@ def test_pairs(tmp_path):
         chance = random.Random(seed)
         source = chance.choice(PAIR_FILES)
         path = tmp_path / source.name
-        path.write_bytes(damaged(source.read_bytes(), chance))
-        outcomes.append(refused_or_read(lambda: [p.chosen.encode() for p in read_pairs(path)], source.name))
+        if source.parent != FOLDER:                     # a file of a folder that datasets wrote
+            path = tmp_path / source.parent.name
+            shutil.copytree(source.parent, path, dirs_exist_ok=True)
+        (path / source.name if path.is_dir() else path).write_bytes(damaged(source.read_bytes(), chance))
+        outcomes.append(refused_or_read(lambda: [p.chosen.encode() for p in read_pairs(path)], path.name))
     assert 0 < sum(outcomes) < len(SEEDS)       # flipped letters of a text are another text
 
 
@@ -173,6 +178,38 @@ def test_a_full_disk_is_told_and_leaves_nothing(chatml, tmp_path, write):
          "merge": lambda: merge_streams(out / "t", [tmp_path / "in" / "whole"]),
          "split": lambda: split_streams(open_streams(tmp_path / "in" / "whole"), (out / "a", out / "b"), 0.5)}[write]()
     assert not [path for path in out.rglob("*") if path.is_file()]
+
+
+@contextmanager
+def read_only(folder: Path):
+    """Where nobody may write, not even root, who is somebody else for a while."""
+    is_root = os.geteuid() == 0
+    os.chmod(folder, 0o555)
+    try:
+        if is_root:
+            os.seteuid(65534)
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        os.chmod(folder, 0o755)
+
+
+@pytest.mark.parametrize("write", ["streams", "shard", "merge", "split"])
+def test_a_read_only_folder_is_told_and_stays_as_it_was(chatml, write):
+    with tempfile.TemporaryDirectory() as name:             # pytest's own folders are closed to others
+        folder = Path(name)
+        write_streams(folder / "part", THREE, chatml)
+        opened = open_streams(folder / "part")
+        writes = {"merge": lambda out: merge_streams(out / "t", [folder / "part"]),
+                  "streams": lambda out: write_streams(out / "t", THREE, chatml),
+                  "shard": lambda out: write_shard(out / "t.parquet", THREE),
+                  "split": lambda out: split_streams(opened, (out / "a", out / "b"), 0.5)}[write]
+        writes(folder / "writable")                         # imports what it needs: somebody else may not be able to
+        before = sorted(folder.iterdir())
+        with read_only(folder), pytest.raises(UserError, match=f"cannot write {folder}.*Permission denied"):
+            writes(folder)
+        assert sorted(folder.iterdir()) == before
 
 
 def test_a_folder_that_is_a_file(chatml, tmp_path):

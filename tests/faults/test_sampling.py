@@ -1,23 +1,26 @@
 """Sampling and ranking: ids as sampled, no double BOS, resumption, ties, and servers that go away."""
 
+import contextlib
 import dataclasses
 import json
 import threading
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from treg_megatron import ranking
 from treg_megatron.errors import UserError
-from treg_megatron.pairs import read_pairs
+from treg_megatron.pairs import Message, read_pairs
 from treg_megatron.ranking import best_and_worst, rank
 from treg_megatron.recipe import load_recipe, section
-from treg_megatron.sampling import server, station
+from treg_megatron.sampling import server
 from treg_megatron.sampling.huggingface import HuggingFaceSampler
 from treg_megatron.sampling.station import sample
+from treg_megatron.tokens import load_tokenizer
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ class Counting:
         return [self.tokenizer.sampled([10 + seed % 90, 11] + [end] * (seed % 3 > 0) + [end]) for _ in prompts]
 
 
-def test_samples_carry_ids_and_prompts_have_one_bos(settings, chatml, tokenizers):
+def test_samples_carry_ids(settings, chatml):
     sampler = Counting(chatml)
     manifest = sample(settings, sampler)
     assert (manifest["prompts"], manifest["responses"], manifest["truncated"]) == (5, 15, 0)
@@ -66,9 +69,15 @@ def test_samples_carry_ids_and_prompts_have_one_bos(settings, chatml, tokenizers
         for response in row["responses"]:
             assert response["ids"][-1] == chatml.end_of_turn and response["ids"].count(chatml.end_of_turn) == 1
             assert chatml.decode(response["ids"][:-1]) == response["text"]
-    with_bos, read = tokenizers["headers"], list(station.read_prompts(settings.prompts, Counter()))
-    prompt = with_bos.encode_prompt(read[0].messages)
-    assert len(read) == 5 and prompt.count(prompt[0]) == 1
+
+
+def test_a_prompt_is_sent_with_one_bos(settings, http, tokenizer_folders):
+    """The template of this tokenizer begins with it, and a server that gets text would put another before it."""
+    sample(dataclasses.replace(settings, model=str(tokenizer_folders["headers"]), engine="server",
+                               server=f"http://127.0.0.1:{http.server_port}/v1"))
+    bos = load_tokenizer(tokenizer_folders["headers"]).encode_prompt((Message("user", "x"),))[0]
+    assert len(http.asked) == 15
+    assert all(asked["prompt"][0] == bos and asked["prompt"].count(bos) == 1 for asked in http.asked)
 
 
 def test_hugging_face_samples_and_marks_what_is_cut_off(settings, chatml):
@@ -148,6 +157,43 @@ def test_what_cannot_be_ranked_is_left_out_and_counted(settings, chatml):
         rank(rank_settings(settings))
 
 
+@pytest.fixture
+def reward_model(settings, tmp_path) -> Path:
+    """A random Llama that classifies into one class, with the chat template of the sampled model."""
+    folder = tmp_path / "reward_model"
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(LlamaConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=1,
+        pad_token_id=0, initializer_range=0.2)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(settings.model).save_pretrained(folder)
+    return folder
+
+
+def test_a_reward_model_ranks(settings, chatml, reward_model):
+    sample(settings, Counting(chatml))
+    chosen = rank_settings(settings, reward_model=str(reward_model), dtype="float32", device="cpu")
+    assert rank(chosen).pairs == 5
+    model = LlamaForSequenceClassification.from_pretrained(reward_model)
+    responses = {row["prompt_id"]: row["responses"] for row in rows_of(settings)}
+    for pair in read_pairs(chosen.output):
+        scores = {}
+        for text in {response["text"] for response in responses[pair.pair_id]}:
+            ids = chatml.encode_prompt(pair.messages) + chatml.encode_response(pair.messages, text)
+            whole = chatml.decode(ids) + "\n"           # what ChatML puts after the end of a turn
+            with torch.no_grad():
+                tokens = AutoTokenizer.from_pretrained(reward_model)(whole, return_tensors="pt").input_ids
+                scores[text] = model(tokens).logits.item()
+        assert pair.chosen_score == pytest.approx(max(scores.values()), abs=1e-5) and pair.chosen == max(scores, key=scores.get)
+        assert pair.rejected_score == pytest.approx(min(scores.values()), abs=1e-5)
+
+
+def test_a_reward_model_without_a_chat_template_is_refused(settings, chatml, reward_model):
+    sample(settings, Counting(chatml))
+    (reward_model / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template, which the reward model was trained with"):
+        rank(rank_settings(settings, reward_model=str(reward_model), device="cpu"))
+
+
 def test_code_of_a_reward_model_needs_consent(settings, chatml, tmp_path):
     sample(settings, Counting(chatml))
     (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "modeling.Custom"}}))
@@ -157,7 +203,7 @@ def test_code_of_a_reward_model_needs_consent(settings, chatml, tmp_path):
 
 @pytest.fixture
 def http(chatml):
-    """A server that answers as vLLM does; its attribute ``broken`` counts down answers with status 503."""
+    """A server that answers as vLLM does; ``broken`` counts down answers with status 503, ``pause`` is before each."""
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.answer({"data": [{"id": "tiny"}]})
@@ -165,6 +211,7 @@ def http(chatml):
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             self.server.asked.append(asked)
+            time.sleep(self.server.pause)
             if self.server.broken > 0:
                 self.server.broken -= 1
                 self.send_error(503)
@@ -172,15 +219,16 @@ def http(chatml):
             self.answer({"choices": [{"text": "x", "finish_reason": "stop", "token_ids": asked["prompt"][-1:]}]})
 
         def answer(self, content):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(content).encode())
+            with contextlib.suppress(BrokenPipeError):          # of a client that has stopped waiting
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps(content).encode())
 
         def log_message(self, *_):
             pass
 
-    running = HTTPServer(("127.0.0.1", 0), Handler)
-    running.asked, running.broken = [], 0
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    running.asked, running.broken, running.pause = [], 0, 0.0
     threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
     yield running
     running.shutdown()
@@ -215,6 +263,20 @@ def test_a_server_that_is_gone_stops_the_job_which_goes_on_later(settings, http,
         sample(served)
     assert len(rows_of(served)) == 2
     http.broken = 0
+    assert sample(served)["prompts"] == 5
+
+
+def test_a_server_that_is_silent_or_gone_is_told(settings, http, monkeypatch):
+    monkeypatch.setattr(server, "_FIRST_PAUSE", 0.01)
+    served = dataclasses.replace(settings, engine="server", server=f"http://127.0.0.1:{http.server_port}/v1", timeout=0.1)
+    http.pause = 0.5
+    with pytest.raises(UserError, match="completions gave no answer in 2 tries .the last: timed out."):
+        sample(served)
+    assert len(http.asked) == 4                 # two prompts, each asked for again once
+    nobody = dataclasses.replace(served, server="http://127.0.0.1:9/v1")
+    with pytest.raises(UserError, match="127.0.0.1:9/v1/models gave no answer in 2 tries .the last: .*refused"):
+        sample(nobody)
+    http.pause = 0
     assert sample(served)["prompts"] == 5
 
 

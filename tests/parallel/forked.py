@@ -11,11 +11,14 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 TIMEOUT_SECONDS = 120
 
@@ -85,6 +88,7 @@ def _collect(pipes: list, processes: list) -> list[Any]:
 
 def _rank(rank: int, size: int, port: int, sender, log: Path | None, function: Callable[..., Any], args: tuple) -> None:
     os.setsid()
+    tqdm.set_lock(threading.RLock())  # its own is shared with the parent: a rank killed inside would keep it for ever
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
                       GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     if log is not None:

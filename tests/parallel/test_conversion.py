@@ -1,7 +1,6 @@
 """Conversion against the real Megatron-core: its model, its loader and its writer, on forked CPU ranks."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -54,15 +53,14 @@ def test_export_of_what_megatron_saved_is_the_original_bit_for_bit(imported, tmp
     assert_same_tensors(tmp_path / "exported", hf)
 
 
-@pytest.mark.skipif("TREG_REAL_MODEL" not in os.environ, reason="TREG_REAL_MODEL names no Hugging Face folder")
-def test_real_model_gives_the_logprobs_of_transformers_and_returns_bit_for_bit(tmp_path):
-    hf = Path(os.environ["TREG_REAL_MODEL"])
-    import_checkpoint(hf, tmp_path / "checkpoint")
-    tokens = torch.randint(0, config_of(hf)["vocab_size"], (1, 64), generator=torch.Generator().manual_seed(1))
-    actual = run_ranks(2, load_and_score, config_of(hf), tmp_path / "checkpoint", tokens, 1, 2)[-1]
-    torch.testing.assert_close(actual, transformers_logprobs(hf, tokens), atol=1e-4, rtol=0)
-    export_checkpoint(tmp_path / "checkpoint", hf, tmp_path / "back")
-    assert_same_tensors(tmp_path / "back", hf)
+def test_real_model_gives_the_logprobs_of_transformers_and_returns_bit_for_bit(smollm2, tmp_path):
+    import_checkpoint(smollm2, tmp_path / "checkpoint")
+    config = config_of(smollm2)
+    tokens = torch.randint(0, config["vocab_size"], (1, 64), generator=torch.Generator().manual_seed(1))
+    actual = run_ranks(2, load_and_score, config, tmp_path / "checkpoint", tokens, 1, 2)[-1]
+    torch.testing.assert_close(actual, transformers_logprobs(smollm2, tokens), atol=1e-4, rtol=0)
+    export_checkpoint(tmp_path / "checkpoint", smollm2, tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", smollm2)
 
 
 def test_padded_vocabulary_rows_are_zero(imported):

@@ -11,6 +11,8 @@ LAYOUTS = {
     "DP2": (2, BINS),
     "PP2": (2, [*BINS, "parallel.pipeline=2"]),
     "TP2+SP": (2, [*BINS, "parallel.tensor=2", "parallel.sequence=true"]),
+    "PP2+VPP2": (2, [*BINS, "parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "CP2xPP2+VPP2": (4, [*BINS, "parallel.context=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
 }
 
 
@@ -31,11 +33,12 @@ def test_bins_give_the_losses_of_a_single_rank(layout, tied_run, padded, tmp_pat
     assert_same([r["grad_norm"] for r in records(out)], [r["grad_norm"] for r in records(padded)], rtol=1e-4)
 
 
-def test_a_killed_run_with_bins_resumes_on_two_data_parallel_ranks(tied_run, padded, tmp_path):
+@pytest.mark.parametrize("layout", ["DP2", "PP2+VPP2"])
+def test_a_killed_run_with_bins_resumes_on_two_ranks(layout, tied_run, padded, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Killed):
         run(tied_run, out, 1, "train.save_every=7", *BINS, meanwhile=lambda: kill_when(out, '"step": 8, "epoch"'))
-    run(tied_run, out, 2, "train.save_every=7", *BINS)
+    run(tied_run, out, 2, "train.save_every=7", *LAYOUTS[layout][1])
     assert "resuming from step_000007" in out.with_suffix(".log.0").read_text()
     assert_same([r["loss"] for r in records(out)], [r["loss"] for r in records(padded)], rtol=1e-5)
 

@@ -1,6 +1,6 @@
 """The reference model's log-probs are the same from Hugging Face and from Megatron, however it is split."""
 
-import os
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +9,14 @@ import pytest
 from tests.parallel.forked import run_ranks
 from tests.tiny import tiny_llama
 from treg_megatron.checkpoint.from_hf import import_checkpoint
+from treg_megatron.errors import UserError
+from treg_megatron.labelling import label
+from treg_megatron.labels import SIDES, read_labelled
+from treg_megatron.recipe import LabelSection, load_recipe, section
+from treg_megatron.runtime.launch import World
 from treg_megatron.scoring import ScoredSequence
 from treg_megatron.scoring.huggingface import HuggingFaceScorer
-from treg_megatron.scoring.megatron import MegatronScorer, replica
-from treg_megatron.runtime.launch import World
+from treg_megatron.scoring.megatron import MegatronScorer, _difference, replica
 
 LAYOUTS = {"TP1": (1, 1), "TP3": (3, 1), "PP2": (1, 2)}
 
@@ -52,12 +56,62 @@ def test_engines_agree(tiny, layout):
     assert_engines_agree(*tiny, layout)
 
 
-@pytest.mark.skipif("TREG_REAL_MODEL" not in os.environ, reason="TREG_REAL_MODEL names no folder of SmolLM2")
-@pytest.mark.parametrize("layout", ["TP3", "PP2"])
-def test_engines_agree_on_a_real_model(layout, tmp_path):
-    hf = Path(os.environ["TREG_REAL_MODEL"])
-    import_checkpoint(hf, tmp_path / "megatron")
-    assert_engines_agree(hf, tmp_path / "megatron", layout)
+@pytest.fixture(scope="module")
+def real(smollm2, tmp_path_factory) -> tuple[Path, Path]:
+    checkpoint = tmp_path_factory.mktemp("real") / "megatron"
+    import_checkpoint(smollm2, checkpoint)
+    return smollm2, checkpoint
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_engines_agree_on_a_real_model(real, layout):
+    """SmolLM2 has nine heads in three groups."""
+    assert_engines_agree(*real, layout)
+
+
+@pytest.fixture(scope="module")
+def job(tied_run, tmp_path_factory) -> LabelSection:
+    overrides = [*tied_run.overrides, f"label.pairs={tied_run.hf.parent}/train.jsonl", "label.engine=megatron",
+                 "label.batch_tokens=300", "label.shard_pairs=4", f"label.output={tmp_path_factory.mktemp('label')}"]
+    return section(load_recipe(tied_run.recipe, overrides), "label")
+
+
+@pytest.mark.parametrize("tensor, pipeline, ranks", [(2, 1, 2), (1, 2, 4)], ids=["TP2", "two copies of PP2"])
+def test_labels_of_a_split_model(tied_run, job, tensor, pipeline, ranks, tmp_path):
+    """Those of Hugging Face, from whichever copy of the model."""
+    job = dataclasses.replace(job, tensor=tensor, pipeline=pipeline, output=str(tmp_path))
+    manifests = run_ranks(ranks, label, job)
+    assert any(manifests)
+    with_hugging_face = read_labelled(tied_run.hf.parent / "labelled" / "train")
+    for ours, theirs in zip(read_labelled(tmp_path), with_hugging_face, strict=True):
+        assert ours.pair_id == theirs.pair_id
+        for side in SIDES:
+            np.testing.assert_array_equal(getattr(ours, f"{side}_tokens"), getattr(theirs, f"{side}_tokens"))
+            for values in (f"{side}_ref_logprobs", f"{side}_token_rewards"):
+                np.testing.assert_allclose(getattr(ours, values), getattr(theirs, values), atol=1e-4)
+
+
+def refused(job: LabelSection) -> str:
+    try:
+        label(job)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_checkpoint_of_another_model_is_refused(job, untied_run, ranks, tmp_path):
+    """By every rank: none waits for one that has left."""
+    other = dataclasses.replace(job, checkpoint=str(untied_run.hf.parent / "megatron"), output=str(tmp_path / "labelled"))
+    for said in run_ranks(ranks, refused, other):
+        assert "is not the model of" in said and "differs; name the checkpoint that was imported" in said
+    assert not (tmp_path / "labelled").exists()
+
+
+def test_a_model_of_the_same_shape_is_another_model(tiny, tmp_path):
+    hf, checkpoint = tiny
+    tiny_llama(tmp_path, hidden=96, heads=6, kv_heads=3, seed=1)
+    assert _difference(checkpoint, hf) is None
+    assert "model.embed_tokens.weight differs" in _difference(checkpoint, tmp_path)
 
 
 def test_copies_of_the_model_share_out_the_ranks():

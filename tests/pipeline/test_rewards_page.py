@@ -1,17 +1,17 @@
 """The page of token rewards in a real browser, without a network: values, colours, sorting and filtering."""
 
+import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from treg_megatron.labels import LabelledPair
-from treg_megatron.rewards_page import quality, token_texts, write_page
+from tests.pipeline.webdriver import CHROMIUM, DRIVER, browser
+from treg_megatron.labels import SIDES, LabelledPair
+from treg_megatron.rewards_page import quality, text_report, token_texts, write_page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MINUS = "\u2212"
 WORDS = ["<pad>", "The", " sky", " is", " blue", " red", ".", " Why", "</script>", "\u00e4"]
 
 
@@ -59,57 +59,115 @@ def test_a_character_of_several_tokens_appears_with_its_last():
     assert "".join(texts) == "a\u00e4\U0001f680b" and texts[:3] == ["a", "", "\u00e4"]
 
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-
-
-def browse(*arguments: str) -> str:
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=True).stdout
+needs_chromium = pytest.mark.skipif(not (CHROMIUM and DRIVER),
+                                    reason="needs Chromium: apt-get install chromium chromium-driver")
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Path:
+def window(tmp_path_factory):
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("page") / "rewards.html"
     write_page(path, "made for a test", quality(PAIRS), PAIRS, decode)
-    return path
+    return f"file://{path}"
 
 
-def articles(page: Path, view: str = "") -> list[str]:
-    document = browse("--dump-dom", f"file://{page}{view}")
-    return re.findall(r'<article id="pair-(\d+)">', document.partition('<main id="pairs">')[2])
+def token(pair: int, side: int, number: int, column: int = 0) -> str:
+    """CSS selector of a token; ``side`` 0 is chosen, ``column`` counts the rows of tokens of that side."""
+    return (f"#pair-{pair} .sides > div:nth-child({side + 1}) .tokens:nth-of-type({column + 1}) "
+            f"span:nth-child({number + 1})")
 
 
-@needs_chromium
-def test_a_token_shows_its_value_and_colour(page):
-    document = browse("--dump-dom", f"file://{page}").partition('<main id="pairs">')[2]
-    spans = re.findall(r'<span title="([^"]*)" data-value="([^"]*)" tabindex="(-?\d)" '
-                       r'style="background-color: ([^;]*);">([^<]*)</span>', document)
-    assert len(spans) == sum(len(rewards) for pair in PAIRS
-                             for rewards in (pair.chosen_token_rewards, pair.rejected_token_rewards))
-    title, value, tabindex, colour, text = spans[0]
-    assert (value, tabindex, text) == ("0.1", "0", " blue") and "reward +0.1000" in title
-    assert "surprisal 1.00" in title and colour.startswith("rgba(33, 102, 172")
-    assert "reward \u22120.2000" in spans[1][0] and spans[1][3].startswith("rgba(230, 97, 1")
-    assert spans[1][4] == "&lt;/script&gt;"
-    strength = [float(re.search(r"([0-9.]+)\)$", span[3])[1]) for span in spans[:3]]
-    assert strength[0] < strength[1] < strength[2]
+def told(window) -> str:
+    return window.evaluate("document.getElementById('value').textContent")
 
 
-@needs_chromium
-def test_views_sort_and_filter(page):
-    assert articles(page) == ["0", "1", "2"]
-    assert articles(page, "#sort=length") == ["1", "0", "2"]
-    assert articles(page, "#sort=mean") == ["0", "2", "1"]
-    assert articles(page, "#spread=0.1") == ["0", "1"]
-    assert articles(page, "#mean=0.1") == ["1"]
-    assert articles(page, "#length=6") == ["0", "2"]
-    assert articles(page, "#text=Question+FLAT") == ["2"]
+def background(window, selector: str) -> tuple[str, float]:
+    """Colour and opacity that the browser computed."""
+    colour = window.evaluate(f"getComputedStyle(document.querySelector({json.dumps(selector)})).backgroundColor")
+    *rgb, opacity = re.findall(r"[0-9.]+", colour)
+    return ",".join(rgb), float(opacity)
+
+
+def shown(window) -> list[int]:
+    return window.evaluate("[...document.querySelectorAll('article')].map(a => Number(a.id.slice(5)))")
 
 
 @needs_chromium
-def test_it_can_be_photographed_and_names_no_other_address(page, tmp_path):
-    browse(f"--screenshot={tmp_path}/page.png", "--window-size=1200,900", f"file://{page}")
-    picture = (tmp_path / "page.png").read_bytes()
+def test_a_token_that_is_pointed_at_tells_its_value_and_has_its_colour(window, page):
+    window.open(page)
+    tokens = [token(0, 0, number) for number in range(3)]
+    texts = [window.evaluate(f"document.querySelector({json.dumps(one)}).textContent") for one in tokens]
+    assert texts == [" blue", "</script>", "."] and told(window) == ""
+    for one, reward, colour in zip(tokens, (0.1, -0.2, 0.3), ("33,102,172", "230,97,1", "33,102,172")):
+        window.point_at(one)
+        assert f"reward {'+' if reward > 0 else MINUS}{abs(reward):.4f}" in told(window)
+        assert background(window, one) == (colour, pytest.approx(0.75 * (abs(reward) / 0.5) ** 0.5, abs=5e-3))
+    assert 'chosen token 3 "."' in told(window) and "surprisal 3.00" in told(window)
+    assert background(window, token(0, 1, 1))[1] == 0           # a reward of 0
+    window.point_at(token(1, 1, 1))
+    assert f"rejected token 2 \" sky\" \u00b7 reward {MINUS}0.5000" in told(window)
+
+
+@needs_chromium
+def test_the_keyboard_walks_over_tokens_and_responses(window, page):
+    window.open(page)
+    window.evaluate(f"document.querySelector({json.dumps(token(0, 0, 0))}).focus()")
+    walked = []
+    for key in ("right", "right", "right", "left", "down", "down", "up", "up", "up", "left"):
+        window.press(key)
+        walked.append(re.match(r"(\w+ token \d)", told(window))[1])
+    assert walked == ["chosen token 2", "chosen token 3", "rejected token 1", "chosen token 3", "rejected token 1",
+                      "chosen token 1", "rejected token 1", "chosen token 1", "chosen token 1", "chosen token 1"]
+    window.press("tab")
+    assert told(window).startswith("rejected token 1")          # one stop for each response, not for each token
+
+
+@needs_chromium
+def test_views_sort_and_filter(window, page):
+    views = {"": [0, 1, 2], "#sort=length": [1, 0, 2], "#sort=mean": [0, 2, 1], "#sort=gap": [2, 0, 1],
+             "#spread=0.1": [0, 1], "#mean=0.1": [1], "#length=6": [0, 2], "#text=Question+FLAT": [2]}
+    for view, expected in views.items():
+        window.open(page + view)
+        assert shown(window) == expected, view
+    window.open(page)
+    window.click("#text")
+    window.press(*"question long")
+    assert shown(window) == [1]
+    assert window.evaluate("document.getElementById('count').textContent") == "1 of 3 pairs"
+    assert window.evaluate("location.hash") == "#text=question+long"
+
+
+@needs_chromium
+def test_the_policy_stands_beside_the_labels(window, tmp_path):
+    implicit = [{side: -getattr(pair, f"{side}_token_rewards") for side in SIDES} for pair in PAIRS]
+    write_page(tmp_path / "both.html", "made for a test", quality(PAIRS), PAIRS, decode, implicit)
+    window.open(f"file://{tmp_path}/both.html")
+    assert background(window, token(0, 0, 0, 0))[0] == "33,102,172"
+    assert background(window, token(0, 0, 0, 1))[0] == "230,97,1"
+    window.point_at(token(0, 0, 0, 1))
+    assert f"reward +0.1000 \u00b7 policy's implicit reward {MINUS}0.1000" in told(window)
+    assert window.evaluate("document.getElementById('summary').textContent").endswith("correlation with the labels-1.00")
+
+
+@needs_chromium
+def test_it_can_be_photographed_and_names_no_other_address(window, page):
+    window.open(page)
+    picture = window.screenshot()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-    addresses = set(re.findall(r"https?://[^\s\"']+", page.read_text(encoding="utf-8")))
+    addresses = set(re.findall(r"https?://[^\s\"']+", Path(page.removeprefix("file://")).read_text(encoding="utf-8")))
     assert addresses == {"http://www.w3.org/2000/svg"}          # the name of SVG's elements, which is not fetched
+
+
+def test_the_terminal_shows_values_or_shades():
+    implicit = [{side: -getattr(pair, f"{side}_token_rewards") for side in SIDES} for pair in PAIRS[:1]]
+    plain = "\n".join(text_report(quality(PAIRS), PAIRS[:1], decode, False, implicit))
+    assert "mean size of a reward" in plain and "User: question plain?" in plain
+    assert "-- chosen, mean +0.0667\n blue[+0.10]</script>[-0.20].[+0.30]" in plain
+    assert "-- chosen, the policy's implicit rewards, mean -0.0667\n blue[-0.10]</script>[+0.20].[-0.30]" in plain
+    shaded = list(text_report(quality(PAIRS), PAIRS[:1], decode, True))
+    assert "\x1b[30;48;2;" in shaded[-1] and "[+" not in shaded[-1]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -148,6 +149,24 @@ def test_what_does_not_fit_is_dropped_whole_and_counted(section, chatml, tmp_pat
     assert manifest["pairs"] == 1
     (pair,) = read_labelled(section.output)
     assert len(pair.chosen_tokens) == rendered("Q?", "yes")
+
+
+def test_a_template_that_cannot_render_is_told_with_the_pair(section, tiny_folder, tokenizer_folders, tmp_path):
+    """Two user turns in a row, which Gemma's template refuses; and a template that is broken altogether."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    for path in tokenizer_folders["turns"].iterdir():
+        shutil.copy(path, folder)
+    twice = [{"role": "user", "content": "Q?"}, {"role": "user", "content": "Well?"}]
+    section.model, section.pairs = str(folder), str(jsonl(tmp_path / "turns.jsonl", [
+        {"pair_id": "fits", "prompt": "Q?", "chosen": "yes", "rejected": "no"},
+        {"pair_id": "twice", "prompt": twice, "chosen": "yes", "rejected": "no"}]))
+    with pytest.raises(UserError, match="turns.jsonl, pair twice: the chat template of .* refuses a conversation"):
+        label(section, ArithmeticScorer())
+    assert not Path(section.output).exists()
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}")
+    with pytest.raises(UserError, match="the chat template of .* refuses a conversation"):
+        label(section, ArithmeticScorer())
 
 
 def test_sampled_ids_are_used_as_they_are(section, chatml, tmp_path):

@@ -44,7 +44,8 @@ def trained(tmp_path_factory) -> ChatTokenizer:
 def mistral(tmp_path_factory) -> ChatTokenizer:
     package = importlib.util.find_spec("mistral_common")
     if package is None:
-        pytest.skip("Mistral's tokenizer models come with a package: pip install --no-deps mistral-common")
+        pytest.skip("Mistral's tokenizer models come with a package, which `make test` installs: "
+                    "pip install --no-deps mistral-common")
     models = Path(package.submodule_search_locations[0]) / "data"
     return with_template(tmp_path_factory.mktemp("mistral"),
                          (models / "mistral_instruct_tokenizer_240323.model.v3").read_bytes())

@@ -48,7 +48,7 @@ def test_sampled_ids_are_taken_as_they_are(chatml):
 
 @given(response=st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).filter(str.strip), data=st.data())
 def test_texts_and_spans_give_each_token_the_value_of_its_characters(chatml, response, data):
-    _, spans = chatml.encode_response_with_spans(QUESTION, response)
+    spans = chatml.encode_response_with_spans(QUESTION, response)[1].tolist()
     edges = sorted({0, len(response)} | {start for start, _ in spans})
     edges = [0, *sorted(data.draw(st.sets(st.sampled_from(edges[1:-1]))) if edges[1:-1] else []), len(response)]
     edges = [e for e in edges if all(not start < e < end for start, end in spans)]
@@ -91,7 +91,8 @@ def test_from_a_file_of_rewards_to_streams(tokenizer_folders, chatml, tmp_path):
     overrides = [f"model.hf={tokenizer_folders['chatml']}", f"label.pairs={tmp_path}/own.jsonl",
                  f"label.output={tmp_path}/own.parquet", f"index.output={tmp_path}/train"]
     recipe = load_recipe(overrides=overrides)
-    assert import_token_rewards(section(recipe, "label"), scorer=None) == {"pairs": 3, "drops": {}}
+    assert import_token_rewards(section(recipe, "label"), scorer=None) == {
+        "file": f"{tmp_path}/own.parquet", "pairs": 3, "drops": {}}
     assert [pair.chosen for pair in read_labelled(tmp_path / "own.parquet")] == ["Paris"] * 3
     index(section(recipe, "index"))
     record = open_streams(tmp_path / "train")[2]

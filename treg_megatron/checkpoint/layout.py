@@ -9,10 +9,12 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,9 @@ SCHEMA = 1
 # NeMo wraps Megatron-core's model once: its keys in a checkpoint have this prefix.
 MODEL_PREFIX = "module."
 
+# A fingerprint reads this much of a file, in blocks from end to end of it: all of a small file, a sample of a large one.
+BLOCKS, BLOCK_BYTES = 64, 1 << 16
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -41,6 +46,7 @@ class Identity:
         source: the Hugging Face folder that was imported.
         written_by: the program and version that wrote the checkpoint.
         run: of a training checkpoint, what made it (for the model card): step, recipe, data, metrics.
+        files: of a training checkpoint, the fingerprint of each file by its path in the checkpoint.
         schema: version of this file's layout.
     """
 
@@ -50,6 +56,7 @@ class Identity:
     source: str
     written_by: str
     run: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
 
@@ -87,14 +94,55 @@ def is_complete(checkpoint: Path) -> bool:
     return (checkpoint / IDENTITY).is_file() and not _marker(checkpoint).exists()
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """The complete checkpoint of the highest step in RUN/checkpoints, or None."""
+def newest_checkpoint(run: Path, passed_over: Callable[[str], None] | None = None) -> Path | None:
+    """The complete and undamaged checkpoint of the highest step in RUN/checkpoints, or None.
+
+    Args:
+        passed_over: told a line about each damaged one that is newer; on stderr if not given.
+    """
     folder = Path(run) / CHECKPOINTS
     if not folder.is_dir():
         return None
     steps = {int(match[1]): path for path in folder.iterdir()
              if (match := re.fullmatch(r"step_(\d+)", path.name)) and path.is_dir() and is_complete(path)}
-    return steps[max(steps)] if steps else None
+    for step in sorted(steps, reverse=True):
+        wrong = damage(steps[step])
+        if wrong is None:
+            return steps[step]
+        line = f"checkpoint {steps[step].name} is damaged ({wrong}): passing over to the one before"
+        passed_over(line) if passed_over else print(line, file=sys.stderr)
+    return None
+
+
+def fingerprints(checkpoint: Path) -> dict[str, str]:
+    """Size and digest of each file of a checkpoint but treg.json, by its path in it."""
+    return {path.relative_to(checkpoint).as_posix(): _fingerprint(path)
+            for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != IDENTITY}
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint that was complete once, in a few words; None if they look as written."""
+    try:
+        for name, expected in read_identity(checkpoint).files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if _fingerprint(path) != expected:
+                return f"{name} is not what was written"
+    except (OSError, UserError) as error:
+        return str(error)
+    return None
+
+
+def _fingerprint(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for block in range(BLOCKS):
+            if size > BLOCKS * BLOCK_BYTES:
+                stream.seek(block * (size - BLOCK_BYTES) // (BLOCKS - 1))
+            digest.update(stream.read(BLOCK_BYTES))
+    return f"{size} bytes, sha256 {digest.hexdigest()}"
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 
+from treg_megatron.checkpoint.adapters import adapters_of
 from treg_megatron.checkpoint.buffers import Scratch, Stretch, as_bytes
 from treg_megatron.checkpoint.families import (
     Family,
@@ -33,7 +35,15 @@ from treg_megatron.checkpoint.layout import (
     written_whole,
 )
 from treg_megatron.checkpoint.model_card import model_card
-from treg_megatron.checkpoint.safetensors_stream import INDEX_FILE, PlannedTensor, ShardWriter, index_of, plan_shards
+from treg_megatron.checkpoint.from_hf import model_tensors
+from treg_megatron.checkpoint.safetensors_stream import (
+    INDEX_FILE,
+    PlannedTensor,
+    ShardWriter,
+    index_of,
+    plan_shards,
+    tensors_in_folder,
+)
 from treg_megatron.checkpoint.torch_dist import TorchDistReader
 from treg_megatron.errors import UserError
 
@@ -66,7 +76,8 @@ def export_checkpoint(checkpoint: str | Path, base: str | Path, output: str | Pa
     """Write a checkpoint as a Hugging Face folder that transformers loads.
 
     Args:
-        checkpoint: an imported or a training checkpoint, or a run's folder for its newest complete one.
+        checkpoint: an imported or a training checkpoint, or a run's folder for its newest complete one. Of a run with
+            adapters: they are merged into the weights of ``base``.
         base: Hugging Face folder that gives config.json, tokenizer and chat template.
         output: folder to write.
         dtype: precision of the written weights; "auto": that of the model that was imported.
@@ -86,15 +97,17 @@ def export_checkpoint(checkpoint: str | Path, base: str | Path, output: str | Pa
     fields = _common_fields(identity, checkpoint, base_config, base)
     family = family_of(base_config)
     reader = TorchDistReader(checkpoint / WEIGHTS)
-    check_tensors(reader, family, fields, checkpoint)
-
+    low_rank = adapters_of(reader, identity, family, fields, checkpoint)
+    if low_rank is None:
+        check_tensors(reader, family, fields, checkpoint)
     target_dtype = getattr(torch, identity.dtype if dtype == "auto" else dtype)
     planned = planned_tensors(family, fields, target_dtype)
     shards = plan_shards(planned, shard_bytes)
     nbytes = sum(tensor.nbytes for tensor in planned)
     with written_whole(output, nbytes) as folder:
         with tqdm(total=nbytes, desc="export", unit="B", unit_scale=True, disable=not progress) as bar:
-            sources = exported_tensors(reader, family, fields, target_dtype)
+            sources = exported_tensors(reader, family, fields, target_dtype) if low_rank is None else \
+                low_rank.merged_tensors(model_tensors(tensors_in_folder(base), family, fields, base), target_dtype)
             for name, shard in shards.items():
                 with ShardWriter(folder / name, shard) as writer:
                     for tensor in shard:
@@ -106,6 +119,29 @@ def export_checkpoint(checkpoint: str | Path, base: str | Path, output: str | Pa
         _copy_companions(base, folder)
         (folder / "README.md").write_text(model_card(identity, identity.run if run is None else run), encoding="utf-8")
     return Exported(checkpoint, str(target_dtype).removeprefix("torch."), nbytes, len(shards))
+
+
+def export_adapter(checkpoint: str | Path, base: str | Path, output: str | Path) -> Exported:
+    """Write the low-rank adapters of a run as a folder that ``peft`` loads on top of the Hugging Face folder ``base``.
+
+    Raises:
+        UserError: as :func:`export_checkpoint`, or the checkpoint has no adapters.
+    """
+    base, output = Path(base), Path(output)
+    refuse_existing(output)
+    checkpoint = find_checkpoint(Path(checkpoint))
+    identity = read_identity(checkpoint)
+    fields = _common_fields(identity, checkpoint, read_json(base / "config.json"), base)
+    low_rank = adapters_of(TorchDistReader(checkpoint / WEIGHTS), identity, family_of(identity.hf_config), fields, checkpoint)
+    if low_rank is None:
+        raise UserError(f"checkpoint {checkpoint} has no adapters: every weight was trained; export it with export.lora=merged")
+    tensors = low_rank.peft_tensors()
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    with written_whole(output, nbytes) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        _write_json(folder / "adapter_config.json", low_rank.peft_config(str(base)))
+        (folder / "README.md").write_text(model_card(identity, identity.run), encoding="utf-8")
+    return Exported(checkpoint, "float32", nbytes, 1)
 
 
 def check_tensors(reader: TorchDistReader, family: Family, fields: dict[str, Any], checkpoint: Path) -> None:

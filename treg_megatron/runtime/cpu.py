@@ -30,6 +30,7 @@ def use_cpu() -> None:
     _replace_cuda_runtime()
     _active = _CudaMeansCpu()
     _active.__enter__()
+    _reenter_in_backward(_active)
 
 
 def is_cpu() -> bool:
@@ -66,6 +67,17 @@ def _cpu_for_cuda(device: Any) -> Any:
     if type(device) is int:  # what current_device() gives
         return torch.device("cpu")
     return device
+
+
+def _reenter_in_backward(mode: TorchFunctionMode) -> None:
+    """torch leaves a mode while it runs a call that the mode saw: what a backward pass calls would escape it."""
+    run = torch.autograd._engine_run_backward
+
+    def run_in_mode(*args, **kwargs):
+        with mode:
+            return run(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_in_mode
 
 
 class _NoStream:

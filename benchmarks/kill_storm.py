@@ -1,0 +1,225 @@
+"""SIGKILL to random processes at random moments of labelling, training, saving and exporting, until all is done all the same.
+
+    python benchmarks/kill_storm.py --kills 100
+    python benchmarks/kill_storm.py --kills 100 --state storm --seconds 500     # in pieces: the same command goes on
+
+One round labels, indexes, trains on two pipeline ranks and exports a small model. In each station a process of the job,
+a rank or one of the processes that write a rank's checkpoint, is killed at a random moment; when a rank dies, the job's other
+processes are ended, as `srun --kill-on-bad-exit` does, and the same command is started again, without a look at what
+is left. At the end of the round everything is compared with a round in which nobody was killed: labels, the metrics
+of every step, the record of the pairs that were trained on, the exported weights, bit for bit.
+
+Ranks are forked from a process that has imported the libraries, so a restart costs less here than on a cluster.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.parallel.forked import run_ranks, warm_up  # noqa: E402
+from tests.tiny import tiny_llama, tiny_tokenizer  # noqa: E402
+
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "tiny.yaml"
+PAIRS, EPOCHS, GLOBAL_BATCH = 46, 4, 8
+WORDS = "red blue green paris rome seven three fast slow river stone bread".split()
+KILLS_A_STATION = {"label": 2, "train": 7, "export": 2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="stop after the round that reaches so many (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further round after this time")
+    parser.add_argument("--state", type=Path, help="folder that keeps the counts; without it one call does it all")
+    arguments = parser.parse_args()
+    warm_up()
+    with tempfile.TemporaryDirectory() as scratch:
+        storm = Storm(arguments.state or Path(scratch), Path(scratch))
+        start = time.monotonic()
+        while storm.counts["kills"] < arguments.kills and time.monotonic() - start < arguments.seconds:
+            storm.round()
+        storm.report()
+
+
+class Killed(Exception):
+    """A rank was killed, so the whole job is ended."""
+
+
+class Storm:
+    """Rounds of kills, and what they came to.
+
+    Args:
+        state: folder of counts.json.
+        scratch: folder for everything else.
+    """
+
+    def __init__(self, state: Path, scratch: Path):
+        self.file, self.scratch = state / "counts.json", scratch
+        state.mkdir(parents=True, exist_ok=True)
+        self.counts = Counter(json.loads(self.file.read_text())) if self.file.exists() else Counter()
+        tiny_llama(scratch / "hf", layers=4, vocab=tiny_tokenizer(scratch / "hf"))
+        self.seconds: dict[str, float] = {}
+        start = time.monotonic()
+        self.expected = self._run(scratch / "quiet", random.Random(0), kills=False)
+        self.quiet_seconds = time.monotonic() - start
+
+    def round(self) -> None:
+        number = self.counts["rounds"]
+        start, folder = time.monotonic(), self.scratch / f"round{number}"
+        found = self._run(folder, random.Random(number), kills=True)
+        self.counts["milliseconds_lost"] += round(1000 * (time.monotonic() - start - self.quiet_seconds))
+        for epoch in range(EPOCHS):
+            seen = Counter(found["epochs"][epoch])
+            self.counts["lost"] += PAIRS - len(seen)
+            self.counts["repeated"] += sum(seen.values()) - len(seen)
+        wrong = [name for name in self.expected if found[name] != self.expected[name]]
+        self.counts["corrupt"] += len(wrong)
+        self.counts["rounds"] += 1
+        shutil.rmtree(folder)
+        self.file.write_text(json.dumps(self.counts))
+        print(f"round {number}: {self.counts['kills']} kills so far, "
+              + (f"DIFFERENT: {', '.join(wrong)}" if wrong else "everything as in the quiet round"), flush=True)
+
+    def report(self) -> None:
+        kills = max(self.counts["kills"], 1)
+        print("kills while " + ", ".join(f"{name.removeprefix('while ')} {count}" for name, count in sorted(self.counts.items())
+                                         if name.startswith("while ")))
+        print(f"{self.counts['of ranks']} of ranks, {self.counts['of helpers']} of their checkpoint writers; "
+              f"{self.counts['restarts']} automatic restarts, {self.counts['rounds']} rounds")
+        print(f"figure seconds_lost_a_kill {self.counts['milliseconds_lost'] / 1000 / kills:.2f} s")
+        for name in ("kills", "lost", "repeated", "corrupt"):
+            print(f"figure {name} {self.counts[name]} {'kills' if name == 'kills' else 'pairs' if name != 'corrupt' else 'files'}")
+
+    # -- one round
+
+    def _run(self, folder: Path, chance: random.Random, kills: bool) -> dict:
+        """Every station in turn; what is to be compared."""
+        from treg_megatron.checkpoint.from_hf import import_checkpoint
+        from treg_megatron.files import sha256_of
+        from treg_megatron.indexing import index
+        from treg_megatron.labels import read_labelled
+        from treg_megatron.recipe import load_recipe, section
+
+        folder.mkdir()
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(pair(i)) + "\n" for i in range(PAIRS)))
+        overrides = [f"run={folder}", f"model.hf={self.scratch}/hf", f"label.pairs={folder}/pairs.jsonl", "label.shard_pairs=4",
+                     f"data.global_batch_size={GLOBAL_BATCH}", f"data.epochs={EPOCHS}", "parallel.pipeline=2",
+                     "train.save_every=3", "train.record_pairs=true", "train.stuck_after=20"]
+        for station, ranks, action in (("label", 2, label_station), ("train", 2, train_station), ("export", 1, export_station)):
+            if station == "train":
+                recipe = load_recipe(RECIPE, overrides)
+                index(section(recipe, "index"))
+                import_checkpoint(self.scratch / "hf", folder / "megatron")
+            start = time.monotonic()
+            left = KILLS_A_STATION[station] if kills else 0
+            while not self._attempt(station, folder, ranks, action, overrides, chance, left > 0):
+                left -= 1
+                self.counts["restarts"] += 1
+            self.seconds.setdefault(station, time.monotonic() - start)
+        records = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
+        return {
+            "labels": [row for shard in sorted((folder / "labelled" / "train").glob("*.parquet"))
+                       for row in ([p.pair_id, *(getattr(p, f"{side}_{name}").tolist() for side in ("chosen", "rejected")
+                                                 for name in ("tokens", "token_rewards", "ref_logprobs"))]
+                                   for p in read_labelled(shard))],
+            "metrics": [{k: v for k, v in record.items() if k != "seconds"} for record in records],
+            "epochs": epochs_of(folder / "train"),
+            "weights": sha256_of(folder / "hf" / "model.safetensors"),
+        }
+
+    def _attempt(self, station: str, folder: Path, ranks: int, action: Callable, overrides: list[str],
+                 chance: random.Random, kill: bool) -> bool:
+        """Start a station once, with or without a kill; whether it came to its end."""
+        def strike() -> None:
+            time.sleep(chance.uniform(0.0, self.seconds[station]))
+            victims = processes_of_ranks()
+            if not victims:
+                return  # it is done already
+            rank_alive = [pid for pid, is_rank in victims.items() if is_rank]
+            pid = chance.choice(rank_alive if chance.random() < 0.7 and rank_alive else list(victims))
+            while_saving = any((folder / "train" / "checkpoints").glob("*-unfinished"))
+            os.kill(pid, signal.SIGKILL)
+            self.counts["kills"] += 1
+            self.counts["of ranks" if victims[pid] else "of helpers"] += 1
+            self.counts[f"while {'saving' if while_saving and station == 'train' else station + 'ing'}"] += 1
+            if victims[pid]:
+                raise Killed
+
+        try:
+            run_ranks(ranks, action, overrides, log=folder / f"{station}.log", meanwhile=strike if kill else None)
+        except (Killed, AssertionError) as error:
+            if not kill:
+                raise
+            if isinstance(error, AssertionError) and "Traceback" in str(error):
+                self.counts["ended by themselves"] += 1
+            return False
+        return True
+
+
+def label_station(overrides: list[str]) -> None:
+    from treg_megatron.labelling import label
+    from treg_megatron.recipe import load_recipe, section
+
+    label(section(load_recipe(RECIPE, overrides), "label"))
+
+
+def train_station(overrides: list[str]) -> None:
+    from treg_megatron.recipe import load_recipe
+    from treg_megatron.train import train
+
+    train(load_recipe(RECIPE, overrides))
+
+
+def export_station(overrides: list[str]) -> None:
+    from treg_megatron.checkpoint.to_hf import export_checkpoint
+    from treg_megatron.recipe import load_recipe, section
+
+    export = section(load_recipe(RECIPE, overrides), "export")
+    if not Path(export.output).exists():  # renamed there when it was whole, a moment before the kill
+        export_checkpoint(export.checkpoint, export.base, export.output, export.dtype, shard_bytes=1 << 30)
+
+
+def processes_of_ranks() -> dict[int, bool]:
+    """Living processes of the job, and whether each is a rank itself: a rank is the leader of its session."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, (state, parent, _, session) = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()[:4]
+        except (OSError, ValueError):
+            continue
+        if state != "Z" and int(session) in _children(os.getpid()):
+            found[pid] = pid == int(session)
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+
+
+def epochs_of(run: Path) -> list[list[str]]:
+    """Ids of the pairs that each epoch trained on, in order."""
+    from treg_megatron.order import recorded_pairs
+
+    by_step = recorded_pairs(run)
+    per_epoch = -(-PAIRS // GLOBAL_BATCH)
+    return [[pair for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1) for pair in by_step.get(step, [])]
+            for epoch in range(EPOCHS)]
+
+
+def pair(i: int) -> dict[str, str]:
+    say = [" ".join(WORDS[(i * k + j) % len(WORDS)] for j in range(1 + (i * k) % 7)) for k in (1, 5, 3)]
+    return {"pair_id": f"p{i}", "prompt": f"{i}: say {say[0]}", "chosen": say[1], "rejected": say[2] + " no"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# sbatch slurm/convert.sh import|export [section.key=value ...]
+#
+# A Hugging Face folder to a Megatron checkpoint, or a run's newest checkpoint to a Hugging Face folder. No GPU; it streams,
+# so a node of any size will do.
+#SBATCH --job-name=convert
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=32
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=04:00:00
+#SBATCH --signal=USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+RECIPE="${RECIPE:-recipes/llama3_70b.yaml}"
+# shellcheck source=slurm/common.sh
+source "${TREG:-$SLURM_SUBMIT_DIR}/slurm/common.sh"
+record "${@:2}"
+once "$PYTHON" "$TREG/tools/convert_checkpoint.py" "$1" --recipe "$RECIPE" "${@:2}"

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# sbatch slurm/label_70b.sh [section.key=value ...]
+#
+# Labels the pairs of recipes/llama3_70b.yaml with the 70B reference model: a copy of it on each node of eight GPUs. More
+# nodes label faster; stopped by whatever, it goes on with the shards that are missing.
+#SBATCH --job-name=label_70b
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+RECIPE="${RECIPE:-recipes/llama3_70b.yaml}"
+# shellcheck source=slurm/common.sh
+source "${TREG:-$SLURM_SUBMIT_DIR}/slurm/common.sh"
+record "$@"
+launch "$(setting label.output "$@")" "$PYTHON" "$TREG/tools/label_tokens.py" --recipe "$RECIPE" "$@"

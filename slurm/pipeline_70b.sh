@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# bash slurm/pipeline_70b.sh [section.key=value ...]
+#
+# Submits label, index, train and export as one chain: each starts when the one before has ended well, and when one fails, those
+# after it are cancelled. The checkpoint must have been imported (slurm/convert.sh import).
+set -euo pipefail
+# Passed on to every job with the environment.
+export TREG="${TREG:-${SLURM_SUBMIT_DIR:-$PWD}}" RECIPE="${RECIPE:-recipes/llama3_70b.yaml}"
+
+after() { sbatch --parsable --dependency="afterok:$1" --kill-on-invalid-dep=yes "${@:2}"; }
+
+label=$(sbatch --parsable "$TREG/slurm/label_70b.sh" "$@")
+index=$(after "$label" "$TREG/slurm/index.sh" "$@")
+train=$(after "$index" "$TREG/slurm/treg_70b.sh" "$@")
+export=$(after "$train" "$TREG/slurm/convert.sh" export "$@")
+echo "label $label, index $index, train $train, export $export"

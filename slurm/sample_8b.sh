@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# sbatch slurm/sample_8b.sh [section.key=value ...]
+#
+# Samples responses to the prompts of recipes/llama3_8b.yaml and ranks them: on-policy pairs. One GPU; the engine is the
+# choice of sample.engine. Stopped by whatever, it goes on with the prompts that are not answered.
+#SBATCH --job-name=sample_8b
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+RECIPE="${RECIPE:-recipes/llama3_8b.yaml}"
+# shellcheck source=slurm/common.sh
+source "${TREG:-$SLURM_SUBMIT_DIR}/slurm/common.sh"
+record "$@"
+launch "$(setting sample.output "$@")" "$PYTHON" "$TREG/tools/sample_responses.py" --recipe "$RECIPE" "$@"
+launch "$(setting run "$@")" "$PYTHON" "$TREG/tools/rank_responses.py" --recipe "$RECIPE" "$@"

@@ -1,0 +1,21 @@
+# shellcheck shell=bash disable=SC2034
+# What differs from cluster to cluster. Copy this file to slurm/site.sh, which git ignores, and edit it; every script
+# reads it in the job. Before you submit, `source slurm/site.sh` as well: Slurm takes the SBATCH_* variables from there.
+
+# -- accounting: read by sbatch
+export SBATCH_ACCOUNT=my_account
+export SBATCH_PARTITION=batch
+
+# -- software: either a container (pyxis and enroot) ...
+CONTAINER_IMAGE=""                      # /shared/images/nemo.sqsh or nvcr.io#nvidia/nemo:TAG; empty: no container
+CONTAINER_MOUNTS=""                     # /shared:/shared,/scratch:/scratch; empty: the repository and where you submit
+# ... or modules and an environment that all nodes see
+# module load cuda/12.8
+PYTHON="${PYTHON:-python}"              # /shared/venvs/treg/bin/python
+
+# -- network
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+# export NCCL_IB_HCA=mlx5
+
+# -- caches: not in the home folder, which is small and slow on many clusters
+# export HF_HOME=/scratch/$USER/huggingface TRITON_CACHE_DIR=/tmp/triton-$USER

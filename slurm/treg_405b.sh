@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# sbatch slurm/treg_405b.sh [section.key=value ...]
+#
+# Trains recipes/llama3.1_405b.yaml on 36 nodes of eight 80 GB GPUs. Stopped by whatever, it goes on from its newest checkpoint.
+#SBATCH --job-name=treg_405b
+#SBATCH --nodes=36
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=48:00:00
+#SBATCH --signal=USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+RECIPE="${RECIPE:-recipes/llama3.1_405b.yaml}"
+# shellcheck source=slurm/common.sh
+source "${TREG:-$SLURM_SUBMIT_DIR}/slurm/common.sh"
+train "$@"

@@ -1,0 +1,108 @@
+"""Whole gradients of the model that trains, put together from every rank as a checkpoint would be."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Finished(Exception):
+    """Every objective has had its step."""
+
+
+def steps_on_this_rank(recipe: Path, overrides: list[str], objectives: list[dict]) -> list[dict[str, Any]]:
+    """Train one step on each objective with the weights as they were loaded.
+
+    Returns, on rank 0, for each: the loss, and the gradient of every parameter by its checkpoint key.
+    """
+    from treg_megatron import model, strategy
+    from treg_megatron.objective import Objective
+    from treg_megatron.recipe import load_recipe
+    from treg_megatron.train import train
+
+    objectives = [Objective(**o) for o in objectives]
+    steps: list[dict[str, Any]] = []
+    loss_of, optimizer_step = model.preference_loss, strategy.PolicyStrategy.optimizer_step
+
+    def loss_of_this_step(logps, ref_logps, token_rewards, lengths, objective, *group):
+        assert_gradient_identity_on(logps, ref_logps, token_rewards, lengths, objectives[len(steps)], *group)
+        return loss_of(logps, ref_logps, token_rewards, lengths, objectives[len(steps)], *group)
+
+    def capture(self, optimizer, closure: Callable, *args, **kwargs):
+        def then_gather():
+            loss = closure()
+            steps.append({"loss": loss.item(), "gradients": whole_gradients(self.megatron_parallel)})
+            if len(steps) == len(objectives):
+                raise Finished
+            return loss
+
+        return optimizer_step(self, optimizer, then_gather, *args, **kwargs)
+
+    model.preference_loss, strategy.PolicyStrategy.optimizer_step = loss_of_this_step, capture
+    try:
+        train(load_recipe(recipe, [*overrides, "optimizer.lr=0", "train.first_loss_tolerance=1e9",
+                                   "data.validation=null", f"data.epochs={len(objectives)}"]))
+    except Finished:
+        return steps if dist.get_rank() == 0 else []
+    raise AssertionError("training ended early")
+
+
+def assert_gradient_identity_on(logps, ref_logps, rewards, lengths, o, *group) -> None:
+    """dL/dlog pi = -beta w (1 + alpha r_t) on the chosen, +beta w (1 - alpha r_t) on the rejected response, to 1e-6."""
+    if not lengths or o.alpha == 0 or o.preference not in ("dpo", "simpo") or o.weight == "static" or o.label_smoothing \
+            or o.sft_weight or o.token_rewards != "contrastive" or (o.gamma and not o.weight_margin):
+        return
+    whole = torch.tensor(lengths, dtype=torch.float64)
+    ratio = logps.detach().double() - (ref_logps.double() if o.preference == "dpo" else 0)
+    sums = torch.stack([part.sum() for part in ratio.split(lengths)])
+    for total in (whole, sums) if group and group[0] is not None else ():
+        dist.all_reduce(total, group=group[0])
+    per_token = o.beta / whole if o.preference == "simpo" else torch.full_like(whole, o.beta)
+    reward = per_token * sums
+    weight = torch.sigmoid(reward[1::2] - reward[0::2] + o.gamma)
+    factors = [sign * beta * w * (1 - sign * o.alpha * r.double())
+               for beta, w, sign, r in zip(per_token, weight.repeat_interleave(2), [-1, 1] * len(weight),
+                                           rewards.split(lengths))]
+    expected = torch.cat(factors)
+
+    def check(grad):
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-6, atol=0)
+
+    if logps.requires_grad:
+        logps.register_hook(check)
+
+
+def whole_gradients(megatron_parallel) -> dict[str, torch.Tensor]:
+    """Every rank's main gradients in their places in the whole tensors; replicas must be the same bit for bit."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    weights = {}
+    for chunk in megatron_parallel:
+        for buffer in chunk.module.buffers + chunk.module.expert_parallel_buffers:
+            for bucket in buffer.buckets:  # the distributed optimizer has reduced its own shard only
+                shards = bucket.grad_data.view(dist.get_world_size(buffer.data_parallel_group), -1)
+                dist.all_gather(list(shards.unbind()), shards[dist.get_rank(buffer.data_parallel_group)].clone(),
+                                group=buffer.data_parallel_group)
+        for parameter in chunk.parameters():
+            weights[parameter] = parameter.data
+            parameter.data = parameter.main_grad
+    described = megatron_parallel.sharded_state_dict()
+    apply_factories(described)
+    mine = [(t.key, t.global_shape, t.global_offset, t.data.detach().clone())
+            for t in nested_values(described) if isinstance(t, ShardedTensor)]
+    for parameter, weight in weights.items():
+        parameter.data = weight
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    whole: dict[str, torch.Tensor] = {}
+    for key, shape, offset, part in sum(everyone, []):
+        whole.setdefault(key, torch.full(shape, torch.nan))
+        here = whole[key][tuple(slice(o, None) for o in offset)]
+        prepended = len(shape) - part.ndim
+        here = here[tuple([0] * prepended + [slice(0, n) for n in part.shape])]
+        assert here.isnan().all() or torch.equal(here, part), f"replicas of the gradient of {key} differ"
+        here.copy_(part)
+    return whole

@@ -1,0 +1,205 @@
+"""Every objective in every layout: the loss and the gradient of every parameter are those of one float64 process.
+
+The policy is not quite the reference, so that margins and weights are not all alike. One world a layout takes
+a step on each objective in turn, with a learning rate of 0. Where the layout's ranks hold copies of a gradient, these
+must agree bit for bit; and in every layout the gradient that reaches each log-prob is the closed form's to 1e-6.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import reference
+from tests.parallel.conftest import RECIPE, write_pairs
+from tests.parallel.forked import run_ranks
+from tests.parallel.gradients import steps_on_this_rank
+from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny_families import tiny_family
+from tests.unit.test_objective import PLAIN_DPO, VARIANTS
+
+PAIRS = 8
+BINS = ["data.layout=bins", "data.bin_size=180"]
+LAYOUTS = {
+    "single": (1, []),
+    "micro-batch 8": (1, ["data.micro_batch_size=8"]),
+    "padded": (1, ["data.layout=padded", "data.micro_batch_size=2"]),
+    "TP2": (2, ["parallel.tensor=2"]),
+    "PP2": (2, ["parallel.pipeline=2"]),
+    "TP2xPP2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "PP2+VPP2": (2, [*BINS, "parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "TP2+SP": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "DP2": (2, []),
+    "DP2 bins": (2, BINS),
+    "CP2": (2, ["parallel.context=2"]),
+    "CP2xTP2+SP bins": (4, [*BINS, "parallel.context=2", "parallel.tensor=2", "parallel.sequence=true"]),
+    "TP2+SP recompute": (2, ["parallel.tensor=2", "parallel.sequence=true", "train.recompute=full"]),
+}
+EXPERTS = {
+    "single": (1, []),
+    "EP2": (2, ["parallel.expert=2"]),
+}
+OBJECTIVES = [vars(PLAIN_DPO) | changes for changes in VARIANTS]
+
+
+def prepare(folder: Path, make: Callable[..., object]) -> list[str]:
+    """Pairs labelled by a model, and the imported checkpoint of one near it; the recipe's overrides that name them."""
+    from treg_megatron.checkpoint.from_hf import import_checkpoint
+    from treg_megatron.indexing import index
+    from treg_megatron.labelling import label
+    from treg_megatron.recipe import load_recipe, section
+
+    for name in ("labeller", "hf"):
+        make(folder / name, vocab=tiny_tokenizer(folder / name))
+    perturb(folder / "hf")
+    write_pairs(folder / "train.jsonl", PAIRS)
+    overrides = [f"run={folder}", f"model.hf={folder}/hf", f"data.global_batch_size={PAIRS}",
+                 f"label.pairs={folder}/train.jsonl", f"label.model={folder}/labeller"]
+    recipe = load_recipe(RECIPE, overrides)
+    label(section(recipe, "label"))
+    index(section(recipe, "index"))
+    import_checkpoint(folder / "hf", folder / "megatron")
+    return overrides
+
+
+def perturb(hf: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file, generator = hf / "model.safetensors", torch.Generator().manual_seed(3)
+    save_file({name: weight + 0.01 * torch.randn(weight.shape, generator=generator)
+               for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def expected_steps(folder: Path, overrides: list[str]) -> list[dict]:
+    """Loss and gradients of each objective by transformers in float64, in Megatron's form of the parameters."""
+    from transformers import AutoModelForCausalLM
+
+    from treg_megatron.recipe import load_recipe, section
+    from treg_megatron.streams import open_streams
+
+    streams = open_streams(section(load_recipe(RECIPE, overrides), "data").train)
+    pairs = [streams[i] for i in range(len(streams))]
+    assert len(pairs) == PAIRS
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", attn_implementation="eager").double().train()
+    logps = [reference.pair_logps(model, pair) for pair in pairs]
+    steps = []
+    for objective in OBJECTIVES:
+        loss = sum(reference.pair_loss(lp, pair, **objective) for lp, pair in zip(logps, pairs)) / PAIRS
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        steps.append({"loss": loss.item(), "gradients": in_megatron_form(model)})
+    return steps
+
+
+def balancing_loss(router_logits: torch.Tensor, experts_per_token: int) -> torch.Tensor:
+    """[tokens, experts] of one layer -> experts * sum of (share of the choices) * (mean probability) (Switch
+    Transformer, arXiv 2101.03961, eq. 4), choices counted over the experts of every token."""
+    tokens, experts = router_logits.shape
+    chosen = router_logits.topk(experts_per_token).indices.flatten().bincount(minlength=experts)
+    return experts * ((chosen / (tokens * experts_per_token)) * router_logits.softmax(dim=-1).mean(dim=0)).sum()
+
+
+def expected_step_with_balancing(folder: Path, overrides: list[str], coefficient: float) -> dict:
+    """DPO's step with the routers' loss of each pair, averaged over pairs, that being one micro-batch."""
+    from transformers import AutoModelForCausalLM
+
+    from treg_megatron.recipe import load_recipe, section
+    from treg_megatron.streams import open_streams
+
+    streams = open_streams(section(load_recipe(RECIPE, overrides), "data").train)
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", attn_implementation="eager").double().train()
+    total = main = 0.0
+    for pair in (streams[i] for i in range(PAIRS)):
+        loss = reference.pair_loss(reference.pair_logps(model, pair), pair, **OBJECTIVES[0]) / PAIRS
+        both = [model(input_ids=torch.tensor(tokens.tolist())[None], output_router_logits=True).router_logits
+                for tokens in (pair.chosen_tokens, pair.rejected_tokens)]
+        balancing = sum(balancing_loss(torch.cat(layer), model.config.num_experts_per_tok) for layer in zip(*both))
+        main = main + loss.item()
+        total = total + loss + coefficient * balancing / PAIRS
+    total.backward()
+    return {"loss": main, "gradients": in_megatron_form(model)}
+
+
+def in_megatron_form(model) -> dict[str, torch.Tensor]:
+    """Gradients of a transformers model by checkpoint key, shaped and interleaved as Megatron's parameters are."""
+    from treg_megatron.checkpoint.families import (
+        family_of,
+        in_model_order,
+        interleaving,
+        model_fields,
+        parameter_shape,
+        stacked_shape,
+    )
+
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    family, fields = family_of(config), model_fields(config)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    whole: dict[str, torch.Tensor] = {}
+    for parameter, place in in_model_order(family, fields):
+        merged = torch.empty(parameter_shape(parameter, fields), dtype=torch.float64)
+        for i, source in enumerate(parameter.sources):
+            part = interleaving(parameter, fields).part(merged, i)
+            part.copy_(gradients[source.at(place)].view(part.shape))
+        stacked = whole.setdefault("module." + parameter.key,
+                                   torch.empty(stacked_shape(parameter, fields), dtype=torch.float64))
+        stacked[place] = merged
+    return whole
+
+
+def assert_equal_steps(found: list[dict], expected: list[dict]) -> None:
+    assert len(found) == len(expected) > 0
+    for objective, ours, theirs in zip(OBJECTIVES, found, expected):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), objective
+        assert ours["gradients"].keys() == theirs["gradients"].keys()
+        for name, gradient in theirs["gradients"].items():
+            rows = ours["gradients"][name].double()
+            rows = rows[:len(gradient)]  # a padded vocabulary
+            difference = (rows - gradient).norm() / gradient.norm()
+            assert difference <= 1e-5, f"{name} differs by {difference:.1e} of its norm, {objective}"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    overrides = prepare(folder, functools.partial(tiny_llama, layers=4, seed=7))
+    return overrides, expected_steps(folder, overrides)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    # seed 1: of a model whose router is nowhere so undecided that rounding sends a token to another expert
+    overrides = prepare(folder, functools.partial(tiny_family, family="Mixtral", tied=False, seed=1))
+    return overrides, expected_steps(folder, overrides), folder
+
+
+def run_layout(tmp_path: Path, overrides: list[str], size: int, layout: list[str]) -> list[dict]:
+    return run_ranks(size, steps_on_this_rank, RECIPE, [*overrides, f"train.output={tmp_path}/out", *layout], OBJECTIVES,
+                     log=tmp_path / "log")[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dense_model(layout, dense, tmp_path):
+    overrides, expected = dense
+    assert_equal_steps(run_layout(tmp_path, overrides, *LAYOUTS[layout]), expected)
+
+
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_mixture_of_experts(layout, experts, tmp_path):
+    overrides, expected, _ = experts
+    assert_equal_steps(run_layout(tmp_path, overrides, *EXPERTS[layout]), expected)
+
+
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_load_balancing_of_experts(layout, experts, tmp_path):
+    overrides, _, folder = experts
+    size, changes = EXPERTS[layout]
+    found = run_ranks(size, steps_on_this_rank, RECIPE, [
+        *overrides, f"train.output={tmp_path}/out", "data.pad_to_multiple_of=1", "optimizer.router_aux_loss=0.1", *changes],
+        OBJECTIVES[:1], log=tmp_path / "log")[0]
+    expected = expected_step_with_balancing(folder, overrides, 0.1)
+    assert_equal_steps(found, [expected])
+    plain = experts[1][0]["gradients"]["module.decoder.layers.mlp.router.weight"]
+    assert (expected["gradients"]["module.decoder.layers.mlp.router.weight"] - plain).norm() > 0.01 * plain.norm()

@@ -1,0 +1,111 @@
+"""Low-rank adapters through the real trainer: any layout, recompute and resuming change nothing; exports that load."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests import reference
+from tests.parallel.test_training import STEPS, Killed, assert_same, kill_when, records, run
+from treg_megatron.errors import UserError
+from treg_megatron.recipe import LoraSection
+
+LORA = ["lora.rank=4", "lora.alpha=16", "optimizer.lr=1e-2", "train.save_every=7"]
+LAYOUTS = {
+    "one rank": (1, []),
+    "recompute": (1, ["train.recompute=full"]),
+    "TP2+SP": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "PP2": (2, ["parallel.pipeline=2"]),
+    "DP2": (2, []),
+}
+
+
+@pytest.fixture(scope="module")
+def single(tied_run, tmp_path_factory) -> Path:
+    return run(tied_run, tmp_path_factory.mktemp("lora") / "out", 1, *LORA)
+
+
+@pytest.fixture(scope="module")
+def killed(tied_run, tmp_path_factory) -> Path:
+    """A run of one rank that was killed at step 8; its checkpoint is of step 7."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    with pytest.raises(Killed):
+        run(tied_run, out, 1, *LORA, meanwhile=lambda: kill_when(out, '"step": 8, "epoch"'))
+    return out
+
+
+def test_only_adapters_are_trained_and_saved(tied_run, single):
+    from treg_megatron.checkpoint.layout import WEIGHTS, newest_checkpoint
+    from treg_megatron.checkpoint.torch_dist import TorchDistReader
+
+    losses = [r["loss"] for r in records(single)]
+    assert losses[-1] < 0.25 < losses[0]
+    saved = TorchDistReader(newest_checkpoint(single) / WEIGHTS).tensors
+    assert saved and all(".adapter." in key for key in saved)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_goes_on_where_a_killed_run_was(layout, tied_run, single, killed, tmp_path):
+    size, overrides = LAYOUTS[layout]
+    out = tmp_path / "out"
+    shutil.copytree(killed, out)
+    run(tied_run, out, size, *LORA, *overrides)
+    assert "resuming from step_000007" in out.with_suffix(".log.0").read_text()
+    found, expected = records(out), records(single)
+    assert len(found) == STEPS
+    assert_same([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-5)
+    if layout == "one rank":
+        assert [r["loss"] for r in found] == [r["loss"] for r in expected]
+
+
+def test_exports_are_the_trained_policy(tied_run, single, tmp_path):
+    """Merged weights, and peft's model on the base: the margins of the held-out pairs that the run's end reports."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from treg_megatron.checkpoint.to_hf import export_adapter, export_checkpoint
+    from treg_megatron.recipe import load_recipe, section
+    from treg_megatron.streams import open_streams
+
+    export_checkpoint(single, tied_run.hf, tmp_path / "merged")
+    export_adapter(single, tied_run.hf, tmp_path / "adapter")
+    recipe = load_recipe(tied_run.recipe, tied_run.overrides)
+    beta, streams = section(recipe, "objective").beta, open_streams(section(recipe, "data").validation)
+    expected = records(single, validation=True)[-1]["validation/rewards/margins"]
+    base = AutoModelForCausalLM.from_pretrained(tied_run.hf)
+    for model in (AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+                  PeftModel.from_pretrained(base, tmp_path / "adapter")):
+        margins = []
+        with torch.no_grad():
+            for pair in (streams[i] for i in range(len(streams))):
+                chosen, rejected = reference.pair_logps(model, pair)
+                margins.append(beta * ((chosen - torch.tensor(pair.chosen_ref_logprobs)).sum()
+                                       - (rejected - torch.tensor(pair.rejected_ref_logprobs)).sum()))
+        assert torch.stack(margins).mean().item() == pytest.approx(expected, rel=1e-4)
+    assert abs(expected) > 0.5
+
+
+def test_whole_weights_are_no_adapter(tied_run, tmp_path):
+    from treg_megatron.checkpoint.to_hf import export_adapter
+
+    with pytest.raises(UserError, match="has no adapters: every weight was trained"):
+        export_adapter(Path(tied_run.hf).parent / "megatron", tied_run.hf, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("changes, fields, message", [
+    (dict(rank=0), {}, "rank is at least 1"),
+    (dict(targets=["q_proj"]), {}, "lora.targets names q_proj; choose among linear_qkv"),
+    (dict(targets=[]), {}, "lora.targets names nothing"),
+    ({}, {"num_moe_experts": 4}, "experts get no adapters"),
+    ({}, {"post_layer_norms": True}, "could not be merged"),
+])
+def test_what_cannot_have_adapters_is_refused(changes, fields, message):
+    from treg_megatron.lora import adapters
+
+    config = SimpleNamespace(**{"num_moe_experts": None} | fields)
+    good = dict(rank=4, alpha=16.0, dropout=0.0, targets=["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])
+    with pytest.raises(UserError, match=message):
+        adapters(LoraSection(**good | changes), config)

@@ -1,0 +1,103 @@
+"""Signals, signs of life and background checkpoints on forked gloo ranks."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.conftest import TinyRun
+from tests.parallel.forked import run_ranks
+from tests.parallel.test_training import records, train_on_this_rank
+from treg_megatron.heartbeat import Watcher
+from treg_megatron.order import recorded_pairs
+
+OVERRIDES = ["data.epochs=4", "train.max_steps=20", "data.validation=null"]
+
+
+def stopped_or_done(recipe: Path, overrides: list[str]) -> int:
+    try:
+        train_on_this_rank(recipe, overrides)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def run(files: TinyRun, output: Path, *overrides: str, meanwhile=None) -> list[int]:
+    """Exit codes of two ranks."""
+    return run_ranks(2, stopped_or_done, files.recipe, files.sections(output, *OVERRIDES, *overrides),
+                     log=output.with_suffix(".log"), meanwhile=meanwhile)
+
+
+def signal_rank(rank: int, number: int, output: Path, step: int) -> None:
+    while not (output / "metrics.jsonl").exists() or f'"step": {step},' not in (output / "metrics.jsonl").read_text():
+        time.sleep(0.002)
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    leaders = sorted(int(child) for child in children if os.getsid(int(child)) == int(child))
+    os.kill(leaders[rank], number)
+
+
+@pytest.mark.parametrize("layout, number", [("parallel.pipeline=1", signal.SIGUSR1), ("parallel.pipeline=2", signal.SIGTERM)])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(layout, number, tied_run, tmp_path):
+    out = tmp_path / "out"
+    overrides = [layout, "train.save_every=1000", "train.record_pairs=true"]
+    assert run(tied_run, tmp_path / "whole", *overrides) == [0, 0]
+    assert run(tied_run, out, *overrides, meanwhile=lambda: signal_rank(1, number, out, 3)) == [85, 85]
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert 3 <= int(checkpoint.name[-6:]) < 20
+    assert f"stopped by {signal.Signals(number).name}: step {int(checkpoint.name[-6:])} of 20" in \
+        out.with_suffix(".log.0").read_text()
+    assert run(tied_run, out, *overrides) == [0, 0]
+    found, expected = ([{k: v for k, v in r.items() if k != "seconds"} for r in records(folder)]
+                       for folder in (out, tmp_path / "whole"))
+    assert found == expected and recorded_pairs(out) == recorded_pairs(tmp_path / "whole")
+
+
+def test_checkpoints_in_the_background_are_the_same(tied_run, tmp_path):
+    """Stopped by a signal, so that the last one has to be waited for, and resumed."""
+    out = tmp_path / "out"
+    overrides = ["parallel.pipeline=2", "train.save_every=4"]
+    assert run(tied_run, tmp_path / "whole", *overrides) == [0, 0]
+    overrides += ["train.save_in_background=true"]
+    assert run(tied_run, out, *overrides, meanwhile=lambda: signal_rank(0, signal.SIGUSR1, out, 5)) == [85, 85]
+    assert not list((out / "checkpoints").glob("*-unfinished"))
+    assert run(tied_run, out, *overrides) == [0, 0]
+    assert "resuming from" in out.with_suffix(".log.0").read_text()
+    found, expected = ([{k: v for k, v in r.items() if k != "seconds"} for r in records(folder)]
+                       for folder in (out, tmp_path / "whole"))
+    assert found == expected
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_000016", "step_000020"]
+
+
+def test_a_rank_that_stands_still_ends_the_run_and_shows_where_it_was(tied_run, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(AssertionError):
+        run(tied_run, out, "parallel.pipeline=2", "train.stuck_after=4",
+            meanwhile=lambda: signal_rank(1, signal.SIGSTOP, out, 3))
+    log = out.with_suffix(".log.0").read_text()
+    assert "Timeout (0:00:04)!" in log and "train.py" in log.split("Timeout")[1]
+
+
+def test_the_watcher_says_who_is_behind():
+    watcher = Watcher(ranks=4, quiet=60)
+    def seen(beat):
+        return {0: [beat, 12, "distributed_c10d.all_reduce", "n1"], 1: [beat, 12, "distributed_c10d.all_reduce", "n1"],
+                2: [beat, 11, "streams.__getitem__", "n2"]}
+    assert watcher.look(seen(1), still=10) is None
+    assert watcher.look(seen(2), still=61) == (
+        "heartbeat: no step for 61 s; 2 of 4 ranks are in distributed_c10d.all_reduce after step 12; "
+        "rank 3: never heard of; rank 2 on n2: in streams.__getitem__ after step 11")
+    assert watcher.look(seen(3), still=90) is None
+    assert watcher.look(seen(4), still=130) is not None
+
+
+def test_the_watcher_knows_who_is_silent(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    watcher = Watcher(ranks=2, quiet=60)
+    watcher.look({0: [1, 5, "a.b", "n1"], 1: [1, 5, "a.b", "n2"]}, still=10)
+    clock[0] = 70.0
+    assert watcher.look({0: [8, 5, "a.b", "n1"], 1: [1, 5, "a.b", "n2"]}, still=80) == (
+        "heartbeat: no step for 80 s; 1 of 2 ranks are in a.b after step 5; "
+        "rank 1 on n2: no sign of life for 70 s, last step 5")

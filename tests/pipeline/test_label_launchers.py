@@ -1,0 +1,80 @@
+"""label_tokens.py as a user starts it: alone, under torchrun, and as srun starts it; with either engine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.pipeline.conftest import PAIRS, ROOT, station
+from treg_megatron.checkpoint.from_hf import import_checkpoint
+from treg_megatron.labels import SIDES, read_labelled
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_hf, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("launchers")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    return folder
+
+
+def command(tiny_hf: Path, folder: Path, output: str, *more: str) -> list:
+    return ["tools/label_tokens.py", "--recipe", "recipes/tiny.yaml", "--model", tiny_hf, "--pairs", folder / "pairs.jsonl",
+            "--output", folder / output, "--shard-pairs", "2", *more]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_hf, folder) -> Path:
+    """What one process writes."""
+    result = station(*command(tiny_hf, folder, "alone"))
+    assert result.returncode == 0 and result.stdout.startswith(f"labelled {len(PAIRS)} pairs to "), result.stderr
+    return folder / "alone"
+
+
+def test_under_torchrun(tiny_hf, folder, alone):
+    result = station(*command(tiny_hf, folder, "torchrun"), ranks=2)
+    assert result.returncode == 0 and "labelled 12 pairs" in result.stdout, result.stderr
+    assert contents(folder / "torchrun") == contents(alone)
+
+
+def test_under_srun(tiny_hf, folder, alone):
+    tasks = [subprocess.Popen(
+        [sys.executable, *map(str, command(tiny_hf, folder, "srun"))], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SLURM_PROCID": str(rank), "SLURM_NTASKS": "3",
+                          "SLURM_LOCALID": str(rank), "SLURM_NNODES": "1"}) for rank in range(3)]
+    said = [task.communicate(timeout=200)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0, 0] and "labelled 12 pairs" in "".join(said)
+    assert contents(folder / "srun") == contents(alone)
+
+
+def test_bad_input_is_told_once_under_torchrun(tiny_hf, folder):
+    result = station(*command(tiny_hf, folder, "refused", "--max-length", "8"), ranks=2)
+    assert result.returncode != 0 and "Traceback (most recent call last):\n  File \"/" not in result.stdout
+    assert sum(line.startswith("error: ") for line in result.stderr.splitlines()) == 1
+    assert not list((folder / "refused").glob("*.parquet"))
+
+
+def test_by_megatron_split_in_two(tiny_hf, folder, alone):
+    import_checkpoint(tiny_hf, folder / "megatron")
+    result = station(*command(tiny_hf, folder, "split", "--engine", "megatron", "--checkpoint", folder / "megatron",
+                              "--tensor", "2"), ranks=2)
+    assert result.returncode == 0 and result.stdout.count("labelled 12 pairs") == 1, result.stderr
+    for ours, theirs in zip(read_labelled(folder / "split"), read_labelled(alone), strict=True):
+        assert ours.pair_id == theirs.pair_id
+        for side in SIDES:
+            for values in (f"{side}_ref_logprobs", f"{side}_token_rewards"):
+                np.testing.assert_allclose(getattr(ours, values), getattr(theirs, values), atol=1e-4)
+
+
+def test_a_number_of_processes_that_does_not_fit_the_split(tiny_hf, folder):
+    result = station(*command(tiny_hf, folder, "refused", "--engine", "megatron", "--checkpoint", "nowhere",
+                              "--tensor", "2"))
+    assert result.returncode == 2
+    assert "label.tensor=2 x label.pipeline=1 does not divide 1 processes; start a multiple of 2" in result.stderr

@@ -1,0 +1,132 @@
+"""One mini-cluster for all tests of slurm/, and what a tiny run on it needs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing_programs
+from tests.tiny import tiny_llama, tiny_tokenizer
+from treg_megatron.order import MicrobatchOrder, recorded_pairs
+from treg_megatron.recipe import load_recipe, section
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if "#SBATCH" in path.read_text())
+WORDS = "red blue green paris rome seven three fast slow river stone bread".split()
+PAIRS = 58                              # the last global batch of an epoch is short
+
+
+class Run(NamedTuple):
+    """One training run: its recipe, and what it writes."""
+
+    folder: Path
+    recipe: Path
+
+    def records(self) -> list[dict]:
+        """Training metrics by step, without what differs from run to run."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines if line.endswith("\n")]
+
+    def step(self) -> int:
+        return max([record["step"] for record in self.records()], default=0)
+
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "checkpoints").glob("*"))
+
+
+class Files(NamedTuple):
+    """What runs on the cluster start from."""
+
+    folder: Path
+
+    def run(self, name: str, **train: object) -> Run:
+        """The recipe of a run of its own. Eight micro-batches a step on two pipeline ranks: slow enough to interfere."""
+        keys = {"save_every": 5, "keep_checkpoints": 2, "record_pairs": "true", "output": self.folder / name, **train}
+        recipe = self.folder / f"{name}.yaml"
+        recipe.write_text(
+            f"defaults: {ROOT}/recipes/tiny.yaml\nname: {name}\nrun: {self.folder}/shared\n"
+            f"model:\n  hf: {self.folder}/hf\n"
+            f"sample:\n  prompts: {self.folder}/pairs.jsonl\n  max_new_tokens: 8\n  seeds: [1, 2]\n  dtype: float32\n"
+            f"rank:\n  scores: function\n  function: lengths:scores\n"
+            f"label:\n  pairs: {self.folder}/pairs.jsonl\n  engine: megatron\n  tensor: 2\n  shard_pairs: 16\n"
+            f"data:\n  global_batch_size: 8\n  epochs: 5\nparallel:\n  pipeline: 2\ntrain:\n"
+            + "".join(f"  {key}: {value}\n" for key, value in keys.items()) + f"export:\n  output: {self.folder}/{name}-hf\n")
+        return Run(self.folder / name, recipe)
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    if missing := missing_programs():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"not installed: {', '.join(missing)}; .ci/run installs them")
+        pytest.skip(f"needs {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge")
+    if os.geteuid():
+        pytest.skip("a node is a set of namespaces, which only root makes")
+    largest = max(int(line.split("=")[1]) for script in SCRIPTS for line in script.read_text().splitlines()
+                  if line.startswith("#SBATCH --nodes="))
+    python_path = str(Path(sys.executable).parent)
+    started = Cluster(largest + 1, {
+        "PATH": f"{python_path}:{os.environ['PATH']}:/usr/sbin:/sbin", "HOME": os.environ.get("HOME", "/root"),
+        "TREG": str(ROOT), "PYTHON": sys.executable, "NODES": "2", "RANKS": "1", "OMP_NUM_THREADS": "1"})
+    yield started
+    started.down()
+
+
+@pytest.fixture
+def slurm(cluster) -> Cluster:
+    """The cluster, idle."""
+    cluster.clear()
+    yield cluster
+    cluster.clear()
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> Files:
+    folder = tmp_path_factory.mktemp("files")
+    tiny_llama(folder / "hf", layers=4, vocab=tiny_tokenizer(folder / "hf"))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in map(_pair, range(PAIRS))))
+    (folder / "lengths.py").write_text("def scores(messages, responses):\n    return [float(len(r)) for r in responses]\n")
+    made = Files(folder)
+    for command in (["tools/convert_checkpoint.py", "import"], ["tools/label_tokens.py", "label.engine=huggingface"],
+                    ["tools/index_pairs.py"]):
+        subprocess.run([sys.executable, *command, "--recipe", str(made.run("made").recipe)], cwd=ROOT, check=True,
+                       env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True)
+    return made
+
+
+def _pair(i: int) -> dict[str, str]:
+    say = [" ".join(WORDS[(i * k + j) % len(WORDS)] for j in range(1 + (i * k) % 7)) for k in (1, 5, 3)]
+    return {"pair_id": f"p{i}", "prompt": f"{i}: say {say[0]}", "chosen": say[1], "rejected": say[2] + " no"}
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(cluster, files) -> Run:
+    """What every interrupted run must equal: treg_70b.sh from one end to the other, with all checks before it."""
+    cluster.clear()
+    run = files.run("uninterrupted")
+    job = cluster.submit(ROOT / "slurm" / "treg_70b.sh", cwd=files.folder, RECIPE=str(run.recipe), CHECKS=os.environ.get("TESTCHECKS","recipe nodes"))
+    cluster.wait(job, "COMPLETED")
+    return run
+
+
+def assert_equal(found: Run, expected: Run) -> None:
+    """The same metrics in every step, bit for bit, and every pair once an epoch, in the recorded order."""
+    assert found.records() == expected.records() and found.records()
+    steps = recorded_pairs(found.folder)
+    assert steps == recorded_pairs(expected.folder)
+    data = section(load_recipe(found.recipe), "data")
+    per_epoch = MicrobatchOrder(PAIRS, 1, data.global_batch_size, 0, 1).steps_per_epoch
+    assert sorted(steps) == list(range(1, data.epochs * per_epoch + 1))
+    for epoch in range(data.epochs):
+        seen = [pair for step in range(epoch * per_epoch, (epoch + 1) * per_epoch) for pair in steps[step + 1]]
+        assert sorted(seen) == sorted(f"p{i}" for i in range(PAIRS))
+    assert not [name for name in found.checkpoints() if "unfinished" in name]
+
+
+def log(files: Files, job: str) -> str:
+    return next(files.folder.glob(f"*-{job}.log")).read_text()

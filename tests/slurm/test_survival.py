@@ -1,0 +1,133 @@
+"""What clusters do to a run, done to it: it ends with the same numbers as if nothing had happened, every pair seen once an epoch."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import ROOT, Files, Run, assert_equal, log
+
+SCRIPT = ROOT / "slurm" / "treg_70b.sh"
+
+
+def start(slurm, files: Files, run: Run, **variables: str) -> str:
+    return slurm.submit(SCRIPT, cwd=files.folder, RECIPE=str(run.recipe), CHECKS="", **variables)
+
+
+def wait_for_step(run: Run, step: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while run.step() < step:
+        assert time.monotonic() < deadline, f"step {step} not reached; the run is at {run.step()}"
+        time.sleep(0.02)
+
+
+def starts(text: str) -> list[str]:
+    """Where each start of a run began."""
+    return [line.split(", ")[-1] for line in text.splitlines() if "steps of 8 pairs, " in line]
+
+
+def ranks_of(slurm) -> list[int]:
+    """The ranks' processes, which srun started; Megatron's checkpoint writers have another command line."""
+    return [pid for pid in slurm.processes("treg_megatron.train", "--recipe") if "slurmstepd" in command_of(parent_of(pid))]
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+
+
+def test_a_killed_rank_a_new_controller_and_a_node_without_power(slurm, files, uninterrupted):
+    """SIGKILL of one rank, slurmctld restarted, a node off in mid-step with a spare node: one after another."""
+    run = files.run("hardware")
+    job = start(slurm, files, run)
+    wait_for_step(run, 7)
+    os.kill(ranks_of(slurm)[-1], signal.SIGKILL)
+    time.sleep(1)
+    wait_for_step(run, 13)
+    slurm.restart_controller()
+    wait_for_step(run, 19)
+    slurm.power_off("node2")
+    slurm.wait(job, "COMPLETED")
+    text = log(files, job)
+    assert starts(text) == [f"starting from {files.folder}/shared/megatron", "resuming from step_000005",
+                            "resuming from step_000015"]
+    assert "starting it again (failure 1 of 3 in a row)" in text
+    assert slurm.field(job, "NodeList") == "node[1,3-9]"
+    assert_equal(run, uninterrupted)
+
+
+def test_a_warning_before_the_time_limit_then_a_preemption(slurm, files, uninterrupted):
+    """SIGUSR1, as --signal sends it: saved at once, requeued by the script. Then a job of a higher partition."""
+    run = files.run("preempted", save_every=1000)
+    job = start(slurm, files, run)
+    wait_for_step(run, 6)
+    slurm.run("scancel", "--signal=USR1", job)
+    slurm.wait(job, "PENDING", "CONFIGURING")
+    first = run.checkpoints()
+    assert len(first) == 1 and 6 <= int(first[0][-6:]) < 40
+    slurm.wait(job, "RUNNING")
+    wait_for_step(run, int(first[0][-6:]) + 4)
+    urgent = slurm.run("sbatch", "--parsable", "--partition=high", f"--nodes={len(slurm.names)}", "--exclusive",
+                       "--wrap=sleep 3", "--output=/dev/null")
+    slurm.wait(urgent, "COMPLETED")
+    slurm.wait(job, "COMPLETED")
+    text = log(files, job)
+    begun = starts(text)
+    assert len(begun) == 3 and begun[1] == f"resuming from {first[0]}" and begun[2] > begun[1]
+    assert text.count("is saved, the same command goes on from there") == 2
+    assert_equal(run, uninterrupted)
+
+
+def test_a_time_limit_without_warning_is_taken_up_by_the_successor(slurm, files, uninterrupted):
+    """The ranks stand still when the limit comes, so that nothing can be saved; the newest checkpoint is damaged, too."""
+    run = files.run("limited")
+    job = start(slurm, files, run, CHAIN="1", SBATCH_TIMELIMIT="1", SBATCH_SIGNAL="USR2@1")
+    wait_for_step(run, 12)
+    for rank in ranks_of(slurm):
+        os.kill(rank, signal.SIGSTOP)
+    stopped = run.step()
+    part = next((run.folder / "checkpoints" / "step_000010").glob("weights/*.distcp"))
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    successor = log(files, job).split("successor: job ")[1].split()[0]
+    assert slurm.field(successor, "JobState") == "PENDING"
+    slurm.run("scontrol", "update", f"jobid={successor}", "timelimit=10")
+    slurm.wait(job, "TIMEOUT")
+    slurm.wait(successor, "COMPLETED")
+    assert stopped < 40 and starts(log(files, successor)) == ["resuming from step_000005"]
+    assert f"checkpoint step_000010 is damaged (weights/{part.name} is not what was written)" in log(files, successor)
+    assert "step_000010.damaged" in run.checkpoints()
+    assert_equal(run, uninterrupted)
+
+
+def test_a_rank_that_hangs_is_named_shown_and_ended(slurm, files, uninterrupted):
+    """The second rank stops for good: every other prints its stack, and the job goes on by itself."""
+    run = files.run("hung", stuck_after=20)
+    job = start(slurm, files, run)
+    wait_for_step(run, 8)
+    os.kill(ranks_of(slurm)[-1], signal.SIGSTOP)
+    slurm.wait(job, "COMPLETED")
+    text = log(files, job)
+    assert "Timeout (0:00:20)!" in text and "most recent call first" in text
+    assert starts(text)[1] == "resuming from step_000005"
+    assert_equal(run, uninterrupted)
+
+
+def test_another_layout_takes_the_run_up(slurm, files, uninterrupted):
+    """Two pipeline ranks, stopped by a signal; two data-parallel ones under the same script go on with the same losses."""
+    run = files.run("relaid", save_every=1000)
+    job = start(slurm, files, run)
+    wait_for_step(run, 6)
+    slurm.run("scancel", "--signal=USR1", job)
+    slurm.wait(job, "PENDING", "CONFIGURING")
+    slurm.run("scancel", job)
+    (stopped,) = run.checkpoints()
+    again = slurm.submit(SCRIPT, "parallel.pipeline=1", cwd=files.folder, RECIPE=str(run.recipe), CHECKS="")
+    slurm.wait(again, "COMPLETED")
+    assert starts(log(files, again)) == [f"resuming from {stopped}"]
+    for ours, theirs in zip(run.records(), uninterrupted.records(), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)

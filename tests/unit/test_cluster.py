@@ -1,0 +1,117 @@
+"""What a job finds out about its nodes, its ranks and its checkpoints before it starts."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from treg_megatron.checkpoint.layout import Identity, damage, fingerprints, newest_checkpoint, write_identity
+from treg_megatron.errors import UserError
+from treg_megatron.node_check import verdict
+from treg_megatron.order import recorded_pairs
+from treg_megatron.recipe import load_recipe, resolved_text, value
+from treg_megatron.runtime.launch import World, world
+
+ROOT = Path(__file__).resolve().parents[2]
+SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NNODES": "2"}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Set the launcher's variables, and no other launcher's."""
+    for name in [n for n in os.environ if n.startswith(("SLURM_", "TORCHELASTIC"))] + ["LOCAL_WORLD_SIZE", "RANK"]:
+        monkeypatch.delenv(name, raising=False)
+    return lambda **variables: [monkeypatch.setenv(name, text) for name, text in variables.items()]
+
+
+def test_ranks_from_srun(launched):
+    launched(**SLURM)
+    assert world() == World(5, 8, 1, 4) and world().nodes == 2
+
+
+def test_ranks_without_a_launcher(launched):
+    assert world() == World(0, 1, 0, 1)
+
+
+def test_uneven_nodes_are_refused(launched):
+    launched(**SLURM | {"SLURM_NTASKS": "7"})
+    with pytest.raises(UserError, match="7 processes do not divide evenly"):
+        world()
+
+
+def node(name: str, **differs) -> dict:
+    return {"node": name, "packages": {"python": "3.11.7", "torch": "2.13.0"}, "inputs": {"data.train=s": "aa"}, "probe": True,
+            "free": 10**12} | differs
+
+
+@pytest.mark.parametrize("second, pattern", [
+    ({}, "^$"),
+    ({"packages": {"python": "3.11.7", "torch": "2.12.0"}}, "^n2 has torch 2.12.0, others have 2.13.0"),
+    ({"packages": {"python": "3.11.7"}}, "^n2 has torch not installed, others have 2.13.0"),
+    ({"inputs": {"data.train=s": None}}, "^n2 does not see data.train=s"),
+    ({"inputs": {"data.train=s": "bb"}}, "^n2 sees another file than others as data.train=s"),
+    ({"probe": False}, r"^n2 does not see /out \(train.output\) as n1 does"),
+    ({"free": 10**9}, r"^n2 has 1.0 GB free in /out \(train.output\), the checkpoints take 5.0 GB"),
+    ({"silent": True}, "^n2 did not answer"),
+])
+def test_the_odd_node_out_is_named(second, pattern):
+    assert re.search(pattern, verdict([node("n1"), node("n2", **second), node("n3")], 5 * 10**9, Path("/out")))
+
+
+def test_an_input_that_no_node_sees():
+    nodes = [node(name, inputs={"data.train=s": None}) for name in ("n1", "n2")]
+    assert verdict(nodes, 0, Path("/out")).startswith("n1 does not see data.train=s; n2 does not see data.train=s. Mend")
+
+
+def checkpoint(run: Path, step: int, size: int) -> Path:
+    folder = run / "checkpoints" / f"step_{step:06d}"
+    (folder / "weights").mkdir(parents=True)
+    (folder / "weights" / "a.distcp").write_bytes(os.urandom(size))
+    identity = Identity(family="Llama", hf_config={}, dtype="float32", source="", written_by="")
+    write_identity(folder, dataclasses.replace(identity, files=fingerprints(folder)))
+    return folder
+
+
+@pytest.mark.parametrize("size", [1000, 9_000_000])
+@pytest.mark.parametrize("wound, wrong", [("end", "not what was written"), ("cut", "not what was written"),
+                                          ("gone", "missing"), ("start", "not what was written")])
+def test_a_damaged_newest_checkpoint_is_passed_over(wound, wrong, size, tmp_path, capsys):
+    checkpoint(tmp_path, 5, size)
+    newest = checkpoint(tmp_path, 10, size)
+    assert newest_checkpoint(tmp_path) == newest and damage(newest) is None
+    part = newest / "weights" / "a.distcp"
+    content = bytearray(part.read_bytes())
+    if wound == "gone":
+        part.unlink()
+    else:
+        content[0 if wound == "start" else -1] ^= 1
+        part.write_bytes(content[:-1] if wound == "cut" else content)
+    assert newest_checkpoint(tmp_path).name == "step_000005"
+    assert f"step_000010 is damaged (weights/a.distcp is {wrong})" in capsys.readouterr().err
+
+
+def test_values_of_a_recipe_and_all_of_it():
+    recipe = load_recipe(ROOT / "recipes" / "tiny.yaml", ["run=/r"])
+    assert value(recipe, "train.output") == "/r/train"
+    with pytest.raises(UserError, match="label.model.*model.hf"):
+        value(recipe, "label.model")
+    text = resolved_text(recipe)
+    assert "output: /r/train" in text and "hf: ???" in text and "model: ${model.hf}" in text
+
+
+def test_the_record_of_pairs_over_ranks(tmp_path):
+    for rank, lines in enumerate(['{"step": 1, "pairs": ["a"]}\n{"step": 2, "pairs": ["b"]}\n', '{"step": 1, "pairs": ["c"]}\n']):
+        (tmp_path / "pairs").mkdir(exist_ok=True)
+        (tmp_path / "pairs" / f"rank_{rank:05d}.jsonl").write_text(lines)
+    assert recorded_pairs(tmp_path) == {1: ["a", "c"], 2: ["b"]}
+
+
+def test_an_error_of_one_rank_alone_is_told_by_that_rank():
+    program = "from treg_megatron import errors\nerrors.RANK_ZERO_SECONDS = 0\n" \
+              "def main(): raise errors.UserError('no folder')\nerrors.run(main)"
+    result = subprocess.run([sys.executable, "-c", program], env=os.environ | {"RANK": "3"}, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr == "error on rank 3: no folder\n"

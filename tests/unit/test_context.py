@@ -1,0 +1,63 @@
+"""Sequences split over context-parallel ranks: every token on exactly one of them, in the place that it says."""
+
+import numpy as np
+import pytest
+import torch
+
+from treg_megatron.context import WHOLE, ContextPart
+from treg_megatron.microbatch import collate
+from treg_megatron.streams import PairRecord
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("length", [8, 16, 40])
+def test_every_token_lies_on_one_rank(ranks, length):
+    parts = [ContextPart(rank, ranks) for rank in range(ranks)]
+    sequence, positions = torch.arange(length) + 100, np.arange(length)
+    pieces = [part.of(sequence) for part in parts]
+    assert sorted(torch.cat(pieces).tolist()) == sequence.tolist()
+    for part, piece in zip(parts, pieces):
+        mine = positions[part.holds(positions, length)]
+        assert piece[part.row(mine, length)].tolist() == (mine + 100).tolist()
+        assert len(piece) == length // ranks and len(mine) == len(piece)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_parts_make_the_whole_again(ranks):
+    sequence = torch.arange(16 * 3).view(16, 3)
+    assert torch.equal(ContextPart(0, ranks).whole(torch.stack(
+        [torch.stack([ContextPart(rank, ranks).of(column) for column in sequence.T], dim=1) for rank in range(ranks)])),
+        sequence)
+
+
+def test_first_and_last_piece_go_together():
+    assert ContextPart(0, 2).of(torch.arange(8)).tolist() == [0, 1, 6, 7]
+    assert ContextPart(1, 2).of(torch.arange(8)).tolist() == [2, 3, 4, 5]
+    assert WHOLE.of(torch.arange(3)).tolist() == [0, 1, 2] and WHOLE.padded(3) == 3
+    assert ContextPart(0, 2).padded(9) == 12
+
+
+def test_the_micro_batches_of_the_ranks_hold_each_response_token_once():
+    chance = np.random.default_rng(5)
+
+    def record(name: str, prompt: int, *responses: int) -> PairRecord:
+        tokens = [chance.integers(1, 99, prompt + n).astype(np.int32) for n in responses]
+        values = [chance.random(n).astype(np.float32) for n in (*responses, *responses)]
+        return PairRecord(name, *tokens, *values)
+
+    records = [record("a", 5, 7, 1), record("b", 2, 3, 12)]
+    whole = collate(records, "packed")
+    parts = [collate(records, "packed", 16, ContextPart(rank, 2)) for rank in range(2)]
+    for name in ("targets", "token_rewards", "ref_logps"):
+        assert sorted(torch.cat([part[name] for part in parts]).tolist()) == sorted(whole[name].tolist())
+    assert [sum(n) for n in zip(*(part["lengths"] for part in parts))] == whole["lengths"]
+    assert all(torch.equal(part["cu_seqlens"], parts[0]["cu_seqlens"]) for part in parts)
+    for part in parts:
+        assert part["tokens"].shape[1] * 2 == part["cu_seqlens"][-1] and part["tokens"].shape[1] % 8 == 0
+    # a row holds the token before its target; here every token of the whole is told apart by its position
+    by_target = dict(zip(zip(whole["targets"].tolist(), whole["token_rewards"].tolist()), whole["rows"].tolist()))
+    for part in parts:
+        for target, reward, row in zip(part["targets"].tolist(), part["token_rewards"].tolist(), part["rows"].tolist()):
+            before = by_target[target, reward]
+            assert part["tokens"][0, row] == whole["tokens"][0, before]
+            assert part["position_ids"][0, row] == whole["position_ids"][0, before]

@@ -1,0 +1,124 @@
+"""Recipes: defaults, overrides, what is said about a wrong key, and where each value comes from."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from treg_megatron.checkpoint.layout import Identity, write_identity
+from treg_megatron.errors import UserError
+from treg_megatron.recipe import SECTIONS, described, load_recipe, section, trace_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.name != "base.yaml")
+
+
+def resolved(recipe) -> dict:
+    return OmegaConf.to_container(recipe, resolve=True)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_says_how_it_is_launched_and_names_itself(path):
+    first, *rest = path.read_text(encoding="utf-8").splitlines()
+    header = [first, *(line for line in rest if line.startswith("#"))]
+    assert any(word in first for word in ("torchrun", "srun", "sbatch")) and path.stem in " ".join(header[:2]), first
+    assert any("Hardware:" in line for line in header) or path.stem == "tiny"
+    assert any("yper-parameters" in line for line in header)
+    assert load_recipe(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_repeats_no_default(path):
+    """A short diff: no key is set to what it has anyway."""
+    own = OmegaConf.to_container(OmegaConf.load(path))
+    parent = OmegaConf.to_container(load_recipe(path.parent / own.pop("defaults")))
+    own.pop("name")
+    repeated = [f"{name}.{key}" for name, keys in own.items() for key, value in keys.items() if value == parent[name][key]]
+    assert repeated == []
+
+
+@pytest.mark.parametrize("override, message", [
+    ("data.seq_lenght=3", "the command line: unknown recipe key data.seq_lenght; did you mean data.seq_length?"),
+    ("train.lr=1", "unknown recipe key train.lr; did you mean optimizer.lr?"),
+    ("dta.seed=1", "unknown recipe key dta; did you mean data?"),
+    ("data.seq_length=long", "the command line: data.seq_length: Value 'long'"),
+    ("data.seq_length", "not of the form section.key=value"),
+    ("data=3", "data must be a mapping of keys"),
+    ("data.packing=true", "set data.layout=packed or data.layout=bins"),
+])
+def test_a_wrong_override_names_the_right_one(override, message):
+    with pytest.raises(UserError) as error:
+        load_recipe(ROOT / "recipes" / "tiny.yaml", [override])
+    assert message in str(error.value)
+
+
+def test_a_wrong_key_names_its_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"defaults: {ROOT}/recipes/tiny.yaml\nname: mine\nobjective:\n  alfa: 1\n")
+    with pytest.raises(UserError, match="mine.yaml: unknown recipe key objective.alfa; did you mean objective.alpha?"):
+        load_recipe(path)
+
+
+def test_a_value_outside_its_choices_names_them():
+    recipe = load_recipe(ROOT / "recipes" / "tiny.yaml", ["train.recompute=some"])
+    with pytest.raises(UserError, match="train.recompute is 'some'; choose one of none, selective, full"):
+        section(recipe, "train")
+
+
+def test_simpo_with_a_resident_reference_is_refused():
+    with pytest.raises(UserError, match="model.reference; training holds no reference model: .* simpo reads none"):
+        load_recipe(ROOT / "recipes" / "gemma2_9b.yaml", ["model.reference=models/gemma-2-9b-it"])
+
+
+def test_every_value_has_a_source():
+    recipe, sources = trace_recipe(ROOT / "recipes" / "llama3_8b_lora.yaml", ["data.seed=7"])
+    keys = {f"{name}.{key}" for name in SECTIONS for key in recipe[name]}
+    without = {key for key in keys if key not in sources}
+    assert without == set()
+    assert sources["data.seed"] == "the command line"
+    assert sources["lora.rank"].endswith("llama3_8b_lora.yaml")
+    assert sources["model.hf"].endswith("llama3_8b.yaml")
+    assert sources["optimizer.beta1"].endswith("base.yaml")
+
+
+def test_what_is_printed_can_be_launched_as_it_is(tmp_path):
+    recipe, sources = trace_recipe(ROOT / "recipes" / "gemma2_9b.yaml", ["data.seed=7", "run=elsewhere"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(described(recipe, sources))
+    assert resolved(load_recipe(printed)) == resolved(recipe)
+
+
+def test_the_recipe_of_a_checkpoint_can_be_launched_as_it_is(tmp_path):
+    recipe = load_recipe(ROOT / "recipes" / "smollm2_135m.yaml", ["data.seed=7"])
+    run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_000010"
+    checkpoint.mkdir(parents=True)
+    saved = {"recipe": OmegaConf.to_container(recipe, resolve=False)}
+    write_identity(checkpoint, Identity("LlamaForCausalLM", {}, "float32", "source", "test", run=saved))
+    OmegaConf.save(recipe, run / "recipe.yaml")
+    for path in (checkpoint, run, run / "recipe.yaml"):
+        assert resolved(load_recipe(path)) == resolved(recipe)
+    with pytest.raises(UserError, match="holds no recipe"):
+        write_identity(checkpoint, Identity("LlamaForCausalLM", {}, "float32", "source", "import"))
+        load_recipe(checkpoint)
+
+
+@pytest.mark.parametrize("command", [
+    ["-m", "treg_megatron.train"], ["-m", "treg_megatron.preflight"], ["tools/label_tokens.py"],
+    ["tools/index_pairs.py"], ["tools/convert_checkpoint.py", "export"], ["tools/sample_responses.py"],
+    ["tools/rank_responses.py"], ["tools/import_rewards.py"],
+], ids=lambda command: command[-1])
+def test_every_entry_point_prints_the_recipe(command):
+    done = subprocess.run([sys.executable, *command, "--recipe", "recipes/tiny.yaml", "data.seed=7", "--print"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "seed: 7" in done.stdout and "# the command line" in done.stdout and "# recipes/base.yaml" in done.stdout
+
+
+def test_architectures_are_named_by_the_recipes():
+    folder = ROOT / "treg_megatron" / "architectures"
+    named = {load_recipe(path).model.architecture for path in RECIPES} - {None}
+    assert named == {path.stem for path in folder.glob("*.json")}
+    assert all(json.loads(path.read_text())["architectures"] for path in folder.glob("*.json"))

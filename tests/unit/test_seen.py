@@ -1,0 +1,28 @@
+"""A compact set knows what a set knows."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from treg_megatron import seen
+from treg_megatron.seen import Seen
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few():
+    """Texts move to the sorted part soon."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seen, "_FEW", 4)
+        yield
+
+
+@given(texts=st.lists(st.text(max_size=3), max_size=60))
+def test_seen_is_a_set(texts):
+    known, expected = Seen(), set()
+    for text in texts:
+        assert (text in known) == (text in expected)
+        if text not in known:
+            known.add(text)
+            expected.add(text)
+        assert len(known) == len(expected)
+    assert all(text in known for text in expected)

@@ -1,0 +1,106 @@
+"""Text divided at known cuts has the ids and spans of the whole text, for every kind of tokenizer that has such cuts."""
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny import CHATML, CORPUS, SPECIAL_TOKENS
+from treg_megatron import word_memory
+from treg_megatron.pairs import Message
+from treg_megatron.tokens import load_tokenizer
+
+LLAMA_3, QWEN = sorted(word_memory._EXPRESSIONS, key=len, reverse=True)
+
+
+def split(expression):
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(expression), "isolated"),
+                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+KINDS = {
+    "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm2": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    "llama3": split(LLAMA_3),
+    "qwen": split(QWEN),
+}
+
+# Text whose words share the edges of the expressions: spaces of all kinds, marks, contractions, pieces of special tokens.
+edges = st.sampled_from([" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2028", "\x1c", "\x85", "a", "It", "the", "x9", "12",
+                         "3", "'s", "'LL", "'", ",", ".", "(", "_", "<", "|", ">", "<|im_end|>", "im_end", "\u0301", "\u0338",
+                         "=", "\u00e9", "\u212a", "\u4e2d", "\U0001f469\u200d\U0001f680", "\u037e", "\u0661"])
+texts = st.lists(edges | st.characters(codec="utf-8"), min_size=1, max_size=30).map("".join).filter(str.strip)
+
+
+def tokenizer_with(folder, pre_tokenizer, special=SPECIAL_TOKENS["chatml"]):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
+    if "qwen" in str(folder):
+        tokenizer.normalizer = normalizers.NFC()
+    # Trained without cuts at the pre-tokenizer's places: pieces like ", and" exist, and only the cuts keep them out.
+    tokenizer.train_from_iterator([*CORPUS, "a.\n\n(x) it's, 12, 345 = x9; the\u00e9 \n\n"] * 4, trainers.BpeTrainer(
+        vocab_size=420, special_tokens=special, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast.chat_template = CHATML
+    fast.save_pretrained(str(folder))
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """For each kind the tokenizer with its memory, and the same without."""
+    made = {}
+    for kind, pre_tokenizer in KINDS.items():
+        with_memory = tokenizer_with(tmp_path_factory.mktemp(kind), pre_tokenizer)
+        without = load_tokenizer(with_memory.folder)
+        assert with_memory._engine._memories is not None
+        without._engine._memories = None
+        made[kind] = with_memory, without
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(question=texts, response=texts)
+@example(question="It's 12,\n\n  'll (x) ", response="a <|im_end|>, x\u0338 3")
+def test_parts_have_the_ids_and_spans_of_the_whole(both, kind, question, response):
+    with_memory, without = both[kind]
+    messages = (Message("user", question),)
+    assert with_memory.encode_prompt(messages) == without.encode_prompt(messages)
+    ids, spans = with_memory.encode_response_with_spans(messages, response)
+    expected_ids, expected_spans = without.encode_response_with_spans(messages, response)
+    assert ids == expected_ids
+    np.testing.assert_array_equal(spans, expected_spans)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_is_divided_between_words_and_before_punctuation(both, kind):
+    parts = word_memory.parts_expression(both[kind][0]._engine._backend).findall("It's so, (x) <|im_end|>\n\nthe end.")
+    assert parts == ["It's", " so", ",", " (x", ")", " <|im_end|>\n\nthe", " end", "."]
+
+
+def test_memory_is_bounded(both, monkeypatch):
+    monkeypatch.setattr(word_memory, "_MOST", 10)
+    engine = both["gpt2"][0]._engine
+    for text in [f"w{i}" for i in range(25)] + ["long" * 100]:
+        assert engine.encode(text, False) == engine.encode_whole(text, False).ids
+    known = engine._memories[False]._known
+    assert len(known) <= 11 and not any("long" in part for part in known)
+
+
+@pytest.mark.parametrize("pre_tokenizer, added", [
+    (pre_tokenizers.ByteLevel(add_prefix_space=True), []),
+    (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), []),
+    (pre_tokenizers.Metaspace(), []),
+    (split(r"\S+|\s+"), []),
+    (KINDS["gpt2"], [AddedToken("<|im_end|>", rstrip=True)]),
+    (KINDS["gpt2"], [AddedToken("two words")]),
+    (KINDS["gpt2"], [AddedToken("word", single_word=True)]),
+])
+def test_tokenizers_without_known_cuts_have_no_memory(pre_tokenizer, added):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.add_tokens(added)
+    assert word_memory.parts_expression(tokenizer) is None

@@ -1,0 +1,109 @@
+"""Low-rank adapters of a training checkpoint: merged into the base model's weights, or as ``peft`` names them.
+
+An adapter of a Megatron parameter is two matrices, A [rank, in] and B [rows, rank], and means W + alpha / rank * B A
+(LoRA, arXiv 2106.09685, section 4.1). The Hugging Face tensors that the parameter holds share A; each has its rows of B.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from treg_megatron.checkpoint.buffers import Scratch, as_bytes
+from treg_megatron.checkpoint.families import (
+    Family,
+    Parameter,
+    checkpoint_key,
+    in_model_order,
+    interleaving,
+    parameter_shape,
+    source_shape,
+)
+from treg_megatron.checkpoint.layout import MODEL_PREFIX, Identity
+from treg_megatron.checkpoint.safetensors_stream import DTYPES, StoredTensor
+from treg_megatron.checkpoint.torch_dist import TorchDistReader
+from treg_megatron.errors import UserError
+
+ADAPTER = ".adapter."
+
+
+class Adapters:
+    """The adapters of one checkpoint; they are small enough to be read one parameter at a time into memory.
+
+    Args:
+        lora: the recipe's section that the run was trained with.
+    """
+
+    def __init__(self, reader: TorchDistReader, family: Family, fields: dict[str, Any], lora: dict[str, Any]):
+        self._reader, self._family, self._fields, self._lora = reader, family, fields, lora
+
+    def of(self, parameter: Parameter, place: tuple[int, ...]) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
+        """A, and for each of the parameter's Hugging Face tensors its B; None where it has no adapter."""
+        module = parameter.name.removesuffix(".weight")
+        inward, outward = (f"{MODEL_PREFIX}{checkpoint_key(module)}{ADAPTER}{name}.weight" for name in
+                           ("linear_in", "linear_out"))
+        if inward not in self._reader.tensors:
+            return None
+        rank = self._lora["rank"]
+        rows, width = parameter_shape(parameter, self._fields)
+        a, b = torch.empty(rank, width), torch.empty(rows, rank)
+        for key, whole in ((inward, a), (outward, b)):
+            stored = torch.empty(whole.shape, dtype=self._reader.tensors[key].properties.dtype)
+            self._reader.read_into(key, stored, place)
+            whole.copy_(stored)
+        layout = interleaving(parameter, self._fields)
+        return a, [layout.part(b, i).reshape(-1, rank) for i in range(len(parameter.sources))]
+
+    def merged_tensors(self, base: dict[str, StoredTensor], dtype: torch.dtype) -> Iterator[list[memoryview]]:
+        """The bytes of each Hugging Face tensor of the model in ``dtype``, in the order of a transformers model; each
+        until the next is asked for. The sum is taken in fp32."""
+        read, written = Scratch(), Scratch()
+        scale = self._lora["alpha"] / self._lora["rank"]
+        for parameter, place in in_model_order(self._family, self._fields):
+            adapter = self.of(parameter, place)
+            for i, source in enumerate(parameter.sources):
+                stored = base[source.at(place)]
+                shape = source_shape(source, self._fields)
+                weight = read.tensor(shape, DTYPES[stored.dtype])
+                stored.read_into(weight)
+                if adapter is not None:
+                    weight = weight.float().addmm_(adapter[1][i], adapter[0], alpha=scale)
+                tensor = written.tensor(shape, dtype)
+                tensor.copy_(weight)
+                yield [as_bytes(tensor)]
+
+    def peft_tensors(self) -> dict[str, torch.Tensor]:
+        """lora_A and lora_B of every adapted Hugging Face tensor, fp32, by the names that peft looks for."""
+        tensors = {}
+        for parameter, place in in_model_order(self._family, self._fields):
+            adapter = self.of(parameter, place)
+            for i, source in enumerate(parameter.sources if adapter else ()):
+                name = "base_model.model." + source.at(place).removesuffix(".weight")
+                tensors[f"{name}.lora_A.weight"] = adapter[0].clone()
+                tensors[f"{name}.lora_B.weight"] = adapter[1][i].contiguous()
+        return tensors
+
+    def peft_config(self, base: str) -> dict[str, Any]:
+        """adapter_config.json on top of the Hugging Face folder ``base``."""
+        modules = {name.split(".")[-3] for name in self.peft_tensors()}
+        return {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+            "r": self._lora["rank"], "lora_alpha": self._lora["alpha"], "lora_dropout": self._lora["dropout"],
+            "target_modules": sorted(modules), "bias": "none", "fan_in_fan_out": False,
+        }
+
+
+def adapters_of(reader: TorchDistReader, identity: Identity, family: Family, fields: dict[str, Any],
+                checkpoint: Path) -> Adapters | None:
+    """The adapters of a checkpoint, or None where it holds whole weights.
+
+    Raises:
+        UserError: it has adapters, but what made it does not say of which scale.
+    """
+    if not any(ADAPTER in key for key in reader.tensors):
+        return None
+    lora = identity.run.get("recipe", {}).get("lora", {})
+    if not lora.get("rank"):
+        raise UserError(f"checkpoint {checkpoint} has adapters, but its treg.json names no lora.rank and lora.alpha")
+    return Adapters(reader, family, fields, lora)
