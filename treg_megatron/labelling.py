@@ -98,7 +98,9 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     finished = _finished_shards(output, run)
     portions = range(-(-total // section.shard_pairs))
     mine = [portion for portion in portions if portion in share]
-    if any(portion not in finished for portion in mine):
+    # ranks of a split model start together or not at all
+    needed = mine if section.engine == "huggingface" else portions
+    if any(portion not in finished for portion in needed):
         scorer = scorer or _load_scorer(section)
         _require_fitting_model(section, scorer, tokenizer)
         sizes = {portion: min(section.shard_pairs, total - portion * section.shard_pairs) for portion in mine}
@@ -109,6 +111,8 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
                     metadata, labelled = _label_portion(pairs, run, section, tokenizer, prompt_pair, scorer, progress)
                     if share.writes:
                         write_shard(_shard_path(output, portion), labelled, metadata)
+        if section.engine == "megatron":
+            scorer.close()
     if not share.writes or any(not _shard_path(output, portion).exists() for portion in portions):
         return None
     return _finish(output, portions, drops, run, section, share)
