@@ -42,12 +42,14 @@ CPU_FIELDS = {
 }
 
 
-def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSection, train: TrainSection):
+def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSection, train: TrainSection,
+                  router_aux_loss: float = 0.0):
     """The NeMo config of the policy.
 
     Args:
         nemo_config: name of NeMo's config class, as ``families.nemo_config_class`` gives it.
         fields: its fields, as ``families.model_fields`` gives them.
+        router_aux_loss: strength of the experts' load-balancing loss of one micro-batch beside the sum over its pairs.
 
     Raises:
         UserError: a layout that Megatron does not train the model in.
@@ -63,6 +65,7 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
         # gloo sends in the background from memory that CUDA's allocator alone would keep alive
         schedule = {"variable_seq_lengths": False, "overlap_p2p_comm": True, "batch_p2p_comm": False,
                     "deallocate_pipeline_outputs": not is_cpu()}
+    balancing = {"moe_aux_loss_coeff": router_aux_loss} if fields.get("num_moe_experts") else {}
     without_engine = {"apply_rope_fusion": False, "persist_layer_norm": False} if not policies.HAVE_TE else {}
     recompute = {
         "none": {},
@@ -70,7 +73,7 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[train.recompute]
     return getattr(policies, nemo_config.replace("Config", "PolicyConfig"))(
-        **fields | without_engine | (CPU_FIELDS if is_cpu() else {}) | recompute | schedule,
+        **fields | without_engine | (CPU_FIELDS if is_cpu() else {}) | recompute | schedule | balancing,
         activation_func=activation,
         true_vocab_size=vocabulary,
         vocab_size=math.ceil(vocabulary / parallel.tensor) * parallel.tensor,

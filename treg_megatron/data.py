@@ -89,6 +89,12 @@ class PairData(pl.LightningDataModule):
                                               data.seed), *held_out, 1)
         self.data_sampler = PairSampler(data, self.bins, self.bin_size, self.group)
 
+    def pairs_per_micro_batch(self, ranks: int) -> float:
+        """Mean over the micro-batches of a full step on ``ranks`` data-parallel ranks."""
+        if self.bins is None:
+            return self.data.micro_batch_size
+        return self.data.global_batch_size / (packing.micro_batches(self.bins, ranks, self.group) * ranks)
+
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.train) / self.data.global_batch_size)

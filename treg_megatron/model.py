@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel as MegatronGPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections import llm
@@ -68,6 +69,10 @@ class PolicyConfig:
         # NeMo's families build Megatron's class and then adjust it (rotary scaling, norms of Gemma); ours adds no
         # state, so the finished object changes class rather than repeat each family's construction
         model.__class__ = ResponseGPTModel
+        for module in model.modules():
+            if isinstance(module, Router):
+                # it would multiply the auxiliary loss by tokens, because Megatron takes what we count for tokens
+                module.calculate_per_token_loss = False
         return model
 
 

@@ -200,6 +200,8 @@ class OptimizerSection:
     beta1: float = key("Adam beta1")
     beta2: float = key("Adam beta2")
     eps: float = key("Adam epsilon")
+    router_aux_loss: float = key("mixture of experts: coefficient of the load-balancing loss, a mean over micro-batches "
+                                 "beside the mean over pairs; 0 leaves it out")
     clip_grad: float = key("largest global gradient norm; 0 turns clipping off")
 
 
@@ -246,7 +248,9 @@ class ClusterSection:
     gpu_memory: float = key("memory of one rank, in GB (10^9 bytes)")
     peak_tflops: float = key("arithmetic peak of one rank in the training precision, in 10^12 operations a second")
     mfu: float = key("model FLOPs utilisation that times are stated at, in (0, 1]")
-    storage_bandwidth: float = key("what the file system takes from the whole job, in GB (10^9 bytes) a second")
+    node_bandwidth: float = key("what one rank sends to others of its node, in GB (10^9 bytes) a second")
+    network_bandwidth: float = key("what one rank sends to other nodes, in GB a second")
+    storage_bandwidth: float = key("what the file system takes from the whole job, in GB a second")
     pairs: int | None = key("training pairs, where the streams do not exist yet to be counted")
 
 

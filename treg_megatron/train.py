@@ -39,12 +39,13 @@ def train(recipe: DictConfig) -> None:
     from treg_megatron.runtime.launch import join, leave, on_rank_zero, rank_zero_print, world
     from treg_megatron.streams import open_streams, require_same_tokenizer
 
-    model, data, parallel, run = (section(recipe, name) for name in ("model", "data", "parallel", "train"))
+    model, data, parallel, optimizer, run = (
+        section(recipe, name) for name in ("model", "data", "parallel", "optimizer", "train"))
     objective = Objective(**vars(section(recipe, "objective")))
     ranks = world()
     identity = read_identity(Path(model.checkpoint))
     fields = model_fields(identity.hf_config)
-    data_parallel_size(parallel, ranks.size)
+    data_ranks = data_parallel_size(parallel, ranks.size)
     require_divisible(fields, parallel, data, ranks.size)
     streams = {prefix: open_streams(prefix) for prefix in (data.train, data.validation) if prefix}
     for opened in streams.values():
@@ -94,13 +95,15 @@ def train(recipe: DictConfig) -> None:
                   description={"recipe": OmegaConf.to_container(recipe, resolve=False), "data": pairs.train.manifest}),
         Heartbeat(ranks, run.stuck_after),  # the last: a step counts when it is saved
     ]
-    config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, run)
+    # divided by the step's pairs like every gradient, the routers' becomes its mean over micro-batches
+    router_aux_loss = optimizer.router_aux_loss * pairs.pairs_per_micro_batch(data_ranks)
+    config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, run, router_aux_loss)
     adapters = lora.adapters(section(recipe, "lora"), config)
     if adapters is not None:
         callbacks.append(adapters)
     strategy = build.strategy(parallel, run, initial_weights=None if resume else Path(model.checkpoint))
     trainer = build.trainer(ranks, strategy, run, steps, callbacks)
-    policy = build.policy(config, objective, build.optimizer(section(recipe, "optimizer"), run, steps), adapters)
+    policy = build.policy(config, objective, build.optimizer(optimizer, run, steps), adapters)
     if resume and adapters is not None:
         resume = lora.resumed(resume, Path(model.checkpoint))
     trainer.fit(policy, datamodule=pairs, ckpt_path=resume)

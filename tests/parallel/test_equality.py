@@ -93,6 +93,35 @@ def expected_steps(folder: Path, overrides: list[str]) -> list[dict]:
     return steps
 
 
+def balancing_loss(router_logits: torch.Tensor, experts_per_token: int) -> torch.Tensor:
+    """[tokens, experts] of one layer -> experts * sum of (share of the choices) * (mean probability) (Switch
+    Transformer, arXiv 2101.03961, eq. 4), choices counted over the experts of every token."""
+    tokens, experts = router_logits.shape
+    chosen = router_logits.topk(experts_per_token).indices.flatten().bincount(minlength=experts)
+    return experts * ((chosen / (tokens * experts_per_token)) * router_logits.softmax(dim=-1).mean(dim=0)).sum()
+
+
+def expected_step_with_balancing(folder: Path, overrides: list[str], coefficient: float) -> dict:
+    """DPO's step with the routers' loss of each pair, averaged over pairs, that being one micro-batch."""
+    from transformers import AutoModelForCausalLM
+
+    from treg_megatron.recipe import load_recipe, section
+    from treg_megatron.streams import open_streams
+
+    streams = open_streams(section(load_recipe(RECIPE, overrides), "data").train)
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", attn_implementation="eager").double().train()
+    total = main = 0.0
+    for pair in (streams[i] for i in range(PAIRS)):
+        loss = reference.pair_loss(reference.pair_logps(model, pair), pair, **OBJECTIVES[0]) / PAIRS
+        both = [model(input_ids=torch.tensor(tokens.tolist())[None], output_router_logits=True).router_logits
+                for tokens in (pair.chosen_tokens, pair.rejected_tokens)]
+        balancing = sum(balancing_loss(torch.cat(layer), model.config.num_experts_per_tok) for layer in zip(*both))
+        main = main + loss.item()
+        total = total + loss + coefficient * balancing / PAIRS
+    total.backward()
+    return {"loss": main, "gradients": in_megatron_form(model)}
+
+
 def in_megatron_form(model) -> dict[str, torch.Tensor]:
     """Gradients of a transformers model by checkpoint key, shaped and interleaved as Megatron's parameters are."""
     from treg_megatron.checkpoint.families import (
@@ -120,7 +149,7 @@ def in_megatron_form(model) -> dict[str, torch.Tensor]:
 
 
 def assert_equal_steps(found: list[dict], expected: list[dict]) -> None:
-    assert len(found) == len(expected)
+    assert len(found) == len(expected) > 0
     for objective, ours, theirs in zip(OBJECTIVES, found, expected):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), objective
         assert ours["gradients"].keys() == theirs["gradients"].keys()
@@ -143,7 +172,7 @@ def experts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
     # seed 1: of a model whose router is nowhere so undecided that rounding sends a token to another expert
     overrides = prepare(folder, functools.partial(tiny_family, family="Mixtral", tied=False, seed=1))
-    return overrides, expected_steps(folder, overrides)
+    return overrides, expected_steps(folder, overrides), folder
 
 
 def run_layout(tmp_path: Path, overrides: list[str], size: int, layout: list[str]) -> list[dict]:
@@ -159,5 +188,18 @@ def test_dense_model(layout, dense, tmp_path):
 
 @pytest.mark.parametrize("layout", EXPERTS)
 def test_mixture_of_experts(layout, experts, tmp_path):
-    overrides, expected = experts
+    overrides, expected, _ = experts
     assert_equal_steps(run_layout(tmp_path, overrides, *EXPERTS[layout]), expected)
+
+
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_load_balancing_of_experts(layout, experts, tmp_path):
+    overrides, _, folder = experts
+    size, changes = EXPERTS[layout]
+    found = run_ranks(size, steps_on_this_rank, RECIPE, [
+        *overrides, f"train.output={tmp_path}/out", "data.pad_to_multiple_of=1", "optimizer.router_aux_loss=0.1", *changes],
+        OBJECTIVES[:1], log=tmp_path / "log")[0]
+    expected = expected_step_with_balancing(folder, overrides, 0.1)
+    assert_equal_steps(found, [expected])
+    plain = experts[1][0]["gradients"]["module.decoder.layers.mlp.router.weight"]
+    assert (expected["gradients"]["module.decoder.layers.mlp.router.weight"] - plain).norm() > 0.01 * plain.norm()

@@ -35,9 +35,8 @@ def _fields(hf_config: dict) -> dict[str, Any]:
     return fields | window_fields(hf_config.get("sliding_window"), [True] * fields["num_layers"]) | {
         "num_moe_experts": hf_config["num_local_experts"],
         "moe_router_topk": hf_config["num_experts_per_tok"],
-        # no auxiliary loss, as transformers trains by default: divided by pairs instead of tokens it would swamp ours
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.0,  # the recipe's, in training: build.policy_config
     }
 
 
