@@ -9,8 +9,8 @@ the reference log-probs that training needs, and after the prompts x_better and 
 
 The input is cut into portions of ``shard_pairs`` pairs, and each becomes one Parquet file, written atomically. A file
 carries the fingerprint of its run, so an interrupted job goes on with what is not finished, and files of another run
-are never mixed in. Portions are labelled independently of each other: any number of processes share them out, and which of
-them labels a portion changes nothing in it. Whoever finds all of them finished writes the manifest.
+are never mixed in. Portions are labelled independently of each other: any number of processes share them out, and
+which of them labels a portion changes nothing in it. Whoever finds all of them finished writes the manifest.
 """
 
 import os
@@ -333,7 +333,8 @@ def _load_scorer(section: LabelSection) -> Scorer:
     if section.engine == "megatron":
         from treg_megatron.scoring.megatron import MegatronScorer
 
-        scorer = MegatronScorer(section.checkpoint, section.tensor, section.pipeline, section.dtype, section.batch_tokens)
+        scorer = MegatronScorer(section.checkpoint, section.tensor, section.pipeline, section.dtype,
+                                section.batch_tokens)
         scorer.require_weights_of(section.model)
         return scorer
     from treg_megatron.scoring.huggingface import HuggingFaceScorer

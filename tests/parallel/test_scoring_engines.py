@@ -115,7 +115,8 @@ def refused(job: LabelSection) -> str:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_checkpoint_of_another_model_is_refused(job, untied_run, ranks, tmp_path):
     """By every rank: none waits for one that has left."""
-    other = dataclasses.replace(job, checkpoint=str(untied_run.hf.parent / "megatron"), output=str(tmp_path / "labelled"))
+    checkpoint = untied_run.hf.parent / "megatron"
+    other = dataclasses.replace(job, checkpoint=str(checkpoint), output=str(tmp_path / "labelled"))
     for said in run_ranks(ranks, refused, other):
         assert "is not the model of" in said and "differs; name the checkpoint that was imported" in said
     assert not (tmp_path / "labelled").exists()

@@ -114,8 +114,8 @@ def test_exported_model_has_the_log_probs_that_training_ended_with(run, tiny_hf,
 
 def test_the_trained_policy_is_shown_beside_the_labels(run, tiny_hf, trained):
     """From the run, by Megatron; and the model before training, by Hugging Face, whose implicit rewards are 0."""
-    show = ["tools/show_rewards.py", "--labelled", run / "labelled" / "train", "--tokenizer", tiny_hf, "--text", "--policy"]
-    after, before = (dict(re.findall(r"^mean implicit reward of the policy, (\w+) +(\S+)$", ok(*show, policy), re.MULTILINE))
-                     for policy in (trained, tiny_hf))
+    show = ["tools/show_rewards.py", "--labelled", run / "labelled" / "train", "--tokenizer", tiny_hf, "--text"]
+    line = re.compile(r"^mean implicit reward of the policy, (\w+) +(\S+)$", re.MULTILINE)
+    after, before = (dict(line.findall(ok(*show, "--policy", policy))) for policy in (trained, tiny_hf))
     assert float(after["chosen"]) > float(after["rejected"])
     assert {abs(float(mean)) for mean in before.values()} == {0.0}

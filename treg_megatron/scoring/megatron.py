@@ -1,9 +1,9 @@
 """A reference model that Megatron spreads over ranks (any TP x PP), as a :class:`~treg_megatron.scoring.Scorer`.
 
 The policy's own model class, on the checkpoint that training starts from: the log-probs are those that training
-compares with. Sequences are packed, one after the other in a row, sorted by length under a token budget; forward passes run
-through Megatron's pipeline schedule. Every rank of a replica scores the same sequences in the same order and gets the
-results.
+compares with. Sequences are packed, one after the other in a row, sorted by length under a token budget; forward passes
+run through Megatron's pipeline schedule. Every rank of a replica scores the same sequences in the same order and gets
+the results.
 
 Importing this module is cheap; NeMo is imported when a model is built.
 """
