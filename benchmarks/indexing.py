@@ -30,6 +30,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = 100
+PARTS = ("compare", "memory", "fill")
 SEQUENCES, TEXTS = ("chosen_sequence", "rejected_sequence"), ("prompt_text", "chosen", "rejected")
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=1_000_000, help="pairs of the largest file in the memory test")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", default=["compare", "memory", "fill"], choices=("compare", "memory", "fill"))
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if "compare" in arguments.parts and arguments.megatron:
@@ -68,8 +69,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
             few, many = (timed(run, folder / f"{count}.jsonl") for count in (FEW, arguments.count))
             seconds[name].append(many - few)
     manifest = json.loads((folder / f"{arguments.count}-ours.manifest.json").read_text())
-    print(f"{manifest['pairs']} pairs, {manifest['tokens']} tokens in the streams, {arguments.workers} workers, seconds "
-          "of each round:")
+    print(f"{manifest['pairs']} pairs, {manifest['tokens']} tokens in the streams, {arguments.workers} workers, "
+          "seconds of each round:")
     for name, each in seconds.items():
         print(f"  {name:<24}{'  '.join(f'{s:6.2f}' for s in each)}")
     same_ids(folder, arguments)
@@ -169,7 +170,8 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
             child = os.fork()
             if child == 0:
                 index_one(folder / name, folder / f"{name}-streams", arguments.tokenizer, workers)
-                peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+                peak = max(resource.getrusage(who).ru_maxrss
+                           for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
                 print(f"figure index_{name}_peak_{count} {peak / 1e6:.2f} GB", flush=True)
                 os._exit(0)
             assert os.waitpid(child, 0)[1] == 0
@@ -186,8 +188,8 @@ def index_one(labelled: Path, prefix: Path, tokenizer: Path, workers: int) -> No
     from treg_megatron.indexing import index
     from treg_megatron.recipe import load_recipe, section
 
-    index(section(load_recipe(overrides=[f"index.labelled={labelled}", f"index.output={prefix}", f"index.workers={workers}",
-                                         f"index.tokenizer={tokenizer}"]), "index"))
+    index(section(load_recipe(overrides=[f"index.labelled={labelled}", f"index.output={prefix}",
+                                         f"index.tokenizer={tokenizer}", f"index.workers={workers}"]), "index"))
 
 
 def write_short_text(path: Path, pairs: int) -> None:
