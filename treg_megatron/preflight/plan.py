@@ -1,10 +1,11 @@
 """A recipe on a cluster: what every rank would hold and do, as data; :mod:`.report` says it in words."""
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from treg_megatron import checks, recipe
 from treg_megatron.architecture import hf_config_of
@@ -111,6 +112,9 @@ def sections_of(config: DictConfig) -> Sections:
     Raises:
         UserError: see :func:`treg_megatron.recipe.section`.
     """
+    config = copy.deepcopy(config)
+    if OmegaConf.is_missing(config.label, "pairs"):
+        config.label.pairs = "(not named yet)"  # what is to be labelled decides nothing here
     return Sections(*(recipe.section(config, name) for name in Sections._fields))
 
 

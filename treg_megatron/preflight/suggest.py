@@ -92,8 +92,8 @@ def _at_rest(sections: Sections, parameters: int) -> float:
     parallel = sections.parallel
     split = parallel.tensor * parallel.pipeline * parallel.expert
     trained = 0 if sections.lora.rank else 1
-    weight = 2 if sections.train.precision == "bf16" else 4
-    return parameters * (weight + trained * 4) / split + trained * parameters * 8 / sections.ranks
+    weight, adam = (2, 12) if sections.train.precision == "bf16" else (4, 8)
+    return parameters * (weight + trained * 4) / split + trained * parameters * adam / sections.ranks
 
 
 def _layout_of(sections: Sections) -> dict[str, dict[str, Any]]:
