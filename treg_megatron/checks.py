@@ -25,7 +25,6 @@ def data_parallel_size(parallel: ParallelSection, ranks: int) -> int:
     return ranks // model_ranks
 
 
-<<<<<<< HEAD
 def require_layout(fields: dict[str, Any], parallel: ParallelSection, data: DataSection, ranks: int) -> None:
     """Everything that a layout must satisfy: what training asks first, and preflight without the cluster.
 
@@ -39,7 +38,8 @@ def require_layout(fields: dict[str, Any], parallel: ParallelSection, data: Data
     data_parallel_size(parallel, ranks)
     require_divisible(fields, parallel, data, ranks)
     require_experts_divide(fields, parallel, ranks)
-=======
+
+
 def require_split(fields: dict[str, Any], tensor: int, pipeline: int, section: str) -> None:
     """Check that a model can be split into so many parts.
 
@@ -60,7 +60,6 @@ def require_split(fields: dict[str, Any], tensor: int, pipeline: int, section: s
         fitting = [n for n in range(1, fields["num_layers"] + 1) if fields["num_layers"] % n == 0]
         raise UserError(f"{section}.pipeline={pipeline} does not divide the model's {fields['num_layers']} layers; "
                         f"pipeline sizes that do: {', '.join(map(str, fitting))}")
->>>>>>> 2289698890d6e4642b4473b9e5f2ca26ccfc849a
 
 
 def require_divisible(fields: dict[str, Any], parallel: ParallelSection, data: DataSection, ranks: int) -> None:

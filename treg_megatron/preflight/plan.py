@@ -128,6 +128,8 @@ def require_possible(sections: Sections) -> dict[str, Any]:
     Objective(**vars(sections.objective))
     checks.require_tensor_inside_node(sections.parallel, sections.cluster.gpus_per_node)
     checks.require_layout(fields, sections.parallel, sections.data, sections.ranks)
+    if sections.label.engine == "megatron":
+        checks.require_split(fields, sections.label.tensor, sections.label.pipeline, "label")
     return fields
 
 
