@@ -95,8 +95,12 @@ def run_chunk(rank: Rank, chunk: int, batch: dict) -> Pass:
     return Pass(kept, forward, live.peaks, live.moved)
 
 
-def peak(passes: list[Pass], schedule: list[Event]) -> Peak:
-    """The peak over a step whose model chunks run as ``schedule`` says."""
+def peak(passes: list[Pass], schedule: list[Event], held: int) -> Peak:
+    """The peak over a step whose model chunks run as ``schedule`` says.
+
+    Args:
+        held: bytes of the gradient that was last sent to the stage before: the schedule keeps it until the next one.
+    """
     in_flight: Counter[int] = Counter()
     most = {LAYERS: 0, HEAD: 0}
     activations = 0
@@ -104,10 +108,10 @@ def peak(passes: list[Pass], schedule: list[Event]) -> Peak:
         run = passes[chunk]
         if kind != FORWARD:
             in_flight[chunk] -= 1
-        others = sum(count * passes[c].kept for c, count in in_flight.items())
+        others = held + sum(count * passes[c].kept for c, count in in_flight.items())
         for phase, nbytes in (run.forward if kind == FORWARD else run.backward).items():
             if others + nbytes > max(most.values()):
-                activations = others + (0 if kind == FORWARD else run.kept)
+                activations = others - held + (0 if kind == FORWARD else run.kept)
             most[phase] = max(most[phase], others + nbytes)
         if kind == FORWARD:
             in_flight[chunk] += 1

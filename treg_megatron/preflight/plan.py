@@ -161,11 +161,12 @@ def _build_stage(sections: Sections, stage: int, micro_batches: int, data_ranks:
                       sections.lora, fused=on_gpu)
     batch = activations.largest_micro_batch(sections.data, parallel)
     passes = [activations.run_chunk(rank, chunk, batch) for chunk in range(len(rank.policies))]
-    peak = activations.peak(passes, schedule.events(stage, parallel.pipeline, len(passes), micro_batches))
+    hidden = activations.hidden_bytes(batch, rank.config)
+    peak = activations.peak(passes, schedule.events(stage, parallel.pipeline, len(passes), micro_batches),
+                            held=hidden if stage else 0)
     at_rest, names = bytes_at_rest(rank.wrapped, rank.optimizer), group_names(bool(rank.config.num_moe_experts))
     groups = len(names) + (parallel.pipeline > 1) + (data_ranks > 1)
     moved = costs.moved_in_a_step(passes, names, micro_batches, at_rest.gradients, at_rest.weights,
-                                  activations.hidden_bytes(batch, rank.config) * len(passes), parallel.pipeline,
-                                  data_ranks)
+                                  hidden * len(passes), parallel.pipeline, data_ranks)
     return Stage(at_rest, peak, communication=NCCL_BYTES_PER_GROUP * groups if on_gpu else 0,
                  fragmentation=round(FRAGMENTATION * peak.total), moved=moved), parameters_of_the_model(rank.policies)
