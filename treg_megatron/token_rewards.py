@@ -154,10 +154,9 @@ def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict)
     """
     response = getattr(pair, side)
     values, given, texts = (row.get(f"{side}_{name}") for name in ("token_rewards", "token_ids", "token_texts"))
-    if given is None:
-        ids, spans = tokenizer.encode_response_with_spans(pair.messages, response)
+    ids, spans = (response_ids(pair, side, tokenizer), None) if given is not None else \
+        tokenizer.encode_response_with_spans(pair.messages, response)
     if given is not None:
-        ids = response_ids(pair, side, tokenizer)
         rewards = _by_id(side, given, _numbers(values, f"{side}_token_rewards"), ids)
     elif texts is not None:
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
