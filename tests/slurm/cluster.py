@@ -64,7 +64,7 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
 NODE = "NodeName={name} NodeHostname=localhost NodeAddr={address} Port={port} CPUs=192 RealMemory=2000000 " \
        "Gres=gpu:h100:8 State=UNKNOWN"
 START_SECONDS = 60
-SMALL_DISK = "6m"                       # room for one checkpoint of the tests' model, and not for two
+SMALL_DISK = "5m"                       # room for one checkpoint of the tests' model, and not for two
 
 
 class Cluster:
