@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -122,15 +123,19 @@ def write_text(path: Path, count: int, arguments: argparse.Namespace) -> None:
     from treg_megatron.tokens import load_tokenizer
 
     tokenizer, source, chance = load_tokenizer(arguments.tokenizer), list(read_pairs(arguments.pairs)), random.Random(0)
-    share = new_words(source)
+    repeated_share, share = new_words(source), 0.0
 
     def renewed(text: str) -> str:
-        return " ".join(word + "".join(chance.choices("aeiou", k=6)) if chance.random() < share else word
-                        for word in text.split(" "))
+        return " ".join(changed(word) if chance.random() < share else word for word in text.split(" "))
+
+    def changed(word: str) -> str:
+        at = chance.randint(0, len(word))
+        return word[:at] + "".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=2)) + word[at:]
 
     with open(path, "w", encoding="utf-8") as file:
         for i in range(count):
             pair = source[i % len(source)]
+            share = 0.0 if i < len(source) else repeated_share
             messages = [message._replace(content=renewed(message.content)) for message in pair.messages]
             chosen, rejected = renewed(pair.chosen), renewed(pair.rejected)
             prompt = tokenizer.decode(tokenizer.encode_prompt(messages))
@@ -139,7 +144,7 @@ def write_text(path: Path, count: int, arguments: argparse.Namespace) -> None:
                 "chosen_spans": [[0, len(chosen), 0.25]], "rejected_spans": [[0, len(rejected), -0.25]],
                 "prompt_text": prompt, "chosen_sequence": prompt + chosen, "rejected_sequence": prompt + rejected,
             }) + "\n")
-    print(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB, {share:.1%} of the words changed")
+    print(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB, {repeated_share:.1%} of the words changed in repetitions")
 
 
 def new_words(pairs: list) -> float:
@@ -154,21 +159,22 @@ def new_words(pairs: list) -> float:
 
 
 def memory(arguments: argparse.Namespace, folder: Path) -> None:
-    """Peak memory of indexing labelled pairs, in a process each, and the rate of reading what the largest gave."""
+    """Peak memory of indexing text and labelled pairs, and the rate of reading what the largest gave."""
     from treg_megatron.streams import open_streams
 
     counts = [n for n in (10_000, 100_000, 1_000_000) if n <= arguments.most]
-    for count in counts:
-        write_labelled(folder / f"{count}.parquet", count)
-        child = os.fork()
-        if child == 0:
-            index_one(folder / f"{count}.parquet", folder / str(count), arguments.tokenizer)
-            os._exit(0)
-        _, status, usage = os.wait4(child, 0)
-        assert status == 0
-        print(f"figure index_peak_{count} {usage.ru_maxrss / 1e6:.2f} GB")
-        (folder / f"{count}.parquet").unlink()
-    streams = open_streams(folder / str(counts[-1]))
+    for name, write, workers in (("text", write_short_text, 2), ("labelled", write_labelled, 1)):
+        for count in counts:
+            write(folder / name, count)
+            child = os.fork()
+            if child == 0:
+                index_one(folder / name, folder / f"{name}-streams", arguments.tokenizer, workers)
+                peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+                print(f"figure index_{name}_peak_{count} {peak / 1e6:.2f} GB", flush=True)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            (folder / name).unlink()
+    streams = open_streams(folder / "labelled-streams")
     order = np.random.default_rng(0).permutation(len(streams))[:200_000].tolist()
     start = time.perf_counter()
     for pair in order:
@@ -176,12 +182,20 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"figure read_rate {len(order) / (time.perf_counter() - start):.0f} pairs/s")
 
 
-def index_one(labelled: Path, prefix: Path, tokenizer: Path) -> None:
+def index_one(labelled: Path, prefix: Path, tokenizer: Path, workers: int) -> None:
     from treg_megatron.indexing import index
     from treg_megatron.recipe import load_recipe, section
 
-    index(section(load_recipe(overrides=[f"index.labelled={labelled}", f"index.output={prefix}",
+    index(section(load_recipe(overrides=[f"index.labelled={labelled}", f"index.output={prefix}", f"index.workers={workers}",
                                          f"index.tokenizer={tokenizer}"]), "index"))
+
+
+def write_short_text(path: Path, pairs: int) -> None:
+    """Pairs of a few words with token rewards: what grows with their number shows."""
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(pairs):
+            file.write(json.dumps({"prompt": f"{i}?", "chosen": "yes", "rejected": "no",
+                                   "chosen_spans": [[0, 3, 0.25]], "rejected_spans": [[0, 2, -0.25]]}) + "\n")
 
 
 def write_labelled(path: Path, pairs: int) -> None:

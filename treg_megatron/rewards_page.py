@@ -45,7 +45,7 @@ class Quality:
         warnings = []
         if self.mean_abs < MERE_COPYING:
             warnings.append(_COPYING_WARNING.format(self.mean_abs))
-        if self.chosen_mean < self.rejected_mean:
+        if self.chosen_mean < self.rejected_mean and self.chosen_above < 0.5:
             warnings.append(_CONTRARY_WARNING.format(self.chosen_mean, self.rejected_mean))
         return warnings
 

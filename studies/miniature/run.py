@@ -17,6 +17,7 @@ import argparse  # noqa: E402
 import functools  # noqa: E402
 import json  # noqa: E402
 import shutil  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -55,14 +56,13 @@ def conduct(study: Study, processes: int) -> None:
     if not (study.run / "megatron").exists():
         pipeline.write_world(study)
         pipeline.train_reference(study)
-    run_jobs({f"pairs of {split}": functools.partial(pipeline.make_pairs, study, split) for split in ("train", "dev")},
-             processes, "step")
+    run_jobs(pair_jobs(study, "train", "dev"), processes, "step")
     pipeline.index_training_pairs(study)
     say("search on development prompts")
     measure_all(study, study.search_runs, "dev", processes)
     choice = choose(study)
     say("test prompts: " + ", ".join(f"{method} setting {setting}" for method, setting in choice.items()))
-    pipeline.make_pairs(study, "test")
+    run_jobs(pair_jobs(study, "test"), processes, "step")
     measure_all(study, study.final_runs(choice), "test", processes)
     from studies.miniature.report import write_report
 
@@ -78,6 +78,10 @@ def begin(study: Study) -> None:
     elif json.loads(path.read_text(encoding="utf-8"))["digest"] != study.digest:
         raise UserError(f"the world, the reference or the recipe changed since {study.run} was begun; start over with: "
                         "make study ARGS=--fresh")
+
+
+def pair_jobs(study: Study, *splits: str) -> dict[str, Callable[[], None]]:
+    return {f"pairs of {split}": functools.partial(pipeline.make_pairs, study, split) for split in splits}
 
 
 def measure_all(study: Study, runs: list[Run], split: str, processes: int) -> None:

@@ -103,4 +103,9 @@ def test_exported_model_has_the_log_probs_that_training_ended_with(run, tiny_hf,
                     for pair in (streams[i] for i in range(len(streams)))]
         tokens = streams.response_lengths[:, 0 if side == "chosen" else 1].sum() / len(streams)
         assert abs(sum(sums) / len(sums) - last[f"validation/logps/{side}"]) / tokens < 1e-4
-    assert "#" in (run / "hf" / "README.md").read_text()
+    card = (run / "hf" / "README.md").read_text()
+    for told in ("base_model: ", "after DPO with [T-REG]", "## Metrics of step 12", f"pairs: {len(streams)}",
+                 streams.manifest["files"]["tokens.bin"]["sha256"], "global_batch_size: "):
+        assert told in card
+    answer = model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False)
+    assert answer.shape[1] > 2

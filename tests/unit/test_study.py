@@ -116,7 +116,7 @@ def test_interval_of_a_mean_covers_what_it_should():
 
 def test_the_budget_of_the_search_is_equal():
     study = load_study(HERE / "study.yaml")
-    assert {len(grid) for grid in study.grids.values()} == {6}
+    assert {len(grid) for grid in study.grids.values()} == {8}
     assert len(study.seeds) >= 5 and study.search_seed not in study.seeds
     names = [run.name for run in (*study.search_runs, *study.final_runs({method: 0 for method in study.methods}))]
     assert len(set(names)) == len(names)
