@@ -68,7 +68,7 @@ class SaveEvery(pl.Callback):
                 finish()
 
     def _finish_pending(self, trainer: pl.Trainer, wait: bool) -> None:
-        """Complete the checkpoint that is being written in the background, if there is one and every rank's part is written."""
+        """Complete the checkpoint that is written in the background, if there is one and every rank's part is there."""
         if trainer.strategy.async_save:
             with self._refused(self.folder):
                 trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=wait)

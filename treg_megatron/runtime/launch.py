@@ -115,7 +115,7 @@ def _why_not_connected(message: str, address: str, port: str, ranks: World) -> s
 
 
 def leave() -> None:
-    """End the group, all ranks together: rank 0 serves the store, and threads of the group must not outlive the interpreter."""
+    """End the group, all ranks together: rank 0 serves the store, and the group's threads must end before Python does."""
     import torch.distributed as dist
 
     dist.barrier()
