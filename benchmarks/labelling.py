@@ -89,7 +89,8 @@ def figure(arguments: argparse.Namespace, dtype: str, sequences: list[ScoredSequ
         values[name] = ways[name]()
         seconds[name] = min(seconds[name], time.perf_counter() - start)
     difference = max(np.abs(a - b).max() for a, b in zip(values["plain"], values["ours"]))
-    print(f"\n{dtype}, {computed_tokens(sequences, ours):,} of {tokens:,} tokens computed: largest difference of a log-prob {difference:.1e}")
+    print(f"\n{dtype}: {computed_tokens(sequences, ours):,} of {tokens:,} tokens computed; "
+          f"largest difference of a log-prob {difference:.1e}")
     assert difference < LARGEST_DIFFERENCE[dtype]
     for name in ways:
         print(f"  {name:30} {seconds[name]:7.2f} s {tokens / seconds[name]:9,.0f} tokens/s "

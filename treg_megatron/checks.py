@@ -25,6 +25,28 @@ def data_parallel_size(parallel: ParallelSection, ranks: int) -> int:
     return ranks // model_ranks
 
 
+def require_split(fields: dict[str, Any], tensor: int, pipeline: int, section: str) -> None:
+    """Check that a model can be split into so many parts.
+
+    Args:
+        fields: the model's sizes, as ``families.model_fields`` gives them.
+        section: the recipe's, whose keys ``tensor`` and ``pipeline`` these are.
+
+    Raises:
+        UserError: one of them does not divide it, with the values that would.
+    """
+    heads, groups = fields["num_attention_heads"], fields["num_query_groups"]
+    for name, size in (("attention heads", heads), ("key-value heads", groups), ("ffn_hidden_size", fields["ffn_hidden_size"])):
+        if size % tensor:
+            fitting = [n for n in range(1, groups + 1) if not (heads % n or groups % n or fields["ffn_hidden_size"] % n)]
+            raise UserError(f"{section}.tensor={tensor} does not divide the model's {size} {name}; "
+                            f"tensor sizes that do: {', '.join(map(str, fitting))}")
+    if fields["num_layers"] % pipeline:
+        fitting = [n for n in range(1, fields["num_layers"] + 1) if fields["num_layers"] % n == 0]
+        raise UserError(f"{section}.pipeline={pipeline} does not divide the model's {fields['num_layers']} layers; "
+                        f"pipeline sizes that do: {', '.join(map(str, fitting))}")
+
+
 def require_divisible(fields: dict[str, Any], parallel: ParallelSection, data: DataSection, ranks: int) -> None:
     """Check every quantity that a layout splits.
 
@@ -34,16 +56,7 @@ def require_divisible(fields: dict[str, Any], parallel: ParallelSection, data: D
     Raises:
         UserError: one that does not divide, with the values that would.
     """
-    heads, groups = fields["num_attention_heads"], fields["num_query_groups"]
-    for name, size in (("attention heads", heads), ("key-value heads", groups), ("ffn_hidden_size", fields["ffn_hidden_size"])):
-        if size % parallel.tensor:
-            fitting = [n for n in range(1, groups + 1) if not (heads % n or groups % n or fields["ffn_hidden_size"] % n)]
-            raise UserError(f"parallel.tensor={parallel.tensor} does not divide the model's {size} {name}; "
-                            f"tensor sizes that do: {', '.join(map(str, fitting))}")
-    if fields["num_layers"] % parallel.pipeline:
-        fitting = [n for n in range(1, fields["num_layers"] + 1) if fields["num_layers"] % n == 0]
-        raise UserError(f"parallel.pipeline={parallel.pipeline} does not divide the model's {fields['num_layers']} layers; "
-                        f"pipeline sizes that do: {', '.join(map(str, fitting))}")
+    require_split(fields, parallel.tensor, parallel.pipeline, "parallel")
     if parallel.virtual_pipeline:
         chunks = parallel.pipeline * parallel.virtual_pipeline
         if parallel.pipeline == 1:

@@ -22,8 +22,8 @@ def folder(tiny_hf, tmp_path_factory) -> Path:
 
 
 def command(tiny_hf: Path, folder: Path, output: str, *more: str) -> list:
-    return ["tools/label_tokens.py", "--recipe", "recipes/tiny.yaml", "--model", tiny_hf, "--pairs", folder / "pairs.jsonl",
-            "--output", folder / output, "--shard-pairs", "2", *more]
+    return ["tools/label_tokens.py", "--recipe", "recipes/tiny.yaml", "--model", tiny_hf, "--output", folder / output,
+            "--pairs", folder / "pairs.jsonl", "--shard-pairs", "2", *more]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -47,8 +47,8 @@ def test_under_torchrun(tiny_hf, folder, alone):
 def test_under_srun(tiny_hf, folder, alone):
     tasks = [subprocess.Popen(
         [sys.executable, *map(str, command(tiny_hf, folder, "srun"))], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2",
-                          "SLURM_LOCALID": str(rank), "SLURM_NNODES": "1"}) for rank in range(2)]
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SLURM_NNODES": "1", "SLURM_NTASKS": "2",
+                          "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}) for rank in range(2)]
     said = [task.communicate(timeout=200)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0] and "labelled 12 pairs" in "".join(said)
     assert contents(folder / "srun") == contents(alone)

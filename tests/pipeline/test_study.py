@@ -20,7 +20,7 @@ PER_PROMPT = {"greedy/score": 1, "greedy/length": 1, "sampled/score": 2, "sample
 
 def conduct(path: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "studies.miniature.run", "--study", str(path)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=400, env=os.environ | {"PYTHONPATH": str(ROOT)})
+                          capture_output=True, timeout=800, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 @pytest.fixture(scope="module")
