@@ -158,7 +158,7 @@ class Cluster:
     def field(self, job: str, name: str) -> str:
         return self.run("scontrol", "show", "job", "--oneliner", job).split(f" {name}=")[1].split()[0]
 
-    def wait(self, job: str, *states: str, seconds: float = 240) -> str:
+    def wait(self, job: str, *states: str, seconds: float = 420) -> str:
         """Until a job is in one of ``states``."""
         ended = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
         def there() -> bool:

@@ -17,7 +17,7 @@ def start(slurm, files: Files, run: Run, **variables: str) -> str:
     return slurm.submit(SCRIPT, cwd=files.folder, RECIPE=str(run.recipe), CHECKS="", **variables)
 
 
-def wait_for_step(run: Run, step: int, seconds: float = 120) -> None:
+def wait_for_step(run: Run, step: int, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while run.step() < step:
         assert time.monotonic() < deadline, f"step {step} not reached; the run is at {run.step()}"
