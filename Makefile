@@ -25,7 +25,7 @@ venv: $(INSTALLED)  ## .venv with exactly the versions of constraints.txt
 test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then tests on real Megatron ranks, end-to-end runs, and a real SLURM where there is one
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
 	OMP_NUM_THREADS=1 TREG_REAL_MODEL=$(abspath $(TEST_MODEL)) $(BIN)/python -m pytest \
-		tests/parallel tests/pipeline tests/faults tests/slurm $(ARGS)
+		tests/parallel tests/pipeline tests/faults tests/gpu tests/slurm $(ARGS)
 
 demo: $(DEMO_MODEL)  ## align a real 135M model end to end on this machine, about ten minutes on two cores
 	$(BIN)/python demo/run.py $(ARGS)

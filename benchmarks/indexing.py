@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = 100
+PARTS = ("compare", "memory", "fill")
 SEQUENCES, TEXTS = ("chosen_sequence", "rejected_sequence"), ("prompt_text", "chosen", "rejected")
 
 
@@ -42,7 +44,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=1_000_000, help="pairs of the largest file in the memory test")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", default=["compare", "memory", "fill"], choices=("compare", "memory", "fill"))
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if "compare" in arguments.parts and arguments.megatron:
@@ -61,27 +63,32 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         "Megatron-LM, sequences": lambda text: megatron_on(text, SEQUENCES, arguments),
         "Megatron-LM, texts": lambda text: megatron_on(text, TEXTS, arguments),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    seconds: dict[str, list[np.ndarray]] = {name: [] for name in programs}
     for _ in range(arguments.rounds):
         for name, run in programs.items():
             few, many = (timed(run, folder / f"{count}.jsonl") for count in (FEW, arguments.count))
             seconds[name].append(many - few)
+            print(f"  {name:<24}{seconds[name][-1][0]:6.2f} s, {seconds[name][-1][1]:6.2f} s of CPU", flush=True)
     manifest = json.loads((folder / f"{arguments.count}-ours.manifest.json").read_text())
-    print(f"{manifest['pairs']} pairs, {manifest['tokens']} tokens in the streams, {arguments.workers} workers, seconds "
-          "of each round:")
-    for name, each in seconds.items():
-        print(f"  {name:<24}{'  '.join(f'{s:6.2f}' for s in each)}")
+    print(f"{manifest['pairs']} pairs, {manifest['tokens']} tokens in the streams, {arguments.workers} workers")
     same_ids(folder, arguments)
-    ours, sequences, texts = (np.array(each) for each in seconds.values())
-    print(f"figure index_rate {manifest['tokens'] / np.median(ours):.0f} tokens/s")
-    print(f"figure index_vs_megatron {np.median(sequences / ours):.2f} ratio")
-    print(f"figure index_vs_megatron_texts {np.median(texts / ours):.2f} ratio")
+    ours, sequences, texts = (np.array(each).T for each in seconds.values())
+    print(f"figure index_rate {manifest['tokens'] / np.median(ours[0]):.0f} tokens/s")
+    for name, theirs in (("index_vs_megatron", sequences), ("index_vs_megatron_texts", texts)):
+        for clock, ratios in zip(("", "_cpu"), theirs / ours):
+            print(f"figure {name}{clock} {np.median(ratios):.2f} ratio")
 
 
-def timed(run, text: Path) -> float:
-    start = time.perf_counter()
+def timed(run, text: Path) -> np.ndarray:
+    """Seconds by the clock, and seconds of CPU over all processes: these are the same on a busy machine."""
+    start = time.perf_counter(), cpu_of_children()
     run(text)
-    return time.perf_counter() - start
+    return np.array([time.perf_counter() - start[0], cpu_of_children() - start[1]])
+
+
+def cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def same_ids(folder: Path, arguments: argparse.Namespace) -> None:
@@ -122,15 +129,19 @@ def write_text(path: Path, count: int, arguments: argparse.Namespace) -> None:
     from treg_megatron.tokens import load_tokenizer
 
     tokenizer, source, chance = load_tokenizer(arguments.tokenizer), list(read_pairs(arguments.pairs)), random.Random(0)
-    share = new_words(source)
+    repeated_share, share = new_words(source), 0.0
 
     def renewed(text: str) -> str:
-        return " ".join(word + "".join(chance.choices("aeiou", k=6)) if chance.random() < share else word
-                        for word in text.split(" "))
+        return " ".join(changed(word) if chance.random() < share else word for word in text.split(" "))
+
+    def changed(word: str) -> str:
+        at = chance.randint(0, len(word))
+        return word[:at] + "".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=2)) + word[at:]
 
     with open(path, "w", encoding="utf-8") as file:
         for i in range(count):
             pair = source[i % len(source)]
+            share = 0.0 if i < len(source) else repeated_share
             messages = [message._replace(content=renewed(message.content)) for message in pair.messages]
             chosen, rejected = renewed(pair.chosen), renewed(pair.rejected)
             prompt = tokenizer.decode(tokenizer.encode_prompt(messages))
@@ -139,7 +150,7 @@ def write_text(path: Path, count: int, arguments: argparse.Namespace) -> None:
                 "chosen_spans": [[0, len(chosen), 0.25]], "rejected_spans": [[0, len(rejected), -0.25]],
                 "prompt_text": prompt, "chosen_sequence": prompt + chosen, "rejected_sequence": prompt + rejected,
             }) + "\n")
-    print(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB, {share:.1%} of the words changed")
+    print(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB, {repeated_share:.1%} of the words changed in repetitions")
 
 
 def new_words(pairs: list) -> float:
@@ -154,21 +165,23 @@ def new_words(pairs: list) -> float:
 
 
 def memory(arguments: argparse.Namespace, folder: Path) -> None:
-    """Peak memory of indexing labelled pairs, in a process each, and the rate of reading what the largest gave."""
+    """Peak memory of indexing text and labelled pairs, and the rate of reading what the largest gave."""
     from treg_megatron.streams import open_streams
 
     counts = [n for n in (10_000, 100_000, 1_000_000) if n <= arguments.most]
-    for count in counts:
-        write_labelled(folder / f"{count}.parquet", count)
-        child = os.fork()
-        if child == 0:
-            index_one(folder / f"{count}.parquet", folder / str(count), arguments.tokenizer)
-            os._exit(0)
-        _, status, usage = os.wait4(child, 0)
-        assert status == 0
-        print(f"figure index_peak_{count} {usage.ru_maxrss / 1e6:.2f} GB")
-        (folder / f"{count}.parquet").unlink()
-    streams = open_streams(folder / str(counts[-1]))
+    for name, write, workers in (("text", write_short_text, 2), ("labelled", write_labelled, 1)):
+        for count in counts:
+            write(folder / name, count)
+            child = os.fork()
+            if child == 0:
+                index_one(folder / name, folder / f"{name}-streams", arguments.tokenizer, workers)
+                peak = max(resource.getrusage(who).ru_maxrss
+                           for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+                print(f"figure index_{name}_peak_{count} {peak / 1e6:.2f} GB", flush=True)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            (folder / name).unlink()
+    streams = open_streams(folder / "labelled-streams")
     order = np.random.default_rng(0).permutation(len(streams))[:200_000].tolist()
     start = time.perf_counter()
     for pair in order:
@@ -176,12 +189,20 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"figure read_rate {len(order) / (time.perf_counter() - start):.0f} pairs/s")
 
 
-def index_one(labelled: Path, prefix: Path, tokenizer: Path) -> None:
+def index_one(labelled: Path, prefix: Path, tokenizer: Path, workers: int) -> None:
     from treg_megatron.indexing import index
     from treg_megatron.recipe import load_recipe, section
 
     index(section(load_recipe(overrides=[f"index.labelled={labelled}", f"index.output={prefix}",
-                                         f"index.tokenizer={tokenizer}"]), "index"))
+                                         f"index.tokenizer={tokenizer}", f"index.workers={workers}"]), "index"))
+
+
+def write_short_text(path: Path, pairs: int) -> None:
+    """Pairs of a few words with token rewards: what grows with their number shows."""
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(pairs):
+            file.write(json.dumps({"prompt": f"{i}?", "chosen": "yes", "rejected": "no",
+                                   "chosen_spans": [[0, 3, 0.25]], "rejected_spans": [[0, 2, -0.25]]}) + "\n")
 
 
 def write_labelled(path: Path, pairs: int) -> None:

@@ -107,7 +107,7 @@ train() {
     output=$(setting train.output "$@")
     if [[ ${SLURM_RESTART_COUNT:-0} == 0 ]]; then record "$@"; fi
     if [[ $CHECKS == *recipe* && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
-        once "$PYTHON" -m treg_megatron.preflight --recipe "$RECIPE" --nodes "$NODES" --gpus-per-node "$RANKS" \
+        once env CUDA_VISIBLE_DEVICES= "$PYTHON" -m treg_megatron.preflight --recipe "$RECIPE" --nodes "$NODES" --gpus-per-node "$RANKS" \
             --gpu-memory "${GPU_MEMORY:-80GB}" "$@"
     fi
     if [[ $CHECKS == *nodes* ]]; then ranks "$PYTHON" -m treg_megatron.node_check --recipe "$RECIPE" "$@"; fi

@@ -5,7 +5,8 @@
     python tools/rank_responses.py --samples samples --output pairs.jsonl --scores column --column score
 
 Scores come from a Hugging Face sequence-classification model, from your own function (messages, responses) -> numbers,
-or from a key of each response in the samples. Pairs keep the token ids that were sampled, and labels use them as they are. A reward model that brings Python code (ArmoRM does) runs it only with --allow-remote-code true.
+or from a key of each response in the samples. Pairs keep the token ids that were sampled, and labels use them as they
+are. A reward model that brings Python code (ArmoRM does) runs it only with --allow-remote-code true.
 """
 
 from treg_megatron import errors, recipe

@@ -5,8 +5,8 @@
         --server http://localhost:8000/v1
 
 Reads rows with `prompt` (text or messages) or `messages`; of a preference file, the prompts. Writes JSONL with one row
-a prompt: its responses with their token ids, and whether they were cut off. Stopped at any moment, or by a server that is
-gone, the same command goes on where it was. Then: tools/rank_responses.py.
+a prompt: its responses with their token ids, and whether they were cut off. Stopped at any moment, or by a server that
+is gone, the same command goes on where it was. Then: tools/rank_responses.py.
 """
 
 from treg_megatron import errors, recipe

@@ -29,7 +29,8 @@ def main() -> None:
     parser.add_argument("--output", default="rewards.html", metavar="HTML", help="the page to write (%(default)s)")
     parser.add_argument("--text", action="store_true", help="print to the terminal and write no page")
     parser.add_argument("--pairs", type=int, default=200, metavar="N", help="show the first N pairs (%(default)s)")
-    parser.add_argument("--policy", metavar="DIR", help="a trained policy: Megatron checkpoint, a run (its newest one), or Hugging Face folder")
+    parser.add_argument("--policy", metavar="DIR",
+                        help="a trained policy: Megatron checkpoint, a run (its newest one), or Hugging Face folder")
     parser.add_argument("--device", default="auto", help="where a Hugging Face policy runs: auto, cpu or cuda")
     arguments = parser.parse_args()
     if arguments.pairs < 1:

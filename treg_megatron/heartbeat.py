@@ -14,8 +14,8 @@ import torch
 
 from treg_megatron.runtime.launch import World, node_name
 
-EVERY_SECONDS = 10.0
-QUIET_SECONDS = 60.0  # without a step: rank 0 begins to say what it sees
+QUIET_SECONDS = 60.0  # without a step, and rank 0 begins to say what it sees; or a quarter of the time that ends the run
+BEATS = 6             # signs of life within that time
 
 
 class Heartbeat(pl.Callback):
@@ -30,8 +30,9 @@ class Heartbeat(pl.Callback):
         stuck_after: seconds; a micro-batch of validation and a checkpoint count as life, too.
     """
 
-    def __init__(self, ranks: World, stuck_after: float, every: float = EVERY_SECONDS, quiet: float = QUIET_SECONDS):
-        self.ranks, self.stuck_after, self.every, self.quiet = ranks, stuck_after, every, quiet
+    def __init__(self, ranks: World, stuck_after: float):
+        self.ranks, self.stuck_after = ranks, stuck_after
+        self.quiet = min(QUIET_SECONDS, stuck_after / 4)
         self.step, self.thread = 0, None
 
     def alive(self) -> None:
@@ -68,7 +69,7 @@ class Heartbeat(pl.Callback):
         self.ended.set()
         faulthandler.cancel_dump_traceback_later()
         if self.thread is not None:
-            self.thread.join(self.every)  # the interpreter must not end while it is inside the store
+            self.thread.join(self.quiet)  # the interpreter must not end while it is inside the store
 
     def _watch(self, main_thread: int) -> None:
         try:
@@ -76,7 +77,7 @@ class Heartbeat(pl.Callback):
             store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                                                is_master=False, wait_for_workers=False)
             beats, watcher = 0, Watcher(self.ranks.size, self.quiet)
-            while not self.ended.wait(self.every):
+            while not self.ended.wait(self.quiet / BEATS):
                 beats += 1
                 doing = doing_now(main_thread)
                 store.set(f"heartbeat/{self.ranks.rank}", json.dumps([beats, self.step, doing, node_name()]))

@@ -9,8 +9,8 @@ the reference log-probs that training needs, and after the prompts x_better and 
 
 The input is cut into portions of ``shard_pairs`` pairs, and each becomes one Parquet file, written atomically. A file
 carries the fingerprint of its run, so an interrupted job goes on with what is not finished, and files of another run
-are never mixed in. Portions are labelled independently of each other: any number of processes share them out, and which of
-them labels a portion changes nothing in it. Whoever finds all of them finished writes the manifest.
+are never mixed in. Portions are labelled independently of each other: any number of processes share them out, and
+which of them labels a portion changes nothing in it. Whoever finds all of them finished writes the manifest.
 """
 
 import os
@@ -98,7 +98,9 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     finished = _finished_shards(output, run)
     portions = range(-(-total // section.shard_pairs))
     mine = [portion for portion in portions if portion in share]
-    if any(portion not in finished for portion in mine):
+    # ranks of a split model start together or not at all
+    needed = mine if section.engine == "huggingface" else portions
+    if any(portion not in finished for portion in needed):
         scorer = scorer or _load_scorer(section)
         _require_fitting_model(section, scorer, tokenizer)
         sizes = {portion: min(section.shard_pairs, total - portion * section.shard_pairs) for portion in mine}
@@ -109,6 +111,8 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
                     metadata, labelled = _label_portion(pairs, run, section, tokenizer, prompt_pair, scorer, progress)
                     if share.writes:
                         write_shard(_shard_path(output, portion), labelled, metadata)
+        if section.engine == "megatron":
+            scorer.close()
     if not share.writes or any(not _shard_path(output, portion).exists() for portion in portions):
         return None
     return _finish(output, portions, drops, run, section, share)
@@ -329,7 +333,8 @@ def _load_scorer(section: LabelSection) -> Scorer:
     if section.engine == "megatron":
         from treg_megatron.scoring.megatron import MegatronScorer
 
-        scorer = MegatronScorer(section.checkpoint, section.tensor, section.pipeline, section.dtype, section.batch_tokens)
+        scorer = MegatronScorer(section.checkpoint, section.tensor, section.pipeline, section.dtype,
+                                section.batch_tokens)
         scorer.require_weights_of(section.model)
         return scorer
     from treg_megatron.scoring.huggingface import HuggingFaceScorer

@@ -248,7 +248,9 @@ class ClusterSection:
     gpu_memory: float = key("memory of one rank, in GB (10^9 bytes)")
     peak_tflops: float = key("arithmetic peak of one rank in the training precision, in 10^12 operations a second")
     mfu: float = key("model FLOPs utilisation that times are stated at, in (0, 1]")
-    storage_bandwidth: float = key("what the file system takes from the whole job, in GB (10^9 bytes) a second")
+    node_bandwidth: float = key("what one rank sends to others of its node, in GB (10^9 bytes) a second")
+    network_bandwidth: float = key("what one rank sends to other nodes, in GB a second")
+    storage_bandwidth: float = key("what the file system takes from the whole job, in GB a second")
     pairs: int | None = key("training pairs, where the streams do not exist yet to be counted")
 
 

@@ -19,7 +19,8 @@ NEAR_ZERO = 0.01
 _COPYING_WARNING = (
     "The rewards are near 0 (mean size {:.4f}): the reference model gives the response nearly the same probability "
     "under both prompts. Small models do so with `revise`, which shows them the response to copy. Training on these "
-    "labels is close to plain preference optimization; try the prompt pair few_shot or answer, or a larger reference model.")
+    "labels is close to plain preference optimization; try the prompt pair few_shot or answer, or a larger reference "
+    "model.")
 _CONTRARY_WARNING = (
     "Chosen responses have a lower mean reward ({:+.4f}) than rejected ones ({:+.4f}): the token rewards speak against "
     "the preferences. Look at the pairs, and try another prompt pair, before you train on them.")
@@ -45,7 +46,7 @@ class Quality:
         warnings = []
         if self.mean_abs < MERE_COPYING:
             warnings.append(_COPYING_WARNING.format(self.mean_abs))
-        if self.chosen_mean < self.rejected_mean:
+        if self.chosen_mean < self.rejected_mean and self.chosen_above < 0.5:
             warnings.append(_CONTRARY_WARNING.format(self.chosen_mean, self.rejected_mean))
         return warnings
 
@@ -130,7 +131,9 @@ def text_report(figures: Quality, pairs: Sequence[LabelledPair], decode: Callabl
         for side in SIDES:
             rewards = getattr(pair, f"{side}_token_rewards")
             texts = token_texts(getattr(pair, f"{side}_tokens")[-len(rewards):].tolist(), decode)
-            columns = {side: rewards} | ({f"{side}, the policy's implicit rewards": policy[number][side]} if policy else {})
+            columns = {side: rewards}
+            if policy:
+                columns[f"{side}, the policy's implicit rewards"] = policy[number][side]
             for name, values in columns.items():
                 yield f"-- {name}, mean {values.mean():+.4f}"
                 yield "".join(_in_terminal(text, float(r)) if colour else f"{text}[{r:+.2f}]"

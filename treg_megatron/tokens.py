@@ -230,8 +230,8 @@ class _FastEngine:
         self._backend.no_padding()
         self._backend.no_truncation()
         parts = parts_expression(self._backend)
-        self._memories = None if parts is None else {
-            special: WordMemory(functools.partial(self.encode_whole, special=special), parts) for special in (True, False)}
+        self._memories = None if parts is None else {special: WordMemory(
+            functools.partial(self.encode_whole, special=special), parts) for special in (True, False)}
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Ids of a text; ``special`` says whether special tokens are recognised in it."""

@@ -11,6 +11,7 @@ are cut at by each of the expressions of :data:`_EXPRESSIONS`, whatever stands a
 kinds have no memory and encode every text whole.
 """
 
+import array
 import itertools
 import json
 import re
@@ -25,8 +26,7 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\
          r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _EXPRESSIONS = {_WORDS % "{1,3}", _WORDS % ""}
 
-_COLUMNS = ("id", "first character", "one after the last")
-_MOST = 1 << 17               # parts that are remembered, of at most so many characters each: some 30 MB
+_MOST = 1 << 17               # parts that are remembered, of at most so many characters: some 30 MB
 _LONGEST = 48
 
 
@@ -39,49 +39,41 @@ class WordMemory:
     """
 
     def __init__(self, encode: Callable[[str], Any], parts: re.Pattern[str]):
-        self._encode, self._parts = encode, parts
-        self._known: dict[str, bytes] = {}      # for each token of a part a row of _COLUMNS
+        self._parts, self._known = parts, _Known(encode)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
-        return _table(self._look_up(self._parts.findall(text)))[:, 0].tolist()
+        return self._table(map(self._known.__getitem__, self._parts.findall(text)))[:, 0].tolist()
 
     def encode_with_spans(self, text: str) -> tuple[list[int], np.ndarray]:
         """Ids of a text and the characters of each, int [tokens, 2]: the first, and one after the last."""
         parts = self._parts.findall(text)
-        found = self._look_up(parts)
-        table = _table(found)
+        found = [self._known[part] for part in parts]
+        table = self._table(found)
         starts = np.cumsum([0, *map(len, parts)])[:-1]
-        tokens = np.array([len(rows) for rows in found], dtype=np.int64) // table.strides[0]
+        tokens = np.array([len(each) for each in found], dtype=np.int64) // table.strides[0]
         return table[:, 0].tolist(), table[:, 1:] + np.repeat(starts, tokens)[:, None]
 
-    def _look_up(self, parts: list[str]) -> list[bytes]:
-        if len(self._known) > _MOST:
-            self._known.clear()
-        if unknown := set(parts).difference(self._known):
-            self._learn(unknown)
-        found = [self._known[part] for part in parts]
-        for part in unknown:
-            if len(part) > _LONGEST:
-                del self._known[part]
+    @staticmethod
+    def _table(found) -> np.ndarray:
+        return np.frombuffer(b"".join(found), dtype=np.intc).reshape(-1, 3)
+
+
+class _Known(dict):
+    """Part of a text -> for each token its id, first character, and one after the last, as the bytes of C ints."""
+
+    def __init__(self, encode: Callable[[str], Any]):
+        self._encode = encode
+
+    def __missing__(self, part: str) -> bytes:
+        encoded = self._encode(part)
+        found = array.array("i", itertools.chain.from_iterable(
+            (token, *span) for token, span in zip(encoded.ids, encoded.offsets))).tobytes()
+        if len(part) <= _LONGEST:
+            if len(self) >= _MOST:
+                self.clear()
+            self[part] = found
         return found
-
-    def _learn(self, unknown: set[str]) -> None:
-        # Between words that begin with a space is a cut, so that one call can encode them all.
-        words = [part for part in unknown if re.match(r" \S", part) and not part[-1].isspace()]
-        for row in (words, *([part] for part in unknown.difference(words))):
-            encoded = self._encode("".join(row))
-            table = np.empty((len(encoded.ids), len(_COLUMNS)), dtype=np.intc)
-            table[:, 0], table[:, 1:] = encoded.ids, np.reshape(encoded.offsets, (-1, 2))
-            edges = np.cumsum([0, *map(len, row)])
-            rows = table[:, 2].searchsorted(edges, side="right")
-            table[:, 1:] -= np.repeat(edges[:-1], np.diff(rows))[:, None]
-            rows, content = (rows * table.strides[0]).tolist(), table.tobytes()
-            self._known.update(zip(row, (content[a:b] for a, b in itertools.pairwise(rows))))
-
-
-def _table(found: list[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(found), dtype=np.intc).reshape(-1, len(_COLUMNS))
 
 
 def parts_expression(backend: Any) -> re.Pattern[str] | None:

@@ -116,7 +116,7 @@ def main() -> None:
     for name in ("--batch", "--micro-batch", "--steps", "--max-length"):
         parser.add_argument(name)
     parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     gains = dict(o.removeprefix("bench.").split("=") for o in arguments.overrides if o.startswith("bench."))
     torch.set_num_threads(int(os.environ["TREG_THREADS"]))
     if not torch.cuda.is_available():

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--max-length", type=int)
     parser.add_argument("--precompute", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     torch.set_num_threads(int(os.environ["TREG_THREADS"]))
     hf = (arguments.folder / "model.txt").read_text()
     cuda = torch.cuda.is_available()

@@ -29,8 +29,8 @@ def settings(tiny_folder, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return section(load_recipe(overrides=[
         f"model.hf={tiny_folder}", f"run={tmp_path}", f"sample.prompts={tmp_path}/prompts.jsonl",
-        "sample.dtype=float32", "sample.device=cpu", "sample.seeds=[1,2,3]", "sample.max_new_tokens=4", "sample.shard_prompts=2",
-        "sample.batch_prompts=2", "sample.tries=2"]), "sample")
+        "sample.dtype=float32", "sample.device=cpu", "sample.seeds=[1,2,3]", "sample.max_new_tokens=4",
+        "sample.shard_prompts=2", "sample.batch_prompts=2", "sample.tries=2"]), "sample")
 
 
 def rank_settings(settings, **changes):
@@ -183,7 +183,8 @@ def test_a_reward_model_ranks(settings, chatml, reward_model):
             with torch.no_grad():
                 tokens = AutoTokenizer.from_pretrained(reward_model)(whole, return_tensors="pt").input_ids
                 scores[text] = model(tokens).logits.item()
-        assert pair.chosen_score == pytest.approx(max(scores.values()), abs=1e-5) and pair.chosen == max(scores, key=scores.get)
+        assert pair.chosen == max(scores, key=scores.get)
+        assert pair.chosen_score == pytest.approx(max(scores.values()), abs=1e-5)
         assert pair.rejected_score == pytest.approx(min(scores.values()), abs=1e-5)
 
 
@@ -268,7 +269,8 @@ def test_a_server_that_is_gone_stops_the_job_which_goes_on_later(settings, http,
 
 def test_a_server_that_is_silent_or_gone_is_told(settings, http, monkeypatch):
     monkeypatch.setattr(server, "_FIRST_PAUSE", 0.01)
-    served = dataclasses.replace(settings, engine="server", server=f"http://127.0.0.1:{http.server_port}/v1", timeout=0.1)
+    address = f"http://127.0.0.1:{http.server_port}/v1"
+    served = dataclasses.replace(settings, engine="server", server=address, timeout=0.1)
     http.pause = 0.5
     with pytest.raises(UserError, match="completions gave no answer in 2 tries .the last: timed out."):
         sample(served)

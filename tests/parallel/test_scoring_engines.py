@@ -11,12 +11,12 @@ from tests.tiny import tiny_llama
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.errors import UserError
 from treg_megatron.labelling import label
-from treg_megatron.labels import SIDES, read_labelled
+from treg_megatron.labels import MANIFEST_NAME, SIDES, read_labelled
 from treg_megatron.recipe import LabelSection, load_recipe, section
 from treg_megatron.runtime.launch import World
 from treg_megatron.scoring import ScoredSequence
 from treg_megatron.scoring.huggingface import HuggingFaceScorer
-from treg_megatron.scoring.megatron import MegatronScorer, _difference, replica
+from treg_megatron.scoring.megatron import MegatronScorer, _require_same_model, replica
 
 LAYOUTS = {"TP1": (1, 1), "TP3": (3, 1), "PP2": (1, 2)}
 
@@ -82,8 +82,22 @@ def test_labels_of_a_split_model(tied_run, job, tensor, pipeline, ranks, tmp_pat
     job = dataclasses.replace(job, tensor=tensor, pipeline=pipeline, output=str(tmp_path))
     manifests = run_ranks(ranks, label, job)
     assert any(manifests)
+    assert_labels_of_hugging_face(tied_run, tmp_path)
+
+
+def test_a_copy_that_has_finished_starts_with_the_others(tied_run, job, tmp_path):
+    """After a kill only the second of two copies has something left to do; a group forms of all ranks or not at all."""
+    job = dataclasses.replace(job, pipeline=2, output=str(tmp_path))
+    run_ranks(4, label, job)
+    (tmp_path / MANIFEST_NAME).unlink()
+    (tmp_path / "shard-00001.parquet").unlink()
+    assert any(run_ranks(4, label, job))
+    assert_labels_of_hugging_face(tied_run, tmp_path)
+
+
+def assert_labels_of_hugging_face(tied_run, folder: Path) -> None:
     with_hugging_face = read_labelled(tied_run.hf.parent / "labelled" / "train")
-    for ours, theirs in zip(read_labelled(tmp_path), with_hugging_face, strict=True):
+    for ours, theirs in zip(read_labelled(folder), with_hugging_face, strict=True):
         assert ours.pair_id == theirs.pair_id
         for side in SIDES:
             np.testing.assert_array_equal(getattr(ours, f"{side}_tokens"), getattr(theirs, f"{side}_tokens"))
@@ -101,17 +115,26 @@ def refused(job: LabelSection) -> str:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_checkpoint_of_another_model_is_refused(job, untied_run, ranks, tmp_path):
     """By every rank: none waits for one that has left."""
-    other = dataclasses.replace(job, checkpoint=str(untied_run.hf.parent / "megatron"), output=str(tmp_path / "labelled"))
+    checkpoint = untied_run.hf.parent / "megatron"
+    other = dataclasses.replace(job, checkpoint=str(checkpoint), output=str(tmp_path / "labelled"))
     for said in run_ranks(ranks, refused, other):
         assert "is not the model of" in said and "differs; name the checkpoint that was imported" in said
     assert not (tmp_path / "labelled").exists()
 
 
+def test_a_split_that_the_model_does_not_allow_is_refused(job):
+    with pytest.raises(UserError, match="label.tensor=3 does not divide the model's 4 attention heads; .* do: 1, 2"):
+        MegatronScorer(job.checkpoint, 3, 1, "float32", 64)
+    with pytest.raises(UserError, match="label.pipeline=3 does not divide the model's 4 layers; .* do: 1, 2, 4"):
+        MegatronScorer(job.checkpoint, 1, 3, "float32", 64)
+
+
 def test_a_model_of_the_same_shape_is_another_model(tiny, tmp_path):
     hf, checkpoint = tiny
     tiny_llama(tmp_path, hidden=96, heads=6, kv_heads=3, seed=1)
-    assert _difference(checkpoint, hf) is None
-    assert "model.embed_tokens.weight differs" in _difference(checkpoint, tmp_path)
+    _require_same_model(checkpoint, hf)
+    with pytest.raises(UserError, match="model.embed_tokens.weight differs"):
+        _require_same_model(checkpoint, tmp_path)
 
 
 def test_copies_of_the_model_share_out_the_ranks():

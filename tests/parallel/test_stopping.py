@@ -31,7 +31,9 @@ def run(files: TinyRun, output: Path, *overrides: str, meanwhile=None) -> list[i
 
 
 def signal_rank(rank: int, number: int, output: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
     while not (output / "metrics.jsonl").exists() or f'"step": {step},' not in (output / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline, f"step {step} not reached"
         time.sleep(0.002)
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     leaders = sorted(int(child) for child in children if os.getsid(int(child)) == int(child))
@@ -73,10 +75,10 @@ def test_checkpoints_in_the_background_are_the_same(tied_run, tmp_path):
 def test_a_rank_that_stands_still_ends_the_run_and_shows_where_it_was(tied_run, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(AssertionError):
-        run(tied_run, out, "parallel.pipeline=2", "train.stuck_after=4",
+        run(tied_run, out, "parallel.pipeline=2", "train.stuck_after=12",
             meanwhile=lambda: signal_rank(1, signal.SIGSTOP, out, 3))
     log = out.with_suffix(".log.0").read_text()
-    assert "Timeout (0:00:04)!" in log and "train.py" in log.split("Timeout")[1]
+    assert "Timeout (0:00:12)!" in log and "train.py" in log.split("Timeout")[1]
 
 
 def test_the_watcher_says_who_is_behind():

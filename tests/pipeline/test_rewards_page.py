@@ -151,7 +151,8 @@ def test_the_policy_stands_beside_the_labels(window, tmp_path):
     assert background(window, token(0, 0, 0, 1))[0] == "230,97,1"
     window.point_at(token(0, 0, 0, 1))
     assert f"reward +0.1000 \u00b7 policy's implicit reward {MINUS}0.1000" in told(window)
-    assert window.evaluate("document.getElementById('summary').textContent").endswith("correlation with the labels-1.00")
+    summary = window.evaluate("document.getElementById('summary').textContent")
+    assert summary.endswith("correlation with the labels-1.00")
 
 
 @needs_chromium

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -103,4 +104,18 @@ def test_exported_model_has_the_log_probs_that_training_ended_with(run, tiny_hf,
                     for pair in (streams[i] for i in range(len(streams)))]
         tokens = streams.response_lengths[:, 0 if side == "chosen" else 1].sum() / len(streams)
         assert abs(sum(sums) / len(sums) - last[f"validation/logps/{side}"]) / tokens < 1e-4
-    assert "#" in (run / "hf" / "README.md").read_text()
+    card = (run / "hf" / "README.md").read_text()
+    for told in ("base_model: ", "after DPO with [T-REG]", "## Metrics of step 12", f"pairs: {len(streams)}",
+                 streams.manifest["files"]["tokens.bin"]["sha256"], "global_batch_size: "):
+        assert told in card
+    answer = model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False)
+    assert answer.shape[1] > 2
+
+
+def test_the_trained_policy_is_shown_beside_the_labels(run, tiny_hf, trained):
+    """From the run, by Megatron; and the model before training, by Hugging Face, whose implicit rewards are 0."""
+    show = ["tools/show_rewards.py", "--labelled", run / "labelled" / "train", "--tokenizer", tiny_hf, "--text"]
+    line = re.compile(r"^mean implicit reward of the policy, (\w+) +(\S+)$", re.MULTILINE)
+    after, before = (dict(line.findall(ok(*show, "--policy", policy))) for policy in (trained, tiny_hf))
+    assert float(after["chosen"]) > float(after["rejected"])
+    assert {abs(float(mean)) for mean in before.values()} == {0.0}

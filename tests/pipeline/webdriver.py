@@ -1,4 +1,4 @@
-"""Headless Chromium through its driver's W3C WebDriver protocol: a page as a person meets it, with mouse and keyboard."""
+"""Headless Chromium by its driver's W3C WebDriver protocol: a page as a person meets it, with mouse and keyboard."""
 
 import base64
 import contextlib
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path

@@ -137,7 +137,7 @@ class Cluster:
     def inside(self, name: str, *command: str) -> None:
         """Run a command in a node's namespaces."""
         child = Path(f"/proc/{self.nodes[name].pid}/task/{self.nodes[name].pid}/children").read_text().split()[0]
-        subprocess.run(["nsenter", "--target", child, "--mount", "--uts", *command], check=True)
+        subprocess.run(["nsenter", "--target", child, "--mount", "--uts", "--pid", *command], check=True)
 
     # -- jobs
 

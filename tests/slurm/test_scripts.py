@@ -67,7 +67,7 @@ def test_when_a_station_fails_the_rest_of_the_chain_is_cancelled(slurm, files):
                      "label.pairs=nowhere.jsonl", cwd=files.folder, RECIPE=str(files.run("broken").recipe), CHECKS="")
     jobs = dict(word.split() for word in said.split(", "))
     slurm.wait(jobs["label"], "FAILED")
-    assert "error: nowhere.jsonl" in log(files, jobs["label"]).replace("'", "")
+    assert "error: pairs file nowhere.jsonl cannot be read" in log(files, jobs["label"])
     for station in ("index", "train", "export"):
         slurm.wait(jobs[station], "CANCELLED", seconds=30)
 

@@ -1,6 +1,7 @@
 """What clusters do to a run, done to it: it ends with the same numbers as if nothing had happened, every pair seen once an epoch."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -112,6 +113,8 @@ def test_a_rank_that_hangs_is_named_shown_and_ended(slurm, files, uninterrupted)
     os.kill(ranks_of(slurm)[-1], signal.SIGSTOP)
     slurm.wait(job, "COMPLETED")
     text = log(files, job)
+    assert re.search(r"heartbeat: no step for \d+ s; 1 of 2 ranks are in .* after step \d+; rank 1 on node2: no sign of life for",
+                     text)
     assert "Timeout (0:00:20)!" in text and "most recent call first" in text
     assert starts(text)[1] == "resuming from step_000005"
     assert_equal(run, uninterrupted)

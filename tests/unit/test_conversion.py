@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -144,9 +146,20 @@ def test_rotary_buffers_of_old_folders_are_left_out(tmp_path):
 
 
 def test_the_model_card_tells_the_run(hf, checkpoint, tmp_path):
-    export_checkpoint(checkpoint, hf, tmp_path / "back", run={"step": 20, "recipe": {"name": "mine"}})
-    card = (tmp_path / "back" / "README.md").read_text()
-    assert "step: 20" in card and "name: mine" in card and "T-REG" in card
+    objective = {"preference": "dpo", "alpha": 0.25, "token_rewards": "contrastive"}
+    run = {"recipe": {"name": "mine", "objective": objective},
+           "data": {"pairs": 64}, "step": 20, "metrics": {"rewards/margins": 0.5}}
+    export_checkpoint(checkpoint, hf, tmp_path / "back", run=run)
+    header, card = (tmp_path / "back" / "README.md").read_text().removeprefix("---\n").split("---\n", 1)
+    assert yaml.safe_load(header)["base_model"] == "hf"
+    assert card.startswith("\n# hf, after DPO with [T-REG](")
+    sections = dict(re.findall(r"^## (.+?)\n\n```yaml\n(.*?)```", card, re.MULTILINE | re.DOTALL))
+    assert {title: yaml.safe_load(content) for title, content in sections.items()} == {
+        "Objective": objective, "Metrics of step 20": run["metrics"], "Training data": run["data"],
+        "Recipe": run["recipe"]}
+    objective["alpha"] = 0
+    export_checkpoint(checkpoint, hf, tmp_path / "plain", run=run)
+    assert "# hf, after DPO\n" in (tmp_path / "plain" / "README.md").read_text()
 
 
 def test_newest_complete_checkpoint_of_a_run_is_exported(hf, checkpoint, tmp_path):

@@ -242,6 +242,7 @@ def test_foreign_files_in_the_folder_are_refused(section):
     ({"max_length": 4096}, "label.max_length=4096 is more than the 1024 positions"),
     ({"max_revision_length": 4096}, "label.max_revision_length=4096 is more than the 1024 positions"),
     ({"shard_pairs": 0}, "label.shard_pairs=0 must be at least 1"),
+    ({"engine": "megatron", "tensor": 2}, "label.tensor=2 x label.pipeline=1 does not divide 1 processes; start a"),
 ])
 def test_bad_settings(section, change, message):
     with pytest.raises(UserError, match=message):

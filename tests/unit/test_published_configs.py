@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from treg_megatron.architecture import PUBLISHED
 from treg_megatron.checkpoint.families import (
     FAMILIES,
     family_of,
@@ -13,6 +14,7 @@ from treg_megatron.checkpoint.families import (
     source_shape,
     stacked_shape,
 )
+from treg_megatron.checkpoint.layout import read_json
 from treg_megatron.errors import UserError
 
 MISTRAL_7B_V1 = {
@@ -38,25 +40,13 @@ QWEN3_8B = {
     "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
     "use_sliding_window": False, "vocab_size": 151936,
 }
-GEMMA2_9B = {
-    "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
-    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 3584, "intermediate_size": 14336,
-    "max_position_embeddings": 8192, "num_attention_heads": 16, "num_hidden_layers": 42, "num_key_value_heads": 8,
-    "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096,
-    "vocab_size": 256000,
-}
-MIXTRAL_8X7B = {
-    "architectures": ["MixtralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
-    "max_position_embeddings": 32768, "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32,
-    "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False, "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False,
-    "vocab_size": 32000,
-}
+GEMMA2_9B, MIXTRAL_8X7B, LLAMA3_70B, LLAMA31_405B = (
+    read_json(PUBLISHED / f"{name}.json") for name in ("gemma2_9b", "mixtral_8x7b", "llama3_70b", "llama3.1_405b"))
 # as counted from the safetensors files that their authors publish
 PARAMETERS = [
     (MISTRAL_7B_V1, 7_241_732_096), (MISTRAL_NEMO_12B, 12_247_782_400), (QWEN25_HALF_B, 494_032_768),
     (QWEN3_8B, 8_190_735_360), (GEMMA2_9B, 9_241_705_984), (MIXTRAL_8X7B, 46_702_792_704),
+    (LLAMA3_70B, 70_553_706_496), (LLAMA31_405B, 405_853_388_800),
 ]
 
 

@@ -8,22 +8,39 @@ import yaml
 
 from treg_megatron.checkpoint.layout import Identity
 
+PAPER = "[T-REG](https://arxiv.org/abs/2412.02685)"
+
 
 def model_card(identity: Identity, run: dict[str, Any]) -> str:
     """Model card in Markdown with Hugging Face's YAML header.
 
-    ``run`` is any nested dictionary of plain values and is told as it is; empty: a plain conversion.
+    ``run`` holds plain values: ``recipe``, ``data`` (the manifest of the training streams), ``step`` and ``metrics``
+    (the last of the run) get a section each where they are there, and so does whatever else it holds. Empty: a plain
+    conversion.
     """
     name = identity.hf_config.get("_name_or_path", "")
     base = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else Path(identity.source).name
     header = {"base_model": base, "library_name": "transformers", "pipeline_tag": "text-generation"}
-    if run:
-        header["tags"] = ["preference-optimization", "treg"]
-    text = f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n"
     if not run:
-        return text + f"# {base}\n\n{base}, converted from a Megatron checkpoint and not trained further.\n"
-    details = yaml.safe_dump(run, sort_keys=False, allow_unicode=True)
-    return text + (f"# {base}, aligned with T-REG\n\n"
-                   f"{base} after preference optimization with token-level reward regularization "
-                   f"([T-REG](https://arxiv.org/abs/2412.02685)), trained with treg-megatron.\n\n"
-                   f"## The run\n\n```yaml\n{details}```\n")
+        return (f"{_front_matter(header)}# {base}\n\n"
+                f"{base}, converted from a Megatron checkpoint and not trained further.\n")
+    objective = run.get("recipe", {}).get("objective", {})
+    method = _method(objective)
+    step = f" of step {run['step']}" if "step" in run else ""
+    sections = {"Objective": objective, f"Metrics{step}": run.get("metrics"), "Training data": run.get("data"),
+                "Recipe": run.get("recipe"),
+                **{key: value for key, value in run.items() if key not in ("metrics", "data", "recipe", "step")}}
+    return (_front_matter({**header, "tags": ["preference-optimization", "treg-megatron"]})
+            + f"# {base}, after {method}\n\n{base} after training with the objective {method} by treg-megatron.\n\n"
+            + "\n".join(f"## {title}\n\n```yaml\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}```\n"
+                        for title, content in sections.items() if content))
+
+
+def _method(objective: dict[str, Any]) -> str:
+    name = objective.get("preference", "").upper() or "preference optimization"
+    regularized = objective.get("alpha") and objective.get("token_rewards") != "none"
+    return f"{name} with {PAPER}" if regularized else name
+
+
+def _front_matter(header: dict[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n"

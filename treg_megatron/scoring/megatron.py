@@ -1,15 +1,14 @@
 """A reference model that Megatron spreads over ranks (any TP x PP), as a :class:`~treg_megatron.scoring.Scorer`.
 
 The policy's own model class, on the checkpoint that training starts from: the log-probs are those that training
-compares with. Sequences are packed, one after the other in a row, sorted by length under a token budget; forward passes run
-through Megatron's pipeline schedule. Every rank of a replica scores the same sequences in the same order and gets the
-results.
+compares with. Sequences are packed, one after the other in a row, sorted by length under a token budget; forward passes
+run through Megatron's pipeline schedule. Every rank of a replica scores the same sequences in the same order and gets
+the results.
 
 Importing this module is cheap; NeMo is imported when a model is built.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ import numpy as np
 import torch
 
 from treg_megatron.alignment import score_positions
+from treg_megatron.checks import require_split
 from treg_megatron.errors import UserError
-from treg_megatron.runtime.launch import World, world
+from treg_megatron.runtime.launch import World, join, leave, on_rank_zero, world
 from treg_megatron.scoring import ScoredSequence
 
-_PATIENCE = timedelta(hours=1)      # rank 0 may read hundreds of gigabytes while the others wait
+_PATIENCE = 3600.0      # seconds: rank 0 may read hundreds of gigabytes while the others wait
 
 
 def replica(here: World, tensor: int, pipeline: int) -> tuple[int, int, bool]:
@@ -53,10 +53,12 @@ class MegatronScorer:
     """
 
     def __init__(self, checkpoint: str | Path, tensor: int, pipeline: int, dtype: str, batch_tokens: int):
+        from treg_megatron.checkpoint.families import model_fields
         from treg_megatron.checkpoint.layout import find_checkpoint, read_identity
 
         self._checkpoint = folder = find_checkpoint(Path(checkpoint))
         config = read_identity(folder).hf_config
+        require_split(model_fields(config), tensor, pipeline, "label")
         self.max_length, self.vocab_size = config["max_position_embeddings"], config["vocab_size"]
         self.batch_tokens = batch_tokens
         self._dtype = getattr(torch, dtype)
@@ -73,10 +75,11 @@ class MegatronScorer:
         Raises:
             UserError: they are different models, or the folder is none.
         """
-        verdict = [_difference(self._checkpoint, Path(hf)) if world().rank == 0 else None]
-        torch.distributed.broadcast_object_list(verdict, device=_device())
-        if verdict[0]:
-            raise UserError(verdict[0])
+        on_rank_zero(lambda: _require_same_model(self._checkpoint, Path(hf)))
+
+    def close(self) -> None:
+        """End the ranks' group, all ranks together, once no sequence is left."""
+        leave()
 
     def score(self, sequences: Sequence[ScoredSequence],
               scored: Callable[[int, int], None] = lambda sequences, tokens: None) -> list[np.ndarray]:
@@ -147,8 +150,6 @@ def _packed(members: list[ScoredSequence]) -> dict[str, Any]:
 
 
 def _start_ranks(tensor: int, pipeline: int) -> None:
-    import torch.distributed as dist
-
     from treg_megatron.runtime.cpu import use_cpu
     from treg_megatron.runtime.quiet import unheard_imports
 
@@ -156,31 +157,20 @@ def _start_ranks(tensor: int, pipeline: int) -> None:
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(world().local_rank)
-    else:
+    if not torch.cuda.is_available():
         use_cpu()
-    here = world()
-    if not dist.is_initialized():
-        store = None if here.size > 1 else dist.HashStore()
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=here.rank, world_size=here.size,
-                                timeout=_PATIENCE)
+    join(world(), _PATIENCE)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor, pipeline)
         model_parallel_cuda_manual_seed(1)
 
 
-def _difference(checkpoint: Path, hf: Path) -> str | None:
-    """What is wrong with taking a checkpoint for the model of a folder, or None."""
+def _require_same_model(checkpoint: Path, hf: Path) -> None:
     from treg_megatron.checkpoint.compare import compare
 
-    try:
-        different = compare(checkpoint, hf).different
-    except UserError as error:
-        return str(error)
-    return (f"{checkpoint} is not the model of {hf}: {different[0]} differs; name the checkpoint that was imported from "
-            "that folder, or the folder that was exported from that checkpoint") if different else None
+    if different := compare(checkpoint, hf).different:
+        raise UserError(f"{checkpoint} is not the model of {hf}: {different[0]} differs; name the checkpoint that was "
+                        "imported from that folder, or the folder that was exported from that checkpoint")
 
 
 def _load(checkpoint: Path, tensor: int, pipeline: int) -> Any:

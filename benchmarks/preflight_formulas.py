@@ -1,0 +1,62 @@
+"""What preflight finds on the first pipeline stage beside the closed formulas that Megatron-LM prints at start-up.
+
+    python benchmarks/preflight_formulas.py
+
+The formulas are ``compute_weight_and_optimizer_memory`` and ``compute_activation_memory`` of Megatron-LM's
+megatron/training/theoretical_memory_usage.py (Apache-2.0), written down for a dense model with SwiGLU, grouped queries,
+untied embeddings, the distributed optimizer and sequence parallelism. Two sequences a micro-batch, as a pair has.
+"""
+
+from treg_megatron import errors
+from treg_megatron.recipe import load_recipe
+
+RECIPES = {"llama3_8b": [], "llama3_70b": []}
+
+
+def formula_weights_and_optimizer(fields: dict, tensor: int, pipeline: int, data: int) -> float:
+    hidden, layers = fields["hidden_size"], fields["num_layers"]
+    attention = 2 * hidden * hidden * (1 + fields["num_query_groups"] / fields["num_attention_heads"])
+    layer = 2 * hidden * (fields["ffn_hidden_size"] * 3 / 2 + 2) + attention
+    embedding = hidden * fields["vocab_size"]
+    parameters = ((layer * layers + 2 * hidden) / pipeline + embedding * (2 if pipeline == 1 else 1)) / tensor
+    return parameters * (6 + 12 / data)
+
+
+def formula_activations(fields: dict, tokens: int, tensor: int, pipeline: int, micro_batches: int) -> float:
+    hidden = fields["hidden_size"]
+    activations = tokens * hidden * (18 + 4 * fields["ffn_hidden_size"] / hidden) * fields["num_layers"]
+    activations += 8 * tokens * pipeline + tokens * hidden * pipeline
+    if pipeline > 1:
+        activations *= min(1, micro_batches / pipeline)
+    else:
+        activations += tokens * hidden * 4 * (1 + fields["vocab_size"] / hidden)
+    return activations / tensor
+
+
+def main() -> None:
+    from treg_megatron.preflight.__main__ import use_meta_machine
+
+    use_meta_machine()
+    from treg_megatron.preflight.plan import make_plan, sections_of
+
+    print("| recipe | part | formula, GB | preflight, GB | difference |\n|---|---|---:|---:|---:|")
+    for name, overrides in RECIPES.items():
+        sections = sections_of(load_recipe(f"recipes/{name}.yaml", overrides))
+        plan, parallel = make_plan(sections, stages=[0]), sections.parallel
+        stage, tokens = plan.stages[0], 2 * sections.data.micro_batch_size * sections.data.seq_length
+        rows = {
+            "weights, gradients, optimizer": (
+                formula_weights_and_optimizer(plan.fields, parallel.tensor, parallel.pipeline, plan.data_ranks),
+                sum(stage.at_rest)),
+            "activations": (
+                formula_activations(plan.fields, tokens, parallel.tensor, parallel.pipeline, plan.micro_batches),
+                stage.peak.total),
+        }
+        for part, (formula, found) in rows.items():
+            print(f"| {name} | {part} | {formula / 1e9:.2f} | {found / 1e9:.2f} | {found / formula - 1:+.1%} |")
+        print(f"{name}: of preflight's activations {stage.peak.activations / 1e9:.2f} GB are kept, "
+              f"{stage.peak.working / 1e9:.2f} temporary, {stage.peak.head / 1e9:.2f} the log-prob head's")
+
+
+if __name__ == "__main__":
+    errors.run(main)

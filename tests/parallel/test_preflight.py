@@ -1,0 +1,158 @@
+"""Preflight on every recipe's stated cluster, and on recipes that cannot work: real models on meta tensors."""
+
+import contextlib
+import io
+import json
+import resource
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.parallel.forked import run_ranks
+from treg_megatron.errors import UserError
+from treg_megatron.recipe import load_recipe
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+PUBLISHED = {  # parameters, as counted from the safetensors files that the authors publish
+    "smollm2_135m": 134_515_008,
+    "llama3_8b": 8_030_261_248,
+    "gemma2_9b": 9_241_705_984,
+    "qwen2.5_7b": 7_615_616_512,
+    "qwen2.5_72b": 72_706_203_648,
+    "mixtral_8x7b": 46_702_792_704,
+    "llama3_70b": 70_553_706_496,
+    "llama3.1_405b": 405_853_388_800,
+}
+
+
+class Done(NamedTuple):
+    code: int
+    printed: str
+    seconds: float
+    peak_gb: float
+
+
+def preflight_in_this_process(name: str, overrides: list[str], suggest: bool = False, picture: Path | None = None) -> Done:
+    from treg_megatron.preflight.__main__ import preflight
+
+    start, printed = time.monotonic(), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = preflight(load_recipe(RECIPES / f"{name}.yaml", overrides), suggest, picture)
+    return Done(code, printed.getvalue(), time.monotonic() - start,
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+
+
+def preflight(name: str, *overrides: str, **options) -> Done:
+    return run_ranks(1, preflight_in_this_process, name, list(overrides), *options.values())[0]
+
+
+def refusal(name: str, *overrides: str) -> str:
+    with pytest.raises(AssertionError) as error:
+        preflight(name, *overrides)
+    last = str(error.value).strip().splitlines()[-1]
+    assert UserError.__name__ in last, error.value
+    return last
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_fits_its_stated_cluster_and_has_the_published_parameters(name):
+    done = preflight(name)
+    assert done.code == 0 and "verdict: fits" in done.printed, done.printed
+    assert f"{PUBLISHED[name]:,} parameters, all trained" in done.printed
+    assert done.seconds < 60 and done.peak_gb < 2
+
+
+def test_tiny_runs_on_whatever_model_it_is_given(tied_run):
+    done = preflight("tiny", *tied_run.overrides)
+    assert done.code == 0
+    assert f"{tied_run.hf}: there" in done.printed and "22 pairs" in done.printed, "files that exist are checked"
+
+
+def test_the_stated_clusters_are_those_of_the_headers():
+    """The header says the hardware to people, the section `cluster` says it to preflight."""
+    for path in RECIPES.glob("*.yaml"):
+        if path.stem in ("base", "tiny", "smollm2_135m"):
+            continue
+        cluster, text = load_recipe(path).cluster, " ".join(path.read_text().split("\n#"))
+        nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''} of {cluster.gpus_per_node}"
+        assert nodes in text, f"{path.name} should say {nodes}"
+
+
+def test_more_nodes_than_one_needs_are_told_at_thousands_of_ranks():
+    done = preflight("llama3_70b", "cluster.nodes=128", "parallel.pipeline=4", "data.global_batch_size=128")
+    assert done.code == 0 and "data 32" in done.printed and done.seconds < 60
+
+
+@pytest.mark.parametrize("name, overrides, reason", [
+    ("llama3_70b", ["parallel.tensor=16", "parallel.pipeline=2"], "tensor=16 does not fit in a node of 8 ranks: .* 1, 2, 4, 8"),
+    ("llama3_70b", ["parallel.pipeline=3", "cluster.nodes=9"], "pipeline=3 does not divide the model's 80 layers; .* 1, 2, 4, 5"),
+    ("llama3_70b", ["data.global_batch_size=127"], "global_batch_size=127 is no multiple of .* 2 data-parallel ranks = 2"),
+    ("llama3_70b", ["cluster.nodes=3"], "needs a multiple of 32 processes, 24 were started"),
+    ("llama3_8b", ["data.seq_length=16384"], "seq_length=16384 is longer than the 8192 positions"),
+    ("llama3_8b", ["data.layout=bins", "data.micro_batch_size=2"], "micro_batch_size=2 means nothing there, set it to 1"),
+    ("llama3_8b", ["objective.alpha=2.5"], "objective.alpha is 2.5: outside .* sign"),
+    ("qwen2.5_7b", ["parallel.tensor=8"], "tensor=8 does not divide the model's 28 attention heads; .* 1, 2, 4"),
+    ("mixtral_8x7b", ["parallel.expert=3"], "expert=3 does not divide the model's 8 experts; .* 1, 2, 4, 8"),
+    ("llama3_8b", ["parallel.expert=2"], "expert=2: the model has no experts"),
+    ("llama3_8b", ["cluster.pairs=100"], "100 pairs, fewer than data.global_batch_size=128"),
+    ("llama3_8b", ["model.architecture=llama3_9b"], "did you mean llama3_8b"),
+    ("llama3_8b", ["model.architecture=null"], "does not exist and model.architecture names no published one"),
+])
+def test_a_recipe_that_cannot_work_is_refused_with_a_reason(name, overrides, reason):
+    import re
+
+    assert re.search(reason, refusal(name, *overrides))
+
+
+def test_another_model_on_disk_than_the_recipe_names_is_refused(tied_run):
+    assert "published" in refusal("llama3_8b", f"model.hf={tied_run.hf}")
+
+
+def test_streams_of_another_tokenizer_are_refused(tied_run, untied_run, tmp_path):
+    from tests.tiny import tiny_tokenizer
+
+    other = tmp_path / "other"
+    tiny_tokenizer(other, vocab=300)
+    (other / "config.json").write_text((Path(tied_run.hf) / "config.json").read_text())
+    assert "another tokenizer" in refusal("tiny", *tied_run.overrides, f"model.hf={other}")
+
+
+def test_a_layout_that_needs_more_memory_gets_exit_code_1_and_the_change_that_helps():
+    done = preflight("llama3_70b", "cluster.nodes=1", "parallel.pipeline=1")
+    assert done.code == 1
+    assert "verdict: DOES NOT FIT; stage 0 takes" in done.printed
+    assert "to make it fit: --nodes" in done.printed
+
+
+def test_a_70b_layout_that_needs_96_gb():
+    """The same recipe on two memories: what is too much for 80 GB fits 96."""
+    tight = ["parallel.pipeline=4", "cluster.nodes=4", "data.seq_length=4096"]
+    small, large = (preflight("llama3_70b", *tight, f"cluster.gpu_memory={memory}") for memory in (80, 96))
+    assert (small.code, large.code) == (1, 0)
+    assert "to make it fit: train.recompute=selective" in small.printed
+    assert preflight("llama3_70b", *tight, "train.recompute=selective").code == 0
+
+
+def test_suggestions_fit_and_come_with_their_memory():
+    done = preflight("llama3_8b", suggest=True)
+    lines = [line for line in done.printed.splitlines() if " s a step, " in line]
+    assert len(lines) > 1
+    assert all(float(line.split(" s a step, ")[1].split(" GB")[0]) <= 80 for line in lines)
+    steps = [float(line.split()[0]) for line in lines]
+    assert steps == sorted(steps)
+
+
+def test_the_picture_is_a_png(tmp_path):
+    done = preflight("smollm2_135m", suggest=False, picture=tmp_path / "memory.png")
+    assert done.code == 0
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_published_architecture_is_json_of_a_known_family():
+    from treg_megatron.architecture import PUBLISHED as folder
+    from treg_megatron.checkpoint.families import family_of
+
+    for path in folder.glob("*.json"):
+        assert family_of(json.loads(path.read_text()))

@@ -1,0 +1,98 @@
+"""Preflight's arithmetic: what is in flight when, and what is computed, by hand and against published counts."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from treg_megatron.checkpoint.families import model_fields
+from treg_megatron.checkpoint.layout import read_json
+from treg_megatron.errors import UserError
+from treg_megatron.preflight import costs
+from treg_megatron.preflight.schedule import BACKWARD, FORWARD, events
+from treg_megatron.recipe import load_recipe, section
+
+ARCHITECTURES = Path(__file__).resolve().parents[2] / "treg_megatron" / "architectures"
+
+
+def fields_of(name: str) -> dict:
+    return model_fields(read_json(ARCHITECTURES / f"{name}.json"))
+
+
+def in_flight(stage: int, stages: int, chunks: int, micro_batches: int) -> int:
+    """The most micro-batches of all chunks that wait for their backward pass."""
+    alive = most = 0
+    for event in events(stage, stages, chunks, micro_batches):
+        alive += 1 if event.kind == FORWARD else -1
+        most = max(most, alive)
+    return most
+
+
+@pytest.mark.parametrize("stages, chunks, micro_batches", [(1, 1, 5), (4, 1, 16), (4, 1, 2), (4, 2, 8), (2, 3, 4), (18, 7, 72)])
+def test_every_micro_batch_goes_forward_and_back_through_every_chunk(stages, chunks, micro_batches):
+    for stage in range(stages):
+        run = events(stage, stages, chunks, micro_batches)
+        assert Counter(run) == {(kind, chunk): micro_batches for kind in (FORWARD, BACKWARD) for chunk in range(chunks)}
+        alive = Counter()
+        for kind, chunk in run:
+            alive[chunk] += 1 if kind == FORWARD else -1
+            assert alive[chunk] >= 0, "nothing goes back before it went forward"
+
+
+def test_1f1b_holds_as_many_as_there_are_stages_from_here():
+    assert [in_flight(stage, 4, 1, 16) for stage in range(4)] == [4, 3, 2, 1]
+    assert in_flight(0, 4, 1, 2) == 2
+    assert in_flight(0, 1, 1, 16) == 1
+
+
+def test_interleaving_holds_more_of_smaller_chunks():
+    """(stages - 1) x 2 + (chunks - 1) x stages in the warm-up, and the one that runs (arXiv 2104.04473, figure 4)."""
+    assert in_flight(0, 4, 2, 8) == 3 * 2 + 1 * 4 + 1
+    assert in_flight(3, 4, 2, 8) == 0 * 2 + 1 * 4 + 1
+
+
+def test_forward_flops_are_two_for_each_weight_and_token_and_attention_by_hand():
+    fields = fields_of("llama3_8b")
+    work = costs.forward_flops(fields, tokens=1000, responses=100)
+    norms, embedding = 65 * 4096, 128256 * 4096
+    assert work.layers == 2 * 1000 * (8_030_261_248 - 2 * embedding - norms)
+    assert work.head == 2 * 100 * embedding
+    assert work.attention == 4 * 32 * 128 * 32 * 1000 ** 2 / 2
+
+
+def test_an_expert_computes_only_what_is_sent_to_it():
+    dense = fields_of("mixtral_8x7b")
+    one = dense | {"moe_router_topk": 1}
+    expert = 3 * 4096 * 14336 * 32
+    assert costs.forward_flops(dense, 10, 0).layers - costs.forward_flops(one, 10, 0).layers == 2 * 10 * expert
+
+
+def test_a_window_bounds_what_a_query_sees():
+    fields = fields_of("gemma2_9b")
+    short, long = (costs.forward_flops(fields, tokens, 0).attention for tokens in (4096, 8192))
+    assert long < 4 * short
+    assert costs.forward_flops(fields | {"window_size": None, "window_attn_skip_freq": None}, 8192, 0).attention \
+        == 4 * 16 * 256 * 42 * 8192 ** 2 / 2
+
+
+def test_a_checkpoint_holds_weights_and_three_fp32_values_of_what_trains():
+    cluster = section(load_recipe(ARCHITECTURES.parents[1] / "recipes" / "llama3_8b.yaml"), "cluster")
+    whole = costs.checkpoint(8_030_261_248, 0, "bf16", cluster)
+    assert whole.nbytes == 8_030_261_248 * 14
+    assert whole.seconds == pytest.approx(whole.nbytes / 10e9)
+    assert costs.checkpoint(10, 1000, "bf16", cluster).nbytes == 1010 * 2 + 10 * 12
+
+
+def test_the_architecture_on_disk_wins_and_another_than_the_named_is_refused(tmp_path):
+    import json
+
+    from treg_megatron.architecture import hf_config_of
+
+    published = read_json(ARCHITECTURES / "llama3_8b.json")
+    model = section(load_recipe(ARCHITECTURES.parents[1] / "recipes" / "llama3_8b.yaml", [f"model.hf={tmp_path}"]), "model")
+    assert hf_config_of(model) == published
+    (tmp_path / "config.json").write_text(json.dumps(published | {"rms_norm_eps": 9.99999974e-06, "initializer_range": 0.1}))
+    assert hf_config_of(model)["initializer_range"] == 0.1
+    (tmp_path / "config.json").write_text(json.dumps(published | {"num_hidden_layers": 16}))
+    with pytest.raises(UserError, match="is not llama3_8b: num_layers is 16, published 32"):
+        hf_config_of(model)

@@ -1,0 +1,136 @@
+"""The most memory that a step's tensors take on a rank, from running the real forward and backward pass.
+
+One micro-batch is run; the schedule says how many of them are in flight when.
+"""
+
+import math
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from treg_megatron import model as policies
+from treg_megatron.context import ContextPart
+from treg_megatron.microbatch import collate
+from treg_megatron.preflight.live import LiveTensors
+from treg_megatron.preflight.ranks import Rank
+from treg_megatron.preflight.schedule import FORWARD, Event
+from treg_megatron.recipe import DataSection, ParallelSection
+from treg_megatron.streams import PairRecord
+
+LAYERS, HEAD = "layers", "log-prob head"
+
+
+class Pass(NamedTuple):
+    """Bytes of one micro-batch on one model chunk."""
+
+    kept: int                    # between its forward and its backward pass
+    forward: dict[str, int]      # most at any moment of the forward pass, while LAYERS or the HEAD ran
+    backward: dict[str, int]     # the same of the backward pass, what was kept included
+    moved: Counter[tuple[str, str]]  # put into collectives, see LiveTensors
+
+
+class Peak(NamedTuple):
+    """Bytes at the moment of a step when a rank's tensors take the most."""
+
+    activations: int             # kept for backward passes to come
+    working: int                 # temporaries of the layer that runs
+    head: int                    # what the log-prob head adds to that
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def largest_micro_batch(data: DataSection, parallel: ParallelSection) -> dict:
+    """The micro-batch that takes the most memory: as long as the recipe allows, and nearly all of it responses."""
+    sequences, tokens = 2 * data.micro_batch_size, 2 * data.micro_batch_size * data.seq_length
+    if data.layout == "bins":
+        tokens = data.bin_size or 2 * data.seq_length
+        sequences = 2 * math.ceil(tokens / (2 * data.seq_length))
+    length = tokens // sequences
+    return micro_batch(data, parallel, [(length, length - 1)] * sequences)
+
+
+def micro_batch(data: DataSection, parallel: ParallelSection, sequences: list[tuple[int, int]]) -> dict:
+    """A micro-batch of a given shape on meta tensors.
+
+    Args:
+        sequences: (tokens, response tokens) of chosen 0, rejected 0, chosen 1, ...
+    """
+    records = [pair_of(*shapes) for shapes in zip(sequences[0::2], sequences[1::2])]
+    part = ContextPart(0, parallel.context)
+    multiple = math.lcm(data.pad_to_multiple_of, part.divisor * (parallel.tensor if parallel.sequence else 1))
+    batch = collate(records, "packed" if data.layout == "bins" else data.layout, multiple, part)
+    # the ends of sequences stay: attention cuts its input by their values
+    return {k: v.to("meta") if isinstance(v, torch.Tensor) and k != "cu_seqlens" else v for k, v in batch.items()}
+
+
+def run_chunk(rank: Rank, chunk: int, batch: dict) -> Pass:
+    """Run a micro-batch forward and backward through a model chunk of a rank in a fake world."""
+    policy = rank.policies[chunk]
+    model, config = policy.module, policy.config
+    live = LiveTensors(rank.tensors_at_rest())
+    started = model.decoder.register_forward_hook(lambda module, inputs, hidden: _watch_head(live, hidden)) \
+        if model.post_process else None
+    with live:
+        received = None if model.pre_process else torch.empty(
+            _hidden_shape(batch, config), dtype=config.pipeline_dtype, device="meta", requires_grad=True)
+        model.set_input_tensor(received)
+        output = policies.forward_step(policy, batch)
+        if model.post_process:
+            output, *_ = policy.training_loss_reduction.forward(batch, output)
+            started.remove()
+        live.end_phase(HEAD if model.post_process else LAYERS)
+        shape, dtype = output.shape, output.dtype
+        deallocate_output_tensor(output, config.deallocate_pipeline_outputs)
+        kept, forward, live.peaks = live.now, live.peaks, {}
+        custom_backward(output, torch.empty(shape, dtype=dtype, device="meta"))
+        live.end_phase(LAYERS)
+    model.set_input_tensor(None)
+    return Pass(kept, forward, live.peaks, live.moved)
+
+
+def peak(passes: list[Pass], schedule: list[Event]) -> Peak:
+    """The peak over a step whose model chunks run as ``schedule`` says."""
+    in_flight: Counter[int] = Counter()
+    most = {LAYERS: 0, HEAD: 0}
+    activations = 0
+    for kind, chunk in schedule:
+        run = passes[chunk]
+        if kind != FORWARD:
+            in_flight[chunk] -= 1
+        others = sum(count * passes[c].kept for c, count in in_flight.items())
+        for phase, nbytes in (run.forward if kind == FORWARD else run.backward).items():
+            if others + nbytes > max(most.values()):
+                activations = others + (0 if kind == FORWARD else run.kept)
+            most[phase] = max(most[phase], others + nbytes)
+        if kind == FORWARD:
+            in_flight[chunk] += 1
+    activations = min(activations, most[LAYERS])
+    return Peak(activations, most[LAYERS] - activations, max(0, most[HEAD] - most[LAYERS]))
+
+
+def hidden_bytes(batch: dict, config: TransformerConfig) -> int:
+    """Bytes of the hidden states that one stage sends to the next for a micro-batch."""
+    return math.prod(_hidden_shape(batch, config)) * config.params_dtype.itemsize
+
+
+def _watch_head(live: LiveTensors, hidden: torch.Tensor) -> None:
+    live.end_phase(LAYERS)
+    hidden.register_hook(lambda gradient: live.end_phase(HEAD))
+
+
+def _hidden_shape(batch: dict, config: TransformerConfig) -> tuple[int, int, int]:
+    rows, width = batch["tokens"].shape
+    return width // (config.tensor_model_parallel_size if config.sequence_parallel else 1), rows, config.hidden_size
+
+
+def pair_of(chosen: tuple[int, int], rejected: tuple[int, int]) -> PairRecord:
+    """A pair of nothing but its shape: (tokens, response tokens) of each side."""
+    tokens = [np.zeros(length, dtype=np.int32) for length, _ in (chosen, rejected)]
+    values = [np.zeros(responses, dtype=np.float32) for _, responses in (chosen, rejected)]
+    return PairRecord("", *tokens, *values, *values)

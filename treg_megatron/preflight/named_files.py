@@ -1,0 +1,47 @@
+"""The files that a recipe names, where they exist already: whether they belong together."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from treg_megatron.architecture import require_architecture
+from treg_megatron.blend import parse_blend
+from treg_megatron.checkpoint.layout import read_identity
+from treg_megatron.checks import require_trainable
+from treg_megatron.objective import Objective
+from treg_megatron.preflight.plan import Sections
+from treg_megatron.recipe import section
+from treg_megatron.streams import manifest_path, open_streams, require_same_tokenizer
+
+
+def check_files(config: DictConfig, sections: Sections) -> tuple[list[str], int | None]:
+    """Check streams, tokenizer and checkpoint against each other as training will, as far as they are on disk.
+
+    Returns:
+        One line on each, and the number of training pairs: of the streams, or ``cluster.pairs``, or None.
+
+    Raises:
+        UserError: two of them do not belong together, or one is damaged.
+    """
+    model, lines, pairs = sections.model, [], sections.cluster.pairs
+    checkpoint, hf = Path(model.checkpoint), Path(model.hf)
+    if checkpoint.exists():
+        require_architecture(model, read_identity(checkpoint).hf_config, str(checkpoint))
+    for prefix in (sections.data.train, sections.data.validation):
+        if prefix is None or not _made(prefix):
+            continue
+        streams = open_streams(prefix)
+        require_trainable(streams, sections.data, Objective(**vars(section(config, "objective"))))
+        if hf.exists():
+            require_same_tokenizer(streams.manifest, hf)
+        lines.append(f"{prefix}: {len(streams):,} pairs, the longest sequence has "
+                     f"{int(streams.sequence_lengths.max()):,} tokens")
+        if prefix == sections.data.train:
+            pairs = len(streams)
+    for what, path in (("Hugging Face folder", hf), ("checkpoint", checkpoint)):
+        lines.append(f"{what} {path}: {'there' if path.exists() else 'not on this machine, unchecked'}")
+    return lines, pairs
+
+
+def _made(prefix: str) -> bool:
+    return manifest_path(prefix).exists() or all(manifest_path(each).exists() for each in parse_blend(prefix)[0])

@@ -1,0 +1,171 @@
+"""A recipe on a cluster: what every rank would hold and do, as data; :mod:`.report` says it in words."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+
+from treg_megatron import checks, recipe
+from treg_megatron.architecture import hf_config_of
+from treg_megatron.checkpoint.families import model_fields
+from treg_megatron.objective import Objective
+from treg_megatron.preflight import activations, costs, schedule
+from treg_megatron.preflight.ranks import AtRest, build_rank, bytes_at_rest, parameters_of_the_model
+from treg_megatron.preflight.world import fake_world, group_names, rank_of_stage
+
+#: NCCL's own buffers for each group of several GPUs; an allowance, not measured here
+NCCL_BYTES_PER_GROUP = 256 << 20
+#: share of what comes and goes in a step that the caching allocator loses to gaps; an allowance, not measured here
+FRAGMENTATION = 0.08
+
+
+class Sections(NamedTuple):
+    """The sections of a recipe that decide whether it runs."""
+
+    model: recipe.ModelSection
+    parallel: recipe.ParallelSection
+    data: recipe.DataSection
+    train: recipe.TrainSection
+    objective: recipe.ObjectiveSection
+    optimizer: recipe.OptimizerSection
+    lora: recipe.LoraSection
+    label: recipe.LabelSection
+    cluster: recipe.ClusterSection
+
+    @property
+    def ranks(self) -> int:
+        return self.cluster.nodes * self.cluster.gpus_per_node
+
+    def with_keys(self, **keys: dict[str, Any]) -> "Sections":
+        """The same with other values: ``with_keys(parallel={"tensor": 4})``."""
+        return self._replace(**{name: dataclasses.replace(getattr(self, name), **values) for name, values in keys.items()})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Bytes on each rank of a pipeline stage."""
+
+    at_rest: AtRest
+    peak: activations.Peak
+    communication: int
+    fragmentation: int
+    moved: dict[str, int]           # bytes that a rank puts into collectives in a step, by kind of group
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return {"weights": self.at_rest.weights, "gradients": self.at_rest.gradients,
+                "main parameters": self.at_rest.main_parameters, "optimizer state": self.at_rest.optimizer_state,
+                "activations": self.peak.activations, "working memory": self.peak.working,
+                "log-prob head": self.peak.head, "communication": self.communication,
+                "fragmentation": self.fragmentation}
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe would take on its cluster."""
+
+    sections: Sections
+    fields: dict[str, Any]
+    trainable: int                  # parameters of the whole model, each counted once
+    frozen: int
+    stages: dict[int, Stage]
+    data_ranks: int
+    micro_batches: int              # of a rank in a step
+
+    @property
+    def memory(self) -> float:
+        """Bytes that a rank has."""
+        return self.sections.cluster.gpu_memory * 1e9
+
+    @property
+    def fullest(self) -> int:
+        return max(self.stages, key=lambda stage: self.stages[stage].total)
+
+    @property
+    def fits(self) -> bool:
+        return self.stages[self.fullest].total <= self.memory
+
+    @property
+    def bubble(self) -> float:
+        """Share of a step in which a stage waits for others (arXiv 2104.04473, section 2.2)."""
+        parallel = self.sections.parallel
+        waiting = (parallel.pipeline - 1) / (parallel.virtual_pipeline or 1)
+        return waiting / (self.micro_batches + waiting)
+
+    @property
+    def step_seconds(self) -> float:
+        """At the stated utilisation, which covers communication; recompute and the pipeline's bubble come on top."""
+        recomputed = 4 / 3 if self.sections.train.recompute == "full" else 1.0
+        flops = costs.step_flops(self.fields, self.sections.data) * recomputed
+        return 3600 * costs.hours(flops, self.sections.ranks, self.sections.cluster) / (1 - self.bubble)
+
+
+def sections_of(config: DictConfig) -> Sections:
+    """The sections of a recipe, each checked by itself.
+
+    Raises:
+        UserError: see :func:`treg_megatron.recipe.section`.
+    """
+    return Sections(*(recipe.section(config, name) for name in Sections._fields))
+
+
+def require_possible(sections: Sections, pairs: int | None = None) -> dict[str, Any]:
+    """Everything that training would refuse, and what only shows on the cluster; the model's fields.
+
+    Args:
+        pairs: of the training streams, where they are known.
+
+    Raises:
+        UserError: what cannot work.
+    """
+    fields = model_fields(hf_config_of(sections.model))
+    Objective(**vars(sections.objective))
+    checks.require_batch(sections.data, pairs)
+    checks.require_tensor_inside_node(sections.parallel, sections.cluster.gpus_per_node)
+    checks.data_parallel_size(sections.parallel, sections.ranks)
+    checks.require_divisible(fields, sections.parallel, sections.data, sections.ranks)
+    checks.require_experts_divide(fields, sections.parallel, sections.ranks)
+    return fields
+
+
+def make_plan(sections: Sections, stages: list[int] | None = None) -> Plan:
+    """Build and run what the ranks of each pipeline stage would, on meta tensors.
+
+    Tensor-parallel and data-parallel ranks of a stage have the same shapes: one of them is built.
+
+    Args:
+        stages: which; all by default. Counts of parameters are of these stages.
+
+    Raises:
+        UserError: see :func:`require_possible`.
+    """
+    fields, parallel, size = require_possible(sections), sections.parallel, sections.ranks
+    data_ranks = checks.data_parallel_size(parallel, size)
+    micro_batches = sections.data.global_batch_size // (sections.data.micro_batch_size * data_ranks)
+    built, trainable, frozen = {}, 0, 0
+    for stage in range(parallel.pipeline) if stages is None else stages:
+        with fake_world(parallel, size, rank_of_stage(parallel, size, stage)):
+            built[stage], counts = _build_stage(sections, stage, micro_batches, data_ranks)
+        trainable, frozen = trainable + counts[0], frozen + counts[1]
+    return Plan(sections, fields, trainable, frozen, built, data_ranks, micro_batches)
+
+
+def _build_stage(sections: Sections, stage: int, micro_batches: int, data_ranks: int) -> tuple[Stage, tuple[int, int]]:
+    parallel, on_gpu = sections.parallel, sections.cluster.device == "gpu"
+    rank = build_rank(hf_config_of(sections.model), parallel, sections.train, sections.objective, sections.optimizer,
+                      sections.lora, fused=on_gpu)
+    batch = activations.largest_micro_batch(sections.data, parallel)
+    passes = [activations.run_chunk(rank, chunk, batch) for chunk in range(len(rank.policies))]
+    peak = activations.peak(passes, schedule.events(stage, parallel.pipeline, len(passes), micro_batches))
+    at_rest, names = bytes_at_rest(rank.wrapped, rank.optimizer), group_names()
+    groups = len(names) + (parallel.pipeline > 1) + (data_ranks > 1)
+    moved = costs.moved_in_a_step(passes, names, micro_batches, at_rest.gradients, at_rest.weights,
+                                  activations.hidden_bytes(batch, rank.config) * len(passes), parallel.pipeline,
+                                  data_ranks)
+    return Stage(at_rest, peak, communication=NCCL_BYTES_PER_GROUP * groups if on_gpu else 0,
+                 fragmentation=round(FRAGMENTATION * peak.total), moved=moved), parameters_of_the_model(rank.policies)

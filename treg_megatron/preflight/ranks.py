@@ -1,0 +1,149 @@
+"""The real model of one rank on meta tensors, wrapped and with its optimizer, and the bytes that it keeps."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from nemo.lightning.megatron_parallel import DDP
+
+from treg_megatron import build
+from treg_megatron.checkpoint.families import model_fields, nemo_config_class
+from treg_megatron.lora import adapters
+from treg_megatron.objective import Objective
+from treg_megatron.recipe import LoraSection, ObjectiveSection, OptimizerSection, ParallelSection, TrainSection
+
+
+class AtRest(NamedTuple):
+    """Bytes that a rank keeps from step to step."""
+
+    weights: int
+    gradients: int
+    main_parameters: int  # fp32 copies of this rank's share, under bf16
+    optimizer_state: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rank:
+    """What a rank holds.
+
+    Attributes:
+        policies: its model chunks, one or as many as the interleaved schedule has.
+        wrapped: the same inside Megatron's data-parallel wrapper.
+        optimizer: the distributed optimizer over them.
+    """
+
+    policies: list[torch.nn.Module]
+    wrapped: list[torch.nn.Module]
+    optimizer: Any
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.policies[0].config
+
+    def tensors_at_rest(self) -> list[torch.Tensor]:
+        """Every tensor that is there before and after a step."""
+        return [*(t for policy in self.policies for t in (*policy.parameters(), *policy.buffers())),
+                *(buffer.grad_data for buffer in _buffers(self.wrapped)), *main_parameters(self.optimizer)]
+
+
+def build_rank(hf_config: dict, parallel: ParallelSection, train: TrainSection, objective: ObjectiveSection,
+               optimizer: OptimizerSection, lora: LoraSection, fused: bool) -> Rank:
+    """Build this rank's part, as :mod:`treg_megatron.train` would; call it inside a world, real or fake.
+
+    Args:
+        fused: with the fused kernels that a GPU has and a CPU lacks.
+    """
+    strategy = build.strategy(parallel, train, initial_weights=None)
+    config = build.policy_config(nemo_config_class(hf_config), model_fields(hf_config), parallel, train)
+    if fused:
+        for name in ("bias_activation_fusion", "bias_dropout_fusion"):
+            setattr(config, name, type(config).__dataclass_fields__[name].default)
+    on_meta = torch.distributed.get_backend() == "fake"
+    if on_meta:
+        config.perform_initialization = False
+        if config.num_moe_experts:
+            # balanced routing as Megatron knows it, and without asking the data how many tokens each expert gets
+            config.moe_pad_expert_input_to_capacity, config.moe_expert_capacity_factor = True, 1.0
+    transform = adapters(lora, config)
+    policies = []
+    for chunk in range(parallel.virtual_pipeline or 1):
+        policy = build.policy(config, Objective(**vars(objective)), build.optimizer(optimizer, train, steps=1))
+        strategy.connect(policy)
+        with torch.device("meta") if on_meta else torch.device("cpu"):
+            policy.configure_model(vp_stage=chunk if parallel.virtual_pipeline else None)
+            if transform is not None:
+                transform(policy)
+        policy.train()
+        policies.append(policy)
+    wrapped = [DDP(config, strategy.ddp_config, policy.module, disable_bucketing=chunk > 0,
+                   data_parallel_group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+               for chunk, policy in enumerate(policies)]
+    return Rank(policies, wrapped, get_megatron_optimizer(
+        policies[0].optim.config, wrapped, use_gloo_process_groups=False))
+
+
+def bytes_at_rest(wrapped: list[torch.nn.Module], optimizer: Any) -> AtRest:
+    """Bytes of the real buffers: Megatron pads them so that data-parallel ranks share them evenly.
+
+    Before the first step Adam has no state; then it is what it will be, two moments of each main parameter.
+    """
+    parameters = [p for chunk in wrapped for p in chunk.parameters()]
+    buffers = list(_buffers(wrapped))
+    weights = storage_bytes([*parameters, *(b.param_data for b in buffers if b.param_data is not None),
+                             *(t for chunk in wrapped for t in chunk.buffers())])
+    main = list(main_parameters(optimizer))
+    state = [t for part in _parts(optimizer) for values in part.optimizer.state.values() for t in values.values()
+             if isinstance(t, torch.Tensor) and t.dim()]
+    weight_storages = {id(p.untyped_storage()) for p in parameters}
+    return AtRest(
+        weights=weights,
+        gradients=storage_bytes(b.grad_data for b in buffers),
+        main_parameters=storage_bytes(p for p in main if id(p.untyped_storage()) not in weight_storages),
+        optimizer_state=storage_bytes(state) if state else 2 * sum(p.numel() * 4 for p in main),
+    )
+
+
+def main_parameters(optimizer: Any) -> Iterable[torch.Tensor]:
+    """What the inner optimizer steps: this rank's share of the parameters, in fp32."""
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            yield from group["params"]
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages under some tensors, each storage once."""
+    return sum({id(s): s.nbytes() for s in [t.untyped_storage() for t in tensors]}.values())
+
+
+def parameters_of_the_model(policies: list[torch.nn.Module]) -> tuple[int, int]:
+    """Parameters in this rank's part of the whole model, (trainable, frozen), each counted on one rank only.
+
+    What tensor-parallel ranks hold together counts once for each of them, copies count once, padded rows of the
+    vocabulary and the last stage's copy of tied embeddings not at all.
+    """
+    counts = [0, 0]
+    for policy in policies:
+        config = policy.config
+        for name, parameter in policy.module.named_parameters():
+            if getattr(parameter, "shared", False) and not policy.module.pre_process:
+                continue
+            split = config.tensor_model_parallel_size if getattr(parameter, "tensor_model_parallel", False) else 1
+            expert = not getattr(parameter, "allreduce", True)
+            count = parameter.numel() * split * (config.expert_model_parallel_size if expert else 1)
+            if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+                count = count // config.vocab_size * config.true_vocab_size
+            counts[not parameter.requires_grad] += count
+    return counts[0], counts[1]
+
+
+def _parts(optimizer: Any) -> list:
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def _buffers(wrapped: list[torch.nn.Module]) -> Iterable:
+    for chunk in wrapped:
+        yield from (*chunk.buffers, *chunk.expert_parallel_buffers)
