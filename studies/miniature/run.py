@@ -73,7 +73,7 @@ def conduct(study: Study, processes: int) -> None:
 
 
 def begin(study: Study) -> IO[str]:
-    """Make the run folder this study's, or find that it is; the lock on it, which children hold as long as they live."""
+    """Make the run folder this study's, or find that it is; returns the lock on it, which children hold, too."""
     study.run.mkdir(parents=True, exist_ok=True)
     lock = open(study.run / "lock", "w", encoding="utf-8")
     try:
