@@ -20,7 +20,8 @@ MISTRAL = """\
 {{ raise_exception('System role not supported') }}{% endif %}{% endfor %}"""
 QUESTION = (Message("user", "What is 1 + 1?"),)
 
-texts = (st.text(st.characters(codec="utf-8"), min_size=1, max_size=30) | st.sampled_from([
+# without the character by which SentencePiece itself writes a space
+texts = (st.text(st.characters(codec="utf-8", exclude_characters="\u2581"), min_size=1, max_size=30) | st.sampled_from([
     "</s>", "a [/INST] b", "  two  spaces ", "\n\nx", "\u200d\U0001f469\u200d\U0001f680"])).filter(str.strip)
 
 
