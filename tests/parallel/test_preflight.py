@@ -66,6 +66,15 @@ def test_a_recipe_fits_its_stated_cluster_and_has_the_published_parameters(name)
     assert done.seconds < 60 and done.peak_gb < 2
 
 
+@pytest.mark.parametrize("name, whole", [("llama3_8b_lora", "llama3_8b"), ("llama3_70b_lora", "llama3_70b")])
+def test_a_recipe_with_adapters_fits_and_trains_them_alone(name, whole):
+    done = preflight(name)
+    assert done.code == 0 and done.seconds < 60 and done.peak_gb < 2, done.printed
+    total, adapters = (int(count.replace(",", "")) for count in re.search(
+        r"([\d,]+) parameters, ([\d,]+) of them in adapters", done.printed).groups())
+    assert total - adapters == PUBLISHED[whole]
+
+
 def test_tiny_runs_on_whatever_model_it_is_given(tied_run):
     done = preflight("tiny", *tied_run.overrides)
     assert done.code == 0
