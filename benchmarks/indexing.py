@@ -30,7 +30,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = 100
-PARTS = ("compare", "memory", "fill")
+PARTS = ("compare", "text", "labelled", "fill")
 SEQUENCES, TEXTS = ("chosen_sequence", "rejected_sequence"), ("prompt_text", "chosen", "rejected")
 
 
@@ -44,13 +44,17 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=1_000_000, help="pairs of the largest file in the memory test")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS,
+                        help="what to measure: text and labelled are the peak memory of indexing either")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if "compare" in arguments.parts and arguments.megatron:
             compare(arguments, Path(folder))
-        if "memory" in arguments.parts:
-            memory(arguments, Path(folder))
+        if "text" in arguments.parts:
+            memory("text", write_short_text, 2, arguments, Path(folder))
+        if "labelled" in arguments.parts:
+            memory("labelled", write_labelled, 1, arguments, Path(folder))
+            reading(Path(folder) / "labelled-streams")
     if "fill" in arguments.parts:
         fill(arguments)
 
@@ -164,24 +168,24 @@ def new_words(pairs: list) -> float:
     return new / (len(words) - half)
 
 
-def memory(arguments: argparse.Namespace, folder: Path) -> None:
-    """Peak memory of indexing text and labelled pairs, and the rate of reading what the largest gave."""
+def memory(name: str, write, workers: int, arguments: argparse.Namespace, folder: Path) -> None:
+    """Peak memory of the largest process that indexes a file of growing length."""
+    for count in (n for n in (10_000, 100_000, 1_000_000) if n <= arguments.most):
+        write(folder / name, count)
+        child = os.fork()
+        if child == 0:
+            index_one(folder / name, folder / f"{name}-streams", arguments.tokenizer, workers)
+            peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+            print(f"figure index_{name}_peak_{count} {peak / 1e6:.2f} GB", flush=True)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def reading(prefix: Path) -> None:
+    """Pairs a second in an order as random as training's."""
     from treg_megatron.streams import open_streams
 
-    counts = [n for n in (10_000, 100_000, 1_000_000) if n <= arguments.most]
-    for name, write, workers in (("text", write_short_text, 2), ("labelled", write_labelled, 1)):
-        for count in counts:
-            write(folder / name, count)
-            child = os.fork()
-            if child == 0:
-                index_one(folder / name, folder / f"{name}-streams", arguments.tokenizer, workers)
-                peak = max(resource.getrusage(who).ru_maxrss
-                           for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-                print(f"figure index_{name}_peak_{count} {peak / 1e6:.2f} GB", flush=True)
-                os._exit(0)
-            assert os.waitpid(child, 0)[1] == 0
-            (folder / name).unlink()
-    streams = open_streams(folder / "labelled-streams")
+    streams = open_streams(prefix)
     order = np.random.default_rng(0).permutation(len(streams))[:200_000].tolist()
     start = time.perf_counter()
     for pair in order:

@@ -109,6 +109,7 @@ def train(recipe: DictConfig) -> None:
     if resume and adapters is not None:
         resume = lora.resumed(resume, Path(model.checkpoint))
     trainer.fit(policy, datamodule=pairs, ckpt_path=resume)
+    stop.settle()
     leave()
     if stop.stopped_by:
         rank_zero_print(f"stopped by {stop.stopped_by}: step {trainer.global_step} of {steps} is saved, the same command "
