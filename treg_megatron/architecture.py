@@ -48,8 +48,8 @@ def require_architecture(model: ModelSection, config: dict[str, Any], where: str
         found, expected = ({"architecture": family_of(c).architecture} for c in (config, named))
     if different:
         name = different[0]
-        raise UserError(f"{where} is not {model.architecture}: {name} is {found.get(name)}, published {expected[name]}; "
-                        f"set model.architecture=null, or name the model that you mean")
+        raise UserError(f"{where} is not {model.architecture}: {name} is {found.get(name)}, published "
+                        f"{expected[name]}; set model.architecture=null, or name the model that you mean")
 
 
 def _named(name: str) -> dict[str, Any]:

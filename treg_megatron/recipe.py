@@ -316,7 +316,8 @@ def described(config: DictConfig, sources: dict[str, str]) -> str:
     lines = []
     for name in config:
         if name in SECTIONS:
-            lines += ["", f"{name}:", *(_described(config[name], k, f"{name}.{k}", sources, "  ") for k in config[name])]
+            node = config[name]
+            lines += ["", f"{name}:", *(_described(node, k, f"{name}.{k}", sources, "  ") for k in node)]
         else:
             lines.append(_described(config, name, name, sources, ""))
     return "\n".join(lines)

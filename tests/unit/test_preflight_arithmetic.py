@@ -28,7 +28,8 @@ def in_flight(stage: int, stages: int, chunks: int, micro_batches: int) -> int:
     return most
 
 
-@pytest.mark.parametrize("stages, chunks, micro_batches", [(1, 1, 5), (4, 1, 16), (4, 1, 2), (4, 2, 8), (2, 3, 4), (18, 7, 72)])
+@pytest.mark.parametrize("stages, chunks, micro_batches", [
+    (1, 1, 5), (4, 1, 16), (4, 1, 2), (4, 2, 8), (2, 3, 4), (18, 7, 72)])
 def test_every_micro_batch_goes_forward_and_back_through_every_chunk(stages, chunks, micro_batches):
     for stage in range(stages):
         run = events(stage, stages, chunks, micro_batches)
@@ -89,9 +90,11 @@ def test_the_architecture_on_disk_wins_and_another_than_the_named_is_refused(tmp
     from treg_megatron.architecture import hf_config_of
 
     published = read_json(ARCHITECTURES / "llama3_8b.json")
-    model = section(load_recipe(ARCHITECTURES.parents[1] / "recipes" / "llama3_8b.yaml", [f"model.hf={tmp_path}"]), "model")
+    recipe = load_recipe(ARCHITECTURES.parents[1] / "recipes" / "llama3_8b.yaml", [f"model.hf={tmp_path}"])
+    model = section(recipe, "model")
     assert hf_config_of(model) == published
-    (tmp_path / "config.json").write_text(json.dumps(published | {"rms_norm_eps": 9.99999974e-06, "initializer_range": 0.1}))
+    same = published | {"rms_norm_eps": 9.99999974e-06, "initializer_range": 0.1}
+    (tmp_path / "config.json").write_text(json.dumps(same))
     assert hf_config_of(model)["initializer_range"] == 0.1
     (tmp_path / "config.json").write_text(json.dumps(published | {"num_hidden_layers": 16}))
     with pytest.raises(UserError, match="is not llama3_8b: num_layers is 16, published 32"):

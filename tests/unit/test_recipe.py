@@ -36,7 +36,8 @@ def test_a_recipe_repeats_no_default(path):
     own = OmegaConf.to_container(OmegaConf.load(path))
     parent = OmegaConf.to_container(load_recipe(path.parent / own.pop("defaults")))
     own.pop("name")
-    repeated = [f"{name}.{key}" for name, keys in own.items() for key, value in keys.items() if value == parent[name][key]]
+    repeated = [f"{name}.{key}" for name, keys in own.items() for key, value in keys.items()
+                if value == parent[name][key]]
     assert repeated == []
 
 
@@ -111,8 +112,8 @@ def test_the_recipe_of_a_checkpoint_can_be_launched_as_it_is(tmp_path):
     ["tools/rank_responses.py"], ["tools/import_rewards.py"],
 ], ids=lambda command: command[-1])
 def test_every_entry_point_prints_the_recipe(command):
-    done = subprocess.run([sys.executable, *command, "--recipe", "recipes/tiny.yaml", "data.seed=7", "--print"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command, "--recipe", "recipes/tiny.yaml", "data.seed=7", "--print"],
+                          cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "seed: 7" in done.stdout and "# the command line" in done.stdout and "# recipes/base.yaml" in done.stdout
 

@@ -6,8 +6,8 @@
 
 Builds the real model of a rank of every pipeline stage on meta tensors, in a fake process group of the whole world, and
 runs a micro-batch through it. Prints what each rank would hold, what a step would cost and move, and a verdict. The
-recipe's section `cluster` says where it is meant to run; flags and overrides change it. docs/PREFLIGHT.md explains every
-line and how far it was checked against measurement.
+recipe's section `cluster` says where it is meant to run; flags and overrides change it. docs/PREFLIGHT.md explains
+every line and how far it was checked against measurement.
 
 Exit code 0: it fits. 1: it does not; the change that would make it fit is named. 2: the recipe cannot run anywhere.
 """
@@ -46,7 +46,7 @@ def use_meta_machine() -> None:
     import torch
 
     if torch.cuda.is_available():
-        raise UserError("preflight runs without a GPU: hide them, CUDA_VISIBLE_DEVICES= python -m treg_megatron.preflight")
+        raise UserError("preflight runs without a GPU: hide it, CUDA_VISIBLE_DEVICES= python -m treg_megatron.preflight")
     from treg_megatron.runtime.cpu import use_cpu
 
     use_cpu()

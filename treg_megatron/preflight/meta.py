@@ -36,8 +36,8 @@ class OnMeta(TorchFunctionMode):
     """Puts what asks for the CUDA device on the meta device, and answers there for what depends on data.
 
     A meta tensor has no fused kernels. Where it would take the kernel that keeps most, it takes here what real devices
-    take: attention that keeps queries, keys, values, outputs and a float a row; on a GPU also a norm that keeps its input
-    and a float a row.
+    take: attention that keeps queries, keys, values, outputs and a float a row; on a GPU also a norm that keeps its
+    input and a float a row.
 
     Args:
         gpu: whether the real device is a GPU; a CPU has no fused norm.

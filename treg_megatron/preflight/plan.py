@@ -40,7 +40,8 @@ class Sections(NamedTuple):
 
     def with_keys(self, **keys: dict[str, Any]) -> "Sections":
         """The same with other values: ``with_keys(parallel={"tensor": 4})``."""
-        return self._replace(**{name: dataclasses.replace(getattr(self, name), **values) for name, values in keys.items()})
+        return self._replace(**{name: dataclasses.replace(getattr(self, name), **values)
+                                for name, values in keys.items()})
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections.llm.fn.mixin import FNMixin
 from nemo.lightning.megatron_parallel import DDP

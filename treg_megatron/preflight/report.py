@@ -33,7 +33,7 @@ def layout(sections: Sections, data_ranks: int) -> str:
     words = [f"tensor {parallel.tensor}" + (" with sequence parallelism" if parallel.sequence else ""),
              f"pipeline {parallel.pipeline}" + (f" in {parallel.virtual_pipeline} chunks a stage"
                                                 if parallel.virtual_pipeline else "")]
-    words += [f"{name} {size}" for name, size in (("context", parallel.context), ("expert", parallel.expert)) if size > 1]
+    words += [f"{name} {getattr(parallel, name)}" for name in ("context", "expert") if getattr(parallel, name) > 1]
     return ", ".join([*words, f"data {data_ranks}", f"recompute {sections.train.recompute}"])
 
 
@@ -56,7 +56,8 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 def _step(plan: Plan, pairs: int | None) -> Iterator[str]:
     data, cluster = plan.sections.data, plan.sections.cluster
-    each = "1 bin" if data.layout == "bins" else f"{data.micro_batch_size} pair{'s' if data.micro_batch_size > 1 else ''}"
+    pairs_each = f"{data.micro_batch_size} pair{'s' if data.micro_batch_size > 1 else ''}"
+    each = "1 bin" if data.layout == "bins" else pairs_each
     yield (f"step: {data.global_batch_size} pairs = {plan.data_ranks} data-parallel ranks x {plan.micro_batches} "
            f"micro-batches of {each}" + (" at most" if data.layout == "bins" else ""))
     if pairs is None:
@@ -71,8 +72,8 @@ def _step(plan: Plan, pairs: int | None) -> Iterator[str]:
            + (", and the forward pass twice" if plan.sections.train.recompute == "full" else ""))
     moved = {kind: max(stage.moved.get(kind, 0) for stage in plan.stages.values())
              for stage in plan.stages.values() for kind in stage.moved}
-    yield "moved by a rank in a step, GB: " + (", ".join(
-        f"{kind} {nbytes / GB:.2f} ({nbytes / GB / _bandwidth(plan, kind):.2g} s)" for kind, nbytes in moved.items()) or "0")
+    told = [f"{kind} {nbytes / GB:.2f} ({nbytes / GB / _bandwidth(plan, kind):.2g} s)" for kind, nbytes in moved.items()]
+    yield f"moved by a rank in a step, GB: {', '.join(told) or 0}"
 
 
 def _stations(plan: Plan, pairs: int | None) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Which micro-batch runs when on a pipeline stage: Megatron's 1F1B schedule, plain or interleaved.
 
-After ``megatron.core.pipeline_parallel.schedules``: ``get_pp_rank_microbatches`` for the warm-up, ``get_schedule_table``
-for the order of model chunks (groups of as many micro-batches as there are stages).
+After ``megatron.core.pipeline_parallel.schedules``: ``get_pp_rank_microbatches`` for the warm-up,
+``get_schedule_table`` for the order of model chunks (groups of as many micro-batches as there are stages).
 """
 
 from typing import NamedTuple

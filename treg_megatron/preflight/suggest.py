@@ -24,7 +24,8 @@ def remedy(plan: Plan) -> str:
         for found in suggestions(larger, plan.trainable + plan.frozen, most=1):
             return (f"to make it fit: --nodes {larger.cluster.nodes} with {_written(_layout_of(found.sections))}; no "
                     "layout fits this cluster")
-    return "nothing that preflight tries makes it fit: shorter sequences (data.seq_length), adapters (lora.rank) or more memory"
+    return ("nothing that preflight tries makes it fit: take shorter sequences (data.seq_length), adapters (lora.rank) or "
+            "more memory")
 
 
 def suggestions(sections: Sections, parameters: int, most: int = 8) -> list[Plan]:
@@ -105,4 +106,5 @@ def _layout_of(sections: Sections) -> dict[str, dict[str, Any]]:
 
 def _written(change: dict[str, dict[str, Any]]) -> str:
     """As overrides on a command line."""
-    return " ".join(f"{section}.{key}={str(value).lower()}" for section, keys in change.items() for key, value in keys.items())
+    return " ".join(f"{section}.{key}={str(value).lower()}"
+                    for section, keys in change.items() for key, value in keys.items())
