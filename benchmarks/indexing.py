@@ -30,6 +30,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = 100
+PARTS = ("compare", "text", "labelled", "fill")
 SEQUENCES, TEXTS = ("chosen_sequence", "rejected_sequence"), ("prompt_text", "chosen", "rejected")
 
 
@@ -43,13 +44,17 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=1_000_000, help="pairs of the largest file in the memory test")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", default=["compare", "memory", "fill"], choices=("compare", "memory", "fill"))
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS,
+                        help="what to measure: text and labelled are the peak memory of indexing either")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if "compare" in arguments.parts and arguments.megatron:
             compare(arguments, Path(folder))
-        if "memory" in arguments.parts:
-            memory(arguments, Path(folder))
+        if "text" in arguments.parts:
+            memory("text", write_short_text, 2, arguments, Path(folder))
+        if "labelled" in arguments.parts:
+            memory("labelled", write_labelled, 1, arguments, Path(folder))
+            reading(Path(folder) / "labelled-streams")
     if "fill" in arguments.parts:
         fill(arguments)
 
@@ -62,27 +67,32 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         "Megatron-LM, sequences": lambda text: megatron_on(text, SEQUENCES, arguments),
         "Megatron-LM, texts": lambda text: megatron_on(text, TEXTS, arguments),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    seconds: dict[str, list[np.ndarray]] = {name: [] for name in programs}
     for _ in range(arguments.rounds):
         for name, run in programs.items():
             few, many = (timed(run, folder / f"{count}.jsonl") for count in (FEW, arguments.count))
             seconds[name].append(many - few)
+            print(f"  {name:<24}{seconds[name][-1][0]:6.2f} s, {seconds[name][-1][1]:6.2f} s of CPU", flush=True)
     manifest = json.loads((folder / f"{arguments.count}-ours.manifest.json").read_text())
-    print(f"{manifest['pairs']} pairs, {manifest['tokens']} tokens in the streams, {arguments.workers} workers, seconds "
-          "of each round:")
-    for name, each in seconds.items():
-        print(f"  {name:<24}{'  '.join(f'{s:6.2f}' for s in each)}")
+    print(f"{manifest['pairs']} pairs, {manifest['tokens']} tokens in the streams, {arguments.workers} workers")
     same_ids(folder, arguments)
-    ours, sequences, texts = (np.array(each) for each in seconds.values())
-    print(f"figure index_rate {manifest['tokens'] / np.median(ours):.0f} tokens/s")
-    print(f"figure index_vs_megatron {np.median(sequences / ours):.2f} ratio")
-    print(f"figure index_vs_megatron_texts {np.median(texts / ours):.2f} ratio")
+    ours, sequences, texts = (np.array(each).T for each in seconds.values())
+    print(f"figure index_rate {manifest['tokens'] / np.median(ours[0]):.0f} tokens/s")
+    for name, theirs in (("index_vs_megatron", sequences), ("index_vs_megatron_texts", texts)):
+        for clock, ratios in zip(("", "_cpu"), theirs / ours):
+            print(f"figure {name}{clock} {np.median(ratios):.2f} ratio")
 
 
-def timed(run, text: Path) -> float:
-    start = time.perf_counter()
+def timed(run, text: Path) -> np.ndarray:
+    """Seconds by the clock, and seconds of CPU over all processes: these are the same on a busy machine."""
+    start = time.perf_counter(), cpu_of_children()
     run(text)
-    return time.perf_counter() - start
+    return np.array([time.perf_counter() - start[0], cpu_of_children() - start[1]])
+
+
+def cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def same_ids(folder: Path, arguments: argparse.Namespace) -> None:
@@ -158,23 +168,24 @@ def new_words(pairs: list) -> float:
     return new / (len(words) - half)
 
 
-def memory(arguments: argparse.Namespace, folder: Path) -> None:
-    """Peak memory of indexing text and labelled pairs, and the rate of reading what the largest gave."""
+def memory(name: str, write, workers: int, arguments: argparse.Namespace, folder: Path) -> None:
+    """Peak memory of the largest process that indexes a file of growing length."""
+    for count in (n for n in (10_000, 100_000, 1_000_000) if n <= arguments.most):
+        write(folder / name, count)
+        child = os.fork()
+        if child == 0:
+            index_one(folder / name, folder / f"{name}-streams", arguments.tokenizer, workers)
+            peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+            print(f"figure index_{name}_peak_{count} {peak / 1e6:.2f} GB", flush=True)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def reading(prefix: Path) -> None:
+    """Pairs a second in an order as random as training's."""
     from treg_megatron.streams import open_streams
 
-    counts = [n for n in (10_000, 100_000, 1_000_000) if n <= arguments.most]
-    for name, write, workers in (("text", write_short_text, 2), ("labelled", write_labelled, 1)):
-        for count in counts:
-            write(folder / name, count)
-            child = os.fork()
-            if child == 0:
-                index_one(folder / name, folder / f"{name}-streams", arguments.tokenizer, workers)
-                peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-                print(f"figure index_{name}_peak_{count} {peak / 1e6:.2f} GB", flush=True)
-                os._exit(0)
-            assert os.waitpid(child, 0)[1] == 0
-            (folder / name).unlink()
-    streams = open_streams(folder / "labelled-streams")
+    streams = open_streams(prefix)
     order = np.random.default_rng(0).permutation(len(streams))[:200_000].tolist()
     start = time.perf_counter()
     for pair in order:
@@ -186,8 +197,8 @@ def index_one(labelled: Path, prefix: Path, tokenizer: Path, workers: int) -> No
     from treg_megatron.indexing import index
     from treg_megatron.recipe import load_recipe, section
 
-    index(section(load_recipe(overrides=[f"index.labelled={labelled}", f"index.output={prefix}", f"index.workers={workers}",
-                                         f"index.tokenizer={tokenizer}"]), "index"))
+    index(section(load_recipe(overrides=[f"index.labelled={labelled}", f"index.output={prefix}",
+                                         f"index.tokenizer={tokenizer}", f"index.workers={workers}"]), "index"))
 
 
 def write_short_text(path: Path, pairs: int) -> None:

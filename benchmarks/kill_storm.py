@@ -1,13 +1,13 @@
-"""SIGKILL to random processes at random moments of labelling, training, saving and exporting, until all is done all the same.
+"""SIGKILL to random processes at random moments of labelling, training, saving and exporting.
 
     python benchmarks/kill_storm.py --kills 100
     python benchmarks/kill_storm.py --kills 100 --state storm --seconds 500     # in pieces: the same command goes on
 
-One round labels, indexes, trains on two pipeline ranks and exports a small model. In each station a process of the job,
-a rank or one of the processes that write a rank's checkpoint, is killed at a random moment; when a rank dies, the job's other
-processes are ended, as `srun --kill-on-bad-exit` does, and the same command is started again, without a look at what
-is left. At the end of the round everything is compared with a round in which nobody was killed: labels, the metrics
-of every step, the record of the pairs that were trained on, the exported weights, bit for bit.
+One round labels, indexes, trains on two pipeline ranks and exports a small model. In each station a process of the
+job, a rank or one of the processes that write a rank's checkpoint, is killed at a random moment; when a rank dies, the
+job's other processes are ended, as `srun --kill-on-bad-exit` does, and the same command is started again, without a look
+at what is left. At the end of the round everything is compared with a round in which nobody was killed: labels, the
+metrics of every step, the record of the pairs that were trained on, the exported weights, bit for bit.
 
 Ranks are forked from a process that has imported the libraries, so a restart costs less here than on a cluster.
 """
@@ -94,13 +94,13 @@ class Storm:
 
     def report(self) -> None:
         kills = max(self.counts["kills"], 1)
-        print("kills while " + ", ".join(f"{name.removeprefix('while ')} {count}" for name, count in sorted(self.counts.items())
-                                         if name.startswith("while ")))
+        print("kills while " + ", ".join(f"{name.removeprefix('while ')} {count}" for name, count
+                                         in sorted(self.counts.items()) if name.startswith("while ")))
         print(f"{self.counts['of ranks']} of ranks, {self.counts['of helpers']} of their checkpoint writers; "
               f"{self.counts['restarts']} automatic restarts, {self.counts['rounds']} rounds")
         print(f"figure seconds_lost_a_kill {self.counts['milliseconds_lost'] / 1000 / kills:.2f} s")
-        for name in ("kills", "lost", "repeated", "corrupt"):
-            print(f"figure {name} {self.counts[name]} {'kills' if name == 'kills' else 'pairs' if name != 'corrupt' else 'files'}")
+        for name, unit in (("kills", "kills"), ("lost", "pairs"), ("repeated", "pairs"), ("corrupt", "outputs")):
+            print(f"figure {name} {self.counts[name]} {unit}")
 
     # -- one round
 
@@ -114,10 +114,11 @@ class Storm:
 
         folder.mkdir()
         (folder / "pairs.jsonl").write_text("".join(json.dumps(pair(i)) + "\n" for i in range(PAIRS)))
-        overrides = [f"run={folder}", f"model.hf={self.scratch}/hf", f"label.pairs={folder}/pairs.jsonl", "label.shard_pairs=4",
-                     f"data.global_batch_size={GLOBAL_BATCH}", f"data.epochs={EPOCHS}", "parallel.pipeline=2",
+        overrides = [f"run={folder}", f"model.hf={self.scratch}/hf", f"label.pairs={folder}/pairs.jsonl",
+                     "label.shard_pairs=4", f"data.global_batch_size={GLOBAL_BATCH}", f"data.epochs={EPOCHS}", "parallel.pipeline=2",
                      "train.save_every=3", "train.record_pairs=true", "train.stuck_after=20"]
-        for station, ranks, action in (("label", 2, label_station), ("train", 2, train_station), ("export", 1, export_station)):
+        for station, ranks, action in (("label", 2, label_station), ("train", 2, train_station),
+                                       ("export", 1, export_station)):
             if station == "train":
                 recipe = load_recipe(RECIPE, overrides)
                 index(section(recipe, "index"))

@@ -35,14 +35,17 @@ if [[ -n ${CONTAINER_IMAGE:-} ]]; then
                --container-workdir="$SLURM_SUBMIT_DIR" --no-container-mount-home)
 fi
 
-# Slurm sends SIGTERM when it ends the job: preempted, cancelled, requeued, out of time. What becomes of it is settled then.
+# Slurm sends SIGTERM when it ends the job (preempted, cancelled, requeued, out of time): what becomes of it is settled.
 ENDING=""
 trap 'ENDING=yes' TERM
 
 say() { echo "[$(date '+%F %T')] $*"; }
 
 # One task for each rank.
-ranks() { srun --nodes="$NODES" --ntasks="$((NODES * RANKS))" --ntasks-per-node="$RANKS" --kill-on-bad-exit=1 "${CONTAINER[@]}" "$@"; }
+ranks() {
+    srun --nodes="$NODES" --ntasks="$((NODES * RANKS))" --ntasks-per-node="$RANKS" --kill-on-bad-exit=1 \
+        "${CONTAINER[@]}" "$@"
+}
 
 # One task on the first node.
 once() { srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${CONTAINER[@]}" "$@"; }
@@ -68,19 +71,27 @@ launch() {
         if [[ $code == 0 ]]; then return 0; fi
         if [[ -n $ENDING ]]; then say "Slurm ended the job (exit code $code)"; exit "$code"; fi
         case $code in
-            2) say "not started again: the error above has to be mended first"; exit 2 ;;
-            85 | 138) requeue ;;    # stopped by SIGUSR1 with everything saved; 138: a station that needs no time to save
+            2)
+                say "not started again: the error above has to be mended first"
+                if [[ -n $SUCCESSOR ]]; then scancel "$SUCCESSOR"; fi
+                exit 2 ;;
+            85 | 138) requeue ;;    # stopped by SIGUSR1: 85 by training, 138 by a station that needs no time to save
         esac
         if [[ $before != "$(finished_in "$folder")" ]]; then failures=0; fi
         failures=$((failures + 1))
-        if ((failures > ${RETRIES:-3})); then say "failed $failures times without getting on (exit code $code)"; exit "$code"; fi
+        if ((failures > ${RETRIES:-3})); then
+            say "failed $failures times without getting on (exit code $code)"
+            exit "$code"
+        fi
         say "ended with exit code $code; starting it again (failure $failures of ${RETRIES:-3} in a row)"
         MASTER_PORT=$((MASTER_PORT + 1))
     done
 }
 
 # Checkpoints and shards: what a launch that gets on has more of at its end.
-finished_in() { find "$1" -maxdepth 3 \( -name treg.json -o -name '*.parquet' -o -name '*-[0-9]*.jsonl' \) 2>/dev/null | sort || true; }
+finished_in() {
+    find "$1" -maxdepth 3 \( -name treg.json -o -name '*.parquet' -o -name '*-[0-9]*.jsonl' \) 2>/dev/null | sort || true
+}
 
 # Put this job back into the queue; it goes on from what it saved.
 requeue() {
@@ -92,12 +103,14 @@ requeue() {
 }
 
 # chain [ARGUMENT ...]: a successor of this job that starts if it ends without being done.
+SUCCESSOR=""
 chain() {
     if ((${CHAIN:-0} < 1 || ${SLURM_RESTART_COUNT:-0} > 0)); then return 0; fi
     local script
     script=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed 's/.* Command=\([^ ]*\).*/\1/')
-    say "successor: job $(CHAIN=$((CHAIN - 1)) sbatch --parsable --dependency="afternotok:$SLURM_JOB_ID" \
-        --kill-on-invalid-dep=yes "$script" "$@")"
+    SUCCESSOR=$(CHAIN=$((CHAIN - 1)) sbatch --parsable --dependency="afternotok:$SLURM_JOB_ID" \
+        --kill-on-invalid-dep=yes "$script" "$@")
+    say "successor: job $SUCCESSOR"
 }
 
 # train [OVERRIDE ...]: the training that RECIPE describes, from where it is to its end.
@@ -107,8 +120,8 @@ train() {
     output=$(setting train.output "$@")
     if [[ ${SLURM_RESTART_COUNT:-0} == 0 ]]; then record "$@"; fi
     if [[ $CHECKS == *recipe* && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
-        once env CUDA_VISIBLE_DEVICES= "$PYTHON" -m treg_megatron.preflight --recipe "$RECIPE" --nodes "$NODES" --gpus-per-node "$RANKS" \
-            --gpu-memory "${GPU_MEMORY:-80GB}" "$@"
+        once env CUDA_VISIBLE_DEVICES= "$PYTHON" -m treg_megatron.preflight --recipe "$RECIPE" --nodes "$NODES" \
+            --gpus-per-node "$RANKS" --gpu-memory "${GPU_MEMORY:-80GB}" "$@"
     fi
     if [[ $CHECKS == *nodes* ]]; then ranks "$PYTHON" -m treg_megatron.node_check --recipe "$RECIPE" "$@"; fi
     say "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID: $((NODES * RANKS)) ranks, rank 0 at $MASTER_ADDR:$MASTER_PORT"

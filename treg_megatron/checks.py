@@ -25,6 +25,21 @@ def data_parallel_size(parallel: ParallelSection, ranks: int) -> int:
     return ranks // model_ranks
 
 
+def require_layout(fields: dict[str, Any], parallel: ParallelSection, data: DataSection, ranks: int) -> None:
+    """Everything that a layout must satisfy: what training asks first, and preflight without the cluster.
+
+    Args:
+        fields: the model's sizes, as ``families.model_fields`` gives them.
+
+    Raises:
+        UserError: the first thing that cannot work, with what would.
+    """
+    require_batch(data)
+    data_parallel_size(parallel, ranks)
+    require_divisible(fields, parallel, data, ranks)
+    require_experts_divide(fields, parallel, ranks)
+
+
 def require_split(fields: dict[str, Any], tensor: int, pipeline: int, section: str) -> None:
     """Check that a model can be split into so many parts.
 
@@ -82,6 +97,8 @@ def require_divisible(fields: dict[str, Any], parallel: ParallelSection, data: D
 def require_tensor_inside_node(parallel: ParallelSection, ranks_per_node: int) -> None:
     """Check that tensor-parallel groups do not cross nodes: they exchange activations in every layer.
 
+    Training does not ask this: it works, at the speed of the network.
+
     Raises:
         UserError: they do.
     """
@@ -111,14 +128,11 @@ def require_experts_divide(fields: dict[str, Any], parallel: ParallelSection, ra
                         f"are {data_ranks}: it must divide them")
 
 
-def require_batch(data: DataSection, pairs: int | None) -> None:
+def require_batch(data: DataSection) -> None:
     """Check that a micro-batch and a global batch mean something.
 
-    Args:
-        pairs: of the training streams, or None where they are not known yet.
-
     Raises:
-        UserError: a size below 1, bins with a micro-batch size, or fewer pairs than one global batch.
+        UserError: a size below 1, or bins with a micro-batch size.
     """
     for name in ("seq_length", "micro_batch_size", "global_batch_size", "epochs", "pad_to_multiple_of"):
         if getattr(data, name) < 1:
@@ -127,8 +141,16 @@ def require_batch(data: DataSection, pairs: int | None) -> None:
         raise UserError(f"data.layout=bins packs as many pairs as fit data.bin_size into a micro-batch: "
                         f"data.micro_batch_size={data.micro_batch_size} means nothing there, set it to 1 and choose "
                         "data.bin_size")
-    if pairs is not None and pairs < data.global_batch_size:
-        raise UserError(f"there are {pairs} pairs, fewer than data.global_batch_size={data.global_batch_size}: lower it "
+
+
+def require_enough(pairs: int, data: DataSection, where: str) -> None:
+    """Check that there is at least one global batch.
+
+    Raises:
+        UserError: there is not.
+    """
+    if pairs < data.global_batch_size:
+        raise UserError(f"{where} has {pairs} pairs, fewer than data.global_batch_size={data.global_batch_size}: lower it "
                         "or add pairs")
 
 
@@ -138,9 +160,8 @@ def require_trainable(streams: PairStreams, data: DataSection, objective: Object
     Raises:
         UserError: fewer pairs than one global batch, a pair longer than ``data.seq_length``, no reference log-probs.
     """
-    if len(streams) < data.global_batch_size and str(streams.prefix) == data.train:
-        raise UserError(f"{streams.prefix} has {len(streams)} pairs, fewer than data.global_batch_size="
-                        f"{data.global_batch_size}: lower it or add pairs")
+    if str(streams.prefix) == data.train:
+        require_enough(len(streams), data, str(streams.prefix))
     longest = streams.sequence_lengths.max(axis=1)
     too_long = np.flatnonzero(longest > data.seq_length)
     if len(too_long):

@@ -36,14 +36,17 @@ _MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
 
 
 class IndexedWriter:
-    """Writes documents one after the other; memory grows by 20 bytes a document and 4 a sequence."""
+    """Writes documents, of at most 65,535 sequences, one after the other.
+
+    Memory grows by 4 bytes a sequence and 2 a document; :meth:`finish` needs 8 more for each of either for a moment.
+    """
 
     def __init__(self, bin_path: Path, idx_path: Path, dtype: np.dtype | type):
         self.bin_path, self.idx_path, self.dtype = bin_path, idx_path, np.dtype(dtype)
         self._bin = open(bin_path, "wb", buffering=1 << 20)
         self._digest = hashlib.sha256()
         self._lengths = array.array("i")
-        self._document_starts = array.array("q", [0])
+        self._document_sizes = array.array("H")
 
     def add_document(self, sequences: Sequence[np.ndarray]) -> None:
         """Append a document of sequences, which are cast to the dataset's number type."""
@@ -52,7 +55,7 @@ class IndexedWriter:
             self._bin.write(content)
             self._digest.update(content)
             self._lengths.append(len(sequence))
-        self._document_starts.append(len(self._lengths))
+        self._document_sizes.append(len(sequences))
 
     def append(self, reader: "IndexedReader") -> None:
         """Append all documents of another dataset of the same number type."""
@@ -60,20 +63,18 @@ class IndexedWriter:
             content = reader.numbers.view(np.uint8)[start:start + _COPIED_AT_ONCE].data
             self._bin.write(content)
             self._digest.update(content)
-        sequences = len(self._lengths)
         self._lengths.frombytes(reader.lengths.tobytes())
-        self._document_starts.frombytes((reader.document_starts[1:] + sequences).tobytes())
+        self._document_sizes.frombytes(np.diff(reader.document_starts).astype(np.uint16).tobytes())
 
     def finish(self) -> dict[str, dict]:
         """Close the .bin file, write the .idx file, and return size and hashes of both, keyed ``bin`` and ``idx``."""
         self._bin.close()
-        lengths = np.frombuffer(self._lengths, dtype=np.int32) if len(self._lengths) else np.zeros(0, np.int32)
-        starts = np.frombuffer(self._document_starts, dtype=np.int64)
+        lengths, sizes = np.array(self._lengths, dtype=np.int32), np.array(self._document_sizes, dtype=np.int64)
         with open(self.idx_path, "wb") as stream:
-            stream.write(_HEADER.pack(_MAGIC, _VERSION, DTYPE_CODES[self.dtype], len(lengths), len(starts)))
-            stream.write(lengths.tobytes())
-            stream.write(_offsets(lengths, self.dtype).tobytes())
-            stream.write(starts.tobytes())
+            stream.write(_HEADER.pack(_MAGIC, _VERSION, DTYPE_CODES[self.dtype], len(lengths), len(sizes) + 1))
+            stream.write(lengths)
+            stream.write(_offsets(lengths, self.dtype))
+            stream.write(np.cumsum(np.append(0, sizes)))
         return {"bin": {"bytes": self.bin_path.stat().st_size, "sha256": self._digest.hexdigest(),
                         "ends": ends_of(self.bin_path)},
                 "idx": {"bytes": self.idx_path.stat().st_size, "sha256": sha256_of(self.idx_path),
@@ -152,5 +153,7 @@ def _split(body: np.ndarray, sequences: int, boundaries: int) -> tuple[np.ndarra
 
 
 def _offsets(lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-    return np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) else ends
+    offsets = np.zeros(len(lengths), dtype=np.int64)
+    np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
+    offsets *= dtype.itemsize
+    return offsets

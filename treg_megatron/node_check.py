@@ -183,8 +183,8 @@ def devices(ranks: World, store: Any) -> None:
     size = ALL_REDUCE_BYTES[kind]
     on_wire = size * 2 * (ranks.size - 1) / ranks.size  # what a ring sends and receives
     if ranks.rank == 0:
-        print(f"nodes: {ranks.nodes} with {ranks.local_size} ranks each, the same packages, all folders visible; all-reduce of "
-              f"{size >> 20} MiB over all ranks: {on_wire / seconds / 1e9:.2f} GB/s", flush=True)
+        print(f"nodes: {ranks.nodes} with {ranks.local_size} ranks each, the same packages, all folders visible; "
+              f"all-reduce of {size >> 20} MiB over all ranks: {on_wire / seconds / 1e9:.2f} GB/s", flush=True)
     leave()
 
 

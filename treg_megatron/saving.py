@@ -45,13 +45,14 @@ class SaveEvery(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
         last = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if last or trainer.global_step % self.steps == 0:
+        due = last or trainer.global_step % self.steps == 0
+        self._finish_pending(trainer, wait=due)
+        if due:
             self._save(trainer)
         if last:
-            self._finish_pending(trainer)
+            self._finish_pending(trainer, wait=True)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        self._finish_pending(trainer)
         step = trainer.global_step
         checkpoint = self.folder / f"step_{step:06d}"
         identity = dataclasses.replace(
@@ -66,11 +67,11 @@ class SaveEvery(pl.Callback):
             if not background:
                 finish()
 
-    def _finish_pending(self, trainer: pl.Trainer) -> None:
-        """Wait for the checkpoint that is being written in the background, if any."""
+    def _finish_pending(self, trainer: pl.Trainer, wait: bool) -> None:
+        """Complete the checkpoint that is written in the background, if there is one and every rank's part is there."""
         if trainer.strategy.async_save:
             with self._refused(self.folder):
-                trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
+                trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=wait)
 
     def _finish(self, checkpoint: Path, identity: Identity) -> None:
         torch.distributed.barrier()
@@ -91,12 +92,9 @@ class SaveEvery(pl.Callback):
 
 
 def _begin(checkpoint: Path) -> None:
-    try:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        _marker(checkpoint).touch()
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    except OSError as error:
-        raise UserError(error.strerror) from None
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    _marker(checkpoint).touch()
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _complete(checkpoint: Path, identity: Identity, keep: int) -> None:
@@ -113,7 +111,9 @@ def checkpoint_to_resume(run: Path) -> Path | None:
     for checkpoint in (Path(run) / CHECKPOINTS).glob("step_*"):
         if is_complete(checkpoint) and damage(checkpoint):
             # out of the way, so that it is not counted among those to keep; and kept, to look at
-            checkpoint.rename(checkpoint.with_name(checkpoint.name + DAMAGED))
+            aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
     return newest
 
 

@@ -52,6 +52,8 @@ class SentencePieceTokenizer:
             re.escape(text) for text in sorted(self._control, key=len, reverse=True)) + ")")
         self.added_tokens_decoder = {i: SimpleNamespace(content=text, special=True, lstrip=False, rstrip=False)
                                      for text, i in self._control.items()}
+        self.special_tokens_map = {name: self._pieces.id_to_piece(i) for name, i in (
+            ("bos_token", self._pieces.bos_id()), ("eos_token", self._pieces.eos_id())) if i >= 0}
         # training settings that the file also holds (paths, thread counts) decide no id
         self.sha256 = sha256_of_json([[p.piece, p.score, int(p.type)] for p in model.pieces]
                                      + [model.trainer_spec.model_type, model.normalizer_spec.escape_whitespaces,
@@ -65,16 +67,6 @@ class SentencePieceTokenizer:
 
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
         return self._pieces.id_to_piece(ids)
-
-    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool, **more: Any) -> str:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        tokens = {name: self._pieces.id_to_piece(i) for name, i in (
-            ("bos_token", self._pieces.bos_id()), ("eos_token", self._pieces.eos_id())) if i >= 0}
-        more.pop("tokenize")
-        (text,), _ = render_jinja_template(conversations=[messages], chat_template=self.chat_template,
-                                           add_generation_prompt=add_generation_prompt, **tokens, **more)
-        return text
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Ids of a text; ``special`` says whether control tokens are recognised in it."""

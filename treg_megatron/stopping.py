@@ -35,6 +35,11 @@ class StopOnSignal(pl.Callback):
             self.stopped_by = signal.Signals(flag.item()).name
             trainer.should_stop = True
 
+    def settle(self) -> None:
+        """Ignore signals from here on: the first rank to exit has srun end the others, whose exit code must be their own."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _listen(self) -> None:
         for number in SIGNALS:
             signal.signal(number, self._note)

@@ -153,10 +153,10 @@ def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict)
         ValueError: rewards that are missing, out of range, or do not line up with the ids.
     """
     response = getattr(pair, side)
-    ids, spans = tokenizer.encode_response_with_spans(pair.messages, response)
     values, given, texts = (row.get(f"{side}_{name}") for name in ("token_rewards", "token_ids", "token_texts"))
+    ids, spans = (response_ids(pair, side, tokenizer), None) if given is not None else \
+        tokenizer.encode_response_with_spans(pair.messages, response)
     if given is not None:
-        ids = response_ids(pair, side, tokenizer)
         rewards = _by_id(side, given, _numbers(values, f"{side}_token_rewards"), ids)
     elif texts is not None:
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

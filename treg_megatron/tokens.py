@@ -55,7 +55,8 @@ class ChatTokenizer:
             if special else r"((?!))")
         self._puts_space_first = tokenizer.convert_ids_to_tokens(self._encode(_PROBE))[0].startswith("\u2581")
         self.sha256 = tokenizer.sha256 if self._engine is tokenizer else _tokenizer_hash(tokenizer)
-        self.template_sha256 = hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
+        self._template, self._template_tokens = tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)
+        self.template_sha256 = hashlib.sha256(self._template.encode()).hexdigest()
         self.vocab_size = len(tokenizer)
         self._last_prompt: tuple[Any, str] = (None, "")
         self._ends_of_turn: dict[str, int] = {}
@@ -197,14 +198,17 @@ class ChatTokenizer:
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool, disguise: Mapping[str, str] = {}) -> str:
         from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
 
         if not self._knows_system and len(messages) > 1 and messages[0].role == "system":
             system, first, *others = messages
             messages = [Message(first.role, f"{system.content}\n\n{first.content}"), *others]
         try:
-            return self._tokenizer.apply_chat_template(
-                [{"role": m.role, "content": _replaced(m.content, disguise)} for m in messages], tokenize=False,
-                add_generation_prompt=generation_prompt, date_string=_FIXED_DATE)
+            (text,), _ = render_jinja_template(
+                [[{"role": m.role, "content": _replaced(m.content, disguise)} for m in messages]],
+                chat_template=self._template, add_generation_prompt=generation_prompt, date_string=_FIXED_DATE,
+                **self._template_tokens)
+            return text
         except (TemplateError, TypeError) as error:
             raise UserError(f"the chat template of {self.folder} refuses a conversation of "
                             f"{', '.join(m.role for m in messages)}: {error}") from None
@@ -230,8 +234,8 @@ class _FastEngine:
         self._backend.no_padding()
         self._backend.no_truncation()
         parts = parts_expression(self._backend)
-        self._memories = None if parts is None else {
-            special: WordMemory(functools.partial(self.encode_whole, special=special), parts) for special in (True, False)}
+        self._memories = None if parts is None else {special: WordMemory(
+            functools.partial(self.encode_whole, special=special), parts) for special in (True, False)}
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Ids of a text; ``special`` says whether special tokens are recognised in it."""

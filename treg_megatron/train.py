@@ -32,9 +32,10 @@ def train(recipe: DictConfig) -> None:
     Raises:
         UserError: anything in the recipe or the files it names that cannot work.
     """
+    from treg_megatron.architecture import require_architecture
     from treg_megatron.checkpoint.families import model_fields, nemo_config_class
     from treg_megatron.checkpoint.layout import read_identity
-    from treg_megatron.checks import data_parallel_size, require_divisible, require_trainable
+    from treg_megatron.checks import data_parallel_size, require_layout, require_trainable
     from treg_megatron.objective import Objective
     from treg_megatron.runtime.launch import join, leave, on_rank_zero, rank_zero_print, world
     from treg_megatron.streams import open_streams, require_same_tokenizer
@@ -44,9 +45,10 @@ def train(recipe: DictConfig) -> None:
     objective = Objective(**vars(section(recipe, "objective")))
     ranks = world()
     identity = read_identity(Path(model.checkpoint))
+    require_architecture(model, identity.hf_config, model.checkpoint)
     fields = model_fields(identity.hf_config)
     data_ranks = data_parallel_size(parallel, ranks.size)
-    require_divisible(fields, parallel, data, ranks.size)
+    require_layout(fields, parallel, data, ranks.size)
     streams = {prefix: open_streams(prefix) for prefix in (data.train, data.validation) if prefix}
     for opened in streams.values():
         require_same_tokenizer(opened.manifest, model.hf)
@@ -107,6 +109,7 @@ def train(recipe: DictConfig) -> None:
     if resume and adapters is not None:
         resume = lora.resumed(resume, Path(model.checkpoint))
     trainer.fit(policy, datamodule=pairs, ckpt_path=resume)
+    stop.settle()
     leave()
     if stop.stopped_by:
         rank_zero_print(f"stopped by {stop.stopped_by}: step {trainer.global_step} of {steps} is saved, the same command "

@@ -65,6 +65,7 @@ def search_picture(study: Study):
         found = [load_arrays(result_path(study, run.name, "dev")) for run in study.search_runs if run.method == method]
         points = sorted((run["kl"].mean(), run["sampled/score"].mean()) for run in found)
         axis.plot(*zip(*points), marker="o", markersize=4, linewidth=0.8, color=colours(number), label=method)
+    axis.set_xscale("log")
     axis.set_xlabel("KL from the reference, nats an answer")
     axis.set_ylabel("score, sampled")
     axis.legend(fontsize=7)

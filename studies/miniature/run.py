@@ -14,11 +14,13 @@ import os
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import argparse  # noqa: E402
+import fcntl  # noqa: E402
 import functools  # noqa: E402
 import json  # noqa: E402
 import shutil  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import IO  # noqa: E402
 
 import numpy as np  # noqa: E402
 
@@ -48,9 +50,9 @@ def conduct(study: Study, processes: int) -> None:
     """All steps in their order; those that are finished are skipped.
 
     Raises:
-        UserError: the run folder is of a study with another world, reference or recipe.
+        UserError: the run folder is of a study with another world, reference or recipe, or one is at work in it.
     """
-    begin(study)
+    lock = begin(study)
     warm_up()
     say("world and reference")
     if not (study.run / "megatron").exists():
@@ -67,10 +69,18 @@ def conduct(study: Study, processes: int) -> None:
     from studies.miniature.report import write_report
 
     print(f"wrote {write_report(study, choice)}")
+    lock.close()
 
 
-def begin(study: Study) -> None:
-    """Make the run folder this study's, or find that it is."""
+def begin(study: Study) -> IO[str]:
+    """Make the run folder this study's, or find that it is; returns the lock on it, which children hold, too."""
+    study.run.mkdir(parents=True, exist_ok=True)
+    lock = open(study.run / "lock", "w", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"a study is at work in {study.run}, perhaps the last runs of one that was stopped: "
+                        "wait for it") from None
     path = study.run / "study.json"
     if not path.exists():
         with atomic_write(path) as partial:
@@ -78,6 +88,7 @@ def begin(study: Study) -> None:
     elif json.loads(path.read_text(encoding="utf-8"))["digest"] != study.digest:
         raise UserError(f"the world, the reference or the recipe changed since {study.run} was begun; start over with: "
                         "make study ARGS=--fresh")
+    return lock
 
 
 def pair_jobs(study: Study, *splits: str) -> dict[str, Callable[[], None]]:

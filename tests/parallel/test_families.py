@@ -23,13 +23,13 @@ def imported(tmp_path_factory):
     """The folders of a family, made once: (Hugging Face, checkpoint)."""
     made = {}
 
-    def folders(family: str, tied: bool) -> tuple[Path, Path]:
-        if (family, tied) not in made:
+    def folders(family: str, tied: bool, vocab: int = VOCAB) -> tuple[Path, Path]:
+        if (family, tied, vocab) not in made:
             folder = tmp_path_factory.mktemp(family)
-            tiny_family(folder / "hf", family, tied=tied)
+            tiny_family(folder / "hf", family, tied=tied, vocab=vocab)
             import_checkpoint(folder / "hf", folder / "checkpoint")
-            made[family, tied] = folder / "hf", folder / "checkpoint"
-        return made[family, tied]
+            made[family, tied, vocab] = folder / "hf", folder / "checkpoint"
+        return made[family, tied, vocab]
 
     return folders
 
@@ -48,6 +48,18 @@ def test_policy_gives_the_logprobs_of_transformers(imported, tokens, family, lay
     for outputs in run_ranks(LAYOUTS[layout].ranks, score, checkpoint, tokens, LAYOUTS[layout]):
         for actual in outputs or ():
             torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_a_vocabulary_without_padding_gives_the_same(imported, tmp_path, tokens, family):
+    """512 rows are a multiple of what Megatron pads to, on two ranks as well."""
+    hf, checkpoint = imported(family, False, 512)
+    expected = transformers_logprobs(hf, tokens)
+    for outputs in run_ranks(2, score, checkpoint, tokens, LAYOUTS["TP2"]):
+        for actual in outputs or ():
+            torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    export_checkpoint(checkpoint, hf, tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", hf)
 
 
 @pytest.mark.parametrize("family, layout", [case for case in CASES if case[1] in ("TP2xPP2", "EP2")])

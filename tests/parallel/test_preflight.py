@@ -120,26 +120,25 @@ def test_streams_of_another_tokenizer_are_refused(tied_run, untied_run, tmp_path
 
 
 def test_a_layout_that_needs_more_memory_gets_exit_code_1_and_the_change_that_helps():
-    done = preflight("llama3_70b", "cluster.nodes=1", "parallel.pipeline=1")
+    done = preflight("llama3_8b", "cluster.gpus_per_node=2", "cluster.gpu_memory=40")
     assert done.code == 1
     assert "verdict: DOES NOT FIT; stage 0 takes" in done.printed
-    assert "to make it fit: --nodes" in done.printed
+    assert "to make it fit: --nodes 2 with parallel.tensor=" in done.printed
 
 
 def test_a_70b_layout_that_needs_96_gb():
     """The same recipe on two memories: what is too much for 80 GB fits 96."""
-    tight = ["parallel.pipeline=4", "cluster.nodes=4", "data.seq_length=4096"]
+    tight = ["cluster.nodes=4", "data.seq_length=6144"]
     small, large = (preflight("llama3_70b", *tight, f"cluster.gpu_memory={memory}") for memory in (80, 96))
     assert (small.code, large.code) == (1, 0)
-    assert "to make it fit: train.recompute=selective" in small.printed
-    assert preflight("llama3_70b", *tight, "train.recompute=selective").code == 0
+    assert "to make it fit: train.recompute=full" in small.printed
 
 
 def test_suggestions_fit_and_come_with_their_memory():
-    done = preflight("llama3_8b", suggest=True)
+    done = preflight("smollm2_135m", "parallel.pipeline=1", suggest=True)
     lines = [line for line in done.printed.splitlines() if " s a step, " in line]
     assert len(lines) > 1
-    assert all(float(line.split(" s a step, ")[1].split(" GB")[0]) <= 80 for line in lines)
+    assert all(float(line.split(" s a step, ")[1].split(" GB")[0]) <= 6 for line in lines)
     steps = [float(line.split()[0]) for line in lines]
     assert steps == sorted(steps)
 

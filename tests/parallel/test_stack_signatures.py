@@ -66,7 +66,7 @@ def overrides() -> list:
     from nemo.lightning.megatron_parallel import MegatronLossReduction
     from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
-    from treg_megatron import data, layers, model, strategy
+    from treg_megatron import data, layers, lora, model, strategy
 
     return [
         (GPTModel, model.ResponseGPTModel, ["_postprocess"]),
@@ -74,6 +74,7 @@ def overrides() -> list:
         (MegatronLossReduction, model.PreferenceLossReduction, ["forward", "reduce"]),
         (DotProductAttention, layers.SdpaAttention, ["__init__", "forward", "sharded_state_dict"]),
         (MegatronDataSampler, data.PairSampler, ["transform_dataloader"]),
+        (llm.peft.LoRA, lora.PolicyLoRA, ["transform"]),
         (nl.MegatronStrategy, strategy.PolicyStrategy, ["setup_optimizers"]),
         (DistributedOptimizer, strategy.TorchAdamDistributedOptimizer,
          ["sharded_state_dict", "load_state_dict", "_set_main_param_and_optimizer_states"]),

@@ -1,5 +1,6 @@
 """The miniature study from nothing to its report, small: the shape of the results, and the same bytes again."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ PER_PROMPT = {"greedy/score": 1, "greedy/length": 1, "sampled/score": 2, "sample
 
 def conduct(path: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "studies.miniature.run", "--study", str(path)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=400, env=os.environ | {"PYTHONPATH": str(ROOT)})
+                          capture_output=True, timeout=800, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,12 @@ def test_a_lost_result_comes_back_bit_for_bit(settings, study):
     assert again.returncode == 0, again.stderr
     assert lost.read_bytes() == before and study.report.read_text() == report
     assert f"run 1 of 1: {name}" in again.stdout
+
+
+def test_two_studies_in_one_folder_are_refused(settings, study):
+    with open(study.run / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert_refused(conduct(settings), "a study is at work in")
 
 
 def test_another_world_is_refused(settings, study):

@@ -64,7 +64,7 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
 NODE = "NodeName={name} NodeHostname=localhost NodeAddr={address} Port={port} CPUs=192 RealMemory=2000000 " \
        "Gres=gpu:h100:8 State=UNKNOWN"
 START_SECONDS = 60
-SMALL_DISK = "6m"                       # room for one checkpoint of the tests' model, and not for two
+SMALL_DISK = "5m"                       # room for one checkpoint of the tests' model, and not for two
 
 
 class Cluster:
@@ -158,7 +158,7 @@ class Cluster:
     def field(self, job: str, name: str) -> str:
         return self.run("scontrol", "show", "job", "--oneliner", job).split(f" {name}=")[1].split()[0]
 
-    def wait(self, job: str, *states: str, seconds: float = 240) -> str:
+    def wait(self, job: str, *states: str, seconds: float = 420) -> str:
         """Until a job is in one of ``states``."""
         ended = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
         def there() -> bool:

@@ -35,7 +35,8 @@ def test_no_directive_asks_for_a_container():
 def test_treg_70b_runs_to_its_end(slurm, files, uninterrupted):
     assert_equal(uninterrupted, uninterrupted)
     assert uninterrupted.checkpoints() == ["step_000035", "step_000040"]
-    (job_log,) = files.folder.glob("treg_70b-1.log")
+    job_log = next(path for path in files.folder.glob("treg_70b-*.log")
+                   if f"metrics.jsonl in {uninterrupted.folder}\n" in path.read_text())
     assert "nodes: 2 with 1 ranks each, the same packages, all folders visible; all-reduce of" in job_log.read_text()
     assert (job_log.with_suffix(".recipe.yaml")).read_text().count("uninterrupted") and \
         "megatron-core==0.15" in job_log.with_suffix(".packages").read_text().replace("_", "-") and \

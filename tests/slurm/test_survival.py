@@ -1,4 +1,4 @@
-"""What clusters do to a run, done to it: it ends with the same numbers as if nothing had happened, every pair seen once an epoch."""
+"""What clusters do to a run, done to it: its numbers are as if nothing had happened, every pair is seen once an epoch."""
 
 import os
 import re
@@ -17,7 +17,7 @@ def start(slurm, files: Files, run: Run, **variables: str) -> str:
     return slurm.submit(SCRIPT, cwd=files.folder, RECIPE=str(run.recipe), CHECKS="", **variables)
 
 
-def wait_for_step(run: Run, step: int, seconds: float = 120) -> None:
+def wait_for_step(run: Run, step: int, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while run.step() < step:
         assert time.monotonic() < deadline, f"step {step} not reached; the run is at {run.step()}"
@@ -30,16 +30,14 @@ def starts(text: str) -> list[str]:
 
 
 def ranks_of(slurm) -> list[int]:
-    """The ranks' processes, which srun started; Megatron's checkpoint writers have another command line."""
-    return [pid for pid in slurm.processes("treg_megatron.train", "--recipe") if "slurmstepd" in command_of(parent_of(pid))]
-
-
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def command_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+    """The ranks' processes in the order of their ranks: what slurmstepd started; checkpoint writers are their children."""
+    found = {}
+    for pid in slurm.processes("treg_megatron.train", "--recipe"):
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
+            variables = dict(entry.split("=", 1) for entry in Path(f"/proc/{pid}/environ").read_text().split("\0") if entry)
+            found[int(variables["SLURM_PROCID"])] = pid
+    return [found[rank] for rank in sorted(found)]
 
 
 def test_a_killed_rank_a_new_controller_and_a_node_without_power(slurm, files, uninterrupted):
@@ -58,7 +56,7 @@ def test_a_killed_rank_a_new_controller_and_a_node_without_power(slurm, files, u
     assert starts(text) == [f"starting from {files.folder}/shared/megatron", "resuming from step_000005",
                             "resuming from step_000015"]
     assert "starting it again (failure 1 of 3 in a row)" in text
-    assert slurm.field(job, "NodeList") == "node[1,3-9]"
+    assert "node2" not in slurm.run("scontrol", "show", "hostnames", slurm.field(job, "NodeList")).split()
     assert_equal(run, uninterrupted)
 
 
@@ -87,16 +85,16 @@ def test_a_warning_before_the_time_limit_then_a_preemption(slurm, files, uninter
 def test_a_time_limit_without_warning_is_taken_up_by_the_successor(slurm, files, uninterrupted):
     """The ranks stand still when the limit comes, so that nothing can be saved; the newest checkpoint is damaged, too."""
     run = files.run("limited")
-    job = start(slurm, files, run, CHAIN="1", SBATCH_TIMELIMIT="1", SBATCH_SIGNAL="USR2@1")
+    job = start(slurm, files, run, CHAIN="1", SBATCH_TIMELIMIT="10", SBATCH_SIGNAL="URG@1")
     wait_for_step(run, 12)
     for rank in ranks_of(slurm):
         os.kill(rank, signal.SIGSTOP)
     stopped = run.step()
+    slurm.run("scontrol", "update", f"jobid={job}", "timelimit=1")
     part = next((run.folder / "checkpoints" / "step_000010").glob("weights/*.distcp"))
     part.write_bytes(part.read_bytes()[:-1] + b"?")
     successor = log(files, job).split("successor: job ")[1].split()[0]
-    assert slurm.field(successor, "JobState") == "PENDING"
-    slurm.run("scontrol", "update", f"jobid={successor}", "timelimit=10")
+    assert slurm.state(successor) == "PENDING"
     slurm.wait(job, "TIMEOUT")
     slurm.wait(successor, "COMPLETED")
     assert stopped < 40 and starts(log(files, successor)) == ["resuming from step_000005"]
@@ -113,8 +111,7 @@ def test_a_rank_that_hangs_is_named_shown_and_ended(slurm, files, uninterrupted)
     os.kill(ranks_of(slurm)[-1], signal.SIGSTOP)
     slurm.wait(job, "COMPLETED")
     text = log(files, job)
-    assert re.search(r"heartbeat: no step for \d+ s; 1 of 2 ranks are in .* after step \d+; rank 1 on node2: no sign of life for",
-                     text)
+    assert re.search(r"heartbeat: no step for \d+ s; 1 of 2 ranks are in .*; rank 1 on node2: no sign of life for", text)
     assert "Timeout (0:00:20)!" in text and "most recent call first" in text
     assert starts(text)[1] == "resuming from step_000005"
     assert_equal(run, uninterrupted)

@@ -44,8 +44,8 @@ def test_uneven_nodes_are_refused(launched):
 
 
 def node(name: str, **differs) -> dict:
-    return {"node": name, "packages": {"python": "3.11.7", "torch": "2.13.0"}, "inputs": {"data.train=s": "aa"}, "probe": True,
-            "free": 10**12} | differs
+    return {"node": name, "packages": {"python": "3.11.7", "torch": "2.13.0"}, "inputs": {"data.train=s": "aa"},
+            "probe": True, "free": 10**12} | differs
 
 
 @pytest.mark.parametrize("second, pattern", [
@@ -104,8 +104,9 @@ def test_values_of_a_recipe_and_all_of_it():
 
 
 def test_the_record_of_pairs_over_ranks(tmp_path):
-    for rank, lines in enumerate(['{"step": 1, "pairs": ["a"]}\n{"step": 2, "pairs": ["b"]}\n', '{"step": 1, "pairs": ["c"]}\n']):
-        (tmp_path / "pairs").mkdir(exist_ok=True)
+    (tmp_path / "pairs").mkdir()
+    for rank, lines in enumerate(['{"step": 1, "pairs": ["a"]}\n{"step": 2, "pairs": ["b"]}\n',
+                                  '{"step": 1, "pairs": ["c"]}\n']):
         (tmp_path / "pairs" / f"rank_{rank:05d}.jsonl").write_text(lines)
     assert recorded_pairs(tmp_path) == {1: ["a", "c"], 2: ["b"]}
 

@@ -146,7 +146,8 @@ def test_rotary_buffers_of_old_folders_are_left_out(tmp_path):
 
 
 def test_the_model_card_tells_the_run(hf, checkpoint, tmp_path):
-    run = {"recipe": {"name": "mine", "objective": {"preference": "dpo", "alpha": 0.25, "token_rewards": "contrastive"}},
+    objective = {"preference": "dpo", "alpha": 0.25, "token_rewards": "contrastive"}
+    run = {"recipe": {"name": "mine", "objective": objective},
            "data": {"pairs": 64}, "step": 20, "metrics": {"rewards/margins": 0.5}}
     export_checkpoint(checkpoint, hf, tmp_path / "back", run=run)
     header, card = (tmp_path / "back" / "README.md").read_text().removeprefix("---\n").split("---\n", 1)
@@ -154,9 +155,9 @@ def test_the_model_card_tells_the_run(hf, checkpoint, tmp_path):
     assert card.startswith("\n# hf, after DPO with [T-REG](")
     sections = dict(re.findall(r"^## (.+?)\n\n```yaml\n(.*?)```", card, re.MULTILINE | re.DOTALL))
     assert {title: yaml.safe_load(content) for title, content in sections.items()} == {
-        "Objective": run["recipe"]["objective"], "Metrics of step 20": run["metrics"], "Training data": run["data"],
+        "Objective": objective, "Metrics of step 20": run["metrics"], "Training data": run["data"],
         "Recipe": run["recipe"]}
-    run["recipe"]["objective"]["alpha"] = 0
+    objective["alpha"] = 0
     export_checkpoint(checkpoint, hf, tmp_path / "plain", run=run)
     assert "# hf, after DPO\n" in (tmp_path / "plain" / "README.md").read_text()
 

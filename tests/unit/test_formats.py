@@ -1,5 +1,6 @@
 """One file of each kind under tests/data/pairs: the same pairs come out of all of them."""
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -36,6 +37,41 @@ def test_the_same_pairs_come_out_of_every_kind_of_file(name):
     assert len(expected) == count
     assert content(read_pairs(FOLDER / name)) == content(read_pairs(FOLDER / name, format=kind)) == expected
     assert inspect_pairs(FOLDER / name)["format"] == kind
+
+
+def as_table(rows):
+    return pa.table({key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)})
+
+
+def write_arrow_folder(folder, rows):
+    """What ``save_to_disk`` of the package ``datasets`` writes, as far as it is read here."""
+    folder.mkdir()
+    table = as_table(rows)
+    with pa.ipc.new_stream(str(folder / "data.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+CONTAINERS = {
+    "json": lambda path, rows: path.write_text(json.dumps(rows, indent=1)),
+    "jsonl": lambda path, rows: path.write_bytes(lines(rows)),
+    "gzip": lambda path, rows: path.write_bytes(gzip.compress(lines(rows))),
+    "zstd": lambda path, rows: path.write_bytes(pa.Codec("zstd").compress(lines(rows), asbytes=True)),
+    "parquet": lambda path, rows: pq.write_table(as_table(rows), path),
+    "arrow": write_arrow_folder,
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_in_every_kind_of_file(name, container, tmp_path):
+    rows = [row for _, row in read_rows(FOLDER / name)]
+    CONTAINERS[container](tmp_path / "pairs", rows)
+    assert content(read_pairs(tmp_path / "pairs")) == content(read_pairs(FOLDER / name))
 
 
 def test_every_format_has_a_file():

@@ -12,7 +12,7 @@ from treg_megatron.errors import UserError
 from treg_megatron.indexed import IndexedWriter
 from treg_megatron.indexing import index
 from treg_megatron.labels import LabelledPair, write_shard
-from treg_megatron.recipe import IndexSection
+from treg_megatron.recipe import IndexSection, load_recipe
 from treg_megatron.streams import (PairRecord, in_validation, merge_streams, open_streams, require_same_tokenizer,
                                    split_streams, stream_paths, verify, write_streams)
 
@@ -267,6 +267,10 @@ def test_blends_leave_no_pair_out_and_keep_the_shares(chatml, tmp_path):
     assert len(ids) == 60 and set(ids) == {p.pair_id for p in MANY} and ids.count("p0") == 3 and ids.count("p39") == 1
     assert blend.sequence_lengths.tolist() == [[len(blend[i].chosen_tokens), len(blend[i].rejected_tokens)]
                                                for i in range(60)]
+    (tmp_path / "recipe.yaml").write_text(f"data:\n  train: >-\n    0.5 {tmp_path}/a\n    0.5 {tmp_path}/b\n"
+                                          "model: {hf: x}\n")
+    written = load_recipe(tmp_path / "recipe.yaml").data.train
+    assert [open_streams(written)[i].pair_id for i in range(60)] == ids
     together = open_streams(f"{tmp_path}/a {tmp_path}/b")
     assert [together.pair_id(i) for i in range(40)] == [p.pair_id for p in MANY]
     for written, message in ((f"0.5 {tmp_path}/a {tmp_path}/b", "is no blend"), (f"-1 {tmp_path}/a", "positive"),

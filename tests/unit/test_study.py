@@ -63,7 +63,8 @@ def test_no_two_splits_share_a_set_of_items():
     found = world.splits(3, {"train": 300, "dev": 60, "test": 60}, shares)
     contents = {name: {task.content for task in tasks} for name, tasks in found.items()}
     assert [len({task.prompt for task in tasks}) for tasks in found.values()] == [300, 60, 60]
-    assert not contents["train"] & contents["test"] | contents["train"] & contents["dev"] | contents["dev"] & contents["test"]
+    for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
+        assert not contents[one] & contents[other]
     assert found == world.splits(3, {"train": 300, "dev": 60, "test": 60}, shares)
 
 
@@ -104,7 +105,7 @@ def test_auroc_is_the_share_of_ordered_pairs():
 
 
 def test_interval_of_a_mean_covers_what_it_should():
-    """Of 200 experiments with a known mean, about 95 % of the intervals hold it: prompts that vary, seeds that hardly do."""
+    """Of 200 experiments with a known mean, about 95 % of the intervals hold it; prompts vary, seeds hardly do."""
     generator, draw = np.random.default_rng(2), Bootstrap(5, 80, 400)
     hits = 0
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""Text divided at known cuts has the ids and spans of the whole text, for every kind of tokenizer that has such cuts."""
+"""Text divided at known cuts has the ids and spans of the whole text, for each kind of tokenizer with such cuts."""
 
 import numpy as np
 import pytest
@@ -27,10 +27,10 @@ KINDS = {
     "qwen": split(QWEN),
 }
 
-# Text whose words share the edges of the expressions: spaces of all kinds, marks, contractions, pieces of special tokens.
-edges = st.sampled_from([" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2028", "\x1c", "\x85", "a", "It", "the", "x9", "12",
-                         "3", "'s", "'LL", "'", ",", ".", "(", "_", "<", "|", ">", "<|im_end|>", "im_end", "\u0301", "\u0338",
-                         "=", "\u00e9", "\u212a", "\u4e2d", "\U0001f469\u200d\U0001f680", "\u037e", "\u0661"])
+# The edges of the expressions: spaces of all kinds, marks, contractions, pieces of special tokens.
+edges = st.sampled_from([" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2028", "\x1c", "\x85", "a", "It", "the", "x9",
+                         "12", "3", "'s", "'LL", "'", ",", ".", "(", "_", "<", "|", ">", "<|im_end|>", "im_end",
+                         "\u0301", "\u0338", "=", "\u00e9", "\u212a", "\u4e2d", "\U0001f469\u200d\U0001f680", "\u037e", "\u0661"])
 texts = st.lists(edges | st.characters(codec="utf-8"), min_size=1, max_size=30).map("".join).filter(str.strip)
 
 
@@ -39,7 +39,6 @@ def tokenizer_with(folder, pre_tokenizer, special=SPECIAL_TOKENS["chatml"]):
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
     if "qwen" in str(folder):
         tokenizer.normalizer = normalizers.NFC()
-    # Trained without cuts at the pre-tokenizer's places: pieces like ", and" exist, and only the cuts keep them out.
     tokenizer.train_from_iterator([*CORPUS, "a.\n\n(x) it's, 12, 345 = x9; the\u00e9 \n\n"] * 4, trainers.BpeTrainer(
         vocab_size=420, special_tokens=special, show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))

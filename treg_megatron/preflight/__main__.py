@@ -57,14 +57,13 @@ def use_meta_machine() -> None:
 def preflight(config, suggest: bool = False, picture: Path | None = None) -> int:
     """Print the report on a recipe; the exit code."""
     from treg_megatron.preflight.named_files import check_files
-    from treg_megatron.preflight.plan import make_plan, require_possible, sections_of
+    from treg_megatron.preflight.plan import make_plan, sections_of
     from treg_megatron.preflight.plot import plot
     from treg_megatron.preflight.report import layout, report, verdict
     from treg_megatron.preflight.suggest import remedy, suggestions
 
     sections = sections_of(config)
-    files, pairs = check_files(config, sections)
-    require_possible(sections, pairs)
+    files, pairs = check_files(sections)
     plan = make_plan(sections)
     print(f"recipe {config.name}\n{report(plan, pairs)}")
     for line in files:

@@ -88,14 +88,19 @@ def run_chunk(rank: Rank, chunk: int, batch: dict) -> Pass:
         shape, dtype = output.shape, output.dtype
         deallocate_output_tensor(output, config.deallocate_pipeline_outputs)
         kept, forward, live.peaks = live.now, live.peaks, {}
-        custom_backward(output, torch.empty(shape, dtype=dtype, device="meta"))
+        run_backward = custom_backward if config.deallocate_pipeline_outputs else torch.autograd.backward
+        run_backward(output, torch.empty(shape, dtype=dtype, device="meta"))
         live.end_phase(LAYERS)
     model.set_input_tensor(None)
     return Pass(kept, forward, live.peaks, live.moved)
 
 
-def peak(passes: list[Pass], schedule: list[Event]) -> Peak:
-    """The peak over a step whose model chunks run as ``schedule`` says."""
+def peak(passes: list[Pass], schedule: list[Event], held: int) -> Peak:
+    """The peak over a step whose model chunks run as ``schedule`` says.
+
+    Args:
+        held: bytes of the gradient that was last sent to the stage before: the schedule keeps it until the next one.
+    """
     in_flight: Counter[int] = Counter()
     most = {LAYERS: 0, HEAD: 0}
     activations = 0
@@ -103,10 +108,10 @@ def peak(passes: list[Pass], schedule: list[Event]) -> Peak:
         run = passes[chunk]
         if kind != FORWARD:
             in_flight[chunk] -= 1
-        others = sum(count * passes[c].kept for c, count in in_flight.items())
+        others = held + sum(count * passes[c].kept for c, count in in_flight.items())
         for phase, nbytes in (run.forward if kind == FORWARD else run.backward).items():
             if others + nbytes > max(most.values()):
-                activations = others + (0 if kind == FORWARD else run.kept)
+                activations = others - held + (0 if kind == FORWARD else run.kept)
             most[phase] = max(most[phase], others + nbytes)
         if kind == FORWARD:
             in_flight[chunk] += 1

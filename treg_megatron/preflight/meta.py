@@ -1,33 +1,91 @@
 """Megatron on meta tensors: shapes without bytes, on the kernels that the real device would take."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
+
+
+@contextlib.contextmanager
+def on_meta(gpu: bool) -> Iterator[None]:
+    """Inside, :class:`OnMeta` sees every torch call, those of a backward pass too.
+
+    torch leaves a mode while it runs a call that the mode saw, such as the backward pass of recomputed layers;
+    ``runtime.cpu`` mends that for its own mode, which would come before this one.
+    """
+    mended = torch.autograd._engine_run_backward
+    mode = OnMeta(gpu)
+
+    def run_in_mode(*args, **kwargs):
+        with mode:
+            return _engine_run_backward(*args, **kwargs)
+
+    with mode:
+        torch.autograd._engine_run_backward = run_in_mode
+        try:
+            yield
+        finally:
+            torch.autograd._engine_run_backward = mended
 
 
 class OnMeta(TorchFunctionMode):
     """Puts what asks for the CUDA device on the meta device, and answers there for what depends on data.
 
-    A meta tensor has no fused kernel for attention and would take the one that keeps the score matrix; here it takes
-    the one that every real device takes, which keeps queries, keys, values, outputs and a float a row.
+    A meta tensor has no fused kernels. Where it would take the kernel that keeps most, it takes here what real devices
+    take: attention that keeps queries, keys, values, outputs and a float a row; on a GPU also a norm that keeps its input
+    and a float a row.
+
+    Args:
+        gpu: whether the real device is a GPU; a CPU has no fused norm.
     """
+
+    def __init__(self, gpu: bool):
+        super().__init__()
+        self.gpu = gpu
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         device = kwargs.get("device")
         if type(device) is int or (device is not None and str(device).startswith("cuda")):
             kwargs["device"] = torch.device("meta")
-        if func is torch.Tensor.cuda:
+        if func is Tensor.cuda:
             return args[0].to("meta")
-        if func is torch.Tensor.type and len(args) == 1 and args[0].is_meta:
+        if not args or not isinstance(args[0], Tensor) or not args[0].is_meta:
+            return func(*args, **kwargs)
+        if func is Tensor.type and len(args) == 1:
             return func(*args).replace("meta.", "")  # the distributed optimizer sorts parameters by their type's name
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
+        if func is F.scaled_dot_product_attention:
             return _flash_attention(*args, **kwargs)
-        if func is torch.Tensor.nonzero and args[0].is_meta:
+        if func is F.rms_norm and self.gpu:
+            return _fused_norm(*args, **kwargs)
+        if func is Tensor.nonzero:
             return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)
         return func(*args, **kwargs)
 
 
-def _flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+                     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def _fused_norm(hidden: Tensor, normalized_shape: tuple[int, ...], weight: Tensor, eps: float) -> Tensor:
+    return _FusedNorm.apply(hidden, weight)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """The shapes of a fused RMSNorm."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight, hidden.new_empty((*hidden.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(hidden)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, weight, _ = ctx.saved_tensors
+        return torch.empty_like(hidden), torch.empty_like(weight)

@@ -2,19 +2,16 @@
 
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from treg_megatron.architecture import require_architecture
 from treg_megatron.blend import parse_blend
 from treg_megatron.checkpoint.layout import read_identity
-from treg_megatron.checks import require_trainable
+from treg_megatron.checks import require_enough, require_trainable
 from treg_megatron.objective import Objective
 from treg_megatron.preflight.plan import Sections
-from treg_megatron.recipe import section
 from treg_megatron.streams import manifest_path, open_streams, require_same_tokenizer
 
 
-def check_files(config: DictConfig, sections: Sections) -> tuple[list[str], int | None]:
+def check_files(sections: Sections) -> tuple[list[str], int | None]:
     """Check streams, tokenizer and checkpoint against each other as training will, as far as they are on disk.
 
     Returns:
@@ -31,13 +28,15 @@ def check_files(config: DictConfig, sections: Sections) -> tuple[list[str], int 
         if prefix is None or not _made(prefix):
             continue
         streams = open_streams(prefix)
-        require_trainable(streams, sections.data, Objective(**vars(section(config, "objective"))))
+        require_trainable(streams, sections.data, Objective(**vars(sections.objective)))
         if hf.exists():
             require_same_tokenizer(streams.manifest, hf)
         lines.append(f"{prefix}: {len(streams):,} pairs, the longest sequence has "
                      f"{int(streams.sequence_lengths.max()):,} tokens")
         if prefix == sections.data.train:
             pairs = len(streams)
+    if pairs is not None:
+        require_enough(pairs, sections.data, "the training set")
     for what, path in (("Hugging Face folder", hf), ("checkpoint", checkpoint)):
         lines.append(f"{what} {path}: {'there' if path.exists() else 'not on this machine, unchecked'}")
     return lines, pairs

@@ -1,10 +1,11 @@
 """A recipe on a cluster: what every rank would hold and do, as data; :mod:`.report` says it in words."""
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from treg_megatron import checks, recipe
 from treg_megatron.architecture import hf_config_of
@@ -111,25 +112,24 @@ def sections_of(config: DictConfig) -> Sections:
     Raises:
         UserError: see :func:`treg_megatron.recipe.section`.
     """
+    config = copy.deepcopy(config)
+    if OmegaConf.is_missing(config.label, "pairs"):
+        config.label.pairs = "(not named yet)"  # what is to be labelled decides nothing here
     return Sections(*(recipe.section(config, name) for name in Sections._fields))
 
 
-def require_possible(sections: Sections, pairs: int | None = None) -> dict[str, Any]:
-    """Everything that training would refuse, and what only shows on the cluster; the model's fields.
-
-    Args:
-        pairs: of the training streams, where they are known.
+def require_possible(sections: Sections) -> dict[str, Any]:
+    """Everything that training would refuse before it starts; the model's fields.
 
     Raises:
         UserError: what cannot work.
     """
     fields = model_fields(hf_config_of(sections.model))
     Objective(**vars(sections.objective))
-    checks.require_batch(sections.data, pairs)
     checks.require_tensor_inside_node(sections.parallel, sections.cluster.gpus_per_node)
-    checks.data_parallel_size(sections.parallel, sections.ranks)
-    checks.require_divisible(fields, sections.parallel, sections.data, sections.ranks)
-    checks.require_experts_divide(fields, sections.parallel, sections.ranks)
+    checks.require_layout(fields, sections.parallel, sections.data, sections.ranks)
+    if sections.label.engine == "megatron":
+        checks.require_split(fields, sections.label.tensor, sections.label.pipeline, "label")
     return fields
 
 
@@ -149,7 +149,7 @@ def make_plan(sections: Sections, stages: list[int] | None = None) -> Plan:
     micro_batches = sections.data.global_batch_size // (sections.data.micro_batch_size * data_ranks)
     built, trainable, frozen = {}, 0, 0
     for stage in range(parallel.pipeline) if stages is None else stages:
-        with fake_world(parallel, size, rank_of_stage(parallel, size, stage)):
+        with fake_world(parallel, size, rank_of_stage(parallel, size, stage), sections.cluster.device == "gpu"):
             built[stage], counts = _build_stage(sections, stage, micro_batches, data_ranks)
         trainable, frozen = trainable + counts[0], frozen + counts[1]
     return Plan(sections, fields, trainable, frozen, built, data_ranks, micro_batches)
@@ -161,11 +161,12 @@ def _build_stage(sections: Sections, stage: int, micro_batches: int, data_ranks:
                       sections.lora, fused=on_gpu)
     batch = activations.largest_micro_batch(sections.data, parallel)
     passes = [activations.run_chunk(rank, chunk, batch) for chunk in range(len(rank.policies))]
-    peak = activations.peak(passes, schedule.events(stage, parallel.pipeline, len(passes), micro_batches))
-    at_rest, names = bytes_at_rest(rank.wrapped, rank.optimizer), group_names()
+    hidden = activations.hidden_bytes(batch, rank.config)
+    peak = activations.peak(passes, schedule.events(stage, parallel.pipeline, len(passes), micro_batches),
+                            held=hidden if stage else 0)
+    at_rest, names = bytes_at_rest(rank.wrapped, rank.optimizer), group_names(bool(rank.config.num_moe_experts))
     groups = len(names) + (parallel.pipeline > 1) + (data_ranks > 1)
     moved = costs.moved_in_a_step(passes, names, micro_batches, at_rest.gradients, at_rest.weights,
-                                  activations.hidden_bytes(batch, rank.config) * len(passes), parallel.pipeline,
-                                  data_ranks)
+                                  hidden * len(passes), parallel.pipeline, data_ranks)
     return Stage(at_rest, peak, communication=NCCL_BYTES_PER_GROUP * groups if on_gpu else 0,
                  fragmentation=round(FRAGMENTATION * peak.total), moved=moved), parameters_of_the_model(rank.policies)

@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
+from nemo.collections.llm.fn.mixin import FNMixin
 from nemo.lightning.megatron_parallel import DDP
 
 from treg_megatron import build
@@ -62,21 +63,20 @@ def build_rank(hf_config: dict, parallel: ParallelSection, train: TrainSection, 
     if fused:
         for name in ("bias_activation_fusion", "bias_dropout_fusion"):
             setattr(config, name, type(config).__dataclass_fields__[name].default)
+        config.deallocate_pipeline_outputs = True
     on_meta = torch.distributed.get_backend() == "fake"
-    if on_meta:
-        config.perform_initialization = False
-        if config.num_moe_experts:
-            # balanced routing as Megatron knows it, and without asking the data how many tokens each expert gets
-            config.moe_pad_expert_input_to_capacity, config.moe_expert_capacity_factor = True, 1.0
+    if on_meta and config.num_moe_experts:
+        # balanced routing as Megatron knows it, and without asking the data how many tokens each expert gets
+        config.moe_pad_expert_input_to_capacity, config.moe_expert_capacity_factor = True, 1.0
     transform = adapters(lora, config)
     policies = []
-    for chunk in range(parallel.virtual_pipeline or 1):
+    for vp_stage in [{"vp_stage": chunk} for chunk in range(parallel.virtual_pipeline or 0)] or [{}]:
         policy = build.policy(config, Objective(**vars(objective)), build.optimizer(optimizer, train, steps=1))
         strategy.connect(policy)
         with torch.device("meta") if on_meta else torch.device("cpu"):
-            policy.configure_model(vp_stage=chunk if parallel.virtual_pipeline else None)
+            policy.configure_model(**vp_stage)
             if transform is not None:
-                transform(policy)
+                transform(_Walkable(policy.module))
         policy.train()
         policies.append(policy)
     wrapped = [DDP(config, strategy.ddp_config, policy.module, disable_bucketing=chunk > 0,
@@ -84,6 +84,14 @@ def build_rank(hf_config: dict, parallel: ParallelSection, train: TrainSection, 
                for chunk, policy in enumerate(policies)]
     return Rank(policies, wrapped, get_megatron_optimizer(
         policies[0].optim.config, wrapped, use_gloo_process_groups=False))
+
+
+class _Walkable(FNMixin, torch.nn.Module):
+    """A model as NeMo's transforms expect it; its Lightning module would ask for a trainer."""
+
+    def __init__(self, module: torch.nn.Module):
+        super().__init__()
+        self.module = module
 
 
 def bytes_at_rest(wrapped: list[torch.nn.Module], optimizer: Any) -> AtRest:
@@ -94,7 +102,7 @@ def bytes_at_rest(wrapped: list[torch.nn.Module], optimizer: Any) -> AtRest:
     parameters = [p for chunk in wrapped for p in chunk.parameters()]
     buffers = list(_buffers(wrapped))
     weights = storage_bytes([*parameters, *(b.param_data for b in buffers if b.param_data is not None),
-                             *(t for chunk in wrapped for t in chunk.buffers())])
+                             *(t for chunk in wrapped for t in chunk.module.buffers())])
     main = list(main_parameters(optimizer))
     state = [t for part in _parts(optimizer) for values in part.optimizer.state.values() for t in values.values()
              if isinstance(t, torch.Tensor) and t.dim()]

@@ -93,6 +93,6 @@ def _stations(plan: Plan, pairs: int | None) -> Iterator[str]:
 def _bandwidth(plan: Plan, kind: str) -> float:
     """GB/s of the link that a kind of group uses."""
     cluster, parallel = plan.sections.cluster, plan.sections.parallel
-    spans = {"tensor": parallel.tensor, "context": parallel.tensor * parallel.context,
-             "expert": parallel.tensor * parallel.context * parallel.expert}.get(kind, plan.sections.ranks)
-    return cluster.node_bandwidth if spans <= cluster.gpus_per_node else cluster.network_bandwidth
+    spans = {"tensor": parallel.tensor, "expert tensor": parallel.tensor, "context": parallel.tensor * parallel.context}
+    crosses = spans.get(kind, parallel.tensor * parallel.expert if "expert" in kind else plan.sections.ranks)
+    return cluster.node_bandwidth if crosses <= cluster.gpus_per_node else cluster.network_bandwidth

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from treg_megatron.checkpoint.families import model_fields
 from treg_megatron.architecture import hf_config_of
+from treg_megatron.checkpoint.families import model_fields
 from treg_megatron.errors import UserError
 from treg_megatron.preflight.plan import Plan, Sections, make_plan, require_possible
 
@@ -15,7 +15,7 @@ def remedy(plan: Plan) -> str:
     """The change that would make a plan fit: of one key if that is enough, then of the layout, then of the cluster."""
     sections = plan.sections
     for change in _single_changes(sections):
-        if _fits(sections.with_keys(**change)):
+        if _fits(sections.with_keys(**change), plan.trainable + plan.frozen):
             return f"to make it fit: {_written(change)}"
     for found in suggestions(sections, plan.trainable + plan.frozen, most=1):
         return f"to make it fit: {_written(_layout_of(found.sections))}"
@@ -78,7 +78,9 @@ def _single_changes(sections: Sections) -> Iterator[dict[str, dict[str, Any]]]:
         yield {"parallel": {"tensor": factor * parallel.tensor, "sequence": True}}
 
 
-def _fits(sections: Sections) -> bool:
+def _fits(sections: Sections, parameters: int) -> bool:
+    if _at_rest(sections, parameters) > sections.cluster.gpu_memory * 1e9:
+        return False
     try:
         return make_plan(sections, stages=sorted({0, sections.parallel.pipeline - 1})).fits
     except UserError:
@@ -90,8 +92,8 @@ def _at_rest(sections: Sections, parameters: int) -> float:
     parallel = sections.parallel
     split = parallel.tensor * parallel.pipeline * parallel.expert
     trained = 0 if sections.lora.rank else 1
-    weight = 2 if sections.train.precision == "bf16" else 4
-    return parameters * (weight + trained * 4) / split + trained * parameters * 8 / sections.ranks
+    weight, adam = (2, 12) if sections.train.precision == "bf16" else (4, 8)
+    return parameters * (weight + trained * 4) / split + trained * parameters * adam / sections.ranks
 
 
 def _layout_of(sections: Sections) -> dict[str, dict[str, Any]]:

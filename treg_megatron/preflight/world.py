@@ -9,15 +9,18 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from treg_megatron.preflight.meta import OnMeta
+from treg_megatron.preflight.meta import on_meta
 from treg_megatron.recipe import ParallelSection
 
 
 @contextlib.contextmanager
-def fake_world(parallel: ParallelSection, size: int, rank: int) -> Iterator[None]:
+def fake_world(parallel: ParallelSection, size: int, rank: int, gpu: bool) -> Iterator[None]:
     """This process is ``rank`` of ``size``, and whatever asks for a GPU gets the meta device.
 
     Groups cost nothing, so a world of thousands takes milliseconds.
+
+    Args:
+        gpu: whether the real ranks are GPUs, see :class:`~treg_megatron.preflight.meta.OnMeta`.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
@@ -27,7 +30,7 @@ def fake_world(parallel: ParallelSection, size: int, rank: int) -> Iterator[None
             create_gloo_process_groups=False)
         with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
             model_parallel_cuda_manual_seed(1)
-            with OnMeta():
+            with on_meta(gpu):
                 yield
     finally:
         parallel_state.destroy_model_parallel()
@@ -39,13 +42,12 @@ def rank_of_stage(parallel: ParallelSection, size: int, stage: int) -> int:
     return stage * (size // parallel.pipeline)
 
 
-def group_names() -> dict[str, str]:
+def group_names(experts: bool) -> dict[str, str]:
     """What the process groups of this rank are for, by torch's name of the group; groups of one rank are left out."""
-    groups = {
-        "expert": parallel_state.get_expert_model_parallel_group(),
-        "expert tensor": parallel_state.get_expert_tensor_parallel_group(),
-        "expert tensor x expert": parallel_state.get_expert_tensor_and_model_parallel_group(),
-        "context": parallel_state.get_context_parallel_group(),
-        "tensor": parallel_state.get_tensor_model_parallel_group(),
-    }
+    groups = {"context": parallel_state.get_context_parallel_group(),
+              "tensor": parallel_state.get_tensor_model_parallel_group()}
+    if experts:
+        groups |= {"expert": parallel_state.get_expert_model_parallel_group(),
+                   "expert tensor": parallel_state.get_expert_tensor_parallel_group(),
+                   "expert tensor x expert": parallel_state.get_expert_tensor_and_model_parallel_group()}
     return {group.group_name: name for name, group in groups.items() if group.size() > 1}

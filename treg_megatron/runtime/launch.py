@@ -115,7 +115,7 @@ def _why_not_connected(message: str, address: str, port: str, ranks: World) -> s
 
 
 def leave() -> None:
-    """End the group, all ranks together: rank 0 serves the store, and threads of the group must not outlive the interpreter."""
+    """End the group, all ranks together: rank 0 serves the store, and the group's threads must end before Python does."""
     import torch.distributed as dist
 
     dist.barrier()
@@ -126,17 +126,15 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     """What ``action`` gives on rank 0, on every rank; the group has been joined.
 
     Raises:
-        UserError: on every rank, if rank 0's ``action`` raised it.
+        UserError: on every rank, if rank 0's ``action`` raised it or an OSError.
     """
     import torch.distributed as dist
 
-    if world().size == 1:
-        return action()
     outcome: list = [None, None]
-    if dist.get_rank() == 0:
+    if world().rank == 0:
         try:
             outcome[0] = action()
-        except UserError as error:
+        except (UserError, OSError) as error:
             outcome[1] = str(error)
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
