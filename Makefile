@@ -12,20 +12,23 @@ TEST_MODEL := $(VENV)/smollm2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test demo study clean
+.PHONY: help venv test test-slurm demo study clean
 
 help:  ## what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  PYTHON=python3.11 chooses the interpreter of a new .venv (3.10 to 3.12);"
 	@echo "  ARGS=... reaches the demo, the study or pytest, as in: make demo ARGS=--fresh"
 
 venv: $(INSTALLED)  ## .venv with exactly the versions of constraints.txt
 
-test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then tests on real Megatron ranks, end-to-end runs, and a real SLURM where there is one
+test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then tests on real Megatron ranks and end-to-end runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
 	OMP_NUM_THREADS=1 TREG_REAL_MODEL=$(abspath $(TEST_MODEL)) $(BIN)/python -m pytest \
-		tests/parallel tests/pipeline tests/faults tests/gpu tests/slurm $(ARGS)
+		tests/parallel tests/pipeline tests/faults tests/gpu $(ARGS)
+
+test-slurm: $(INSTALLED)  ## the scripts of slurm/ on a real SLURM; needs Debian's slurmctld slurmd slurm-client munge
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
 
 demo: $(DEMO_MODEL)  ## align a real 135M model end to end on this machine, about ten minutes on two cores
 	$(BIN)/python demo/run.py $(ARGS)
