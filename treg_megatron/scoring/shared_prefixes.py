@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treg_megatron.attention import causal_mask, soft_capped_attention
+
 #: name under which transformers finds :func:`attention`
 ATTENTION = "treg_shared_prefixes"
 
@@ -117,9 +119,8 @@ def _mask(row: Row, number: int, window: int | None) -> Tensor | None:
     if len(segment.prefix) == 0 and window is None:
         return None
     if (number, window) not in row.masks:
-        position = torch.arange(length, device=row.tokens.device)
-        distance = position[len(segment.prefix):, None] - position
-        row.masks[number, window] = (distance >= 0) & (distance < (window or length))
+        before = None if window is None else window - 1
+        row.masks[number, window] = causal_mask(length - len(segment.prefix), length, before, row.tokens.device)
     return row.masks[number, window]
 
 
@@ -127,21 +128,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
             softcap: float | None) -> Tensor:
     """[1, heads, n, d], [1, key-value heads, p + n, d] -> [1, heads, n, d]."""
     if softcap is not None:
-        return _soft_capped(query, key, value, mask, scaling, softcap)
+        if mask is None:
+            mask = causal_mask(query.shape[2], key.shape[2], None, query.device)
+        return soft_capped_attention(query, key, value, mask, scaling, softcap)
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.is_cuda:       # no fused CUDA kernel takes both a mask and grouped heads
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         grouped = False
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
                                           enable_gqa=grouped)
-
-
-def _soft_capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float,
-                 softcap: float) -> Tensor:
-    """Gemma 2's attention on c * tanh(scores / c): scores and softmax in fp32."""
-    if mask is None:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * scaling
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1).type_as(value) @ value[:, :, None]).flatten(1, 2)
