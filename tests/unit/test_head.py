@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from treg_megatron import head
 from treg_megatron.head import response_logps
 
 ROWS, HIDDEN, WORDS = 13, 8, 29
@@ -27,7 +28,9 @@ def plain(hidden, weight, targets, softcap=None):
 @pytest.mark.parametrize("block_words", [1, 4, WORDS, 100])
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_equals_log_softmax_with_a_gradient_for_each_token(block_words, padding, softcap):
+@pytest.mark.parametrize("chunk_bytes", [0, head.CHUNK_BYTES], ids=["projected again", "kept"])
+def test_equals_log_softmax_with_a_gradient_for_each_token(block_words, padding, softcap, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_BYTES", chunk_bytes)
     results = []
     for f in (lambda h, w, t: response_logps(h, w, t, WORDS, logit_softcap=softcap, block_words=block_words),
               lambda h, w, t: plain(h, w, t, softcap)):
@@ -53,6 +56,26 @@ def test_bf16_reduces_in_fp32():
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
     rounded_logits = (hidden @ weight.T).float()
     torch.testing.assert_close(logps, rounded_logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1))
+
+
+def test_logits_are_kept_in_one_chunk_or_not_at_all(monkeypatch):
+    projected = []
+    product = head._logits
+    monkeypatch.setattr(head, "_logits", lambda *a: projected.append(1) or product(*a))
+    for chunk_bytes, products in ((4 * ROWS * WORDS, 8), (4 * ROWS * WORDS - 1, 16)):
+        monkeypatch.setattr(head, "CHUNK_BYTES", chunk_bytes)
+        hidden, weight, targets, _ = problem()
+        projected.clear()
+        response_logps(hidden, weight, targets, WORDS, block_words=4).sum().backward()
+        assert len(projected) == products
+
+
+def test_a_second_backward_pass_gives_the_same():
+    hidden, weight, targets, upstream = problem()
+    loss = (response_logps(hidden, weight, targets, WORDS, block_words=4) * upstream).sum()
+    for first, second in zip(torch.autograd.grad(loss, (hidden, weight), retain_graph=True),
+                             torch.autograd.grad(loss, (hidden, weight))):
+        torch.testing.assert_close(first, second)
 
 
 def test_no_rows():
