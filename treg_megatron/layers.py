@@ -31,6 +31,7 @@ from torch import Tensor
 
 from treg_megatron.attention import causal_mask, soft_capped_attention
 from treg_megatron.context import ContextPart
+from treg_megatron.rotary import use_torch_rotation
 
 
 def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec:
@@ -38,6 +39,7 @@ def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
 
     ``config.post_layer_norms``, where a config has it, asks for Gemma 2's norms behind attention and MLP.
     """
+    use_torch_rotation()
     layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm,
                                      normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm

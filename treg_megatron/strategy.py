@@ -9,6 +9,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import init_model_parallel
 
+from treg_megatron.runtime.cpu import is_cpu
+
 
 class PolicyStrategy(nl.MegatronStrategy):
     """Checkpoints that reshard to any layout, also without Transformer Engine's or Apex' fused Adam."""
@@ -35,6 +37,7 @@ class PolicyStrategy(nl.MegatronStrategy):
             for part in whole.chained_optimizers if isinstance(whole, ChainedOptimizer) else [whole]:
                 if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam):
                     part.__class__ = TorchAdamDistributedOptimizer  # adds no state, only methods
+                    part.fuse_on_cpu()
 
 
 class TorchAdamDistributedOptimizer(DistributedOptimizer):
@@ -50,8 +53,14 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):
             self._materialise_state()
         return super().sharded_state_dict(model_sharded_state_dict, is_loading, *args, **kwargs)
 
+    def fuse_on_cpu(self) -> None:
+        """One pass over memory a step instead of a dozen; torch chooses a kernel by itself on a GPU only."""
+        for group in self.optimizer.param_groups:
+            group["fused"] = is_cpu() or None
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self.fuse_on_cpu()  # the groups are those of the machine that saved them
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from tests.parallel.forked import run_ranks
+from treg_megatron import head
 from treg_megatron.head import response_logps
 
 WORDS, ROWS, HIDDEN = 30, 11, 8
@@ -19,11 +20,12 @@ def megatron_world(tensor: int = 1) -> None:
     model_parallel_cuda_manual_seed(1)
 
 
-def head_on_this_rank(vocabulary: int) -> tuple[torch.Tensor, ...]:
+def head_on_this_rank(vocabulary: int, chunk_bytes: int) -> tuple[torch.Tensor, ...]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
     megatron_world(tensor=2)
+    head.CHUNK_BYTES = chunk_bytes
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(ROWS, HIDDEN, generator=generator).requires_grad_()
     weight = torch.randn(vocabulary, HIDDEN, generator=generator)
@@ -42,10 +44,40 @@ def head_on_this_rank(vocabulary: int) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("vocabulary", [30, 32, 60], ids=["exact", "padded", "a rank of padding only"])
-def test_split_vocabulary_equals_whole(vocabulary):
-    for differences in run_ranks(2, head_on_this_rank, vocabulary):
+@pytest.mark.parametrize("chunk_bytes", [0, head.CHUNK_BYTES], ids=["projected again", "kept"])
+def test_split_vocabulary_equals_whole(vocabulary, chunk_bytes):
+    for differences in run_ranks(2, head_on_this_rank, vocabulary, chunk_bytes):
         for difference in differences:
             assert difference.abs().max() < 1e-5
+
+
+def rotation_and_megatrons(dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Values and gradients of both for queries in a batch and packed, and for a rotation of half the channels."""
+    from treg_megatron import rotary
+
+    results = []
+    generator = torch.Generator().manual_seed(4)
+    for shape, channels in (((7, 2, 3, 8), 8), ((7, 1, 3, 8), 8), ((7, 2, 3, 8), 4)):
+        angles = torch.randn(7, 1, 1, channels // 2, generator=generator) * 100
+        x = torch.randn(shape, generator=generator).to(dtype)
+        upstream = torch.randn(shape, generator=generator).to(dtype)
+        for values in zip(*(_value_and_gradient(f, x, torch.cat((angles, angles), -1), upstream)
+                            for f in (rotary._apply, rotary._megatrons))):
+            results.append(values)
+    return results
+
+
+def _value_and_gradient(apply, x, angles, upstream):
+    x = x.clone().requires_grad_()
+    y = apply(x, angles)
+    return y.detach(), torch.autograd.grad(y, x, upstream)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rotation_equals_megatrons(dtype):
+    [results] = run_ranks(1, rotation_and_megatrons, dtype)
+    for ours, theirs in results:
+        torch.testing.assert_close(ours, theirs, rtol=0.016 if dtype == torch.bfloat16 else 1e-6, atol=torch.finfo(dtype).eps)
 
 
 def block_outputs() -> dict[str, torch.Tensor]:

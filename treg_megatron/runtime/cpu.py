@@ -7,6 +7,7 @@ switch, refused where a CUDA device is visible: nothing that could run on a GPU 
 """
 
 import contextlib
+import ctypes
 import logging
 from typing import Any
 
@@ -27,6 +28,7 @@ def use_cpu() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("a CUDA device is visible: Megatron runs on it, the CPU redirect stays off")
+    _keep_freed_memory()
     _replace_cuda_runtime()
     _active = _CudaMeansCpu()
     _active.__enter__()
@@ -36,6 +38,15 @@ def use_cpu() -> None:
 def is_cpu() -> bool:
     """Whether :func:`use_cpu` is on in this process."""
     return _active is not None
+
+
+def _keep_freed_memory() -> None:
+    """glibc gives large blocks back to the system when they are freed; a step would fault in the same pages again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_MMAP_MAX, 0)
 
 
 class _CudaMeansCpu(TorchFunctionMode):
