@@ -65,6 +65,9 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
         # gloo sends in the background from memory that CUDA's allocator alone would keep alive
         schedule = {"variable_seq_lengths": False, "overlap_p2p_comm": True, "batch_p2p_comm": False,
                     "deallocate_pipeline_outputs": not is_cpu()}
+    # experts take no activation function from the spec
+    swiglu = {"use_te_activation_func": True} if is_cpu() and activation is F.silu and not fields.get("num_moe_experts") \
+        else {}
     balancing = {"moe_aux_loss_coeff": router_aux_loss} if fields.get("num_moe_experts") else {}
     without_engine = {"apply_rope_fusion": False, "persist_layer_norm": False} if not policies.HAVE_TE else {}
     recompute = {
@@ -73,7 +76,7 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[train.recompute]
     return getattr(policies, nemo_config.replace("Config", "PolicyConfig"))(
-        **fields | without_engine | (CPU_FIELDS if is_cpu() else {}) | recompute | schedule | balancing,
+        **fields | without_engine | (CPU_FIELDS if is_cpu() else {}) | swiglu | recompute | schedule | balancing,
         activation_func=activation,
         true_vocab_size=vocabulary,
         vocab_size=math.ceil(vocabulary / parallel.tensor) * parallel.tensor,

@@ -31,7 +31,9 @@ from torch import Tensor
 
 from treg_megatron.attention import causal_mask, soft_capped_attention
 from treg_megatron.context import ContextPart
+from treg_megatron.rms_norm import RMSNorm
 from treg_megatron.rotary import use_torch_rotation
+from treg_megatron.swiglu import SwiGLU
 
 
 def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec:
@@ -49,6 +51,8 @@ def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
     attention.core_attention = SdpaAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.use_te_activation_func:  # Megatron's name for an activation function that is a module of the spec
+        layer.submodules.mlp.submodules.activation_func = SwiGLU
     if getattr(config, "post_layer_norms", False):
         attention.linear_proj = layer.submodules.mlp.submodules.linear_fc2 = RowParallelLinearWithNorm
     if config.num_moe_experts:
@@ -71,28 +75,6 @@ def _mend_experts() -> None:
 def _moved_to_cpu(tensor: Tensor | None, as_numpy: bool = False, record_stream: bool = False):
     moved = moe_utils.maybe_move_tensor_to_cpu(tensor, as_numpy, record_stream)
     return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
-
-
-class RMSNorm(torch.nn.Module):
-    """x / rms(x) * weight over the last dimension (arXiv 1910.07467); weight is 1 + gamma where the config says so.
-
-    Under sequence parallelism each rank sees part of the sequence, so the weight's gradient is partial: the mark
-    ``sequence_parallel`` makes Megatron sum it over the tensor-parallel group.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
-        super().__init__()
-        self.eps = eps
-        self.zero_centered = config.layernorm_zero_centered_gamma
-        start = torch.zeros if self.zero_centered else torch.ones
-        self.weight = torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        if not self.zero_centered:
-            return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
-        # bf16 has 8 bits: 1 + gamma would lose most of a small gamma
-        return F.rms_norm(hidden.float(), (hidden.shape[-1],), 1 + self.weight.float(), self.eps).type_as(hidden)
 
 
 class RowParallelLinearWithNorm(RowParallelLinear):

@@ -61,7 +61,7 @@ def build_rank(hf_config: dict, parallel: ParallelSection, train: TrainSection, 
     strategy = build.strategy(parallel, train, initial_weights=None)
     config = build.policy_config(nemo_config_class(hf_config), model_fields(hf_config), parallel, train)
     if fused:
-        for name in ("bias_activation_fusion", "bias_dropout_fusion"):
+        for name in ("bias_activation_fusion", "bias_dropout_fusion", "use_te_activation_func"):
             setattr(config, name, type(config).__dataclass_fields__[name].default)
         config.deallocate_pipeline_outputs = True
     on_meta = torch.distributed.get_backend() == "fake"
