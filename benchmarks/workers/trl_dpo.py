@@ -54,7 +54,7 @@ def main() -> None:
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=arguments.micro_batch, learning_rate=1e-7, beta=0.1,
             gradient_accumulation_steps=arguments.batch // arguments.micro_batch, max_steps=arguments.steps,
             precompute_ref_log_probs=arguments.precompute, max_length=arguments.max_length,
-            max_prompt_length=arguments.max_length, optim="adamw_torch",
+            max_prompt_length=arguments.max_length, optim="adamw_torch_fused",
             gradient_checkpointing=False, bf16=cuda, use_cpu=not cuda, report_to=[], logging_steps=1000, save_strategy="no",
             dataloader_num_workers=0, disable_tqdm=True, seed=1),
         train_dataset=load_dataset("json", data_files=str(arguments.folder / "pairs.jsonl"), split="train").remove_columns(
