@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from treg_megatron import packing
 from treg_megatron.context import ContextPart
-from treg_megatron.microbatch import collate
+from treg_megatron.microbatch import collate, row_multiple
 from treg_megatron.order import MicrobatchOrder
 from treg_megatron.recipe import DataSection, ParallelSection
 from treg_megatron.streams import PairRecord, PairStreams
@@ -70,14 +70,12 @@ class PairData(pl.LightningDataModule):
     def __init__(self, data: DataSection, train: PairStreams, validation: PairStreams | None, parallel: ParallelSection):
         super().__init__()
         self.data, self.train, self.validation = data, train, validation
-        part = ContextPart(0, parallel.context)
-        # a rank's part of a row is a multiple of what sequence parallelism divides it by
-        self.pad_to = math.lcm(data.pad_to_multiple_of, part.divisor * (parallel.tensor if parallel.sequence else 1))
-        self.padded_length = part.padded
+        self.pad_to = row_multiple(data, parallel)
+        self.padded_length = ContextPart(0, parallel.context).padded
         self.bins = self.bin_size = None
         self.group = 1
         if data.layout == "bins":
-            self.bin_size = data.bin_size or 2 * data.seq_length
+            self.bin_size = data.tokens_of_a_bin
             if parallel.virtual_pipeline:
                 # the interleaved schedule cannot tell lengths apart from one stage to the next, and it runs
                 # micro-batches in groups of as many as there are stages

@@ -14,6 +14,7 @@ import torch
 
 from treg_megatron.alignment import score_positions
 from treg_megatron.context import WHOLE, ContextPart
+from treg_megatron.recipe import DataSection, ParallelSection
 from treg_megatron.streams import PairRecord
 
 PADDING_TOKEN = 0  # never scored, never attended to by a scored token
@@ -48,7 +49,7 @@ def collate(records: Sequence[PairRecord], layout: str, pad_to_multiple_of: int 
     positions = [p[mine] for p, mine in zip(positions, here)]
     tokens = [torch.from_numpy(np.asarray(s, dtype=np.int64)) for s in sequences]
     if layout == "packed":
-        batch = _packed(tokens, positions, pad_to_multiple_of, context)
+        batch = packed_row(tokens, positions, pad_to_multiple_of, context)
     else:
         batch = _padded(tokens, positions, pad_to_multiple_of)
     batch["targets"] = flat([s[len(s) - n:] for s, n in zip(sequences, responses)], np.int64)
@@ -60,8 +61,20 @@ def collate(records: Sequence[PairRecord], layout: str, pad_to_multiple_of: int 
     return batch
 
 
-def _packed(sequences: list[torch.Tensor], positions: list[np.ndarray], multiple: int,
-            context: ContextPart) -> dict[str, Any]:
+def row_multiple(data: DataSection, parallel: ParallelSection) -> int:
+    """What the length of a row is a multiple of: the recipe's, and what sequence parallelism divides a rank's part by."""
+    divisor = ContextPart(0, parallel.context).divisor
+    return math.lcm(data.pad_to_multiple_of, divisor * (parallel.tensor if parallel.sequence else 1))
+
+
+def packed_row(sequences: list[torch.Tensor], positions: list[np.ndarray], multiple: int = 1,
+               context: ContextPart = WHOLE) -> dict[str, Any]:
+    """Sequences in one row, one after the other: tokens, position_ids, cu_seqlens, max_seqlen, rows of :func:`collate`.
+
+    Args:
+        sequences: [s] int64 each.
+        positions: of each sequence those that predict its response tokens, on this rank.
+    """
     sequences = [_lengthened(s, context.padded(len(s))) for s in sequences]
     total = sum(len(s) for s in sequences)
     padding = _round_up(max(total, 1), multiple) - total

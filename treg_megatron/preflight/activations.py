@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from treg_megatron import model as policies
 from treg_megatron.context import ContextPart
-from treg_megatron.microbatch import collate
+from treg_megatron.microbatch import collate, row_multiple
 from treg_megatron.preflight.live import LiveTensors
 from treg_megatron.preflight.ranks import Rank
 from treg_megatron.preflight.schedule import FORWARD, Event
@@ -49,7 +49,7 @@ def largest_micro_batch(data: DataSection, parallel: ParallelSection) -> dict:
     """The micro-batch that takes the most memory: as long as the recipe allows, and nearly all of it responses."""
     sequences, tokens = 2 * data.micro_batch_size, 2 * data.micro_batch_size * data.seq_length
     if data.layout == "bins":
-        tokens = data.bin_size or 2 * data.seq_length
+        tokens = data.tokens_of_a_bin
         sequences = 2 * math.ceil(tokens / (2 * data.seq_length))
     length = tokens // sequences
     return micro_batch(data, parallel, [(length, length - 1)] * sequences)
@@ -62,9 +62,8 @@ def micro_batch(data: DataSection, parallel: ParallelSection, sequences: list[tu
         sequences: (tokens, response tokens) of chosen 0, rejected 0, chosen 1, ...
     """
     records = [pair_of(*shapes) for shapes in zip(sequences[0::2], sequences[1::2])]
-    part = ContextPart(0, parallel.context)
-    multiple = math.lcm(data.pad_to_multiple_of, part.divisor * (parallel.tensor if parallel.sequence else 1))
-    batch = collate(records, "packed" if data.layout == "bins" else data.layout, multiple, part)
+    batch = collate(records, "packed" if data.layout == "bins" else data.layout, row_multiple(data, parallel),
+                    ContextPart(0, parallel.context))
     # the ends of sequences stay: attention cuts its input by their values
     return {k: v.to("meta") if isinstance(v, torch.Tensor) and k != "cu_seqlens" else v for k, v in batch.items()}
 

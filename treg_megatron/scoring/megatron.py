@@ -18,6 +18,7 @@ import torch
 from treg_megatron.alignment import score_positions
 from treg_megatron.checks import require_split
 from treg_megatron.errors import UserError
+from treg_megatron.microbatch import packed_row
 from treg_megatron.runtime.launch import World, join, leave, on_rank_zero, world
 from treg_megatron.scoring import ScoredSequence
 
@@ -133,20 +134,10 @@ class MegatronScorer:
 
 def _packed(members: list[ScoredSequence]) -> dict[str, Any]:
     """The micro-batch that ``treg_megatron.model.forward_step`` takes, see ``treg_megatron.microbatch.collate``."""
-    lengths = np.array([member.length for member in members])
-    starts = np.cumsum([0, *lengths])
-    rows = []
-    for start, member in zip(starts, members):
-        part = score_positions(len(member.prompt_ids), len(member.response_ids))
-        rows.append(np.arange(start + part.start, start + part.stop))
-    return {
-        "tokens": torch.tensor([[token for m in members for token in (*m.prompt_ids, *m.response_ids)]]),
-        "position_ids": torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
-        "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
-        "max_seqlen": int(lengths.max()),
-        "rows": torch.from_numpy(np.concatenate(rows)),
-        "targets": torch.tensor([token for m in members for token in m.response_ids]),
-    }
+    sequences = [torch.tensor([*member.prompt_ids, *member.response_ids]) for member in members]
+    scored = [score_positions(len(member.prompt_ids), len(member.response_ids)) for member in members]
+    row = packed_row(sequences, [np.arange(part.start, part.stop) for part in scored])
+    return row | {"targets": torch.tensor([token for member in members for token in member.response_ids])}
 
 
 def _start_ranks(tensor: int, pipeline: int) -> None:
