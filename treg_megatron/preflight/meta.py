@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
+from treg_megatron.runtime.cpu import backward_in
+
 
 @contextlib.contextmanager
 def on_meta(gpu: bool) -> Iterator[None]:
@@ -20,12 +22,8 @@ def on_meta(gpu: bool) -> Iterator[None]:
     mended = torch.autograd._engine_run_backward
     mode = OnMeta(gpu)
 
-    def run_in_mode(*args, **kwargs):
-        with mode:
-            return _engine_run_backward(*args, **kwargs)
-
     with mode:
-        torch.autograd._engine_run_backward = run_in_mode
+        torch.autograd._engine_run_backward = backward_in(mode, _engine_run_backward)
         try:
             yield
         finally:

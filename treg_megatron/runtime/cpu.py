@@ -9,6 +9,7 @@ switch, refused where a CUDA device is visible: nothing that could run on a GPU 
 import contextlib
 import ctypes
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def use_cpu() -> None:
     _replace_cuda_runtime()
     _active = _CudaMeansCpu()
     _active.__enter__()
-    _reenter_in_backward(_active)
+    torch.autograd._engine_run_backward = backward_in(_active, torch.autograd._engine_run_backward)
 
 
 def is_cpu() -> bool:
@@ -80,15 +81,17 @@ def _cpu_for_cuda(device: Any) -> Any:
     return device
 
 
-def _reenter_in_backward(mode: TorchFunctionMode) -> None:
-    """torch leaves a mode while it runs a call that the mode saw: what a backward pass calls would escape it."""
-    run = torch.autograd._engine_run_backward
+def backward_in(mode: TorchFunctionMode, run: Callable) -> Callable:
+    """torch leaves a mode while it runs a call that the mode saw: what a backward pass calls would escape it.
 
+    Args:
+        run: the engine's function.
+    """
     def run_in_mode(*args, **kwargs):
         with mode:
             return run(*args, **kwargs)
 
-    torch.autograd._engine_run_backward = run_in_mode
+    return run_in_mode
 
 
 class _NoStream:
