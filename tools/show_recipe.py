@@ -1,9 +1,7 @@
-"""Print a recipe as a run would read it: defaults filled in, overrides applied, references to other keys resolved.
+"""Print a recipe as a run would read it: defaults filled in, overrides applied, and where each value comes from.
 
     python tools/show_recipe.py --recipe recipes/X.yaml [section.key=value ...]
     python tools/show_recipe.py --recipe recipes/X.yaml --key train.output
-
-Keys that have no value yet are printed as ???; --key refuses them.
 """
 
 import argparse
@@ -14,11 +12,11 @@ from treg_megatron import errors, recipe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default=str(recipe.BASE_RECIPE), metavar="YAML", help="(default: recipes/base.yaml)")
-    parser.add_argument("--key", metavar="SECTION.KEY", help="print the value of this key alone")
+    parser.add_argument("--key", metavar="SECTION.KEY", help="print the value of this key alone; one without is refused")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the recipe")
     arguments = parser.parse_args()
-    config = recipe.load_recipe(arguments.recipe, arguments.overrides)
-    print(recipe.value(config, arguments.key) if arguments.key else recipe.resolved_text(config).rstrip())
+    config, sources = recipe.trace_recipe(arguments.recipe, arguments.overrides)
+    print(recipe.value(config, arguments.key) if arguments.key else recipe.described(config, sources))
 
 
 if __name__ == "__main__":

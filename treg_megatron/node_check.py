@@ -26,7 +26,7 @@ from treg_megatron.blend import parse_blend
 from treg_megatron.checkpoint.layout import IDENTITY, read_identity
 from treg_megatron.errors import UserError
 from treg_megatron.indexed import ends_of
-from treg_megatron.recipe import load_recipe, section
+from treg_megatron.recipe import add_recipe_arguments, parse_recipe, section
 from treg_megatron.runtime.launch import World, connect, join, leave, node_name, world
 
 ANSWER_SECONDS = 120
@@ -37,10 +37,8 @@ ALL_REDUCE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
 def main() -> None:
     parser = argparse.ArgumentParser(prog="srun python -m treg_megatron.node_check", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, metavar="YAML", help="the run's recipe")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the recipe")
-    arguments = parser.parse_args()
-    check(load_recipe(arguments.recipe, arguments.overrides))
+    add_recipe_arguments(parser, help="the run's recipe")
+    check(parse_recipe(parser.parse_args()))
 
 
 def check(recipe: DictConfig) -> None:

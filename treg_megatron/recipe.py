@@ -6,7 +6,6 @@ its help text and hold no values. ``key=value`` arguments override the file, fla
 """
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import os
@@ -165,6 +164,10 @@ class DataSection:
     pad_to_multiple_of: int = key("rows are padded to a multiple of this many tokens")
     epochs: int = key("passes over the training pairs")
     seed: int = key("seed of the order of the pairs")
+
+    @property
+    def tokens_of_a_bin(self) -> int:
+        return self.bin_size or 2 * self.seq_length
 
 
 @dataclass
@@ -358,18 +361,6 @@ def value(recipe: DictConfig, name: str) -> Any:
     if found is None:
         raise UserError(f"recipe {recipe.get('name', '?')}: {name} has no value")
     return found
-
-
-def resolved_text(recipe: DictConfig) -> str:
-    """The whole recipe as YAML; what hangs on a key without a value stays as it was written."""
-    written = OmegaConf.to_container(recipe, resolve=False)
-    for section_name in SECTIONS:
-        for key_name in written[section_name]:
-            with contextlib.suppress(UserError):
-                written[section_name][key_name] = value(recipe, f"{section_name}.{key_name}")
-    for key_name in ("name", "run"):
-        written[key_name] = value(recipe, key_name)
-    return OmegaConf.to_yaml(OmegaConf.create(written))
 
 
 def station_section(name: str, description: str, argv: list[str] | None = None,

@@ -13,7 +13,7 @@ from treg_megatron.checkpoint.layout import Identity, damage, fingerprints, newe
 from treg_megatron.errors import UserError
 from treg_megatron.node_check import verdict
 from treg_megatron.order import recorded_pairs
-from treg_megatron.recipe import load_recipe, resolved_text, value
+from treg_megatron.recipe import described, trace_recipe, value
 from treg_megatron.runtime.launch import World, world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,11 +95,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(wound, wrong, size, tmp_path
 
 
 def test_values_of_a_recipe_and_all_of_it():
-    recipe = load_recipe(ROOT / "recipes" / "tiny.yaml", ["run=/r"])
+    recipe, sources = trace_recipe(ROOT / "recipes" / "tiny.yaml", ["run=/r"])
     assert value(recipe, "train.output") == "/r/train"
     with pytest.raises(UserError, match="label.model.*model.hf"):
         value(recipe, "label.model")
-    text = resolved_text(recipe)
+    text = described(recipe, sources)
     assert "output: /r/train" in text and "hf: ???" in text and "model: ${model.hf}" in text
 
 
