@@ -5,16 +5,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from treg_megatron.checkpoint.families import family_of, model_fields
+from treg_megatron.checkpoint.families import FREE_FIELDS, family_of, model_fields
 from treg_megatron.checkpoint.layout import read_json
 from treg_megatron.errors import UserError
 from treg_megatron.recipe import ModelSection
 
 PUBLISHED = Path(__file__).parent / "architectures"
-#: what a published file may have otherwise than the one at hand: neither shapes nor what is computed depend on it
-IRRELEVANT = {"init_method_std", "attention_dropout"}
-
-
 def hf_config_of(model: ModelSection) -> dict[str, Any]:
     """config.json of ``model.hf`` where it is on disk, else that of ``model.architecture``.
 
@@ -42,7 +38,7 @@ def require_architecture(model: ModelSection, config: dict[str, Any], where: str
         return
     named = _named(model.architecture)
     found, expected = model_fields(config), model_fields(named)
-    different = [name for name in expected if name not in IRRELEVANT and not _same(found.get(name), expected[name])]
+    different = [name for name in expected if name not in FREE_FIELDS and not _same(found.get(name), expected[name])]
     if family_of(config) is not family_of(named):
         different = ["architecture"]
         found, expected = ({"architecture": family_of(c).architecture} for c in (config, named))

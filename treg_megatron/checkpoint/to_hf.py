@@ -15,6 +15,7 @@ from tqdm import tqdm
 from treg_megatron.checkpoint.adapters import adapters_of
 from treg_megatron.checkpoint.buffers import Scratch, Stretch, as_bytes
 from treg_megatron.checkpoint.families import (
+    FREE_FIELDS,
     Family,
     family_of,
     in_model_order,
@@ -54,10 +55,6 @@ COPIED = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "chat_template*", "additional_chat_templates", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )
-
-
-# Fields in which the base model may differ from the imported one without being another model.
-FREE_FIELDS = {"seq_length", "init_method_std", "attention_dropout"}
 
 
 @dataclass(frozen=True)

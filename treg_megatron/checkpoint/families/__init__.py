@@ -31,7 +31,7 @@ from treg_megatron.checkpoint.families.qwen3 import QWEN3
 from treg_megatron.errors import UserError
 
 __all__ = [
-    "FAMILIES", "OUTPUT_LAYER", "Family", "HFTensor", "Interleaving", "Parameter", "checkpoint_key", "family_of",
+    "FAMILIES", "FREE_FIELDS", "OUTPUT_LAYER", "Family", "HFTensor", "Interleaving", "Parameter", "checkpoint_key", "family_of",
     "in_model_order", "interleaving", "model_fields", "name_at", "nemo_config_class", "parameter_shape", "places",
     "source_shape", "stacked_shape", "stacking",
 ]
@@ -39,6 +39,9 @@ __all__ = [
 FAMILIES: dict[str, Family] = {
     family.architecture: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, MIXTRAL)
 }
+
+#: fields in which two config.json may differ and be of one model: neither shapes nor what is computed depend on them
+FREE_FIELDS = {"seq_length", "init_method_std", "attention_dropout"}
 
 
 def family_of(hf_config: dict) -> Family:
