@@ -59,10 +59,11 @@ class ResponseGPTModel(MegatronGPTModel):
         )
 
 
+@dataclass
 class PolicyConfig:
     """Mix-in over NeMo's GPT configs: builds a :class:`ResponseGPTModel` of the same weights."""
 
-    true_vocab_size: int
+    true_vocab_size: int = 0  # words without padding
 
     def configure_model(self, tokenizer, pre_process=None, post_process=None, vp_stage=None) -> ResponseGPTModel:
         model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
@@ -78,38 +79,37 @@ class PolicyConfig:
 
 @dataclass
 class LlamaPolicyConfig(PolicyConfig, llm.LlamaConfig):
-    true_vocab_size: int = 0
+    pass
 
 
 @dataclass
 class Llama31PolicyConfig(PolicyConfig, Llama31Config):
-    true_vocab_size: int = 0
+    pass
 
 
 @dataclass
 class MistralPolicyConfig7B(PolicyConfig, llm.MistralConfig7B):
-    true_vocab_size: int = 0
+    pass
 
 
 @dataclass
 class Qwen2PolicyConfig(PolicyConfig, llm.Qwen2Config):
-    true_vocab_size: int = 0
+    pass
 
 
 @dataclass
 class Qwen3PolicyConfig(PolicyConfig, llm.Qwen3Config):
-    true_vocab_size: int = 0
+    pass
 
 
 @dataclass
 class Gemma2PolicyConfig(PolicyConfig, llm.Gemma2Config):
-    true_vocab_size: int = 0
     post_layer_norms: bool = True
 
 
 @dataclass
 class MixtralPolicyConfig(PolicyConfig, MixtralConfig):
-    true_vocab_size: int = 0
+    pass
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from treg_megatron.files import atomic_write
+from treg_megatron.labelling import contrastive_rewards
 from treg_megatron.labels import SIDES, LabelledPair
-from treg_megatron.scoring import ScoredSequence, Scorer
+from treg_megatron.scoring import Scorer, sequences_of
 
 TEMPLATE = Path(__file__).resolve().parent / "pages" / "rewards.html"
 MERE_COPYING = 0.02          # mean |r| below which the reference does not tell better from worse
@@ -87,13 +88,8 @@ def policy_rewards(pairs: Sequence[LabelledPair], policy: Scorer) -> list[dict[s
 
     sigma(log pi_theta(y_t) - log pi_ref(y_t)) - 0.5: DPO's own token reward, squashed as the contrastive one is.
     """
-    sequences = []
-    for pair in pairs:
-        for side in SIDES:
-            tokens, length = getattr(pair, f"{side}_tokens"), len(getattr(pair, f"{side}_token_rewards"))
-            sequences.append(ScoredSequence(tokens[:-length].tolist(), tokens[-length:].tolist()))
-    logps = iter(policy.score(sequences))
-    return [{side: np.tanh((next(logps) - getattr(pair, f"{side}_ref_logprobs")) / 2) / 2 for side in SIDES}
+    logps = iter(policy.score([sequence for pair in pairs for sequence in sequences_of(pair)]))
+    return [{side: contrastive_rewards(next(logps), getattr(pair, f"{side}_ref_logprobs")) for side in SIDES}
             for pair in pairs]
 
 

@@ -28,7 +28,7 @@ from treg_megatron.labels import SIDES, LabelledPair, write_shard
 from treg_megatron.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs_and_rows
 from treg_megatron.recipe import LabelSection
 from treg_megatron.rows import source_identity
-from treg_megatron.scoring import ScoredSequence, Scorer
+from treg_megatron.scoring import Scorer, sequences_of
 from treg_megatron.tokens import ChatTokenizer, load_tokenizer
 
 _LARGEST = 0.5
@@ -85,12 +85,7 @@ def _fitting(section: LabelSection, tokenizer: ChatTokenizer, drops: Counter[str
 
 def _with_reference(pairs: Iterator[LabelledPair], scorer: Scorer, at_once: int) -> Iterator[LabelledPair]:
     while batch := list(itertools.islice(pairs, at_once)):
-        sequences = []
-        for pair in batch:
-            for side in SIDES:
-                tokens, response = getattr(pair, f"{side}_tokens"), len(getattr(pair, f"{side}_token_rewards"))
-                sequences.append(ScoredSequence(tokens[:-response].tolist(), tokens[-response:].tolist()))
-        logps = iter(scorer.score(sequences))
+        logps = iter(scorer.score([sequence for pair in batch for sequence in sequences_of(pair)]))
         for pair in batch:
             yield dataclasses.replace(pair, **{f"{side}_ref_logprobs": next(logps) for side in SIDES})
 

@@ -14,7 +14,7 @@ from studies.miniature.world import task_of, verify
 from treg_megatron.files import atomic_write
 from treg_megatron.formats import Message
 from treg_megatron.labels import SIDES, read_labelled
-from treg_megatron.scoring import ScoredSequence
+from treg_megatron.scoring import ScoredSequence, sequences_of
 from treg_megatron.tokens import load_tokenizer
 
 CURVES = ("step", "loss/preference", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
@@ -52,11 +52,7 @@ def credit_set(labelled: Path, pairs: Path) -> dict[str, np.ndarray]:
 
 def implicit_rewards(policy: Path, labelled: Path, credit: dict[str, np.ndarray]) -> np.ndarray:
     """[n] log pi(y_t) - log pi_ref(y_t) of the tokens of the credit set: DPO's token reward over beta."""
-    sequences = []
-    for pair in read_labelled(labelled):
-        for side in SIDES:
-            tokens, response = getattr(pair, f"{side}_tokens").tolist(), len(getattr(pair, f"{side}_token_rewards"))
-            sequences.append(ScoredSequence(tokens[:-response], tokens[-response:]))
+    sequences = [sequence for pair in read_labelled(labelled) for sequence in sequences_of(pair)]
     return np.concatenate(_scorer(policy).score(sequences)) - credit["ref_logp"]
 
 

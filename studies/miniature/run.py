@@ -18,6 +18,7 @@ import fcntl  # noqa: E402
 import functools  # noqa: E402
 import json  # noqa: E402
 import shutil  # noqa: E402
+import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import IO  # noqa: E402
@@ -52,7 +53,7 @@ def conduct(study: Study, processes: int) -> None:
     Raises:
         UserError: the run folder is of a study with another world, reference or recipe, or one is at work in it.
     """
-    lock = begin(study)
+    lock, started = begin(study), time.monotonic()
     warm_up()
     say("world and reference")
     if not (study.run / "megatron").exists():
@@ -68,7 +69,7 @@ def conduct(study: Study, processes: int) -> None:
     measure_all(study, study.final_runs(choice), "test", processes)
     from studies.miniature.report import write_report
 
-    print(f"wrote {write_report(study, choice)}")
+    print(f"wrote {write_report(study, choice)}, {(time.monotonic() - started) / 60:.0f} min after the start")
     lock.close()
 
 

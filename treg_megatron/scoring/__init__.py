@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from treg_megatron.labels import SIDES, LabelledPair
+
 
 class ScoredSequence(NamedTuple):
     """A prompt of at least one token, and the response whose tokens are scored after it."""
@@ -18,6 +20,15 @@ class ScoredSequence(NamedTuple):
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+
+def sequences_of(pair: LabelledPair) -> list[ScoredSequence]:
+    """Prompt and response of each side, in the order of ``SIDES``."""
+    sequences = []
+    for side in SIDES:
+        tokens, response = getattr(pair, f"{side}_tokens").tolist(), len(getattr(pair, f"{side}_token_rewards"))
+        sequences.append(ScoredSequence(tokens[:-response], tokens[-response:]))
+    return sequences
 
 
 class Scorer(Protocol):
