@@ -235,7 +235,7 @@ class _FastEngine:
         self._backend.no_truncation()
         parts = parts_expression(self._backend)
         self._memories = None if parts is None else {special: WordMemory(
-            functools.partial(self.encode_whole, special=special), parts) for special in (True, False)}
+            functools.partial(self._encode_parts, special=special), parts) for special in (True, False)}
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Ids of a text; ``special`` says whether special tokens are recognised in it."""
@@ -247,6 +247,10 @@ class _FastEngine:
             return self._memories[False].encode_with_spans(text)
         encoded = self.encode_whole(text, False)
         return encoded.ids, encoded.offsets
+
+    def _encode_parts(self, parts: list[str], special: bool) -> Any:
+        self._backend.encode_special_tokens = not special
+        return self._backend.encode(parts, is_pretokenized=True, add_special_tokens=False)
 
     def encode_whole(self, text: str, special: bool) -> Any:
         """The tokenizer's own encoding of a text, with ``ids`` and ``offsets``."""

@@ -11,12 +11,11 @@ are cut at by each of the expressions of :data:`_EXPRESSIONS`, whatever stands a
 kinds have no memory and encode every text whole.
 """
 
-import array
 import itertools
 import json
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -34,46 +33,53 @@ class WordMemory:
     """Encodes texts that a tokenizer's :func:`parts_expression` divides.
 
     Args:
-        encode: a text to something with ``ids`` and ``offsets``, without regard for what stands around it.
+        encode: a list of texts to something with ``ids``, and for each id its ``offsets`` in its text and in
+            ``word_ids`` which text that is; every text without regard for what stands around it.
         parts: finds the parts of a text; in a row they are the text.
     """
 
-    def __init__(self, encode: Callable[[str], Any], parts: re.Pattern[str]):
-        self._parts, self._known = parts, _Known(encode)
+    def __init__(self, encode: Callable[[list[str]], Any], parts: re.Pattern[str]):
+        self._encode, self._parts = encode, parts
+        self._known: dict[str, bytes] = {}
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
-        return self._table(map(self._known.__getitem__, self._parts.findall(text)))[:, 0].tolist()
+        return self._table(self._found(self._parts.findall(text)))[:, 0].tolist()
 
     def encode_with_spans(self, text: str) -> tuple[list[int], np.ndarray]:
         """Ids of a text and the characters of each, int [tokens, 2]: the first, and one after the last."""
         parts = self._parts.findall(text)
-        found = [self._known[part] for part in parts]
+        found = self._found(parts)
         table = self._table(found)
-        starts = np.cumsum([0, *map(len, parts)])[:-1]
-        tokens = np.array([len(each) for each in found], dtype=np.int64) // table.strides[0]
-        return table[:, 0].tolist(), table[:, 1:] + np.repeat(starts, tokens)[:, None]
+        sizes = np.fromiter(map(len, parts), np.int64, len(parts))
+        tokens = np.fromiter(map(len, found), np.int64, len(found)) // table.strides[0]
+        return table[:, 0].tolist(), table[:, 1:] + np.repeat(sizes.cumsum() - sizes, tokens)[:, None]
+
+    def _found(self, parts: list[str]) -> list[bytes]:
+        """For each part its tokens: id, first character, and one after the last, as the bytes of C ints."""
+        if len(self._known) > _MOST:
+            self._known.clear()
+        new = list(set(parts).difference(self._known))
+        if new:
+            self._known.update(zip(new, self._tokens_of(new)))
+        found = list(map(self._known.__getitem__, parts))
+        for part in new:
+            if len(part) > _LONGEST:
+                del self._known[part]
+        return found
+
+    def _tokens_of(self, parts: list[str]) -> Iterator[bytes]:
+        encoded = self._encode(parts)
+        table = np.empty((len(encoded.ids), 3), dtype=np.intc)
+        table[:, 0] = encoded.ids
+        table[:, 1:] = np.fromiter(itertools.chain.from_iterable(encoded.offsets), np.intc).reshape(-1, 2)
+        ends = np.bincount(encoded.word_ids, minlength=len(parts)).cumsum() * table.strides[0]
+        rows = table.tobytes()
+        return (rows[start:end] for start, end in itertools.pairwise([0, *ends.tolist()]))
 
     @staticmethod
-    def _table(found) -> np.ndarray:
+    def _table(found: list[bytes]) -> np.ndarray:
         return np.frombuffer(b"".join(found), dtype=np.intc).reshape(-1, 3)
-
-
-class _Known(dict):
-    """Part of a text -> for each token its id, first character, and one after the last, as the bytes of C ints."""
-
-    def __init__(self, encode: Callable[[str], Any]):
-        self._encode = encode
-
-    def __missing__(self, part: str) -> bytes:
-        encoded = self._encode(part)
-        found = array.array("i", itertools.chain.from_iterable(
-            (token, *span) for token, span in zip(encoded.ids, encoded.offsets))).tobytes()
-        if len(part) <= _LONGEST:
-            if len(self) >= _MOST:
-                self.clear()
-            self[part] = found
-        return found
 
 
 def parts_expression(backend: Any) -> re.Pattern[str] | None:
