@@ -28,11 +28,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.parallel.forked import run_ranks, warm_up  # noqa: E402
-from tests.tiny import tiny_llama, tiny_tokenizer  # noqa: E402
+from tests.tiny import tiny_llama, tiny_pair, tiny_tokenizer  # noqa: E402
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "tiny.yaml"
 PAIRS, EPOCHS, GLOBAL_BATCH = 46, 16, 8
-WORDS = "red blue green paris rome seven three fast slow river stone bread".split()
 KILLS_A_STATION = {"label": 2, "train": 25, "export": 2}
 TRAIN_SECONDS = 5.0                     # a training is killed within this time of its start, about half of it at work
 
@@ -113,7 +112,7 @@ class Storm:
         from treg_megatron.recipe import load_recipe, section
 
         folder.mkdir()
-        (folder / "pairs.jsonl").write_text("".join(json.dumps(pair(i)) + "\n" for i in range(PAIRS)))
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(tiny_pair(i, f"p{i}")) + "\n" for i in range(PAIRS)))
         overrides = [f"run={folder}", f"model.hf={self.scratch}/hf", f"label.pairs={folder}/pairs.jsonl",
                      "label.shard_pairs=4", f"data.global_batch_size={GLOBAL_BATCH}", f"data.epochs={EPOCHS}", "parallel.pipeline=2",
                      "train.save_every=3", "train.record_pairs=true", "train.stuck_after=20"]
@@ -217,11 +216,6 @@ def epochs_of(run: Path) -> list[list[str]]:
     per_epoch = -(-PAIRS // GLOBAL_BATCH)
     return [[pair for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1) for pair in by_step.get(step, [])]
             for epoch in range(EPOCHS)]
-
-
-def pair(i: int) -> dict[str, str]:
-    say = [" ".join(WORDS[(i * k + j) % len(WORDS)] for j in range(1 + (i * k) % 7)) for k in (1, 5, 3)]
-    return {"pair_id": f"p{i}", "prompt": f"{i}: say {say[0]}", "chosen": say[1], "rejected": say[2] + " no"}
 
 
 if __name__ == "__main__":

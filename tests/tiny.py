@@ -1,6 +1,8 @@
-"""Models and tokenizers small enough to build inside a test: random weights, a vocabulary of a few hundred tokens."""
+"""Models, tokenizers and pairs small enough to make inside a test: random weights, some hundred tokens, few words."""
 
 from pathlib import Path
+
+WORDS = "red blue green paris rome seven three fast slow river stone bread".split()
 
 CHATML = """\
 {% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}\
@@ -73,3 +75,9 @@ def tiny_llama(folder: str | Path, *, layers: int = 2, hidden: int = 64, heads: 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         LlamaForCausalLM(config).float().save_pretrained(str(folder))
+
+
+def tiny_pair(number: int, name: str) -> dict[str, str]:
+    """A preference pair; its three texts have 1 to 7 words, others for each number."""
+    say = [" ".join(WORDS[(number * k + j) % len(WORDS)] for j in range(1 + (number * k) % 7)) for k in (1, 5, 3)]
+    return {"pair_id": name, "prompt": f"{number}: say {say[0]}", "chosen": say[1], "rejected": say[2] + " no"}

@@ -10,12 +10,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 
 from tests.parallel.forked import warm_up  # noqa: E402
-from tests.tiny import tiny_llama, tiny_tokenizer  # noqa: E402
+from tests.tiny import tiny_llama, tiny_pair, tiny_tokenizer  # noqa: E402
 
 warm_up()
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny.yaml"
-WORDS = "red blue green paris rome seven three fast slow river stone bread".split()
 
 
 class TinyRun(NamedTuple):
@@ -33,9 +32,7 @@ def write_pairs(path: Path, count: int) -> None:
     """Pairs of different lengths, the same at every call."""
     with open(path, "w", encoding="utf-8") as file:
         for i in range(count):
-            say = [" ".join(WORDS[(i * k + j) % len(WORDS)] for j in range(1 + (i * k) % 7)) for k in (1, 5, 3)]
-            file.write(json.dumps({"pair_id": f"{path.stem}-{i}", "prompt": f"{i}: say {say[0]}",
-                                   "chosen": say[1], "rejected": say[2] + " no"}) + "\n")
+            file.write(json.dumps(tiny_pair(i, f"{path.stem}-{i}")) + "\n")
 
 
 def make_run(folder: Path, tied: bool) -> TinyRun:

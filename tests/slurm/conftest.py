@@ -10,13 +10,12 @@ from typing import NamedTuple
 import pytest
 
 from tests.slurm.cluster import Cluster, missing_programs
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import tiny_llama, tiny_pair, tiny_tokenizer
 from treg_megatron.order import MicrobatchOrder, recorded_pairs
 from treg_megatron.recipe import load_recipe, section
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if "#SBATCH" in path.read_text())
-WORDS = "red blue green paris rome seven three fast slow river stone bread".split()
 ALL = os.environ.get("TREG_SLURM") == "all"
 NOT_SEEN = "written, but not yet seen to pass as it stands: TREG_SLURM=all runs it"
 PAIRS = 58                              # the last global batch of an epoch is short
@@ -91,7 +90,7 @@ def slurm(cluster) -> Cluster:
 def files(tmp_path_factory) -> Files:
     folder = tmp_path_factory.mktemp("files")
     tiny_llama(folder / "hf", layers=4, vocab=tiny_tokenizer(folder / "hf"))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in map(_pair, range(PAIRS))))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(tiny_pair(i, f"p{i}")) + "\n" for i in range(PAIRS)))
     (folder / "lengths.py").write_text("def scores(messages, responses):\n    return [float(len(r)) for r in responses]\n")
     made = Files(folder)
     for command in (["tools/convert_checkpoint.py", "import"], ["tools/label_tokens.py", "label.engine=huggingface"],
@@ -99,11 +98,6 @@ def files(tmp_path_factory) -> Files:
         subprocess.run([sys.executable, *command, "--recipe", str(made.run("made").recipe)], cwd=ROOT, check=True,
                        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True)
     return made
-
-
-def _pair(i: int) -> dict[str, str]:
-    say = [" ".join(WORDS[(i * k + j) % len(WORDS)] for j in range(1 + (i * k) % 7)) for k in (1, 5, 3)]
-    return {"pair_id": f"p{i}", "prompt": f"{i}: say {say[0]}", "chosen": say[1], "rejected": say[2] + " no"}
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,14 @@ def ranks_of(slurm) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
+def stop_by_signal(slurm, run, job) -> str:
+    """Send SIGUSR1, as --signal does before the time limit; the one checkpoint that is there once the job is requeued."""
+    slurm.run("scancel", "--signal=USR1", job)
+    slurm.wait(job, "PENDING", "CONFIGURING")
+    [checkpoint] = run.checkpoints()
+    return checkpoint
+
+
 def test_a_killed_rank_a_new_controller_and_a_node_without_power(slurm, files, uninterrupted):
     """SIGKILL of one rank, slurmctld restarted, a node off in mid-step with a spare node: one after another."""
     run = files.run("hardware")
@@ -66,19 +74,17 @@ def test_a_warning_before_the_time_limit_then_a_preemption(slurm, files, uninter
     run = files.run("preempted", save_every=1000)
     job = start(slurm, files, run)
     wait_for_step(run, 6)
-    slurm.run("scancel", "--signal=USR1", job)
-    slurm.wait(job, "PENDING", "CONFIGURING")
-    first = run.checkpoints()
-    assert len(first) == 1 and 6 <= int(first[0][-6:]) < 40
+    first = stop_by_signal(slurm, run, job)
+    assert 6 <= int(first[-6:]) < 40
     slurm.wait(job, "RUNNING")
-    wait_for_step(run, int(first[0][-6:]) + 4)
+    wait_for_step(run, int(first[-6:]) + 4)
     urgent = slurm.run("sbatch", "--parsable", "--partition=high", f"--nodes={len(slurm.names)}", "--exclusive",
                        "--wrap=sleep 3", "--output=/dev/null")
     slurm.wait(urgent, "COMPLETED")
     slurm.wait(job, "COMPLETED")
     text = log(files, job)
     begun = starts(text)
-    assert len(begun) == 3 and begun[1] == f"resuming from {first[0]}" and begun[2] > begun[1]
+    assert len(begun) == 3 and begun[1] == f"resuming from {first}" and begun[2] > begun[1]
     assert text.count("is saved, the same command goes on from there") == 2
     assert_equal(run, uninterrupted)
 
@@ -126,10 +132,8 @@ def test_another_layout_takes_the_run_up(slurm, files, uninterrupted):
     run = files.run("relaid", save_every=1000)
     job = start(slurm, files, run)
     wait_for_step(run, 6)
-    slurm.run("scancel", "--signal=USR1", job)
-    slurm.wait(job, "PENDING", "CONFIGURING")
+    stopped = stop_by_signal(slurm, run, job)
     slurm.run("scancel", job)
-    (stopped,) = run.checkpoints()
     again = slurm.submit(SCRIPT, "parallel.pipeline=1", cwd=files.folder, RECIPE=str(run.recipe), CHECKS="")
     slurm.wait(again, "COMPLETED")
     assert starts(log(files, again)) == [f"resuming from {stopped}"]
