@@ -9,7 +9,8 @@ import numpy as np
 
 from treg_megatron.files import atomic_write
 from treg_megatron.labels import read_labelled
-from treg_megatron.recipe import Recipe, section
+from treg_megatron.recipe import section
+from treg_megatron.sections import Recipe
 
 SAMPLE_PAIR = "unit-cm"
 SAMPLE_TOKENS = 48

@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 from treg_megatron import errors, recipe
+from treg_megatron.sections import ExportSection, ModelSection
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
         sys.exit(0 if run_verify(arguments.a, arguments.b, arguments.text) else 1)
 
 
-def run_import(model: recipe.ModelSection) -> None:
+def run_import(model: ModelSection) -> None:
     from treg_megatron.checkpoint.from_hf import import_checkpoint
 
     start = time.monotonic()
@@ -55,7 +56,7 @@ def run_import(model: recipe.ModelSection) -> None:
     print(f"imported {identity.family} ({identity.dtype}) to {model.checkpoint} in {time.monotonic() - start:.1f} s")
 
 
-def run_export(export: recipe.ExportSection) -> None:
+def run_export(export: ExportSection) -> None:
     from treg_megatron.checkpoint.to_hf import export_adapter, export_checkpoint
 
     start = time.monotonic()

@@ -8,7 +8,7 @@ from typing import Any
 from treg_megatron.checkpoint.families import FREE_FIELDS, family_of, model_fields
 from treg_megatron.checkpoint.layout import read_json
 from treg_megatron.errors import UserError
-from treg_megatron.recipe import ModelSection
+from treg_megatron.sections import ModelSection
 
 PUBLISHED = Path(__file__).parent / "architectures"
 def hf_config_of(model: ModelSection) -> dict[str, Any]:

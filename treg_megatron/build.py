@@ -17,9 +17,9 @@ from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from treg_megatron import model as policies
 from treg_megatron.errors import UserError
 from treg_megatron.objective import Objective
-from treg_megatron.recipe import OptimizerSection, ParallelSection, TrainSection
 from treg_megatron.runtime.cpu import is_cpu
 from treg_megatron.runtime.launch import World
+from treg_megatron.sections import OptimizerSection, ParallelSection, TrainSection
 from treg_megatron.strategy import PolicyStrategy
 
 

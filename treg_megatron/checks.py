@@ -6,7 +6,7 @@ import numpy as np
 
 from treg_megatron.errors import UserError
 from treg_megatron.objective import Objective
-from treg_megatron.recipe import DataSection, ParallelSection
+from treg_megatron.sections import DataSection, ParallelSection
 from treg_megatron.streams import PairStreams
 
 

@@ -14,7 +14,7 @@ from treg_megatron import packing
 from treg_megatron.context import ContextPart
 from treg_megatron.microbatch import collate, row_multiple
 from treg_megatron.order import MicrobatchOrder
-from treg_megatron.recipe import DataSection, ParallelSection
+from treg_megatron.sections import DataSection, ParallelSection
 from treg_megatron.streams import PairRecord, PairStreams
 
 

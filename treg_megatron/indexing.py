@@ -8,8 +8,8 @@ from typing import Any
 
 from treg_megatron.errors import UserError
 from treg_megatron.labels import count_rows, labelling_run, read_labelled
-from treg_megatron.recipe import IndexSection
 from treg_megatron.rows import is_parquet, source_identity
+from treg_megatron.sections import IndexSection
 from treg_megatron.streams import merge_streams, open_streams, split_streams, write_streams
 from treg_megatron.token_rewards import labelled_from_text
 from treg_megatron.tokens import ChatTokenizer, load_tokenizer

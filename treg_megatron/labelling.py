@@ -30,10 +30,10 @@ from treg_megatron.labels import (MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSI
 from treg_megatron.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs
 from treg_megatron.progress import Progress
 from treg_megatron.prompts import PromptPair, load_prompt_pair
-from treg_megatron.recipe import LabelSection
-from treg_megatron.runtime.launch import world
 from treg_megatron.rows import source_identity
+from treg_megatron.runtime.launch import world
 from treg_megatron.scoring import ScoredSequence, Scorer
+from treg_megatron.sections import LabelSection
 from treg_megatron.tokens import ChatTokenizer, load_tokenizer
 
 PROMPT_FILLS_CONTEXT = "prompt fills max_length"

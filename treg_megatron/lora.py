@@ -19,7 +19,7 @@ from nemo.lightning.resume import AdapterPath
 from torch import nn
 
 from treg_megatron.errors import UserError
-from treg_megatron.recipe import LoraSection
+from treg_megatron.sections import LoraSection
 
 ATTENTION = ("linear_qkv", "linear_proj")
 MLP = ("linear_fc1", "linear_fc2")

@@ -18,9 +18,9 @@ from treg_megatron.errors import UserError
 from treg_megatron.files import atomic_write, read_manifest
 from treg_megatron.pairs import IDENTICAL_RESPONSES
 from treg_megatron.progress import Progress
-from treg_megatron.recipe import RankSection
 from treg_megatron.rows import read_rows
 from treg_megatron.sampling.station import FORMAT, MANIFEST_NAME, VERSION
+from treg_megatron.sections import RankSection
 
 EQUAL_SCORES = "all responses have the same score"
 TOO_FEW = "fewer than two usable responses"

@@ -26,9 +26,9 @@ from treg_megatron.errors import UserError
 from treg_megatron.labelling import PROMPT_FILLS_CONTEXT, TOO_LONG, response_ids
 from treg_megatron.labels import SIDES, LabelledPair, write_shard
 from treg_megatron.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs_and_rows
-from treg_megatron.recipe import LabelSection
 from treg_megatron.rows import source_identity
 from treg_megatron.scoring import Scorer, sequences_of
+from treg_megatron.sections import LabelSection
 from treg_megatron.tokens import ChatTokenizer, load_tokenizer
 
 _LARGEST = 0.5

@@ -13,7 +13,8 @@ from tests.parallel.forked import run_ranks
 from tests.tiny import tiny_llama, tiny_tokenizer
 from treg_megatron.labelling import label
 from treg_megatron.labels import MANIFEST_NAME
-from treg_megatron.recipe import LabelSection, load_recipe, section
+from treg_megatron.recipe import load_recipe, section
+from treg_megatron.sections import LabelSection
 
 KILLS = 20
 

@@ -10,7 +10,7 @@ import torch
 from tests import reference
 from tests.parallel.test_training import STEPS, Killed, assert_same, kill_when, records, run
 from treg_megatron.errors import UserError
-from treg_megatron.recipe import LoraSection
+from treg_megatron.sections import LoraSection
 
 LORA = ["lora.rank=4", "lora.alpha=16", "optimizer.lr=1e-2", "train.save_every=7"]
 LAYOUTS = {

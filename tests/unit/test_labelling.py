@@ -20,8 +20,8 @@ from treg_megatron.labelling import contrastive_rewards, label
 from treg_megatron.labels import labelling_run, read_labelled
 from treg_megatron.pairs import IDENTICAL_RESPONSES, REPEATED_PAIR, Message
 from treg_megatron.prompts import FOLDER, load_prompt_pair
-from treg_megatron.recipe import IndexSection, LabelSection
 from treg_megatron.scoring import ScoredSequence
+from treg_megatron.sections import IndexSection, LabelSection
 from treg_megatron.streams import open_streams
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"

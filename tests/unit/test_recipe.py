@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from treg_megatron.checkpoint.layout import Identity, write_identity
 from treg_megatron.errors import UserError
-from treg_megatron.recipe import SECTIONS, described, load_recipe, section, trace_recipe
+from treg_megatron.recipe import described, load_recipe, section, trace_recipe
+from treg_megatron.sections import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.name != "base.yaml")

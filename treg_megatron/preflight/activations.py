@@ -18,7 +18,7 @@ from treg_megatron.microbatch import collate, row_multiple
 from treg_megatron.preflight.live import LiveTensors
 from treg_megatron.preflight.ranks import Rank
 from treg_megatron.preflight.schedule import FORWARD, Event
-from treg_megatron.recipe import DataSection, ParallelSection
+from treg_megatron.sections import DataSection, ParallelSection
 from treg_megatron.streams import PairRecord
 
 LAYERS, HEAD = "layers", "log-prob head"

@@ -14,6 +14,17 @@ from treg_megatron.objective import Objective
 from treg_megatron.preflight import activations, costs, schedule
 from treg_megatron.preflight.ranks import AtRest, build_rank, bytes_at_rest, parameters_of_the_model
 from treg_megatron.preflight.world import fake_world, group_names, rank_of_stage
+from treg_megatron.sections import (
+    ClusterSection,
+    DataSection,
+    LabelSection,
+    LoraSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    ParallelSection,
+    TrainSection,
+)
 
 #: NCCL's own buffers for each group of several GPUs; an allowance, not measured here
 NCCL_BYTES_PER_GROUP = 256 << 20
@@ -24,15 +35,15 @@ FRAGMENTATION = 0.08
 class Sections(NamedTuple):
     """The sections of a recipe that decide whether it runs."""
 
-    model: recipe.ModelSection
-    parallel: recipe.ParallelSection
-    data: recipe.DataSection
-    train: recipe.TrainSection
-    objective: recipe.ObjectiveSection
-    optimizer: recipe.OptimizerSection
-    lora: recipe.LoraSection
-    label: recipe.LabelSection
-    cluster: recipe.ClusterSection
+    model: ModelSection
+    parallel: ParallelSection
+    data: DataSection
+    train: TrainSection
+    objective: ObjectiveSection
+    optimizer: OptimizerSection
+    lora: LoraSection
+    label: LabelSection
+    cluster: ClusterSection
 
     @property
     def ranks(self) -> int:

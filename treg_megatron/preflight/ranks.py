@@ -15,7 +15,7 @@ from treg_megatron import build
 from treg_megatron.checkpoint.families import model_fields, nemo_config_class
 from treg_megatron.lora import adapters
 from treg_megatron.objective import Objective
-from treg_megatron.recipe import LoraSection, ObjectiveSection, OptimizerSection, ParallelSection, TrainSection
+from treg_megatron.sections import LoraSection, ObjectiveSection, OptimizerSection, ParallelSection, TrainSection
 
 
 class AtRest(NamedTuple):

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from treg_megatron.recipe import SampleSection
 from treg_megatron.sampling import Sampled
 from treg_megatron.scoring.huggingface import _device, _load, _model_folder
+from treg_megatron.sections import SampleSection
 from treg_megatron.tokens import ChatTokenizer
 
 

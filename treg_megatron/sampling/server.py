@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from treg_megatron.errors import UserError
-from treg_megatron.recipe import SampleSection
 from treg_megatron.sampling import Sampled
+from treg_megatron.sections import SampleSection
 from treg_megatron.tokens import ChatTokenizer
 
 _FIRST_PAUSE = 1.0           # seconds; doubles with each try
