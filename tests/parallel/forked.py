@@ -65,6 +65,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, log: Path | N
         return _collect(pipes, processes)
     finally:
         for process in processes:
+            process.kill()  # it may be too young to lead a group
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # Megatron's checkpoint writer leaves processes of its own
             process.join()
