@@ -51,6 +51,17 @@ def test_the_same_model_in_every_form_is_the_same(hf, checkpoint, tmp_path):
     assert found.nbytes == sum(tensor.nbytes for tensor in read_tensors(hf).values())
 
 
+def test_a_second_copy_of_tied_weights_is_no_difference(tmp_path):
+    hf = hf_folder(tmp_path / "hf", CONFIG | {"tie_word_embeddings": True})
+    import_checkpoint(hf, tmp_path / "checkpoint")
+    twice = tmp_path / "twice"
+    shutil.copytree(hf, twice)
+    tensors = read_tensors(hf)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, twice / "model.safetensors")
+    for a in (hf, tmp_path / "checkpoint"):
+        assert compare(a, twice).different == compare(twice, a).different == []
+
+
 def test_one_bit_is_found_in_every_form(hf, checkpoint, changed):
     for a in (hf, checkpoint):
         for b in changed:

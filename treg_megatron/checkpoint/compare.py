@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from treg_megatron.checkpoint.buffers import Scratch, Stretch, as_bytes, read_into
-from treg_megatron.checkpoint.families import family_of, model_fields
-from treg_megatron.checkpoint.layout import WEIGHTS, find_checkpoint, is_checkpoint, read_identity
+from treg_megatron.checkpoint.families import FAMILIES, family_of, model_fields
+from treg_megatron.checkpoint.layout import WEIGHTS, find_checkpoint, is_checkpoint, read_identity, read_json
 from treg_megatron.checkpoint.safetensors_stream import DTYPES, PlannedTensor, StoredTensor, tensors_in_folder
 from treg_megatron.checkpoint.to_hf import check_tensors, exported_tensors, planned_tensors
 from treg_megatron.checkpoint.torch_dist import TorchDistReader
@@ -62,6 +62,8 @@ class _FolderWeights:
 
     def __init__(self, folder: Path) -> None:
         self._stored: dict[str, StoredTensor] = tensors_in_folder(folder)
+        if _is_tied(folder):
+            self._stored.pop("lm_head.weight", None)  # a second copy, which transformers ignores, too
         unknown = {tensor.dtype for tensor in self._stored.values()} - DTYPES.keys()
         if unknown:
             raise UserError(f"{folder} has {unknown.pop()} weights; known: {', '.join(DTYPES)}")
@@ -94,6 +96,14 @@ class _CheckpointWeights:
     def read(self, names: list[str]) -> Iterator[list[memoryview | Stretch]]:
         """In the order of the family, which is that of ``names`` when both sides are checkpoints of one model."""
         return exported_tensors(self._reader, self._family, self._fields, self.dtype)
+
+
+def _is_tied(folder: Path) -> bool:
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    if any(name in FAMILIES for name in config.get("architectures") or []):
+        return model_fields(config)["share_embeddings_and_output_weights"]
+    return config.get("tie_word_embeddings", False)
 
 
 def _filled(scratch: Scratch, pieces: list[memoryview | Stretch], nbytes: int) -> torch.Tensor:
