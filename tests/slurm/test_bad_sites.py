@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.slurm.conftest import ALL, NOT_SEEN, ROOT, assert_equal, log
+from tests.slurm.conftest import ROOT, assert_equal, log
 
 SCRIPT = ROOT / "slurm" / "treg_70b.sh"
 
@@ -62,7 +62,6 @@ def test_a_port_that_is_taken(slurm, files):
         refused(slurm, files, files.run("port"), f"port {port} of node1 is taken", MASTER_PORT=str(port))
 
 
-@pytest.mark.skipif(not ALL, reason=NOT_SEEN)
 def test_a_disk_that_fills_up_while_saving(slurm, files, uninterrupted):
     """The second checkpoint does not fit: it goes, the first stays, and with more room the same job ends as ever."""
     run = files.run("full", output=slurm.small_disk / "run")._replace(folder=slurm.small_disk / "run")
