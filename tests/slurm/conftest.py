@@ -64,8 +64,8 @@ def cluster():
         if os.environ.get("CI") == "true":
             pytest.fail(f"not installed: {', '.join(missing)}; .ci/run installs them")
         pytest.skip(f"needs {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge")
-    if os.geteuid() or subprocess.run(["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"],
-                                      capture_output=True).returncode:
+    if os.geteuid() or subprocess.run(["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "sh", "-c",
+                                       "mount -t tmpfs none /mnt && hostname node"], capture_output=True).returncode:
         pytest.skip("a node is a set of namespaces, which only root makes, and not in every container")
     largest = max(int(line.split("=")[1]) for script in SCRIPTS for line in script.read_text().splitlines()
                   if line.startswith("#SBATCH --nodes="))
