@@ -12,7 +12,7 @@ from treg_megatron import errors, recipe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default=str(recipe.BASE_RECIPE), metavar="YAML", help="(default: recipes/base.yaml)")
-    parser.add_argument("--key", metavar="SECTION.KEY", help="print the value of this key alone; one without is refused")
+    parser.add_argument("--key", metavar="SECTION.KEY", help="print this key alone; without a value it is refused")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the recipe")
     arguments = parser.parse_args()
     config, sources = recipe.trace_recipe(arguments.recipe, arguments.overrides)

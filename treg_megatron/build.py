@@ -65,9 +65,9 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
         # gloo sends in the background from memory that CUDA's allocator alone would keep alive
         schedule = {"variable_seq_lengths": False, "overlap_p2p_comm": True, "batch_p2p_comm": False,
                     "deallocate_pipeline_outputs": not is_cpu()}
-    # experts take no activation function from the spec
-    swiglu = {"use_te_activation_func": True} if is_cpu() and activation is F.silu and not fields.get("num_moe_experts") \
-        else {}
+    # Megatron's name for an activation function that is a module of the layer spec; experts take none from there
+    own_swiglu = is_cpu() and activation is F.silu and not fields.get("num_moe_experts")
+    swiglu = {"use_te_activation_func": True} if own_swiglu else {}
     balancing = {"moe_aux_loss_coeff": router_aux_loss} if fields.get("num_moe_experts") else {}
     without_engine = {"apply_rope_fusion": False, "persist_layer_norm": False} if not policies.HAVE_TE else {}
     recompute = {

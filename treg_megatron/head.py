@@ -1,11 +1,12 @@
 """Log-probs of response tokens from hidden states: the only rows projected, a block of words at a time.
 
 Logits of a long sequence are the largest tensor of preference training (2 x 4096 tokens x 128k words: 4 GB in fp32,
-several times over in a naive backward pass). Here at most one chunk of them is held. The forward pass runs over blocks of
-the vocabulary and keeps the log-normaliser of each row; the backward pass turns each block into its gradient in place. It
-projects the block again, unless all of them are no larger than one chunk: then the forward pass kept them, and a quarter
-of the head's arithmetic is saved. A block's rows of the weight gradient are one product over all tokens, written once,
-and a vocabulary that is split over ranks costs the same three all-reduces of one float a row, whatever its size.
+several times over in a naive backward pass). Here at most one chunk of them is held. The forward pass runs over blocks
+of the vocabulary and keeps the log-normaliser of each row; the backward pass turns each block into its gradient in
+place. It projects the block again, unless all of them are no larger than one chunk: then the forward pass kept them,
+and a quarter of the head's arithmetic is saved. A block's rows of the weight gradient are one product over all tokens,
+written once, and a vocabulary that is split over ranks costs the same three all-reduces of one float a row, whatever
+its size.
 """
 
 from collections.abc import Callable

@@ -51,7 +51,7 @@ def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
     attention.core_attention = SdpaAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if config.use_te_activation_func:  # Megatron's name for an activation function that is a module of the spec
+    if config.use_te_activation_func:  # see build.policy_config
         layer.submodules.mlp.submodules.activation_func = SwiGLU
     if getattr(config, "post_layer_norms", False):
         attention.linear_proj = layer.submodules.mlp.submodules.linear_fc2 = RowParallelLinearWithNorm

@@ -62,7 +62,7 @@ def collate(records: Sequence[PairRecord], layout: str, pad_to_multiple_of: int 
 
 
 def row_multiple(data: DataSection, parallel: ParallelSection) -> int:
-    """What the length of a row is a multiple of: the recipe's, and what sequence parallelism divides a rank's part by."""
+    """What a row's length is a multiple of: the recipe's, and what sequence parallelism divides a rank's part by."""
     divisor = ContextPart(0, parallel.context).divisor
     return math.lcm(data.pad_to_multiple_of, divisor * (parallel.tensor if parallel.sequence else 1))
 

@@ -77,7 +77,8 @@ def _value_and_gradient(apply, x, angles, upstream):
 def test_rotation_equals_megatrons(dtype):
     [results] = run_ranks(1, rotation_and_megatrons, dtype)
     for ours, theirs in results:
-        torch.testing.assert_close(ours, theirs, rtol=0.016 if dtype == torch.bfloat16 else 1e-6, atol=torch.finfo(dtype).eps)
+        rtol = 0.016 if dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=torch.finfo(dtype).eps)
 
 
 def block_outputs() -> dict[str, torch.Tensor]:

@@ -42,7 +42,7 @@ def ranks_of(slurm) -> list[int]:
 
 
 def stop_by_signal(slurm, run, job) -> str:
-    """Send SIGUSR1, as --signal does before the time limit; the one checkpoint that is there once the job is requeued."""
+    """Send SIGUSR1, as --signal does before the time limit; the one checkpoint there is once the job is requeued."""
     slurm.run("scancel", "--signal=USR1", job)
     slurm.wait(job, "PENDING", "CONFIGURING")
     [checkpoint] = run.checkpoints()
