@@ -82,13 +82,20 @@ class SaveEvery(pl.Callback):
         try:
             yield
         except (CheckpointException, CheckpointingException, OSError, UserError) as error:
+            good = newest_checkpoint(self.folder.parent)
+            full = "No space left" in str(error) or _lacks_room(self.folder, good)
             if torch.distributed.get_rank() == 0:  # gives the room back, too
                 remove_unfinished(self.folder.parent)
-            reason = "No space left on device" if "No space left" in str(error) else str(error).splitlines()[0]
-            good = newest_checkpoint(self.folder.parent)
+            reason = "No space left on device" if full else str(error).splitlines()[0]
             raise UserError(f"{checkpoint} could not be written: {reason}; "
                             + (f"{good.name} is whole" if good else "there is no earlier one")
                             + ": make room and start the same command again") from error
+
+
+def _lacks_room(folder: Path, written: Path | None) -> bool:
+    """Whether a checkpoint like the last one does not fit: torch reports a write that failed in words of its own."""
+    needed = sum(path.stat().st_size for path in written.rglob("*") if path.is_file()) if written else 1 << 20
+    return shutil.disk_usage(folder).free < needed
 
 
 def _begin(checkpoint: Path) -> None:
