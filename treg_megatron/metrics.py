@@ -44,6 +44,7 @@ class RunMetrics(pl.Callback):
         self.step_metrics: dict[str, float] = {}
         self.validation_sums: dict[str, float] = {}
         self.last: dict[str, float] = {}
+        self.bar: tqdm | None = None  # on rank 0, while it trains
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.started = time.time()
@@ -88,9 +89,16 @@ class RunMetrics(pl.Callback):
                 f"{short} {metrics[VALIDATION + name]:.4g}" for name, short in SHOWN.items()))
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()  # what is said of the exception begins a line
+
+    def _close(self) -> None:
+        if self.bar is not None:
             self.bar.close()
             self.tensorboard.close()
+            self.bar = None
 
     def _write(self, record: dict[str, float]) -> None:
         self.last |= record
