@@ -11,6 +11,8 @@ from treg_megatron.errors import UserError
 from treg_megatron.sections import ModelSection
 
 PUBLISHED = Path(__file__).parent / "architectures"
+
+
 def hf_config_of(model: ModelSection) -> dict[str, Any]:
     """config.json of ``model.hf`` where it is on disk, else that of ``model.architecture``.
 

@@ -25,6 +25,11 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def bytes_in(folder: str | Path) -> int:
+    """Bytes of all files below a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
 def sha256_of_json(value: Any) -> str:
     """Hex digest of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -25,6 +25,7 @@ from treg_megatron import errors
 from treg_megatron.blend import parse_blend
 from treg_megatron.checkpoint.layout import IDENTITY, read_identity
 from treg_megatron.errors import UserError
+from treg_megatron.files import bytes_in
 from treg_megatron.indexed import ends_of
 from treg_megatron.recipe import add_recipe_arguments, parse_recipe, section
 from treg_megatron.runtime.launch import World, connect, join, leave, node_name, world
@@ -111,8 +112,8 @@ def checkpoint_bytes(recipe: DictConfig) -> int:
     if not (source / IDENTITY).is_file():
         return 0  # it is about to be refused
     itemsize = 4 if read_identity(source).dtype == "float32" else 2
-    parameters = sum(path.stat().st_size for path in source.rglob("*") if path.is_file()) // itemsize
-    written = sum(path.stat().st_size for path in Path(run.output).glob("checkpoints/**/*") if path.is_file())
+    parameters = bytes_in(source) // itemsize
+    written = bytes_in(Path(run.output) / "checkpoints")
     return max(parameters * BYTES_A_PARAMETER[run.precision] * (run.keep_checkpoints + 1) - written, 0)
 
 

@@ -15,6 +15,7 @@ from treg_megatron import __version__
 from treg_megatron.checkpoint.layout import (CHECKPOINTS, IDENTITY, UNFINISHED_MARKER, Identity, damage, fingerprints,
                                              is_complete, newest_checkpoint, write_identity)
 from treg_megatron.errors import UserError
+from treg_megatron.files import bytes_in
 from treg_megatron.runtime.launch import on_rank_zero
 
 DAMAGED = ".damaged"
@@ -94,7 +95,7 @@ class SaveEvery(pl.Callback):
 
 def _lacks_room(folder: Path, written: Path | None) -> bool:
     """Whether a checkpoint like the last one does not fit: torch reports a write that failed in words of its own."""
-    needed = sum(path.stat().st_size for path in written.rglob("*") if path.is_file()) if written else 1 << 20
+    needed = bytes_in(written) if written else 1 << 20
     return shutil.disk_usage(folder).free < needed
 
 

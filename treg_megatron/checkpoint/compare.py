@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from treg_megatron.checkpoint.buffers import Scratch, Stretch, as_bytes, read_into
-from treg_megatron.checkpoint.families import FAMILIES, family_of, model_fields
+from treg_megatron.checkpoint.families import family_of, model_fields
 from treg_megatron.checkpoint.layout import WEIGHTS, find_checkpoint, is_checkpoint, read_identity, read_json
 from treg_megatron.checkpoint.safetensors_stream import DTYPES, PlannedTensor, StoredTensor, tensors_in_folder
 from treg_megatron.checkpoint.to_hf import check_tensors, exported_tensors, planned_tensors
@@ -100,10 +100,7 @@ class _CheckpointWeights:
 
 def _is_tied(folder: Path) -> bool:
     path = folder / "config.json"
-    config = read_json(path) if path.is_file() else {}
-    if any(name in FAMILIES for name in config.get("architectures") or []):
-        return model_fields(config)["share_embeddings_and_output_weights"]
-    return config.get("tie_word_embeddings", False)
+    return path.is_file() and read_json(path).get("tie_word_embeddings", False)
 
 
 def _filled(scratch: Scratch, pieces: list[memoryview | Stretch], nbytes: int) -> torch.Tensor:

@@ -32,7 +32,8 @@ from treg_megatron.errors import UserError
 
 __all__ = [
     "FAMILIES", "FREE_FIELDS", "OUTPUT_LAYER", "Family", "HFTensor", "Interleaving", "Parameter", "checkpoint_key",
-    "family_of", "in_model_order", "interleaving", "model_fields", "name_at", "nemo_config_class", "parameter_shape", "places",
+    "family_of", "in_model_order", "interleaving", "model_fields", "name_at", "nemo_config_class", "parameter_shape",
+    "places",
     "source_shape", "stacked_shape", "stacking",
 ]
 
