@@ -38,6 +38,9 @@ def pair_loss(logps: list[torch.Tensor], pair, *, beta: float, alpha: float, pre
     if preference == "simpo":
         margin = beta * (logps[0].mean() - logps[1].mean())
         regularizer = -beta * sum((r * lp).mean() for r, lp in zip(rewards, logps))
+    elif preference == "dpo_norm":
+        margin = beta * (ratios[0].mean() - ratios[1].mean())
+        regularizer = -beta * sum((r * lp).mean() for r, lp in zip(rewards, logps))
     else:
         margin = beta * (ratios[0].sum() - ratios[1].sum())
         regularizer = -beta * sum((r * lp).sum() for r, lp in zip(rewards, logps))

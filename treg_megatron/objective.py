@@ -19,6 +19,7 @@ from torch import Tensor
 from treg_megatron.errors import UserError
 
 LARGEST_ALPHA = 2.0  # beyond it a token's gradient can change sign, since |r_t| <= 0.5
+_UNUSUAL_ALPHA = 1.0  # the paper searched up to 0.5
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Objective:
                "objective.label_smoothing has no meaning for ipo, whose loss is a regression: set it to 0")
         refuse(self.alpha > 0 and self.preference == "ipo",
                "objective.alpha: the regulariser's weight is the gradient weight of a sigmoid loss, which ipo has not; "
-               "use dpo or simpo, or set alpha to 0")
+               "use dpo, dpo_norm or simpo, or set alpha to 0")
         refuse(self.alpha > 0 and self.token_rewards == "none",
                "objective.alpha is positive but objective.token_rewards is none: set one of the two")
         refuse(self.token_rewards == "implicit" and not self.needs_reference,
@@ -69,14 +70,27 @@ class Objective:
         return self.preference not in ("simpo", "sft")
 
     @property
+    def is_length_normalized(self) -> bool:
+        """Whether a response's reward is a mean over its tokens: beta / |y| stands where DPO has beta."""
+        return self.preference in ("simpo", "dpo_norm")
+
+    @property
     def reads_token_rewards(self) -> bool:
         """Whether token rewards are read from the streams."""
         return self.alpha > 0 and self.token_rewards == "contrastive"
 
     @property
+    def warning(self) -> str | None:
+        """What is allowed and yet seldom meant; None where nothing is."""
+        if self.alpha <= _UNUSUAL_ALPHA:
+            return None
+        return (f"objective.alpha={self.alpha:g} is large: a token's gradient is multiplied by {1 - self.alpha / 2:g} to "
+                f"{1 + self.alpha / 2:g}; the paper searched 0.1 to 0.5")
+
+    @property
     def first_preference_loss(self) -> float | None:
         """Preference loss where policy and reference are the same model; None where it depends on the data."""
-        if self.preference == "dpo":
+        if self.preference in ("dpo", "dpo_norm"):
             return 0.6931471805599453  # -log sigma(0), whatever the label smoothing
         if self.preference == "ipo":
             return (1 / (2 * self.beta)) ** 2
@@ -150,7 +164,7 @@ def preference_loss(
     logps = logps.float()
     ref_logps = torch.zeros_like(logps) if ref_logps is None else ref_logps.float()
     per_token = objective.beta * torch.ones_like(logps)
-    if objective.preference == "simpo":
+    if objective.is_length_normalized:
         per_token = objective.beta * responses.spread(1.0 / responses.tokens, logps)
 
     log_ratio = logps - ref_logps if objective.needs_reference else logps
@@ -205,7 +219,9 @@ def means(sums: dict[str, float]) -> dict[str, float]:
 
 
 def _dpo(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) -> Tensor:
-    """-log sigma(margin) (DPO, arXiv 2305.18290, eq. 7); flipped with probability eps in cDPO (its section 3 note)."""
+    """-log sigma(margin) (DPO, arXiv 2305.18290, eq. 7); flipped with probability eps in cDPO (its section 3 note).
+
+    As dpo_norm the margin is that of beta/|y| log(pi/pi_ref) (length-normalized DPO of Tulu 3, arXiv 2411.15124)."""
     return -(1 - o.label_smoothing) * F.logsigmoid(margin) - o.label_smoothing * F.logsigmoid(-margin)
 
 
@@ -227,7 +243,8 @@ def _sft(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) 
     return -responses.sums(log_ratio)[0]
 
 
-_PREFERENCE: dict[str, Callable[..., Tensor]] = {"dpo": _dpo, "simpo": _simpo, "ipo": _ipo, "sft": _sft}
+_PREFERENCE: dict[str, Callable[..., Tensor]] = {
+    "dpo": _dpo, "dpo_norm": _dpo, "simpo": _simpo, "ipo": _ipo, "sft": _sft}
 
 
 def _token_rewards(log_ratio: Tensor, token_rewards: Tensor | None, objective: Objective) -> Tensor | None:

@@ -104,8 +104,8 @@ class IndexSection:
 class ObjectiveSection:
     """What is minimised: docs/METHOD.md has the formulas."""
 
-    preference: str = key("preference loss; sft is maximum likelihood of the chosen responses",
-                          choices=("dpo", "ipo", "simpo", "sft"))
+    preference: str = key("preference loss; dpo_norm is DPO with rewards averaged over a response's tokens, sft maximum "
+                          "likelihood of the chosen responses", choices=("dpo", "dpo_norm", "ipo", "simpo", "sft"))
     beta: float = key("KL strength of DPO and IPO, reward scale of SimPO; > 0")
     gamma: float = key("SimPO's target margin, in units of the reward (the paper states gamma / beta); >= 0")
     label_smoothing: float = key("cDPO: share of pairs whose preference is assumed to be flipped, in [0, 0.5)")

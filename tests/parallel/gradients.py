@@ -51,15 +51,15 @@ def steps_on_this_rank(recipe: Path, overrides: list[str], objectives: list[dict
 
 def assert_gradient_identity_on(logps, ref_logps, rewards, lengths, o, *group) -> None:
     """dL/dlog pi = -beta w (1 + alpha r_t) on the chosen, +beta w (1 - alpha r_t) on the rejected response, to 1e-6."""
-    if not lengths or o.alpha == 0 or o.preference not in ("dpo", "simpo") or o.weight == "static" or o.label_smoothing \
-            or o.sft_weight or o.token_rewards != "contrastive" or (o.gamma and not o.weight_margin):
+    if not lengths or o.alpha == 0 or o.preference not in ("dpo", "dpo_norm", "simpo") or o.weight == "static" \
+            or o.label_smoothing or o.sft_weight or o.token_rewards != "contrastive" or (o.gamma and not o.weight_margin):
         return
     whole = torch.tensor(lengths, dtype=torch.float64)
-    ratio = logps.detach().double() - (ref_logps.double() if o.preference == "dpo" else 0)
+    ratio = logps.detach().double() - (0 if o.preference == "simpo" else ref_logps.double())
     sums = torch.stack([part.sum() for part in ratio.split(lengths)])
     for total in (whole, sums) if group and group[0] is not None else ():
         dist.all_reduce(total, group=group[0])
-    per_token = o.beta / whole if o.preference == "simpo" else torch.full_like(whole, o.beta)
+    per_token = torch.full_like(whole, o.beta) if o.preference == "dpo" else o.beta / whole
     reward = per_token * sums
     weight = torch.sigmoid(reward[1::2] - reward[0::2] + o.gamma)
     factors = [sign * beta * w * (1 - sign * o.alpha * r.double())

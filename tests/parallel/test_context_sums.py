@@ -37,7 +37,8 @@ def loss_on_this_rank(objective) -> tuple:
 
 
 @pytest.mark.parametrize("changes", [dict(alpha=0.5), dict(preference="simpo", beta=2.0, gamma=0.6, alpha=0.5),
-                                     dict(preference="ipo"), dict(alpha=0.5, token_rewards="implicit")], ids=str)
+                                     dict(preference="dpo_norm", beta=2.0, alpha=0.5), dict(preference="ipo"),
+                                     dict(alpha=0.5, token_rewards="implicit")], ids=str)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_split_responses_equal_whole_ones(changes, ranks):
     objective = dataclasses.replace(PLAIN_DPO, **changes)

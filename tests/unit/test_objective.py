@@ -38,7 +38,7 @@ def formula(o: Objective, logps, ref_logps, rewards) -> float:
         for n in LENGTHS[2 * pair:2 * pair + 2]:
             lp, ref, r = (x[at:at + n].double().tolist() for x in (logps, ref_logps, rewards))
             at += n
-            beta = o.beta / n if o.preference == "simpo" else o.beta
+            beta = o.beta / n if o.preference in ("simpo", "dpo_norm") else o.beta
             ratio = lp if o.preference in ("simpo", "sft") else [a - b for a, b in zip(lp, ref)]
             if o.token_rewards == "implicit":
                 r = [sigmoid(x) - 0.5 for x in ratio]
@@ -66,6 +66,7 @@ VARIANTS = [
     dict(alpha=0.5, token_rewards="implicit"),
     dict(label_smoothing=0.1, alpha=0.25),
     dict(sft_weight=0.3),
+    dict(preference="dpo_norm", beta=5.0, alpha=0.5),
     dict(preference="ipo"),
     dict(preference="sft"),
     dict(preference="simpo", beta=2.0, gamma=0.6),
@@ -81,7 +82,7 @@ def test_loss_is_the_formula(tokens, changes):
     assert loss.item() == pytest.approx(formula(o, *tokens), rel=2e-6)
 
 
-@pytest.mark.parametrize("preference, beta, gamma", [("dpo", 0.1, 0.0), ("simpo", 2.0, 0.6)])
+@pytest.mark.parametrize("preference, beta, gamma", [("dpo", 0.1, 0.0), ("dpo_norm", 2.0, 0.0), ("simpo", 2.0, 0.6)])
 def test_gradient_identity(tokens, preference, beta, gamma):
     """dL/dlog pi(y_w,t) = -beta w (1 + alpha r_t), dL/dlog pi(y_l,t) = beta w (1 - alpha r_t)."""
     logps, ref_logps, rewards = tokens
@@ -95,7 +96,7 @@ def test_gradient_identity(tokens, preference, beta, gamma):
         for n in LENGTHS[2 * pair:2 * pair + 2]:
             span = slice(at, at + n)
             at += n
-            per_token = beta / n if preference == "simpo" else beta
+            per_token = beta if preference == "dpo" else beta / n
             ratio = logps[span] if preference == "simpo" else logps[span] - ref_logps[span]
             spans.append((span, per_token))
             reward.append(per_token * ratio.detach().double().sum().item())
@@ -130,7 +131,8 @@ def test_a_pair_has_the_same_bits_in_any_company(tokens):
 
 def test_a_policy_that_is_its_reference_has_the_known_loss(tokens):
     logps, _, rewards = tokens
-    for o in (objective(alpha=0.5), objective(label_smoothing=0.2), objective(preference="ipo")):
+    for o in (objective(alpha=0.5), objective(label_smoothing=0.2), objective(preference="dpo_norm"),
+              objective(preference="ipo")):
         _, sums = preference_loss(logps, logps, rewards, LENGTHS, o)
         assert means({k: v.item() for k, v in sums.items()})["loss/preference"] == pytest.approx(
             o.first_preference_loss, abs=1e-6)
@@ -161,3 +163,8 @@ def test_metrics_count_tokens_where_they_are_about_tokens(tokens):
 def test_meaningless_settings_are_refused(changes):
     with pytest.raises(UserError, match="objective."):
         objective(**changes)
+
+
+def test_a_large_alpha_is_warned_of():
+    assert objective(alpha=1.0).warning is None
+    assert "multiplied by 0.25 to 1.75" in objective(alpha=1.5).warning
