@@ -2,7 +2,8 @@
 
 One row a pair. ``chosen_tokens`` and ``rejected_tokens`` are prompt followed by response; the lists of rewards and
 log-probs have one value for each response token, value t for response token t. Anyone can write such a file from any
-source of token rewards, so nothing in it is taken on trust when it is read.
+source of token rewards, so nothing in it is taken on trust when it is read. Files that are written here carry a checksum
+of every page.
 """
 
 import itertools
@@ -65,7 +66,8 @@ def write_shard(path: str | Path, pairs: Iterable[LabelledPair], metadata: dict[
     if rows and rows[0].chosen_ref_logprobs is None:
         types = {name: type for name, type in types.items() if name not in _REFERENCE}
     schema = pa.schema(types.items())
-    with atomic_write(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as file:
+    with atomic_write(path) as partial, pq.ParquetWriter(
+            partial, schema, compression="zstd", write_page_checksum=True) as file:
         while rows:
             file.write_batch(pa.record_batch([pa.array([getattr(row, name) for row in rows], type)
                                               for name, type in types.items()], schema=schema))
@@ -183,7 +185,7 @@ class _WrongRow(Exception):
 def _read_file(path: Path, begin: int, end: int) -> Iterator[LabelledPair]:
     parquet = _open(path)
     present = _require_columns(parquet.schema_arrow, path)
-    first_row = 1
+    first_row = begin + 1
     try:
         for first_row, batch in _batches(parquet, present, begin, end):
             ids: list[Any] = []
@@ -199,6 +201,8 @@ def _read_file(path: Path, begin: int, end: int) -> Iterator[LabelledPair]:
                 raise UserError(f"{path} row {first_row + wrong.row}{name}: {wrong.message}") from None
             yield from pairs
             first_row += batch.num_rows
+        if first_row <= end:         # a damaged page can look like one of a kind that readers skip
+            raise UserError(f"{path} ends after row {first_row - 1}, where {end} were announced: it is damaged")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: text that is not UTF-8 in row {first_row} or after ({error.reason})") from None
     except (pa.ArrowException, OSError) as error:
@@ -222,7 +226,7 @@ def _batches(parquet: pq.ParquetFile, columns: list[str], begin: int, end: int) 
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from None
 

@@ -28,6 +28,7 @@ _LONGEST_TOKEN = 16                   # a JSON literal, number tail or escape th
 _SPACE = " \t\n\r"
 _ROWS_AT_ONCE = 512
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"       # Arrow's
 _HUB_NAME = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^:]+))?(:(?P<split>[\w.-]+))?")
 
 
@@ -115,7 +116,12 @@ def _numbered(source: Path, files: list[Path], tables) -> Iterator[tuple[int, An
 def _parquet_tables(path: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE)
+    file, rows = pq.ParquetFile(path, page_checksum_verification=True), 0
+    for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+        rows += batch.num_rows
+        yield batch
+    if rows != file.metadata.num_rows:          # a damaged page can look like one of a kind that readers skip
+        raise ValueError(f"{file.metadata.num_rows} rows were announced, the file is damaged")
 
 
 def _arrow_tables(path: Path) -> Iterator[Any]:
@@ -126,6 +132,10 @@ def _arrow_tables(path: Path) -> Iterator[Any]:
             batch.validate(full=True)       # offsets of a damaged file would be followed outside of it
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 yield batch.slice(start, _ROWS_AT_ONCE)
+        end = source.tell()
+        source.seek(max(end - len(_END_OF_STREAM), 0))
+        if source.read() != _END_OF_STREAM:     # readers take a cut, or zeros where a length was, for the end
+            raise ValueError(f"the stream ends at byte {end}, the file is damaged")
 
 
 def _load_from_hub(source: str) -> Any:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.unit.test_streams import THREE, pair
 from treg_megatron.errors import UserError
-from treg_megatron.labels import read_labelled, write_shard
+from treg_megatron.labels import LabelledPair, read_labelled, write_shard
 from treg_megatron.pairs import read_pairs
 from treg_megatron.streams import merge_streams, open_streams, split_streams, stream_paths, verify, write_streams
 
@@ -62,16 +62,28 @@ def test_pairs(tmp_path):
             path = tmp_path / source.parent.name
             shutil.copytree(source.parent, path, dirs_exist_ok=True)
         (path / source.name if path.is_dir() else path).write_bytes(damaged(source.read_bytes(), chance))
-        outcomes.append(refused_or_read(lambda: [p.chosen.encode() for p in read_pairs(path)], path.name))
+        read: list[bytes] = []
+        outcomes.append(refused_or_read(lambda: read.extend(p.chosen.encode() for p in read_pairs(path)), path.name))
+        if outcomes[-1] and source.suffix in (".parquet", ".arrow"):      # these say how many rows they have
+            assert len(read) == 6, seed
     assert 0 < sum(outcomes) < len(SEEDS)       # flipped letters of a text are another text
 
 
 def test_labelled_pairs(tmp_path):
+    """What is read is what was written: the pages of our own files carry checksums."""
     write_shard(tmp_path / "good.parquet", THREE)
     good, path = (tmp_path / "good.parquet").read_bytes(), tmp_path / "own.parquet"
     for seed in SEEDS:
         path.write_bytes(damaged(good, random.Random(seed)))
-        refused_or_read(lambda: list(read_labelled(path)), "own.parquet")
+        read: list[LabelledPair] = []
+        if refused_or_read(lambda: read.extend(read_labelled(path)), "own.parquet"):
+            assert list(map(trained_on, read)) == list(map(trained_on, THREE)), seed
+
+
+def trained_on(pair: LabelledPair) -> list:
+    """What training sees of a pair."""
+    return [pair.pair_id, *(getattr(pair, f"{side}_{name}").tolist() for side in ("chosen", "rejected")
+                            for name in ("tokens", "token_rewards", "ref_logprobs"))]
 
 
 def test_streams_are_read_as_written_or_refused(chatml, tmp_path):
