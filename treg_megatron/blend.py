@@ -51,6 +51,11 @@ class BlendedStreams:
             return record
         return record._replace(chosen_ref_logprobs=None, rejected_ref_logprobs=None)
 
+    def require_unchanged(self) -> None:
+        """:meth:`PairStreams.require_unchanged` of every part."""
+        for part in self.parts:
+            part.require_unchanged()
+
     def pair_id(self, pair: int) -> str:
         """The name of a pair in the streams that it comes from."""
         return self.parts[self._part[pair]].pair_id(int(self._pair[pair]))

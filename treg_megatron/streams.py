@@ -97,6 +97,16 @@ class PairStreams:
         """The name of a pair, as the file that it comes from gives it."""
         return self._ids[pair].tobytes().decode()
 
+    def require_unchanged(self) -> None:
+        """Compare every byte with the manifest.
+
+        Raises:
+            UserError: a file's sha256 is another than the manifest's.
+        """
+        for path, file in _files(self.prefix, self.manifest):
+            if sha256_of(path) != file["sha256"]:
+                raise _changed(path)
+
     def _check_agreement(self) -> None:
         pairs = self.manifest["pairs"]
         if pairs < 1:
@@ -272,9 +282,7 @@ def verify(prefix: str | Path) -> PairStreams:
         UserError: also where a file's sha256 is another than the manifest's.
     """
     streams = PairStreams(prefix)
-    for path, file in _files(streams.prefix, streams.manifest):
-        if sha256_of(path) != file["sha256"]:
-            raise _changed(path)
+    streams.require_unchanged()
     return streams
 
 

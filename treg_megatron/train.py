@@ -64,6 +64,8 @@ def train(recipe: DictConfig) -> None:
 
     require_stack()
     rank_zero_print(describe_stack())
+    if objective.warning:
+        rank_zero_print(f"warning: {objective.warning}")
 
     with unheard_imports():
         from treg_megatron import build, lora
@@ -76,6 +78,8 @@ def train(recipe: DictConfig) -> None:
         from treg_megatron.validation import ValidateEvery
 
     join(ranks, run.stuck_after)
+    # one reader is enough, and a second or so for a gigabyte: a byte that a disk has lost would be trained on
+    on_rank_zero(lambda: [opened.require_unchanged() for opened in streams.values()])
     pairs = PairData(data, streams[data.train], streams.get(data.validation), parallel)
     steps = min(pairs.steps, run.max_steps or pairs.steps)
     output = Path(run.output)

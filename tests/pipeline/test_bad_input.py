@@ -9,10 +9,13 @@ import pytest
 
 from tests.pipeline.conftest import PAIRS, assert_refused, station
 from tests.tiny import tiny_tokenizer
+from tests.unit.test_streams import pair
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.indexing import index
 from treg_megatron.labelling import label
 from treg_megatron.recipe import load_recipe, section
+from treg_megatron.streams import open_streams, write_streams
+from treg_megatron.tokens import load_tokenizer
 
 TINY = ["--recipe", "recipes/tiny.yaml"]
 
@@ -95,3 +98,15 @@ def test_train_refuses_streams_whose_lengths_disagree(files, tiny_hf, tmp_path):
     content[34:34 + lengths.nbytes] = lengths.tobytes()
     path.write_bytes(bytes(content))
     assert_refused(train(files, tiny_hf, f"data.train={streams}/train"), "train")
+
+
+def test_train_refuses_a_flipped_bit_far_from_the_ends_of_a_file(files, tiny_hf, tmp_path):
+    prefix = tmp_path / "train"
+    write_streams(prefix, [pair(f"p{i}", 5, 30, 30) for i in range(1200)], load_tokenizer(tiny_hf))
+    path = tmp_path / "train_token_rewards.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    open_streams(prefix)
+    assert_refused(train(files, tiny_hf, f"data.train={prefix}"), "train_token_rewards.bin has changed since it was written")
+    assert not (files / "refused").exists()

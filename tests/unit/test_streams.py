@@ -260,6 +260,20 @@ def test_splitting_by_hash_loses_nothing_and_keeps_pairs_on_their_side(chatml, t
         split_streams(sides[1], (tmp_path / "x", tmp_path / "y"), 1e-9)
 
 
+def test_every_byte_of_every_part_is_compared(chatml, tmp_path):
+    """A flipped bit far from the ends of a file, which opening does not read."""
+    for name in ("a", "b"):
+        write_streams(tmp_path / name, [pair(f"{name}{i}", 5, 30, 30) for i in range(1200)], chatml)
+    path = stream_paths(tmp_path / "b", "token_rewards")[0]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    open_streams(tmp_path / "a").require_unchanged()
+    for prefix in (tmp_path / "b", f"{tmp_path}/a {tmp_path}/b"):
+        with pytest.raises(UserError, match="b_token_rewards.bin has changed since it was written"):
+            open_streams(prefix).require_unchanged()
+
+
 def test_blends_leave_no_pair_out_and_keep_the_shares(chatml, tmp_path):
     write_streams(tmp_path / "a", MANY[:10], chatml)
     write_streams(tmp_path / "b", MANY[10:], chatml)
