@@ -20,7 +20,7 @@ from treg_megatron.files import sha256_of_json
 from treg_megatron.formats import Message
 from treg_megatron.sampling import Sampled
 from treg_megatron.sentencepiece_model import SentencePieceTokenizer
-from treg_megatron.word_memory import WordMemory, parts_expression
+from treg_megatron.word_memory import WordMemory, known_cuts
 
 # Llama 3.2's template writes today's date into the system turn unless it is given one; labels must not change with it.
 _FIXED_DATE = "26 Jul 2024"
@@ -233,9 +233,9 @@ class _FastEngine:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.no_truncation()
-        parts = parts_expression(self._backend)
-        self._memories = None if parts is None else {special: WordMemory(
-            functools.partial(self._encode_parts, special=special), parts) for special in (True, False)}
+        cuts = known_cuts(self._backend)
+        self._memories = None if cuts is None else {special: WordMemory(
+            functools.partial(self.encode_whole, special=special), cuts) for special in (True, False)}
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Ids of a text; ``special`` says whether special tokens are recognised in it."""
@@ -247,10 +247,6 @@ class _FastEngine:
             return self._memories[False].encode_with_spans(text)
         encoded = self.encode_whole(text, False)
         return encoded.ids, encoded.offsets
-
-    def _encode_parts(self, parts: list[str], special: bool) -> Any:
-        self._backend.encode_special_tokens = not special
-        return self._backend.encode(parts, is_pretokenized=True, add_special_tokens=False)
 
     def encode_whole(self, text: str, special: bool) -> Any:
         """The tokenizer's own encoding of a text, with ``ids`` and ``offsets``."""

@@ -11,12 +11,12 @@ are cut at by each of the expressions of :data:`_EXPRESSIONS`, whatever stands a
 kinds have no memory and encode every text whole.
 """
 
-import itertools
 import json
 import re
 import string
-from collections.abc import Callable, Iterator
-from typing import Any
+from array import array
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,20 +27,31 @@ _EXPRESSIONS = {_WORDS % "{1,3}", _WORDS % ""}
 
 _MOST = 1 << 17               # parts that are remembered, of at most so many characters: some 30 MB
 _LONGEST = 48
+_SPACE_BYTE = "\u0120"        # how a byte-level model spells a space; it spells ASCII letters as they are
+
+
+class Cuts(NamedTuple):
+    """How a tokenizer divides text.
+
+    Attributes:
+        parts: finds the parts of a text; in a row they are the text.
+        word_model: a word of ASCII letters, with :data:`_SPACE_BYTE` before it or not, to its tokens; None where more
+            than the tokenizer's model has a say in them.
+    """
+
+    parts: re.Pattern[str]
+    word_model: Callable[[str], list[Any]] | None
 
 
 class WordMemory:
-    """Encodes texts that a tokenizer's :func:`parts_expression` divides.
+    """Encodes texts that a tokenizer's :func:`known_cuts` divide.
 
     Args:
-        encode: a list of texts to something with ``ids``, and for each id its ``offsets`` in its text and in
-            ``word_ids`` which text that is; every text without regard for what stands around it.
-        parts: finds the parts of a text; in a row they are the text.
+        encode: a text to something with ``ids`` and their ``offsets``, without regard for what stands around it.
     """
 
-    def __init__(self, encode: Callable[[list[str]], Any], parts: re.Pattern[str]):
-        self._encode, self._parts = encode, parts
-        self._known: dict[str, bytes] = {}
+    def __init__(self, encode: Callable[[str], Any], cuts: Cuts):
+        self._parts, self._known = cuts.parts, _Known(encode, cuts.word_model)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -56,48 +67,66 @@ class WordMemory:
         return table[:, 0].tolist(), table[:, 1:] + np.repeat(sizes.cumsum() - sizes, tokens)[:, None]
 
     def _found(self, parts: list[str]) -> list[bytes]:
-        """For each part its tokens: id, first character, and one after the last, as the bytes of C ints."""
         if len(self._known) > _MOST:
             self._known.clear()
-        new = list(set(parts).difference(self._known))
-        if new:
-            self._known.update(zip(new, self._tokens_of(new)))
-        found = list(map(self._known.__getitem__, parts))
-        for part in new:
-            if len(part) > _LONGEST:
-                del self._known[part]
-        return found
-
-    def _tokens_of(self, parts: list[str]) -> Iterator[bytes]:
-        encoded = self._encode(parts)
-        table = np.empty((len(encoded.ids), 3), dtype=np.intc)
-        table[:, 0] = encoded.ids
-        table[:, 1:] = np.fromiter(itertools.chain.from_iterable(encoded.offsets), np.intc).reshape(-1, 2)
-        ends = np.bincount(encoded.word_ids, minlength=len(parts)).cumsum() * table.strides[0]
-        rows = table.tobytes()
-        return (rows[start:end] for start, end in itertools.pairwise([0, *ends.tolist()]))
+        return list(map(self._known.__getitem__, parts))
 
     @staticmethod
     def _table(found: list[bytes]) -> np.ndarray:
         return np.frombuffer(b"".join(found), dtype=np.intc).reshape(-1, 3)
 
 
-def parts_expression(backend: Any) -> re.Pattern[str] | None:
-    """What finds the parts of a text for a tokenizer of the package ``tokenizers``; None if it has no known cuts."""
+class _Known(dict[str, bytes]):
+    """Parts and their tokens: id, first character, and one after the last, as the bytes of C ints."""
+
+    def __init__(self, encode: Callable[[str], Any], word_model: Callable[[str], list[Any]] | None):
+        self._encode, self._word_model = encode, word_model
+
+    def __missing__(self, part: str) -> bytes:
+        tokens = (self._tokens_of_word(part) or self._tokens_of(part)).tobytes()
+        if len(part) <= _LONGEST:
+            self[part] = tokens
+        return tokens
+
+    def _tokens_of(self, part: str) -> array:
+        encoded, tokens = self._encode(part), array("i")
+        for token, (start, end) in zip(encoded.ids, encoded.offsets):
+            tokens.extend((token, start, end))
+        return tokens
+
+    def _tokens_of_word(self, part: str) -> array | None:
+        """Most parts are a word after a space: the model alone takes half the time. None for other parts."""
+        word = part.removeprefix(" ")
+        if self._word_model is None or not (word.isascii() and word.isalpha()):
+            return None
+        tokens, end = array("i"), 0
+        for token in self._word_model(word if len(word) == len(part) else _SPACE_BYTE + word):
+            start, end = end, end + len(token.value)
+            tokens.extend((token.id, start, end))
+        return tokens if end == len(part) else None          # a letter that the vocabulary lacks
+
+
+def known_cuts(backend: Any) -> Cuts | None:
+    """How a tokenizer of the package ``tokenizers`` divides text; None if it has no known cuts."""
     settings = json.loads(backend.to_str())
-    stage = settings["pre_tokenizer"] or {}
+    stage, model = settings["pre_tokenizer"] or {}, settings["model"]
     stages = stage["pretokenizers"] if stage.get("type") == "Sequence" else [stage]
-    added = settings["added_tokens"]
-    spelled = {character for token in added for character in token["content"]}
+    added = [token["content"] for token in settings["added_tokens"]]
+    spelled = set("".join(added))
     if not (all(_is_known(stage) for stage in stages) and any(map(_cuts, stages))
             and (settings["normalizer"] or {"type": "NFC"})["type"] == "NFC"
-            and not settings["model"].get("dropout")
-            and not any(token[side] for token in added for side in ("lstrip", "rstrip", "single_word"))
+            and not model.get("dropout")
+            and not any(token[side] for token in settings["added_tokens"] for side in ("lstrip", "rstrip", "single_word"))
             and not any(map(str.isspace, spelled))):
         return None
     after_word = "".join(map(re.escape, sorted(set(string.punctuation + "\n") - {"'"} - spelled)))
-    return re.compile(rf" ?[A-Za-z0-9]+(?=[{after_word}]| \S|\Z)"                               # most words
-                      rf"|.+?(?:(?<=\S)(?= \S)|(?<=[A-Za-z0-9])(?=[{after_word}])|\Z)", re.DOTALL)
+    parts = re.compile(rf" ?[A-Za-z0-9]+(?=[{after_word}]| \S|\Z)"                              # most words
+                       rf"|.+?(?:(?<=\S)(?= \S)|(?<=[A-Za-z0-9])(?=[{after_word}])|\Z)", re.DOTALL)
+    model_alone = (model["type"] == "BPE" and not model.get("continuing_subword_prefix")
+                   and not model.get("end_of_word_suffix")
+                   and any(stage.get("type") == "ByteLevel" for stage in stages)
+                   and not any(token.isascii() and token.isalpha() for token in added))
+    return Cuts(parts, backend.model.tokenize if model_alone else None)
 
 
 def _is_known(stage: dict[str, Any]) -> bool:

@@ -76,8 +76,40 @@ def test_parts_have_the_ids_and_spans_of_the_whole(both, kind, question, respons
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_is_divided_between_words_and_before_punctuation(both, kind):
-    parts = word_memory.parts_expression(both[kind][0]._engine._backend).findall("It's so, (x) <|im_end|>\n\nthe end.")
+    parts = word_memory.known_cuts(both[kind][0]._engine._backend).parts.findall("It's so, (x) <|im_end|>\n\nthe end.")
     assert parts == ["It's", " so", ",", " (x", ")", " <|im_end|>\n\nthe", " end", "."]
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(words=st.lists(st.text(LETTERS, min_size=1, max_size=60), min_size=1, max_size=9), before=st.sampled_from(["", " "]))
+def test_words_of_letters_take_the_model_alone(both, kind, words, before):
+    engine, text = both[kind][0]._engine, before + " ".join(words)
+    assert word_memory.known_cuts(engine._backend).word_model is not None
+    assert engine.encode(text, False) == engine.encode_whole(text, False).ids
+
+
+def test_a_letter_that_the_vocabulary_lacks():
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "\u0120": 1, "?": 2}, merges=[], unk_token="?"))
+    tokenizer.pre_tokenizer = KINDS["gpt2"]
+    memory = word_memory.WordMemory(lambda text: tokenizer.encode(text, add_special_tokens=False),
+                                    word_memory.known_cuts(tokenizer))
+    for text in ("aza a", "zaz", "z z a"):
+        assert memory.encode(text) == tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize("model, added", [
+    (models.WordLevel({"a": 0}, "a"), []),
+    (models.BPE(vocab={"a": 0, "b</w>": 1}, merges=[], end_of_word_suffix="</w>"), []),
+    (models.BPE(), ["word"]),
+])
+def test_words_that_more_than_the_model_decides_about(model, added):
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = KINDS["gpt2"]
+    tokenizer.add_tokens(added)
+    assert word_memory.known_cuts(tokenizer).word_model is None
 
 
 def test_memory_is_bounded(both, monkeypatch):
@@ -103,4 +135,4 @@ def test_tokenizers_without_known_cuts_have_no_memory(pre_tokenizer, added):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.add_tokens(added)
-    assert word_memory.parts_expression(tokenizer) is None
+    assert word_memory.known_cuts(tokenizer) is None
