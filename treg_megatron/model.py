@@ -24,6 +24,7 @@ from nemo.collections.llm.gpt.model.mixtral import MixtralConfig
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
+from treg_megatron.errors import UserError
 from treg_megatron.head import response_logps
 from treg_megatron.layers import torch_block_spec
 from treg_megatron.objective import Objective, preference_loss
@@ -66,6 +67,15 @@ class PolicyConfig:
     true_vocab_size: int = 0  # words without padding
 
     def configure_model(self, tokenizer, pre_process=None, post_process=None, vp_stage=None) -> ResponseGPTModel:
+        """This stage's part of the model.
+
+        Raises:
+            UserError: ``cross_entropy_fusion_impl`` is Transformer Engine's.
+        """
+        if self.cross_entropy_fusion_impl == "te":
+            raise UserError("cross_entropy_fusion_impl=te: Transformer Engine's cross-entropy has given the gradient of one "
+                            "token to all of them (TransformerEngine issue 2139), where token rewards give each its own; "
+                            "leave it at native")
         model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
         # NeMo's families build Megatron's class and then adjust it (rotary scaling, norms of Gemma); ours adds no
         # state, so the finished object changes class rather than repeat each family's construction

@@ -124,3 +124,12 @@ def test_native_layers_equal_megatrons_and_packed_equals_padded():
     torch.testing.assert_close(outputs["native gradient"], outputs["local gradient"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(outputs["packed"][:5], outputs["native"][0, :5], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(outputs["packed"][5:], outputs["native"][1], rtol=1e-5, atol=1e-5)
+
+
+def test_transformer_engines_cross_entropy_is_refused():
+    from treg_megatron.errors import UserError
+    from treg_megatron.model import LlamaPolicyConfig
+
+    config = LlamaPolicyConfig(num_layers=1, hidden_size=8, num_attention_heads=1, cross_entropy_fusion_impl="te")
+    with pytest.raises(UserError, match="cross_entropy_fusion_impl=te: .* leave it at native"):
+        config.configure_model(None)
