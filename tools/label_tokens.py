@@ -2,11 +2,12 @@
 
     python tools/label_tokens.py --recipe recipes/X.yaml --pairs pairs.jsonl
     python tools/label_tokens.py --model MODEL --pairs pairs.json --output labelled --prompt-pair few_shot
+    python tools/label_tokens.py --recipe recipes/X.yaml --pairs pairs.jsonl --report
     torchrun --nproc-per-node 8 tools/label_tokens.py --recipe recipes/X.yaml --pairs pairs.jsonl
 
 Reads preference pairs of any kind that inspect_pairs.py lists (JSON, JSONL, Parquet, Arrow) and writes labelled
 pairs as Parquet with a manifest. Pairs that do not fit --max-length are dropped whole and counted by reason; nothing
-is cut. Under torchrun or srun the processes share the pairs out. Stopped at any moment, the same command goes on where
+is cut; `--report` counts beforehand what would be, and labels nothing. Under torchrun or srun the processes share the pairs out. Stopped at any moment, the same command goes on where
 it was, with any number of processes.
 
 A reference model that is too large for one device is labelled with by Megatron: `--engine megatron --tensor 8` takes
@@ -16,11 +17,24 @@ Which prompt pair? `revise` is the paper's and suits models of billions of param
 response that it shows them, and every reward is near 0. For those take `few_shot`, or write a YAML file of your own.
 """
 
+import argparse
+
 from treg_megatron import errors, recipe
 
 
 def main() -> None:
-    section = recipe.station_section("label", __doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="say what the pairs are (counts, lengths in tokens, "
+                                                              "repetitions, rows that cannot be used), and stop")
+    recipe.add_section_arguments(parser, "label")
+    arguments = parser.parse_args()
+    section = recipe.parse_section(arguments, "label")
+    if arguments.report:
+        from treg_megatron.inspection import as_text, inspect_pairs
+        from treg_megatron.tokens import load_tokenizer
+
+        print(as_text(inspect_pairs(section.pairs, section.format, load_tokenizer(section.model), section.max_length)))
+        return
     from treg_megatron.labelling import label
 
     manifest = label(section)

@@ -92,3 +92,10 @@ def test_the_report_of_a_file(folder):
     told = ok("tools/inspect_pairs.py", folder / "a.jsonl")
     assert told.startswith("5 pairs, read as trl\n") and "characters of prompt: minimum" in told
     assert json.loads(ok("tools/inspect_pairs.py", folder / "a.jsonl", "--json"))["pairs"] == 5
+
+
+def test_the_report_before_labelling(folder, tiny_hf, tmp_path):
+    told = ok("tools/label_tokens.py", "--pairs", folder / "a.jsonl", "--model", tiny_hf, "--max-length", "20",
+              "--output", tmp_path / "labelled", "--report")
+    assert told.startswith("5 pairs, read as trl\n") and "tokens of prompt: minimum" in told
+    assert "longer than the maximum length: " in told and not list(tmp_path.iterdir())
