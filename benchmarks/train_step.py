@@ -7,10 +7,12 @@ Opponents: TRL from PyPI, in a virtual environment that this script makes, with 
 with the reference in memory; ourselves with one gain switched off at a time; ourselves without T-REG (alpha = 0). All
 run at once, each in a process of its own, and take steps in turn, so that a slow moment of the machine hits all alike.
 Figures are ratios of medians over the same steps: same global batch, same micro-batch, AdamW, fp32 on a CPU and bf16 on
-a GPU. `train_gemm_share` is the rate of forward + backward over that of a square matrix product measured in between.
+a GPU. `train_gemm_share` is the rate of forward + backward over that of a square matrix product measured in between;
+on a GPU the whole step's rate over the card's peak (MFU) is printed, too.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -42,13 +44,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="pairs in a step")
     parser.add_argument("--micro-batch", type=int, default=4, help="pairs in a forward pass, ours and TRL's")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU in bf16, for MFU (default: H100 SXM)")
     parser.add_argument("--trl-python", type=Path, default=ROOT / "runs" / "trl-venv" / "bin" / "python",
                         help="interpreter of an environment with TRL; made when missing")
-    parser.add_argument("--only", nargs="*", default=None, help="names of the runs to take part (default: all)")
+    parser.add_argument("--only", nargs="*", default=None, help="names of the runs to take part (default: all); each holds "
+                                                                "a model, so not all fit every machine at once")
+    parser.add_argument("--prepared", type=Path, help="folder that keeps labels and checkpoint for another run on the same "
+                                                      "model and pairs (default: a temporary one)")
     arguments = parser.parse_args()
     make_trl(arguments.trl_python)
-    with tempfile.TemporaryDirectory() as folder:
-        measure(arguments, Path(folder))
+    with contextlib.ExitStack() as stack:
+        measure(arguments, arguments.prepared or Path(stack.enter_context(tempfile.TemporaryDirectory())))
 
 
 def make_trl(python: Path) -> None:
@@ -69,10 +75,14 @@ def make_trl(python: Path) -> None:
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "PYTHONPATH": str(ROOT), "TREG_THREADS":
                                 str(arguments.threads)}
-    prepare = subprocess.run(
-        [sys.executable, WORKERS / "prepare.py", folder, str(arguments.model or ""), str(arguments.tokenizer or ""),
-         arguments.pairs, str(arguments.max_length)], env=environment, check=True, capture_output=True, text=True)
-    print(prepare.stdout.strip().splitlines()[-1])
+    told = folder / "prepared.txt"
+    if not told.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        prepare = subprocess.run(
+            [sys.executable, WORKERS / "prepare.py", folder, str(arguments.model or ""), str(arguments.tokenizer or ""),
+             arguments.pairs, str(arguments.max_length)], env=environment, check=True, capture_output=True, text=True)
+        told.write_text(prepare.stdout.strip().splitlines()[-1])
+    print(told.read_text(), flush=True)
     sizes = ["--batch", str(arguments.batch), "--micro-batch", str(arguments.micro_batch),
              "--steps", str(arguments.steps + 2), "--max-length", str(arguments.max_length)]
     commands = {name: [sys.executable, WORKERS / "ours.py", folder, *sizes, *extra] for name, extra in OURS.items()}
@@ -108,26 +118,33 @@ class Worker:
         self._read()
 
     def step(self) -> dict[str, float]:
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):          # _read says why it ended
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
         return self._read()
 
     def _read(self) -> dict[str, float]:
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise SystemExit(f"{self.name} ended:\n{self.log.read_text()[-3000:]}")
+        killed = " (killed: was there memory for all runs? --only takes some)" if self.process.wait() == -9 else ""
+        raise SystemExit(f"{self.name} ended{killed}:\n{self.log.read_text()[-3000:]}")
 
 
 def report(samples: dict[str, list[dict[str, float]]], arguments: argparse.Namespace) -> None:
     medians = {name: statistics.median(s["seconds"] for s in taken) for name, taken in samples.items()}
-    print(f"\n{'':32} {'median s/step':>14} {'pairs/s':>9} {'x treg':>8}")
-    for name, seconds in medians.items():
-        print(f"{name:32} {seconds:14.3f} {arguments.batch / seconds:9.2f} {seconds / medians['treg']:8.2f}")
     ours = samples["treg"]
+    tokens = statistics.mean(s["tokens"] for s in ours)         # padding is none, whoever computes it
+    print(f"\n{'':32} {'median s/step':>14} {'pairs/s':>9} {'tokens/s':>9} {'x treg':>8}")
+    for name, seconds in medians.items():
+        print(f"{name:32} {seconds:14.3f} {arguments.batch / seconds:9.2f} {tokens / seconds:9.0f} "
+              f"{seconds / medians['treg']:8.2f}")
     share = statistics.median(s["flops"] / s["forward_backward_seconds"] / s["gemm_rate"] for s in ours)
-    print(f"\n{arguments.steps} steps of {arguments.batch} pairs, {statistics.mean(s['tokens'] for s in ours):.0f} tokens a step, "
+    print(f"\n{arguments.steps} steps of {arguments.batch} pairs, {tokens:.0f} tokens a step on {ours[0]['device']}, "
           f"matrix product {statistics.median(s['gemm_rate'] for s in ours) / 1e9:.0f} GFLOP/s")
+    if ours[0]["device"] != "cpu":
+        mfu = statistics.median(s["flops"] / s["seconds"] for s in ours) / (1e12 * arguments.peak_tflops)
+        print(f"MFU {mfu:.3f} of {arguments.peak_tflops:g} TFLOP/s")
     figures = {"train_vs_trl_precomputed": "TRL, precomputed", "train_vs_trl_resident": "TRL, reference in memory"}
     for figure, opponent in figures.items():
         if opponent in medians:

@@ -49,7 +49,8 @@ class OnDemand(pl.Callback):
         synchronize()
         seconds = time.perf_counter() - self.start
         say({"seconds": seconds, "forward_backward_seconds": self.forward_backward, "flops": self.flops,
-             "tokens": self.tokens, "gemm_rate": self.gemm_rate()})
+             "tokens": self.tokens, "gemm_rate": self.gemm_rate(),
+             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"})
 
     def gemm_rate(self) -> float:
         """FLOP/s of a square matrix product, the best of five."""
