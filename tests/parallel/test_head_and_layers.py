@@ -130,6 +130,7 @@ def test_transformer_engines_cross_entropy_is_refused():
     from treg_megatron.errors import UserError
     from treg_megatron.model import LlamaPolicyConfig
 
-    config = LlamaPolicyConfig(num_layers=1, hidden_size=8, num_attention_heads=1, cross_entropy_fusion_impl="te")
+    config = LlamaPolicyConfig(num_layers=1, hidden_size=8, num_attention_heads=1, apply_rope_fusion=False,
+                               cross_entropy_fusion_impl="te")
     with pytest.raises(UserError, match="cross_entropy_fusion_impl=te: .* leave it at native"):
         config.configure_model(None)
