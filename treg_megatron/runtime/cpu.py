@@ -152,3 +152,23 @@ def _replace_cuda_runtime() -> None:
 
     megatron_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffers, name, _unless_in_place(getattr(buffers, name)))
+
+
+def _unless_in_place(collective: Callable) -> Callable:
+    """A rank that is its whole group gathers from and scatters to itself: NCCL does nothing then, gloo copies all
+    parameters and gradients to where they are.
+
+    Args:
+        collective: of output, input, and more.
+    """
+    def unless_in_place(output: torch.Tensor, input: torch.Tensor, *args, **kwargs):
+        if output.data_ptr() == input.data_ptr() and output.numel() == input.numel():
+            return None
+        return collective(output, input, *args, **kwargs)
+
+    return unless_in_place
