@@ -25,9 +25,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = Path(__file__).resolve().parent / "workers"
 TRL = "trl==0.24.0"
+SHARED = "data.share_prompts=true"
 OURS = {
-    "treg": [],
-    "dpo": ["objective.alpha=0"],
+    "treg": [SHARED],
+    "dpo": [SHARED, "objective.alpha=0"],
+    "prompts computed twice": [],           # and so in those below
     "padded rows": ["data.layout=padded"],
     "padded, Megatron's attention": ["data.layout=padded", "bench.attention=local"],
     "logits of all tokens": ["bench.head=whole"],

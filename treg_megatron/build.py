@@ -19,7 +19,7 @@ from treg_megatron.errors import UserError
 from treg_megatron.objective import Objective
 from treg_megatron.runtime.cpu import is_cpu
 from treg_megatron.runtime.launch import World
-from treg_megatron.sections import OptimizerSection, ParallelSection, TrainSection
+from treg_megatron.sections import DataSection, OptimizerSection, ParallelSection, TrainSection
 from treg_megatron.strategy import PolicyStrategy
 
 
@@ -89,6 +89,17 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
         params_dtype=DTYPES[train.precision],
         bf16=train.precision == "bf16",
     )
+
+
+def require_shareable(data: DataSection, config) -> None:
+    """Check that the layers of a policy config can attend to shared prompts.
+
+    Raises:
+        UserError: they are Transformer Engine's and prompts are to be shared.
+    """
+    if data.share_prompts and policies.on_transformer_engine(config):
+        raise UserError("data.share_prompts: Transformer Engine's attention, which is installed here, cannot continue one "
+                        "prompt twice; set it to false")
 
 
 def optimizer(section: OptimizerSection, train: TrainSection, steps: int) -> MegatronOptimizerModule:

@@ -83,6 +83,9 @@ def require_divisible(fields: dict[str, Any], parallel: ParallelSection, data: D
             raise UserError(f"parallel.virtual_pipeline needs rows of one length: data.layout=bins, not {data.layout}")
     if parallel.context > 1 and data.layout == "padded":
         raise UserError("parallel.context splits packed sequences: data.layout=packed or bins, not padded")
+    if data.share_prompts and (data.layout == "padded" or parallel.context > 1 or fields.get("num_moe_experts")):
+        raise UserError("data.share_prompts computes a prompt once in a packed row: it needs data.layout=packed or bins, "
+                        "parallel.context=1 and a model without experts; set it to false")
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("parallel.sequence splits the sequence over the tensor-parallel group: it needs parallel.tensor > 1")
     per_pass = data.micro_batch_size * data_parallel_size(parallel, ranks)

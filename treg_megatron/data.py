@@ -122,7 +122,11 @@ class PairData(pl.LightningDataModule):
                                        micro_batches=packing.micro_batches(self.bins, ranks, self.group), **order)
         return DataLoader(PairDataset(streams), batch_sampler=sampler, collate_fn=functools.partial(
             collate, layout=layout, pad_to_multiple_of=self.pad_to, context=ContextPart(
-                parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())))
+                parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()),
+            share_prompts=self.data.share_prompts))
 
     def _lengths(self, streams: PairStreams) -> np.ndarray:
-        return packing.pair_lengths(self.padded_length(streams.sequence_lengths), self.bin_size, str(streams.prefix))
+        lengths = self.padded_length(streams.sequence_lengths)
+        if self.data.share_prompts:         # the rejected sequence brings its response alone
+            lengths = np.column_stack([lengths[:, 0], streams.response_lengths[:, 1]])
+        return packing.pair_lengths(lengths, self.bin_size, str(streams.prefix))

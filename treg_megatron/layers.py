@@ -8,6 +8,7 @@ spec's, checkpoint keys are Transformer Engine's.
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,13 @@ from treg_megatron.context import ContextPart
 from treg_megatron.rms_norm import RMSNorm
 from treg_megatron.rotary import use_torch_rotation
 from treg_megatron.swiglu import SwiGLU
+
+
+@dataclass
+class SharedPrompts(PackedSeqParams):
+    """A packed row of pairs that hold their prompt once (microbatch.shared_row); rotation goes by position ids."""
+
+    pairs: list[tuple[int, int, int]] | None = None  # tokens of prompt, chosen, rejected; what follows is padding
 
 
 def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec:
@@ -93,7 +101,8 @@ class RowParallelLinearWithNorm(RowParallelLinear):
 class SdpaAttention(MegatronModule):
     """Causal grouped-query attention on ``scaled_dot_product_attention``.
 
-    Packed sequences (THD) are attended one by one: block-diagonal without a mask, and no work between sequences.
+    Packed sequences (THD) are attended one by one: block-diagonal without a mask, and no work between sequences. Of a
+    pair that holds its prompt once, the rejected response attends to the prompt and to itself.
     Context-parallel ranks gather the keys and values of all; each of their two pieces of a sequence attends to what
     comes before its end.
 
@@ -120,12 +129,14 @@ class SdpaAttention(MegatronModule):
         if packed_seq_params is None:
             out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
             return out.permute(2, 0, 1, 3).flatten(2)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         context = ContextPart(parallel_state.get_context_parallel_rank(), self.config.context_parallel_size)
-        if context.ranks == 1:
+        if isinstance(packed_seq_params, SharedPrompts):
+            parts = _with_prompts(query, key, value, packed_seq_params.pairs)
+        elif context.ranks == 1:
+            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
             parts = zip(query.split(lengths), key.split(lengths), value.split(lengths))
         else:
-            parts = _pieces(query, key, value, lengths, context)
+            parts = _pieces(query, key, value, packed_seq_params.cu_seqlens_q.diff().tolist(), context)
         out = [self._attend(*(x.transpose(0, 1)[None] for x in part)) for part in parts]
         return torch.cat([x[0].transpose(0, 1) for x in out]).flatten(1)
 
@@ -146,6 +157,20 @@ class SdpaAttention(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Nothing to save: attention has no parameters."""
         return {}
+
+
+def _with_prompts(query: Tensor, key: Tensor, value: Tensor,
+                  pairs: list[tuple[int, int, int]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each pair the queries of prompt and chosen, then those of the rejected response with the prompt's keys and
+    values before its own; last the padding."""
+    sizes = [size for prompt, chosen, rejected in pairs for size in (prompt + chosen, rejected)]
+    padding = len(query) - sum(sizes)
+    *split, (q, k, v) = zip(*(x.split([*sizes, padding]) for x in (query, key, value)))
+    for (prompt, _, _), first, (rejected, *others) in zip(pairs, split[0::2], split[1::2]):
+        yield first
+        yield rejected, *(torch.cat([x[:prompt], own]) for x, own in zip(first[1:], others))
+    if padding:
+        yield q, k, v
 
 
 def _pieces(query: Tensor, key: Tensor, value: Tensor, lengths: list[int],

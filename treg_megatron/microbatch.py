@@ -21,17 +21,18 @@ PADDING_TOKEN = 0  # never scored, never attended to by a scored token
 
 
 def collate(records: Sequence[PairRecord], layout: str, pad_to_multiple_of: int = 1,
-            context: ContextPart = WHOLE) -> dict[str, Any]:
+            context: ContextPart = WHOLE, share_prompts: bool = False) -> dict[str, Any]:
     """One micro-batch of 0 or more pairs; without pairs it is a row of padding whose loss is 0.
 
     Args:
         pad_to_multiple_of: a row's length is a multiple of this; as large as the longest row, it makes all rows equal.
         context: the part of every sequence that this rank holds; layout packed alone can be split.
+        share_prompts: whether a pair's prompt stands in its row once; layout packed and whole sequences only.
 
     Returns:
         tokens, position_ids: [b, s] int64; packed: b = 1.
         cu_seqlens: [sequences + 1] int32 and max_seqlen: int, of whole sequences, packed only; padding is a sequence of
-            its own.
+            its own. Where prompts are shared, pairs instead of cu_seqlens: list of (prompt, chosen, rejected) tokens.
         rows: [n] int64, which row of the [s * b, hidden] flattened hidden states predicts response token n.
         targets: [n] int64, its id. lengths: list of int, tokens here of chosen 0, rejected 0, chosen 1, ...
         token_rewards, ref_logps: [n] fp32, absent where the streams have none. pair_ids: list of str.
@@ -48,7 +49,9 @@ def collate(records: Sequence[PairRecord], layout: str, pad_to_multiple_of: int 
 
     positions = [p[mine] for p, mine in zip(positions, here)]
     tokens = [torch.from_numpy(np.asarray(s, dtype=np.int64)) for s in sequences]
-    if layout == "packed":
+    if share_prompts:
+        batch = shared_row(tokens, positions, responses, pad_to_multiple_of)
+    elif layout == "packed":
         batch = packed_row(tokens, positions, pad_to_multiple_of, context)
     else:
         batch = _padded(tokens, positions, pad_to_multiple_of)
@@ -88,6 +91,36 @@ def packed_row(sequences: list[torch.Tensor], positions: list[np.ndarray], multi
         "cu_seqlens": torch.tensor([0, *sizes]).cumsum(0).to(torch.int32),
         "max_seqlen": max(sizes),
         "rows": _flat([start + context.row(p, size) for start, p, size in zip(starts, positions, sizes)], np.int64),
+    }
+
+
+def shared_row(sequences: list[torch.Tensor], positions: list[np.ndarray], responses: list[int],
+               multiple: int = 1) -> dict[str, Any]:
+    """Pairs in one row, their prompt once: prompt, chosen, rejected of each; tokens, position_ids, pairs, max_seqlen and
+    rows of :func:`collate`.
+
+    Args:
+        sequences: [s] int64 each: chosen 0, rejected 0, chosen 1, ...
+        positions: of each sequence those that predict its response tokens.
+        responses: tokens of each response.
+    """
+    parts, places, rows, pairs, start = [], [], [], [], 0
+    for first in range(0, len(sequences), 2):
+        (chosen, rejected), (of_chosen, of_rejected) = sequences[first:first + 2], positions[first:first + 2]
+        prompt = len(chosen) - responses[first]
+        parts += [chosen, rejected[prompt:]]
+        places += [torch.arange(len(chosen)), torch.arange(prompt, len(rejected))]
+        # behind the prompt, the rejected response's tokens stand after the chosen one's
+        rows += [start + of_chosen, start + np.where(of_rejected < prompt, of_rejected, of_rejected + responses[first])]
+        pairs.append((prompt, responses[first], len(rejected) - prompt))
+        start += len(chosen) + len(rejected) - prompt
+    padding = _round_up(max(start, 1), multiple) - start
+    return {
+        "tokens": torch.cat([*parts, torch.full((padding,), PADDING_TOKEN)])[None],
+        "position_ids": torch.cat([*places, torch.arange(padding)])[None],
+        "pairs": pairs,
+        "max_seqlen": max([padding, *map(len, sequences)]),
+        "rows": _flat(rows, np.int64),
     }
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from treg_megatron.errors import UserError
 from treg_megatron.head import response_logps
-from treg_megatron.layers import torch_block_spec
+from treg_megatron.layers import SharedPrompts, torch_block_spec
 from treg_megatron.objective import Objective, preference_loss
 
 
@@ -39,6 +39,15 @@ class ResponseTokens(NamedTuple):
 
 class ResponseGPTModel(MegatronGPTModel):
     """Megatron's GPT model with the response-only, chunked, vocabulary-parallel head instead of whole logits."""
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args,
+                    packed_seq_params: PackedSeqParams | None = None, **kwargs) -> tuple:
+        """Megatron's, and where pairs share their prompts the angles of each token's own position, [t, 1, channels]."""
+        embedded, angles, *others = super()._preprocess(input_ids, position_ids, *args,
+                                                        packed_seq_params=packed_seq_params, **kwargs)
+        if isinstance(packed_seq_params, SharedPrompts):
+            angles = angles[position_ids[0], 0]
+        return embedded, angles, *others
 
     def _postprocess(self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor,
                      labels: ResponseTokens | Tensor | None, *args, **kwargs) -> Tensor:
@@ -128,9 +137,14 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Module
     NeMo's own layers for Gemma 2 refuse packed sequences, drop the sliding window where no mask is passed, and slide in
     the odd layers where the model slides in the even ones.
     """
-    if HAVE_TE and not getattr(config, "post_layer_norms", False):
+    if on_transformer_engine(config):
         return transformer_engine_layer_spec(config)
     return torch_block_spec(config, vp_stage=vp_stage)
+
+
+def on_transformer_engine(config: TransformerConfig) -> bool:
+    """Whether :func:`layer_spec` takes Transformer Engine's layers."""
+    return HAVE_TE and not getattr(config, "post_layer_norms", False)
 
 
 def data_step(iterator) -> dict[str, Any]:
@@ -148,6 +162,9 @@ def forward_step(model, batch: dict[str, Any]) -> Tensor:
         packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, cu_seqlens_q_padded=ends,
                                  cu_seqlens_kv_padded=ends, max_seqlen_q=batch["max_seqlen"],
                                  max_seqlen_kv=batch["max_seqlen"])
+    elif "pairs" in batch:
+        packed = SharedPrompts(qkv_format="thd", max_seqlen_q=batch["max_seqlen"], max_seqlen_kv=batch["max_seqlen"],
+                               pairs=batch["pairs"])
     return model(batch["tokens"], batch["position_ids"], labels=ResponseTokens(batch["rows"], batch["targets"]),
                  packed_seq_params=packed)
 

@@ -35,11 +35,15 @@ class OnDemand(pl.Callback):
         self.start, self.flops, self.tokens = time.perf_counter(), 0.0, 0
 
     def on_megatron_microbatch_start(self, step, batch, forward_callback):
-        sequences = batch["cu_seqlens"].diff().tolist() if "cu_seqlens" in batch else \
-            [batch["tokens"].shape[1]] * len(batch["tokens"])
-        useful = sum(batch["sequence_lengths"]) if "sequence_lengths" in batch else sum(sequences)
-        self.tokens += useful
-        self.flops += flops(self.fields, sequences, len(batch["targets"]))
+        row = batch["tokens"].shape[1]
+        if "pairs" in batch:
+            sequences = [n for prompt, chosen, rejected in batch["pairs"] for n in (prompt + chosen, prompt + rejected)]
+            again = [prompt for prompt, _, _ in batch["pairs"]]
+        else:
+            sequences = batch["cu_seqlens"].diff().tolist() if "cu_seqlens" in batch else [row] * len(batch["tokens"])
+            again = []
+        self.tokens += sum(sequences)
+        self.flops += flops(self.fields, sequences, len(batch["targets"])) - flops(self.fields, again, 0)
 
     def on_megatron_step_end(self, step, **_):
         synchronize()

@@ -36,6 +36,12 @@ LAYOUTS = {
     "CP2": (2, ["parallel.context=2"]),
     "CP2xTP2+SP bins": (4, [*BINS, "parallel.context=2", "parallel.tensor=2", "parallel.sequence=true"]),
     "TP2+SP recompute": (2, ["parallel.tensor=2", "parallel.sequence=true", "train.recompute=full"]),
+    "shared prompts": (1, ["data.share_prompts=true", "data.micro_batch_size=2"]),
+    "shared prompts PP2 bins": (2, [*BINS, "data.share_prompts=true", "parallel.pipeline=2"]),
+    "shared prompts TP2xPP2+SP recompute": (4, ["data.share_prompts=true", "parallel.tensor=2", "parallel.sequence=true",
+                                                "parallel.pipeline=2", "train.recompute=full"]),
+    "shared prompts PP2+VPP2": (2, [*BINS, "data.share_prompts=true", "parallel.pipeline=2",
+                                    "parallel.virtual_pipeline=2"]),
 }
 EXPERTS = {
     "single": (1, []),

@@ -9,6 +9,7 @@ LAYOUTS = {
     "one rank": (1, BINS),
     "one bin a step": (1, ["data.layout=bins"]),
     "DP2": (2, BINS),
+    "DP2 shared prompts": (2, [*BINS, "data.share_prompts=true"]),
     "PP2": (2, [*BINS, "parallel.pipeline=2"]),
     "TP2+SP": (2, [*BINS, "parallel.tensor=2", "parallel.sequence=true"]),
     "PP2+VPP2": (2, [*BINS, "parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
