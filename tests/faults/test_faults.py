@@ -1,5 +1,6 @@
 """A thousand ways to damage inputs and outputs: each is refused in one line that names the file, or reads correctly."""
 
+import itertools
 import json
 import os
 import random
@@ -11,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.unit.test_streams import THREE, pair
 from treg_megatron.errors import UserError
 from treg_megatron.labels import LabelledPair, read_labelled, write_shard
 from treg_megatron.pairs import read_pairs
+from treg_megatron.rows import read_rows
 from treg_megatron.streams import merge_streams, open_streams, split_streams, stream_paths, verify, write_streams
 
 SEEDS = range(250)                     # times four kinds of file
@@ -67,6 +70,32 @@ def test_pairs(tmp_path):
         if outcomes[-1] and source.suffix in (".parquet", ".arrow"):      # these say how many rows they have
             assert len(read) == 6, seed
     assert 0 < sum(outcomes) < len(SEEDS)       # flipped letters of a text are another text
+
+
+def test_rows_are_not_lost_silently(tmp_path):
+    """What readers take for an end or for nothing: an Arrow stream cut between two batches, zeros where the second one's
+    length was, a Parquet page of a kind that is skipped."""
+    batch = pa.record_batch({name: ["x", "y"] for name in ("prompt", "chosen")} | {"rejected": ["no", "no"]})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+        first = sink.tell()
+        stream.write_batch(batch)
+    arrow = sink.getvalue().to_pybytes()
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+    for content, rows in ((arrow, 4), (arrow[:first], None), (arrow[:first + 4] + bytes(4) + arrow[first + 8:], None)):
+        (tmp_path / "data.arrow").write_bytes(content)
+        if rows:
+            assert len(list(read_rows(tmp_path))) == rows
+        else:
+            with pytest.raises(UserError, match="data.arrow .*after row 2: the stream ends at byte"):
+                list(read_rows(tmp_path))
+    good, path = (FOLDER / "ultrafeedback.parquet").read_bytes(), tmp_path / "own.parquet"
+    for at, bit in itertools.product(range(4, 24), range(8)):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1:])
+        read: list = []
+        if refused_or_read(lambda: read.extend(read_rows(path)), "own.parquet"):
+            assert len(read) == 6, (at, bit)
 
 
 def test_labelled_pairs(tmp_path):
