@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from treg_megatron.errors import UserError
-from treg_megatron.streams import PairRecord, PairStreams
+from treg_megatron.pair_streams import PairRecord, PairStreams
 
 _LONGEST = 100                # times the pairs that there are; more is a slip of the pen in the weights
 
 
 class BlendedStreams:
-    """Read like :class:`~treg_megatron.streams.PairStreams`; ``prefix`` is the blend as it was written."""
+    """Read like :class:`~treg_megatron.pair_streams.PairStreams`; ``prefix`` is the blend as it was written."""
 
     def __init__(self, written: str, parts: list[PairStreams], weights: list[float] | None):
         self.prefix, self.parts = written, parts

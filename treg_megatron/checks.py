@@ -6,8 +6,8 @@ import numpy as np
 
 from treg_megatron.errors import UserError
 from treg_megatron.objective import Objective
+from treg_megatron.pair_streams import PairStreams
 from treg_megatron.sections import DataSection, ParallelSection
-from treg_megatron.streams import PairStreams
 
 
 def data_parallel_size(parallel: ParallelSection, ranks: int) -> int:

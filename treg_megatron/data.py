@@ -14,8 +14,8 @@ from treg_megatron import packing
 from treg_megatron.context import ContextPart
 from treg_megatron.microbatch import collate, row_multiple
 from treg_megatron.order import MicrobatchOrder
+from treg_megatron.pair_streams import PairRecord, PairStreams
 from treg_megatron.sections import DataSection, ParallelSection
-from treg_megatron.streams import PairRecord, PairStreams
 
 
 class PairDataset(Dataset):

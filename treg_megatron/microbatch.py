@@ -14,8 +14,8 @@ import torch
 
 from treg_megatron.alignment import score_positions
 from treg_megatron.context import WHOLE, ContextPart
+from treg_megatron.pair_streams import PairRecord
 from treg_megatron.sections import DataSection, ParallelSection
-from treg_megatron.streams import PairRecord
 
 PADDING_TOKEN = 0  # never scored, never attended to by a scored token
 

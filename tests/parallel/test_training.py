@@ -117,7 +117,8 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tied_run, tmp_path):
     import numpy as np
 
     from treg_megatron.indexed import ends_of
-    from treg_megatron.streams import open_streams, stream_paths
+    from treg_megatron.pair_streams import stream_paths
+    from treg_megatron.streams import open_streams
 
     prefix = tmp_path / "streams" / "train"
     source = Path(next(o for o in tied_run.overrides if o.startswith("index.output=")).removeprefix("index.output="))

@@ -6,7 +6,7 @@ import torch
 
 from treg_megatron.context import WHOLE, ContextPart
 from treg_megatron.microbatch import collate
-from treg_megatron.streams import PairRecord
+from treg_megatron.pair_streams import PairRecord
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

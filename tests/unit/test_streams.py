@@ -12,10 +12,11 @@ from treg_megatron.errors import UserError
 from treg_megatron.indexed import IndexedWriter
 from treg_megatron.indexing import index
 from treg_megatron.labels import LabelledPair, write_shard
+from treg_megatron.pair_streams import PairRecord, stream_paths
 from treg_megatron.recipe import load_recipe
 from treg_megatron.sections import IndexSection
-from treg_megatron.streams import (PairRecord, in_validation, merge_streams, open_streams, require_same_tokenizer,
-                                   split_streams, stream_paths, verify, write_streams)
+from treg_megatron.streams import (in_validation, merge_streams, open_streams, require_same_tokenizer, split_streams, verify,
+                                   write_streams)
 
 
 def pair(name: str, prompt: int, chosen: int, rejected: int, reference: bool = True, vocab: int = 384) -> LabelledPair:

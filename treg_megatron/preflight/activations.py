@@ -15,11 +15,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from treg_megatron import model as policies
 from treg_megatron.context import ContextPart
 from treg_megatron.microbatch import collate, row_multiple
+from treg_megatron.pair_streams import PairRecord
 from treg_megatron.preflight.live import LiveTensors
 from treg_megatron.preflight.ranks import Rank
 from treg_megatron.preflight.schedule import FORWARD, Event
 from treg_megatron.sections import DataSection, ParallelSection
-from treg_megatron.streams import PairRecord
 
 LAYERS, HEAD = "layers", "log-prob head"
 
