@@ -2,7 +2,6 @@
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,11 +9,9 @@ from studies.miniature.configuration import Study
 from studies.miniature.measure import load_arrays
 from studies.miniature.model import vocabulary
 from studies.miniature.pipeline import result_path
+from studies.miniature.results import Results
 from treg_megatron.files import atomic_write
 from treg_megatron.labels import SIDES, read_labelled
-
-if TYPE_CHECKING:
-    from studies.miniature.report import Results
 
 CURVES = {"rewards/accuracies": "training pairs ordered rightly", "rewards/margins": "reward margin",
           "logps/chosen": "log-prob of the chosen", "logps/rejected": "log-prob of the rejected"}
@@ -23,7 +20,7 @@ EXAMPLES = 3
 WHOLE_COLOUR = 0.95         # quantile of a row's sizes that gets the full colour: each row has a scale of its own
 
 
-def draw_all(results: "Results", regularised: str, folder: Path) -> dict[str, str]:
+def draw_all(results: Results, regularised: str, folder: Path) -> dict[str, str]:
     """Write the pictures into ``folder``; what each is called, relative to the report beside that folder."""
     import matplotlib
 
@@ -35,7 +32,7 @@ def draw_all(results: "Results", regularised: str, folder: Path) -> dict[str, st
     return {name: f"{folder.name}/{name}.png" for name in figures}
 
 
-def learning_curves(results: "Results"):
+def learning_curves(results: Results):
     """Metrics of the training steps, mean over seeds, a line a method."""
     from matplotlib import pyplot
 
@@ -72,7 +69,7 @@ def search_picture(study: Study):
     return figure
 
 
-def token_picture(results: "Results", regularised: str):
+def token_picture(results: Results, regularised: str):
     """Answers token by token: the verifier's marks, r_t, and what policies make of the tokens."""
     from matplotlib import pyplot
     from matplotlib.colors import LinearSegmentedColormap
@@ -94,7 +91,7 @@ def token_picture(results: "Results", regularised: str):
     return figure
 
 
-def _answers_with_errors(results: "Results") -> list[tuple[str, list[str], slice]]:
+def _answers_with_errors(results: Results) -> list[tuple[str, list[str], slice]]:
     """Title, tokens and place in the credit set of the first answers with two wrong tokens or more."""
     found, at = [], 0
     for pair in read_labelled(results.study.run / "labelled" / "test"):

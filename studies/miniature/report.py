@@ -1,18 +1,18 @@
 """docs/STUDY.md from the results: every figure in it is computed here, and whether the paper is borne out, too."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from studies.miniature import data, pictures
+from studies.miniature import pictures
 from studies.miniature.bootstrap import Bootstrap, Estimate
 from studies.miniature.configuration import Study
 from studies.miniature.data import WORSE
 from studies.miniature.measure import load_arrays
 from studies.miniature.pipeline import REFERENCE, result_path
-from studies.miniature.world import ERROR_RATES, OPERATIONS, task_of
+from studies.miniature.results import Results
+from studies.miniature.world import ERROR_RATES, OPERATIONS
 from treg_megatron.files import atomic_write
 
 #: (better, worse, what the paper's tables say); `dpo_reg` stands for the alpha that development prompts chose
@@ -29,60 +29,6 @@ PAPER_ORDER = (
 EXTRA_ORDER = tuple((better, worse, "not in the paper") for better, worse in
                     (("truth", "dpo"), ("truth", "dpo_reg"), ("dpo", "sft"), ("dpo", "simpo")))
 REGULARISED = ("dpo_reg_0.1", "dpo_reg_0.25", "dpo_reg_0.5")
-
-
-class Results:
-    """The measures of the final runs on test prompts, and what is computed from them."""
-
-    def __init__(self, study: Study, choice: dict[str, int]):
-        self.study = study
-        self.credit = load_arrays(study.run / "credit" / "test.npz")
-        self.reference = load_arrays(result_path(study, REFERENCE, "test"))
-        self.runs = {method: [load_arrays(result_path(study, study.of(method, choice[method], seed).name, "test"))
-                              for seed in study.seeds] for method in study.methods}
-        self.tasks = [task_of(row["prompt"]) for row in data.read_rows(study.run / "prompts" / "test.jsonl")]
-        resamples = study.measure["resamples"]
-        self.draw = Bootstrap(len(study.seeds), len(self.tasks), resamples)
-        self.draw_pairs = Bootstrap(len(study.seeds), int(self.credit["pair"].max()) + 1, resamples)
-
-    def of(self, method: str) -> list[dict[str, np.ndarray]]:
-        """The measures of a method seed by seed, or of the reference, which has no seeds."""
-        return [self.reference] if method == REFERENCE else self.runs[method]
-
-    def values(self, method: str, what: str) -> np.ndarray:
-        """[seeds, prompts] of a measure, the mean over a prompt's answers."""
-        return np.stack([run[what].mean(axis=1) for run in self.of(method)])
-
-    def mean(self, method: str, what: str) -> Estimate:
-        return self.draw.mean(self.values(method, what))
-
-    def wins(self, method: str, way: str) -> Estimate:
-        """Share of answers that score above the reference's to the same prompt with the same seed, ties half."""
-        theirs = self.reference[f"{way}/score"]
-        ours = np.stack([run[f"{way}/score"] for run in self.runs[method]])
-        return self.draw.mean(((ours > theirs) + (ours == theirs) / 2).mean(axis=2))
-
-    def score_difference(self, better: str, worse: str) -> Estimate:
-        return self.draw.mean(self.values(better, "sampled/score") - self.values(worse, "sampled/score"))
-
-    def right_results(self, method: str, rate: float) -> float:
-        """Share of right results in sampled answers, among the facts of one error rate."""
-        of_rate = np.array([[fact.error_rate == rate for fact in task.facts] for task in self.tasks])
-        by_item = np.mean([run["sampled/results"].mean(axis=1) for run in self.of(method)], axis=0)
-        return float(by_item[of_rate].mean())
-
-    @functools.cache
-    def credit_aurocs(self, method: str) -> tuple[np.ndarray, np.ndarray]:
-        """How well implicit token rewards tell right tokens from wrong ones, by seed and by draw."""
-        implicit = np.stack([run["implicit"] for run in self.runs[method]])
-        return self.draw_pairs.aurocs(implicit, self.credit["right"], self.credit["pair"])
-
-    def credit_auroc(self, method: str) -> Estimate:
-        return self.draw_pairs.estimate(*self.credit_aurocs(method))
-
-    def credit_difference(self, better: str, worse: str) -> Estimate:
-        both = zip(self.credit_aurocs(better), self.credit_aurocs(worse), strict=True)
-        return self.draw_pairs.estimate(*(ours - theirs for ours, theirs in both))
 
 
 def write_report(study: Study, choice: dict[str, int]) -> Path:
