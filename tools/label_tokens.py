@@ -7,8 +7,8 @@
 
 Reads preference pairs of any kind that inspect_pairs.py lists (JSON, JSONL, Parquet, Arrow) and writes labelled
 pairs as Parquet with a manifest. Pairs that do not fit --max-length are dropped whole and counted by reason; nothing
-is cut; `--report` counts beforehand what would be, and labels nothing. Under torchrun or srun the processes share the pairs out. Stopped at any moment, the same command goes on where
-it was, with any number of processes.
+is cut. `--report` counts them beforehand and labels nothing. Under torchrun or srun the processes share the pairs out.
+Stopped at any moment, the same command goes on where it was, with any number of processes.
 
 A reference model that is too large for one device is labelled with by Megatron: `--engine megatron --tensor 8` takes
 the checkpoint that training starts from; processes that one copy of the model leaves over hold further copies.

@@ -91,13 +91,13 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
     )
 
 
-def require_shareable(data: DataSection, config) -> None:
-    """Check that the layers of a policy config can attend to shared prompts.
+def require_shareable(data: DataSection) -> None:
+    """Check that attention and rotary embedding are those of this project where prompts are to be shared.
 
     Raises:
-        UserError: they are Transformer Engine's and prompts are to be shared.
+        UserError: they are Transformer Engine's.
     """
-    if data.share_prompts and policies.on_transformer_engine(config):
+    if data.share_prompts and policies.HAVE_TE:
         raise UserError("data.share_prompts: Transformer Engine's attention, which is installed here, cannot continue one "
                         "prompt twice; set it to false")
 

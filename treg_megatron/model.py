@@ -137,14 +137,9 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Module
     NeMo's own layers for Gemma 2 refuse packed sequences, drop the sliding window where no mask is passed, and slide in
     the odd layers where the model slides in the even ones.
     """
-    if on_transformer_engine(config):
+    if HAVE_TE and not getattr(config, "post_layer_norms", False):
         return transformer_engine_layer_spec(config)
     return torch_block_spec(config, vp_stage=vp_stage)
-
-
-def on_transformer_engine(config: TransformerConfig) -> bool:
-    """Whether :func:`layer_spec` takes Transformer Engine's layers."""
-    return HAVE_TE and not getattr(config, "post_layer_norms", False)
 
 
 def data_step(iterator) -> dict[str, Any]:

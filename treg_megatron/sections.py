@@ -133,8 +133,8 @@ class DataSection:
     bin_size: int | None = key("layout bins: tokens of a micro-batch, both sequences of its pairs; "
                                "null: 2 x seq_length, which holds any pair")
     share_prompts: bool = key("whether the two sequences of a pair share the computation of their prompt: the same loss and "
-                              "gradients of fewer tokens; layouts packed and bins, without Transformer Engine's layers, "
-                              "context parallelism or experts")
+                              "gradients of fewer tokens; layouts packed and bins, without Transformer Engine, context "
+                              "parallelism or experts")
     pad_to_multiple_of: int = key("rows are padded to a multiple of this many tokens")
     epochs: int = key("passes over the training pairs")
     seed: int = key("seed of the order of the pairs")

@@ -104,7 +104,7 @@ def train(recipe: DictConfig) -> None:
     # divided by the step's pairs like every gradient, the routers' becomes its mean over micro-batches
     router_aux_loss = optimizer.router_aux_loss * pairs.pairs_per_micro_batch(data_ranks)
     config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, run, router_aux_loss)
-    build.require_shareable(data, config)
+    build.require_shareable(data)
     adapters = lora.adapters(section(recipe, "lora"), config)
     if adapters is not None:
         callbacks.append(adapters)

@@ -128,19 +128,17 @@ def test_native_layers_equal_megatrons_and_packed_equals_padded():
     torch.testing.assert_close(outputs["packed"][5:], outputs["native"][1], rtol=1e-5, atol=1e-5)
 
 
-def test_shared_prompts_are_refused_on_transformer_engines_layers(monkeypatch):
+def test_shared_prompts_are_refused_beside_transformer_engine(monkeypatch):
     from types import SimpleNamespace
 
     from treg_megatron import build, model
     from treg_megatron.errors import UserError
 
-    shared, gemma = SimpleNamespace(share_prompts=True), SimpleNamespace(post_layer_norms=True)
-    build.require_shareable(shared, SimpleNamespace())
+    build.require_shareable(SimpleNamespace(share_prompts=True))
     monkeypatch.setattr(model, "HAVE_TE", True)
-    build.require_shareable(shared, gemma)                        # whose layers are PyTorch's everywhere
-    build.require_shareable(SimpleNamespace(share_prompts=False), SimpleNamespace())
+    build.require_shareable(SimpleNamespace(share_prompts=False))
     with pytest.raises(UserError, match="data.share_prompts: Transformer Engine's attention"):
-        build.require_shareable(shared, SimpleNamespace())
+        build.require_shareable(SimpleNamespace(share_prompts=True))
 
 
 def test_transformer_engines_cross_entropy_is_refused():
