@@ -116,6 +116,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tied_run, tmp_path):
     """A poisoned reference log-prob of one pair: the pair is named, and the last checkpoint stays."""
     import numpy as np
 
+    from treg_megatron.files import sha256_of
     from treg_megatron.indexed import ends_of
     from treg_megatron.pair_streams import stream_paths
     from treg_megatron.streams import open_streams
@@ -131,7 +132,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tied_run, tmp_path):
     values.tofile(file)
     manifest = Path(f"{prefix}.manifest.json")
     content = json.loads(manifest.read_text())
-    content["files"]["ref_logprobs.bin"]["ends"] = ends_of(file)
+    content["files"]["ref_logprobs.bin"] |= {"ends": ends_of(file), "sha256": sha256_of(file)}
     manifest.write_text(json.dumps(content))
     with pytest.raises(AssertionError, match=f"the loss of step .* is nan, from the pairs .*{open_streams(prefix)[0].pair_id}"):
         run(tied_run, tmp_path / "out", 2, "parallel.pipeline=2", f"data.train={prefix}", "train.save_every=1",
