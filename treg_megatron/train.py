@@ -77,6 +77,7 @@ def train(recipe: DictConfig) -> None:
         from treg_megatron.stopping import EXIT_STOPPED, StopOnSignal
         from treg_megatron.validation import ValidateEvery
 
+    build.require_shareable(data)
     join(ranks, run.stuck_after)
     # one reader is enough, and a second or so for a gigabyte: a byte that a disk has lost would be trained on
     on_rank_zero(lambda: [opened.require_unchanged() for opened in streams.values()])
@@ -104,7 +105,6 @@ def train(recipe: DictConfig) -> None:
     # divided by the step's pairs like every gradient, the routers' becomes its mean over micro-batches
     router_aux_loss = optimizer.router_aux_loss * pairs.pairs_per_micro_batch(data_ranks)
     config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, run, router_aux_loss)
-    build.require_shareable(data)
     adapters = lora.adapters(section(recipe, "lora"), config)
     if adapters is not None:
         callbacks.append(adapters)
