@@ -1,8 +1,40 @@
-"""Attention that no fused kernel knows: which keys a query sees, and scores with a soft-cap."""
+"""Causal grouped-query attention of the last tokens of a sequence, by torch's fused kernels where they know how."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, tokens_before: int | None = None,
+                     softcap: float | None = None, dropout: float = 0.0) -> Tensor:
+    """[b, heads, q, d], [b, groups, s, d] of keys and of values -> [b, heads, q, d].
+
+    Args:
+        query: of the last q positions.
+        tokens_before: how many tokens before itself a query sees; None: all.
+        softcap: c of Gemma 2's c * tanh(scores / c), or None.
+    """
+    queries, length = query.shape[2], key.shape[2]
+    slides = tokens_before is not None and length > tokens_before + 1
+    if softcap is not None:
+        mask = causal_mask(queries, length, tokens_before, query.device)
+        return soft_capped_attention(query, key, value, mask, scale, softcap, dropout)
+    added = 0 if slides else rows_to_add(queries, length)
+    if added:
+        query = F.pad(query, (0, 0, added, 0))
+    mask = None
+    if slides or queries + added < length:
+        mask = causal_mask(queries, length, tokens_before, query.device)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale,
+                                         enable_gqa=query.shape[1] != key.shape[1], dropout_p=dropout)
+    return out[:, :, added:] if added else out
+
+
+def rows_to_add(queries: int, length: int) -> int:
+    """How many rows of zeros to put before the queries of the last positions. Of as many queries as keys, fused kernels
+    leave out the half that a causal mask hides: where few are missing, computing them costs less than that half."""
+    missing = length - queries
+    return missing if missing < queries else 0
 
 
 def causal_mask(queries: int, length: int, tokens_before: int | None, device: torch.device) -> Tensor:

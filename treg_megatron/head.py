@@ -3,8 +3,8 @@
 Logits of a long sequence are the largest tensor of preference training (2 x 4096 tokens x 128k words: 4 GB in fp32,
 several times over in a naive backward pass). Here at most one chunk of them is held. The forward pass runs over blocks
 of the vocabulary and keeps the log-normaliser of each row; the backward pass turns each block into its gradient in
-place. It projects the block again, unless all of them are no larger than one chunk: then the forward pass kept them,
-and a quarter of the head's arithmetic is saved. A block's rows of the weight gradient are one product over all tokens,
+place. It projects the block again, unless all of them are no larger than one chunk: then the forward pass kept their
+exponentials, and a quarter of the head's arithmetic is saved. A block's rows of the weight gradient are one product over all tokens,
 written once, and a vocabulary that is split over ranks costs the same three all-reduces of one float a row, whatever
 its size.
 """
@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_BYTES = 384 << 20  # fp32 logits that a rank may hold between its forward and backward pass
-BLOCK_BYTES = 32 << 20  # fp32 logits of one block on one rank; small enough to stay in a CPU's or GPU's last cache
+BLOCK_BYTES = 32 << 20  # fp32 logits of one block on one rank: enough to occupy a GPU, and small enough for its last cache
+CPU_BLOCK_BYTES = 8 << 20  # a CPU's last cache holds more than the block
 
 
 def response_logps(
@@ -39,7 +40,7 @@ def response_logps(
         vocab_size: words of the vocabulary without padding.
         group: the tensor-parallel group that splits the vocabulary; None for a whole one.
         logit_softcap: c of Gemma 2's c * tanh(logits / c), or None.
-        block_words: words projected at a time; by default as many as ``BLOCK_BYTES`` hold.
+        block_words: words projected at a time; by default as many as a block's bytes hold.
 
     Returns:
         [rows] fp32; softmax and reductions are fp32 whatever the dtype of ``hidden``.
@@ -47,7 +48,8 @@ def response_logps(
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
     first_word = rank * weight.shape[0]
     words = max(0, min(weight.shape[0], vocab_size - first_word))
-    block_words = block_words or max(256, BLOCK_BYTES // (4 * max(1, hidden.shape[0])))
+    block_bytes = CPU_BLOCK_BYTES if hidden.is_cpu else BLOCK_BYTES
+    block_words = block_words or max(256, block_bytes // (4 * max(1, hidden.shape[0])))
     return _ResponseLogps.apply(hidden, weight, targets - first_word, words, group if size > 1 else None,
                                 logit_softcap, block_words)
 
@@ -61,16 +63,17 @@ class _ResponseLogps(torch.autograd.Function):
         target_logits = torch.zeros_like(largest)
         blocks = _blocks(words, block_words) if rows else []
         keep, ctx.kept = any(ctx.needs_input_grad) and 4 * rows * words <= CHUNK_BYTES, []
-        scratch = _scratch(largest if keep else hidden, words, block_words)
+        scratch = None if keep else _scratch(hidden, words, block_words)
         for block in blocks:
             logits = _logits(hidden, weight[block], softcap, None if keep else scratch(block))
-            if keep:
-                ctx.kept.append(logits)
+            slope = _slope(logits, softcap) if keep else None
             own, columns = _targets_in(block, local_targets)
             target_logits[own] = logits[own, columns]
             before, largest = largest, torch.maximum(largest, logits.amax(dim=1))
-            exponentials = torch.sub(logits, largest[:, None], out=scratch(block) if keep else logits).exp_()
+            exponentials = logits.sub_(largest[:, None]).exp_()
             normaliser = normaliser * (before - largest).exp_() + exponentials.sum(dim=1)
+            if keep:
+                ctx.kept.append((exponentials, largest, slope))
         if group is not None:
             over_ranks = largest.clone()
             dist.all_reduce(over_ranks, op=dist.ReduceOp.MAX, group=group)
@@ -92,9 +95,13 @@ class _ResponseLogps(torch.autograd.Function):
         grad_weight[ctx.words if len(hidden) else 0:] = 0
         scratch = None if ctx.kept else _scratch(hidden, ctx.words, ctx.block_words)
         for block in blocks:
-            logits = ctx.kept.pop(0) if ctx.kept else _logits(hidden, weight[block], ctx.softcap, scratch(block))
-            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
-            grad_logits = logits.sub_(log_normaliser[:, None]).exp_().mul_(-grad[:, None])
+            if ctx.kept:
+                exponentials, largest, slope = ctx.kept.pop(0)
+                grad_logits = exponentials.mul_((largest - log_normaliser).exp_().mul_(-grad)[:, None])
+            else:
+                logits = _logits(hidden, weight[block], ctx.softcap, scratch(block))
+                slope = _slope(logits, ctx.softcap)
+                grad_logits = logits.sub_(log_normaliser[:, None]).exp_().mul_(-grad[:, None])
             own, columns = _targets_in(block, local_targets)
             grad_logits[own, columns] += grad[own]
             if slope is not None:
@@ -124,6 +131,11 @@ def _scratch(like: Tensor, words: int, block_words: int) -> Callable[[slice], Te
     return lambda block: memory[: len(like) * (block.stop - block.start)].view(len(like), -1)
 
 
+def _slope(logits: Tensor, softcap: float | None) -> Tensor | None:
+    """Derivative of capped logits by the logits before the cap."""
+    return None if softcap is None else 1 - (logits / softcap) ** 2
+
+
 def _logits(hidden: Tensor, weight: Tensor, softcap: float | None, out: Tensor | None) -> Tensor:
-    logits = torch.mm(hidden, weight.T, out=out).float()
+    logits = (torch.mm(hidden, weight.T) if out is None else torch.mm(hidden, weight.T, out=out)).float()
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -30,8 +29,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from treg_megatron.attention import causal_mask, soft_capped_attention
+from treg_megatron.attention import causal_attention
 from treg_megatron.context import ContextPart
+from treg_megatron.packed_attention import Span, packed_attention
 from treg_megatron.rms_norm import RMSNorm
 from treg_megatron.rotary import use_torch_rotation
 from treg_megatron.swiglu import SwiGLU
@@ -130,46 +130,41 @@ class SdpaAttention(MegatronModule):
             out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
             return out.permute(2, 0, 1, 3).flatten(2)
         context = ContextPart(parallel_state.get_context_parallel_rank(), self.config.context_parallel_size)
-        if isinstance(packed_seq_params, SharedPrompts):
-            parts = _with_prompts(query, key, value, packed_seq_params.pairs)
-        elif context.ranks == 1:
-            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-            parts = zip(query.split(lengths), key.split(lengths), value.split(lengths))
-        else:
+        if context.ranks > 1:
             parts = _pieces(query, key, value, packed_seq_params.cu_seqlens_q.diff().tolist(), context)
+        else:
+            spans = _spans(packed_seq_params, len(query))
+            plain = self.tokens_before is None and self.softcap is None and not (self.training and self.dropout)
+            if plain and query.device.type == "cpu":
+                return packed_attention(query, key, value, spans, self.softmax_scale).flatten(1)
+            parts = _parts(query, key, value, spans)
         out = [self._attend(*(x.transpose(0, 1)[None] for x in part)) for part in parts]
         return torch.cat([x[0].transpose(0, 1) for x in out]).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[b, heads, q, d], [b, groups, s, d] -> [b, heads, q, d]; the queries are those of the last q positions."""
-        queries, length, dropout = query.shape[2], key.shape[2], self.dropout if self.training else 0.0
-        if self.softcap is not None:
-            mask = causal_mask(queries, length, self.tokens_before, query.device)
-            return soft_capped_attention(query, key, value, mask, self.softmax_scale, self.softcap, dropout)
-        slides = self.tokens_before is not None and length > self.tokens_before + 1
-        mask = None
-        if slides or queries < length:
-            mask = causal_mask(queries, length, self.tokens_before, query.device)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1], dropout_p=dropout)
+        return causal_attention(query, key, value, self.softmax_scale, self.tokens_before, self.softcap,
+                                self.dropout if self.training else 0.0)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Nothing to save: attention has no parameters."""
         return {}
 
 
-def _with_prompts(query: Tensor, key: Tensor, value: Tensor,
-                  pairs: list[tuple[int, int, int]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each pair the queries of prompt and chosen, then those of the rejected response with the prompt's keys and
-    values before its own; last the padding."""
-    sizes = [size for prompt, chosen, rejected in pairs for size in (prompt + chosen, rejected)]
-    padding = len(query) - sum(sizes)
-    *split, (q, k, v) = zip(*(x.split([*sizes, padding]) for x in (query, key, value)))
-    for (prompt, _, _), first, (rejected, *others) in zip(pairs, split[0::2], split[1::2]):
-        yield first
-        yield rejected, *(torch.cat([x[:prompt], own]) for x, own in zip(first[1:], others))
-    if padding:
+def _spans(packed: PackedSeqParams, length: int) -> list[Span]:
+    """Sequences of the row, or of each pair prompt and chosen response, then the rejected response; last the padding."""
+    if not isinstance(packed, SharedPrompts):
+        return [Span(tokens) for tokens in packed.cu_seqlens_q.diff().tolist()]
+    spans = [span for prompt, chosen, rejected in packed.pairs for span in (Span(prompt + chosen), Span(rejected, prompt))]
+    padding = length - sum(span.tokens for span in spans)
+    return [*spans, Span(padding)] if padding else spans
+
+
+def _parts(query: Tensor, key: Tensor, value: Tensor, spans: list[Span]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each span the queries, and the keys and values that they see."""
+    of_each = list(zip(*(x.split([span.tokens for span in spans]) for x in (query, key, value))))
+    for span, before, (q, k, v) in zip(spans, [None, *of_each], of_each):
+        if span.prompt:
+            k, v = (torch.cat([x[:span.prompt], own]) for x, own in zip(before[1:], (k, v)))
         yield q, k, v
 
 

@@ -52,4 +52,12 @@ def _apply(t: Tensor, freqs: Tensor, rotary_interleaved: bool = False, multi_lat
            mscale: float = 1.0) -> Tensor:
     if rotary_interleaved or multi_latent_attention or freqs.shape[-1] != t.shape[-1]:
         return _megatrons(t, freqs, rotary_interleaved, multi_latent_attention, mscale)
-    return rotated(t, (freqs.cos() * mscale).to(t.dtype), (freqs.sin() * mscale).to(t.dtype))
+    return rotated(t, *_cos_and_sin(freqs, mscale, t.dtype))
+
+
+def _cos_and_sin(freqs: Tensor, mscale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Kept with the angles where all layers get the same ones."""
+    kept = freqs.__dict__.setdefault("cos_and_sin", {})
+    if (mscale, dtype) not in kept:
+        kept[mscale, dtype] = (freqs.cos() * mscale).to(dtype), (freqs.sin() * mscale).to(dtype)
+    return kept[mscale, dtype]

@@ -9,11 +9,14 @@ switch, refused where a CUDA device is visible: nothing that could run on a GPU 
 import contextlib
 import ctypes
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from treg_megatron.runtime.onednn import product_of
 
 _active: "_CudaMeansCpu | None" = None
 
@@ -30,6 +33,7 @@ def use_cpu() -> None:
     if torch.cuda.is_available():
         raise RuntimeError("a CUDA device is visible: Megatron runs on it, the CPU redirect stays off")
     _keep_freed_memory()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors; torch reads it when it allocates
     _replace_cuda_runtime()
     _active = _CudaMeansCpu()
     _active.__enter__()
@@ -66,6 +70,9 @@ class _CudaMeansCpu(TorchFunctionMode):
             kwargs["pin_memory"] = False
         if "device" in kwargs:
             kwargs["device"] = _cpu_for_cuda(kwargs["device"])
+        product = product_of(func, args, kwargs)
+        if product is not None:
+            return product
         if func is torch.Tensor.to:
             args = (args[0], *(_cpu_for_cuda(a) for a in args[1:]))
         return func(*args, **kwargs)

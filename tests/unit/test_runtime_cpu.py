@@ -1,0 +1,59 @@
+"""What stands in for a GPU's libraries on a CPU: products and collectives."""
+
+import pytest
+import torch
+
+from treg_megatron.runtime import onednn
+from treg_megatron.runtime.cpu import _unless_in_place
+
+LARGE = (2, 130, 257)  # [..., k]; with 300 columns it is worth a kernel
+
+
+@pytest.fixture
+def slow_mkl(monkeypatch):
+    """The processor at hand may be any."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
+
+
+@pytest.mark.parametrize("func", [torch.matmul, torch.Tensor.matmul, torch.mm], ids=lambda f: f.__qualname__)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_product_equals_torchs(func, transposed, slow_mkl):
+    generator = torch.Generator().manual_seed(3)
+    shape = LARGE[1:] if func is torch.mm else LARGE
+    a = torch.randn(shape, generator=generator)
+    b = torch.randn(300, 257, generator=generator).t() if transposed else torch.randn(257, 300, generator=generator)
+    a, b = torch.cat([a, a], dim=-2), b
+    with torch.no_grad():
+        ours = onednn.product_of(func, (a, b), {})
+    exact = a.double() @ b.double()
+    assert (ours - exact).norm() <= 1e-6 * exact.norm()
+
+
+def test_products_left_to_mkl(slow_mkl, monkeypatch):
+    a, b = torch.zeros(512, 512), torch.zeros(512, 512)
+    others = {
+        "small": (a[:10], b), "bf16": (a.bfloat16(), b.bfloat16()), "transposed, as of a weight's gradient": (a.t(), b),
+        "batched": (a[None], b[None]), "a vector": (a, b[0]),
+    }
+    with torch.no_grad():
+        assert onednn.product_of(torch.mm, (a, b), {}) is not None
+        for name, pair in others.items():
+            assert onednn.product_of(torch.matmul, pair, {}) is None, name
+        assert onednn.product_of(torch.mm, (a, b), {"out": a.clone()}) is None
+        assert onednn.product_of(torch.add, (a, b), {}) is None
+    assert onednn.product_of(torch.mm, (a, b), {}) is None, "autograd would not see it"
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: False)
+    with torch.no_grad():
+        assert onednn.product_of(torch.mm, (a, b), {}) is None
+
+
+def test_a_lone_rank_copies_nothing_to_itself():
+    calls = []
+    collective = _unless_in_place(lambda output, input, *args, **kwargs: calls.append((output, input, args, kwargs)))
+    buffer = torch.zeros(8)
+    assert collective(buffer, buffer.view(-1), "group", async_op=True) is None and not calls
+    collective(buffer, buffer[:4], "group", async_op=True)                       # one of two ranks
+    collective(buffer, torch.zeros(8), "group", async_op=True)                   # elsewhere
+    assert len(calls) == 2 and calls[0][2:] == (("group",), {"async_op": True})
