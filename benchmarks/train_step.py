@@ -29,7 +29,8 @@ SHARED = "data.share_prompts=true"
 OURS = {
     "treg": [SHARED],
     "dpo": [SHARED, "objective.alpha=0"],
-    "prompts computed twice": [],           # and so in those below
+    "products by MKL": [SHARED, "bench.products=mkl"],  # on Intel's processors they are so anyway
+    "prompts computed twice": [],                          # and so in those below
     "padded rows": ["data.layout=padded"],
     "padded, Megatron's attention": ["data.layout=padded", "bench.attention=local"],
     "logits of all tokens": ["bench.head=whole"],

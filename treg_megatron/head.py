@@ -4,9 +4,9 @@ Logits of a long sequence are the largest tensor of preference training (2 x 409
 several times over in a naive backward pass). Here at most one chunk of them is held. The forward pass runs over blocks
 of the vocabulary and keeps the log-normaliser of each row; the backward pass turns each block into its gradient in
 place. It projects the block again, unless all of them are no larger than one chunk: then the forward pass kept their
-exponentials, and a quarter of the head's arithmetic is saved. A block's rows of the weight gradient are one product over all tokens,
-written once, and a vocabulary that is split over ranks costs the same three all-reduces of one float a row, whatever
-its size.
+exponentials, and a quarter of the head's arithmetic is saved. A block's rows of the weight gradient are one product
+over all tokens, written once, and a vocabulary that is split over ranks costs the same three all-reduces of one float a
+row, whatever its size.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_BYTES = 384 << 20  # fp32 logits that a rank may hold between its forward and backward pass
-BLOCK_BYTES = 32 << 20  # fp32 logits of one block on one rank: enough to occupy a GPU, and small enough for its last cache
-CPU_BLOCK_BYTES = 8 << 20  # a CPU's last cache holds more than the block
+BLOCK_BYTES = 32 << 20  # fp32 logits of one block on one rank: they occupy a GPU, and stay in its last cache
+CPU_BLOCK_BYTES = 8 << 20  # a CPU's last cache is smaller
 
 
 def response_logps(
@@ -62,7 +62,8 @@ class _ResponseLogps(torch.autograd.Function):
         normaliser = torch.zeros_like(largest)  # sum of exp(logit - largest) over the words so far
         target_logits = torch.zeros_like(largest)
         blocks = _blocks(words, block_words) if rows else []
-        keep, ctx.kept = any(ctx.needs_input_grad) and 4 * rows * words <= CHUNK_BYTES, []
+        to_keep = 4 * rows * words * (1 if softcap is None else 2)  # with the slopes of a cap
+        keep, ctx.kept = any(ctx.needs_input_grad) and to_keep <= CHUNK_BYTES, []
         scratch = None if keep else _scratch(hidden, words, block_words)
         for block in blocks:
             logits = _logits(hidden, weight[block], softcap, None if keep else scratch(block))

@@ -92,6 +92,10 @@ def switch_off(gains: dict[str, str]) -> None:
     """Replace one of our parts by what Megatron or Hugging Face does."""
     from treg_megatron import model
 
+    if gains.get("products") == "mkl":
+        from treg_megatron.runtime import onednn
+
+        onednn.mkl_is_slow = lambda: False
     if gains.get("attention") == "local":
         from megatron.core.transformer.dot_product_attention import DotProductAttention
 

@@ -128,6 +128,33 @@ def test_native_layers_equal_megatrons_and_packed_equals_padded():
     torch.testing.assert_close(outputs["packed"][5:], outputs["native"][1], rtol=1e-5, atol=1e-5)
 
 
+def attention_of_a_shared_row() -> list[list[torch.Tensor]]:
+    """Output and gradients of a row of pairs: in one call, and span by span, as under a window wider than the row."""
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from treg_megatron import layers
+
+    megatron_world()
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0)
+    row = layers.SharedPrompts(qkv_format="thd", max_seqlen_q=9, max_seqlen_kv=9, pairs=[(2, 3, 7), (6, 1, 2), (1, 1, 1)])
+    generator = torch.Generator().manual_seed(6)
+    tensors = [torch.randn(30, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]  # 24 and padding
+    upstream = torch.randn(30, 32, generator=generator)
+    results = []
+    for tokens_before in (None, 99):
+        attention = layers.SdpaAttention(config, 1, AttnMaskType.causal, "self")
+        attention.tokens_before = tokens_before
+        out = attention(*tensors, packed_seq_params=row)
+        results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), tensors)])
+    return results
+
+
+def test_a_shared_row_in_one_call_equals_span_by_span():
+    [(in_one_call, span_by_span)] = run_ranks(1, attention_of_a_shared_row)
+    torch.testing.assert_close(in_one_call, span_by_span, rtol=1e-5, atol=1e-6)
+
+
 def test_shared_prompts_are_refused_beside_transformer_engine(monkeypatch):
     from types import SimpleNamespace
 

@@ -62,12 +62,13 @@ def test_logits_are_kept_in_one_chunk_or_not_at_all(monkeypatch):
     projected = []
     product = head._logits
     monkeypatch.setattr(head, "_logits", lambda *a: projected.append(1) or product(*a))
-    for chunk_bytes, products in ((4 * ROWS * WORDS, 8), (4 * ROWS * WORDS - 1, 16)):
-        monkeypatch.setattr(head, "CHUNK_BYTES", chunk_bytes)
-        hidden, weight, targets, _ = problem()
-        projected.clear()
-        response_logps(hidden, weight, targets, WORDS, block_words=4).sum().backward()
-        assert len(projected) == products
+    for softcap, chunk_bytes in ((None, 4 * ROWS * WORDS), (2.0, 8 * ROWS * WORDS)):
+        for missing, products in ((0, 8), (1, 16)):
+            monkeypatch.setattr(head, "CHUNK_BYTES", chunk_bytes - missing)
+            hidden, weight, targets, _ = problem()
+            projected.clear()
+            response_logps(hidden, weight, targets, WORDS, logit_softcap=softcap, block_words=4).sum().backward()
+            assert len(projected) == products
 
 
 def test_a_second_backward_pass_gives_the_same():
