@@ -30,7 +30,7 @@ OURS = {
     "treg": [SHARED],
     "dpo": [SHARED, "objective.alpha=0"],
     "products by MKL": [SHARED, "bench.products=mkl"],  # on Intel's processors they are so anyway
-    "prompts computed twice": [],                          # and so in those below
+    "prompts computed twice": [],                       # and so in those below
     "padded rows": ["data.layout=padded"],
     "padded, Megatron's attention": ["data.layout=padded", "bench.attention=local"],
     "logits of all tokens": ["bench.head=whole"],
