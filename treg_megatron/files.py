@@ -5,7 +5,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +36,32 @@ def sha256_of_json(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, writer: int | None = None) -> Iterator[Path]:
     """Give a path beside ``path`` to write to; when the block ends well, the file appears under its name, complete.
 
     If the block raises, nothing stays. A killed process leaves at most ``.NAME.partial``, which the next one replaces.
 
+    Args:
+        writer: the number of this process among several that may write the same file at the same moment; each writes
+            to ``.NAME.NUMBER.partial`` and the last one's file stays.
+
     Raises:
         UserError: the folder cannot be written or the disk is full.
     """
-    with atomic_write_all([Path(path)]) as partials:
+    with atomic_write_all([Path(path)], writer=writer) as partials:
         yield partials[0]
 
 
 @contextlib.contextmanager
-def atomic_write_all(paths: list[Path], replaced_first: Path | None = None) -> Iterator[list[Path]]:
+def atomic_write_all(paths: list[Path], replaced_first: Path | None = None,
+                     writer: int | None = None) -> Iterator[list[Path]]:
     """:func:`atomic_write` for files that belong together: they are renamed one right after another, in order.
 
     ``replaced_first`` names the file that vouches for the others (their manifest, the last of ``paths``): an old one
     is removed before the first rename, so that it never vouches for a mixture of old and new files.
     """
-    partials = [path.with_name(f".{path.name}.partial") for path in paths]
+    own = "" if writer is None else f".{writer}"
+    partials = [path.with_name(f".{path.name}{own}.partial") for path in paths]
     try:
         for folder in {path.parent for path in paths}:
             folder.mkdir(parents=True, exist_ok=True)
@@ -78,9 +84,18 @@ def atomic_write_all(paths: list[Path], replaced_first: Path | None = None) -> I
                 partial.unlink(missing_ok=True)
 
 
-def write_manifest(path: str | Path, format: str, version: int, content: dict[str, Any]) -> None:
-    """Write a manifest atomically: readable JSON that names its format and schema version first."""
-    with atomic_write(path) as partial:
+def remove_partials(path: str | Path, writers: Container[int]) -> None:
+    """Remove what killed ``writers`` of :func:`atomic_write` left beside ``path``; none of them may be at work."""
+    for partial in Path(path).parent.glob(f".{Path(path).name}.*.partial"):
+        number = partial.name.split(".")[-2]
+        if number.isdecimal() and int(number) in writers:
+            partial.unlink(missing_ok=True)
+
+
+def write_manifest(path: str | Path, format: str, version: int, content: dict[str, Any],
+                   writer: int | None = None) -> None:
+    """Write a manifest by :func:`atomic_write`: readable JSON that names its format and schema version first."""
+    with atomic_write(path, writer) as partial:
         partial.write_text(manifest_text(format, version, content), encoding="utf-8")
 
 

@@ -13,7 +13,6 @@ are never mixed in. Portions are labelled independently of each other: any numbe
 which of them labels a portion changes nothing in it. Whoever finds all of them finished writes the manifest.
 """
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from treg_megatron.errors import UserError
-from treg_megatron.files import read_manifest, write_manifest
+from treg_megatron.files import read_manifest, remove_partials, write_manifest
 from treg_megatron.labels import (MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, SIDES, LabelledPair, read_labelled,
                                   read_shard_metadata, write_shard)
 from treg_megatron.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs
@@ -52,7 +51,7 @@ class _Prepared:
 
 
 class _Share(NamedTuple):
-    """Which portions this process labels: those whose number modulo ``count`` is ``index``.
+    """Which portions this process labels, and whose leftovers it clears: numbers that are ``index`` modulo ``count``.
 
     ``writes`` is False on the ranks of a split model that only help to compute.
     """
@@ -61,8 +60,8 @@ class _Share(NamedTuple):
     count: int
     writes: bool
 
-    def __contains__(self, portion: int) -> bool:
-        return portion % self.count == self.index
+    def __contains__(self, number: int) -> bool:
+        return number % self.count == self.index
 
 
 def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any] | None:
@@ -90,11 +89,13 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     drops: Counter[str] = Counter()
     total = sum(1 for _ in read_pairs(section.pairs, drops, section.format))
     run = _fingerprint(section, tokenizer, prompt_pair)
+    share = _share(section)
+    if share.writes:
+        remove_partials(output / MANIFEST_NAME, share)
     if (output / MANIFEST_NAME).exists():
         manifest = read_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
         _require_same_run(manifest["run"], run, output / MANIFEST_NAME)
         return manifest
-    share = _share(section)
     finished = _finished_shards(output, run)
     portions = range(-(-total // section.shard_pairs))
     mine = [portion for portion in portions if portion in share]
@@ -287,16 +288,14 @@ def _finish(output: Path, portions: range, drops: Counter[str], run: dict, secti
         for shard in shards:
             (output / shard["file"]).unlink(missing_ok=True)
         raise UserError(f"{section.pairs}: no pair is left to label ({_listed(drops)})")
-    # Processes that finish at the same moment all write it, with the same content, and none into another's file.
-    own = output / f".{MANIFEST_NAME}.{share.index}"
-    write_manifest(own, MANIFEST_FORMAT, MANIFEST_VERSION, {
+    # processes that finish at the same moment all write it, with the same content
+    write_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION, {
         "pairs": kept,
         "drops": dict(sorted(drops.items())),
         "token_rewards": {"mean_abs": magnitude.value, **{f"{side}_mean": means[side].value for side in SIDES}},
         "run": run,
         "shards": shards,
-    })
-    os.replace(own, output / MANIFEST_NAME)
+    }, writer=share.index)
     return read_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
 
 

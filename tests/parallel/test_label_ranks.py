@@ -51,6 +51,18 @@ def test_the_number_of_ranks_changes_no_byte(job, whole, ranks, tmp_path):
     assert contents(tmp_path / "labelled") == whole
 
 
+@pytest.mark.parametrize("finished", [False, True], ids=["before", "after"])
+def test_a_manifest_that_was_being_written_leaves_nothing_however_many_ranks_come_after(job, whole, finished, tmp_path):
+    """A killed rank may find its job finished by the others, or never start again in a smaller one."""
+    shutil.copytree(job.output, tmp_path / "labelled")
+    if not finished:
+        (tmp_path / "labelled" / MANIFEST_NAME).unlink()
+    for rank in (0, 1, 6, 7):
+        (tmp_path / "labelled" / f".{MANIFEST_NAME}.{rank}.partial").write_text("{", encoding="utf-8")
+    run_ranks(2, label, moved(job, tmp_path / "labelled"))
+    assert contents(tmp_path / "labelled") == whole
+
+
 class _Kill(Exception):
     """Makes run_ranks kill its ranks."""
 
