@@ -57,6 +57,13 @@ def test_engines_agree(tiny, layout):
     assert_engines_agree(*tiny, layout)
 
 
+def test_a_real_model_in_bf16_is_known_and_near_its_fp32(smollm2):
+    sequences = some_sequences(40_000)
+    fp32, bf16 = (np.concatenate(HuggingFaceScorer(smollm2, dtype, "cpu").score(sequences))
+                  for dtype in ("float32", "bfloat16"))
+    assert 0 < np.median(np.abs(bf16 - fp32)) < 0.1
+
+
 @pytest.fixture(scope="module")
 def real(smollm2, tmp_path_factory) -> tuple[Path, Path]:
     checkpoint = tmp_path_factory.mktemp("real") / "megatron"
