@@ -24,7 +24,7 @@ venv: $(INSTALLED)  ## .venv with exactly the versions of constraints.txt
 
 test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then tests on real Megatron ranks and end-to-end runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
-	OMP_NUM_THREADS=1 TREG_REAL_MODEL=$(abspath $(TEST_MODEL)) $(BIN)/python -m pytest \
+	OMP_NUM_THREADS=1 TREG_REAL_MODEL=$(abspath $(TEST_MODEL)) $(BIN)/python -m pytest -n 2 --dist loadfile \
 		tests/parallel tests/pipeline tests/faults tests/gpu $(ARGS)
 
 test-slurm: $(INSTALLED)  ## the scripts of slurm/ on a real SLURM; needs Debian's slurmctld slurmd slurm-client munge
