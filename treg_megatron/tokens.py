@@ -18,6 +18,7 @@ import numpy as np
 from treg_megatron.errors import UserError
 from treg_megatron.files import sha256_of_json
 from treg_megatron.formats import Message
+from treg_megatron.runtime.imports import heavy_imports
 from treg_megatron.sampling import Sampled
 from treg_megatron.sentencepiece_model import SentencePieceTokenizer
 from treg_megatron.word_memory import WordMemory, known_cuts
@@ -274,7 +275,8 @@ def load_tokenizer(folder: str | Path) -> ChatTokenizer:
             return ChatTokenizer(SentencePieceTokenizer(folder / "tokenizer.model"), folder)
         raise UserError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer_config.json or tokenizer.model)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")       # we encode one text at a time
-    from transformers import AutoTokenizer
+    with heavy_imports():
+        from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

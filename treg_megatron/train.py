@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from treg_megatron import errors
 from treg_megatron.recipe import add_recipe_arguments, parse_recipe, section
-from treg_megatron.runtime.quiet import unheard_imports
+from treg_megatron.runtime.imports import heavy_imports
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,7 +67,7 @@ def train(recipe: DictConfig) -> None:
     if objective.warning:
         rank_zero_print(f"warning: {objective.warning}")
 
-    with unheard_imports():
+    with heavy_imports():
         from treg_megatron import build, lora
         from treg_megatron.data import PairData
         from treg_megatron.heartbeat import Heartbeat

@@ -11,7 +11,8 @@ import lightning.pytorch as pl
 import torch
 
 from treg_megatron.recipe import load_recipe, section
-from treg_megatron.runtime.quiet import quieten, unheard_imports
+from treg_megatron.runtime.imports import heavy_imports
+from treg_megatron.runtime.quiet import quieten
 
 GEMM = 2048
 
@@ -132,7 +133,7 @@ def main() -> None:
         from treg_megatron.runtime.cpu import use_cpu
 
         use_cpu()
-    with unheard_imports():
+    with heavy_imports():
         from treg_megatron import build
         from treg_megatron.data import PairData
     from treg_megatron.checkpoint.families import model_fields, nemo_config_class

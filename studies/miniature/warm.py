@@ -21,7 +21,8 @@ _FORK = multiprocessing.get_context("fork")
 
 def warm_up() -> None:
     """Import the stack on one thread; a child would wait for other threads, which it does not inherit."""
-    from treg_megatron.runtime.quiet import quieten, unheard_imports
+    from treg_megatron.runtime.imports import heavy_imports
+    from treg_megatron.runtime.quiet import quieten
 
     quieten()
     import torch
@@ -30,7 +31,7 @@ def warm_up() -> None:
     from treg_megatron.runtime.cpu import use_cpu
 
     use_cpu()
-    with unheard_imports():
+    with heavy_imports():
         import transformers  # noqa: F401
 
         import treg_megatron.build

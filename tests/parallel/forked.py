@@ -26,14 +26,15 @@ TIMEOUT_SECONDS = 120
 def warm_up() -> None:
     """Import the whole stack in this process, on the CPU."""
     from treg_megatron.runtime.cpu import use_cpu
-    from treg_megatron.runtime.quiet import quieten, unheard_imports
+    from treg_megatron.runtime.imports import heavy_imports
+    from treg_megatron.runtime.quiet import quieten
 
     quieten()
     import torch
 
     torch.set_num_threads(1)
     use_cpu()
-    with unheard_imports():
+    with heavy_imports():
         import treg_megatron.build  # noqa: F401
         import treg_megatron.data  # noqa: F401
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from treg_megatron.runtime import onednn
 from treg_megatron.runtime.cpu import _unless_in_place
@@ -28,6 +29,17 @@ def test_product_equals_torchs(func, transposed, slow_mkl):
     with torch.no_grad():
         ours = onednn.product_of(func, (a, b), {})
     exact = a.double() @ b.double()
+    assert (ours - exact).norm() <= 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("bias", [(), (None,), (torch.arange(300.0),)], ids=["no bias", "None", "bias"])
+def test_linear_layer_equals_torchs(bias, slow_mkl):
+    generator = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(LARGE, generator=generator), torch.randn(300, 257, generator=generator)
+    x = torch.cat([x, x])
+    with torch.no_grad():
+        ours = onednn.product_of(F.linear, (x, weight, *bias), {})
+    exact = x.double() @ weight.double().t() + (bias[0] if bias and bias[0] is not None else 0)
     assert (ours - exact).norm() <= 1e-6 * exact.norm()
 
 

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from treg_megatron.alignment import score_positions
 from treg_megatron.errors import UserError
+from treg_megatron.runtime import onednn
 from treg_megatron.scoring import ScoredSequence, huggingface, shared_prefixes
 from treg_megatron.scoring.huggingface import HuggingFaceScorer, model_identity
 
@@ -63,6 +64,28 @@ def test_sharing_prefixes_changes_nothing(tmp_path, batch_tokens, window):
     sequences = related_sequences(64)
     for sequence, logps in zip(sequences, HuggingFaceScorer(tmp_path, "float32", "cpu", batch_tokens).score(sequences)):
         np.testing.assert_allclose(logps, plain_logps(tmp_path, sequence), atol=2e-5)
+
+
+def test_products_of_layers_and_head_go_to_onednn_where_mkl_is_slow(tiny_folder, monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    sequences = some_sequences(384)
+    scorer = HuggingFaceScorer(tiny_folder, "float32", "cpu")
+    layers = sum(isinstance(module, torch.nn.Linear) for module in scorer._model.modules())
+    products, product_of = [], onednn.product_of
+
+    def counted(*call):
+        product = product_of(*call)
+        products.extend([] if product is None else [product])
+        return product
+
+    monkeypatch.setattr(onednn, "product_of", counted)
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(onednn, "SMALLEST", 1)
+    found = scorer.score(sequences)
+    assert len(products) == layers, "all layers and the head, in one pass"
+    for sequence, logps in zip(sequences, found, strict=True):
+        np.testing.assert_allclose(logps, plain_logps(tiny_folder, sequence), atol=2e-5)
 
 
 def test_a_row_holds_what_is_shared_once():

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from treg_megatron.checkpoint.layout import find_checkpoint
 from treg_megatron.checkpoint.policy import load_policy
 from treg_megatron.errors import UserError
-from treg_megatron.runtime.quiet import unheard_imports
+from treg_megatron.runtime.imports import heavy_imports
 
 # Both sides compute in fp32 and round differently, layer by layer.
 TOLERANCE = 1e-4
@@ -60,7 +60,7 @@ def _megatron_logprobs(checkpoint: Path, ids: list[torch.Tensor]) -> list[torch.
         from treg_megatron.runtime.cpu import use_cpu
 
         use_cpu()
-    with unheard_imports():
+    with heavy_imports():
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

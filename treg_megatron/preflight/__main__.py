@@ -19,7 +19,7 @@ from pathlib import Path
 from treg_megatron import errors
 from treg_megatron.errors import UserError
 from treg_megatron.recipe import add_recipe_arguments, parse_recipe
-from treg_megatron.runtime.quiet import unheard_imports
+from treg_megatron.runtime.imports import heavy_imports
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -50,7 +50,7 @@ def use_meta_machine() -> None:
     from treg_megatron.runtime.cpu import use_cpu
 
     use_cpu()
-    with unheard_imports():
+    with heavy_imports():
         import treg_megatron.preflight.suggest  # noqa: F401
 
 

@@ -7,15 +7,15 @@ switch, refused where a CUDA device is visible: nothing that could run on a GPU 
 """
 
 import contextlib
-import ctypes
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from treg_megatron.runtime.imports import heavy_imports
+from treg_megatron.runtime.memory import keep_memory
 from treg_megatron.runtime.onednn import product_of
 
 _active: "_CudaMeansCpu | None" = None
@@ -32,9 +32,9 @@ def use_cpu() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("a CUDA device is visible: Megatron runs on it, the CPU redirect stays off")
-    _keep_freed_memory()
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors; torch reads it when it allocates
-    _replace_cuda_runtime()
+    keep_memory()
+    with heavy_imports():
+        _replace_cuda_runtime()
     _active = _CudaMeansCpu()
     _active.__enter__()
     torch.autograd._engine_run_backward = backward_in(_active, torch.autograd._engine_run_backward)
@@ -43,15 +43,6 @@ def use_cpu() -> None:
 def is_cpu() -> bool:
     """Whether :func:`use_cpu` is on in this process."""
     return _active is not None
-
-
-def _keep_freed_memory() -> None:
-    """glibc gives large blocks back to the system when they are freed; a step would fault in the same pages again."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-        mallopt(M_TRIM_THRESHOLD, -1)
-        mallopt(M_MMAP_MAX, 0)
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -10,10 +10,21 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 # multiplications that are worth a kernel: oneDNN compiles one for each new shape, in a millisecond, for all layers
 SMALLEST = 1 << 24
+
+
+class ProductsByOneDNN(TorchFunctionMode):
+    """What is called in this context goes by :func:`product_of` where that has an answer."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        product = product_of(func, args, kwargs)
+        return func(*args, **kwargs) if product is None else product
 
 
 def product_of(func: Callable, args: tuple, kwargs: dict) -> Tensor | None:
@@ -21,16 +32,19 @@ def product_of(func: Callable, args: tuple, kwargs: dict) -> Tensor | None:
 
     oneDNN's product has no gradient: a product that autograd would record is left alone.
     """
-    if func not in _PRODUCTS or kwargs or len(args) != 2 or torch.is_grad_enabled() or not mkl_is_slow():
+    if func not in _PRODUCTS or kwargs or len(args) < 2 or torch.is_grad_enabled() or not mkl_is_slow():
         return None
-    a, b = args
+    a, b, *bias = args
     row_major = a.is_cpu and a.dim() > 1 and a.is_contiguous() and b.dim() == 2
-    if not row_major or {a.dtype, b.dtype} != {torch.float32} or a.numel() * b.shape[1] < SMALLEST:
+    if not row_major or {a.dtype, b.dtype} != {torch.float32}:
         return None
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    weight = b if func is F.linear else b.t()
+    if a.numel() * len(weight) < SMALLEST:
+        return None
+    return torch.ops.mkldnn._linear_pointwise(a, weight, bias[0] if bias else None, "none", [], "")
 
 
-_PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.mm}
+_PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.mm, F.linear}
 
 
 @cache

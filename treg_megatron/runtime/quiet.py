@@ -4,11 +4,9 @@ Importing NeMo and starting its trainer logs a few hundred lines about optional 
 of Megatron. Warnings while running and all errors still come through; ``TREG_VERBOSE=1`` lets everything through.
 """
 
-import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
 
 HARMLESS = (
     # "Rank 1 common state dict differs": the order of the optimizer's parameter groups, which loading matches by content
@@ -21,7 +19,7 @@ HARMLESS = (
 def quieten() -> None:
     """Drop informational logging and Python's warnings from here on; call before importing torch."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not _verbose():
+    if not is_verbose():
         warnings.filterwarnings("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the processes that Megatron's checkpoint writer starts
         logging.disable(logging.INFO)
@@ -29,19 +27,6 @@ def quieten() -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
-@contextlib.contextmanager
-def unheard_imports() -> Iterator[None]:
-    """Drop logged warnings as well: while importing they are about packages that this program does not use."""
-    if _verbose():
-        yield
-        return
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def _verbose() -> bool:
+def is_verbose() -> bool:
+    """Whether the user asked to hear everything."""
     return os.environ.get("TREG_VERBOSE") == "1"

@@ -8,6 +8,7 @@ time, so that logits of a whole batch never exist.
 Shapes: t tokens of a row, h hidden size, n response tokens of a batch, V vocabulary.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -18,7 +19,10 @@ import torch
 
 from treg_megatron.alignment import score_positions
 from treg_megatron.errors import UserError
+from treg_megatron.runtime.imports import heavy_imports
 from treg_megatron.runtime.launch import world
+from treg_megatron.runtime.memory import keep_memory
+from treg_megatron.runtime.onednn import ProductsByOneDNN
 from treg_megatron.scoring import ScoredSequence
 from treg_megatron.scoring.shared_prefixes import ATTENTION, attention, one_row, portions
 
@@ -46,6 +50,8 @@ class HuggingFaceScorer:
     def __init__(self, folder: str | Path, dtype: str = "bfloat16", device: str = "auto", batch_tokens: int = 8192):
         self.device = _device(device)
         self.batch_tokens = batch_tokens
+        if self.device.type == "cpu":
+            keep_memory()
         self._model = _load(_model_folder(folder), getattr(torch, dtype)).to(self.device)
         config = self._model.config.get_text_config()
         self.max_length = config.max_position_embeddings
@@ -60,11 +66,12 @@ class HuggingFaceScorer:
         results: list[np.ndarray | None] = [None] * len(sequences)
         # the last token of a sequence is predicted and predicts nothing
         read = [np.array([*s.prompt_ids, *s.response_ids[:-1]]) for s in sequences]
-        for portion in portions(read, self.batch_tokens):
-            members = [sequences[i] for i in portion]
-            for i, logps in zip(portion, self._score_together(members, [read[i] for i in portion]), strict=True):
-                results[i] = logps
-            scored(len(members), sum(member.length for member in members))
+        with ProductsByOneDNN() if self.device.type == "cpu" else contextlib.nullcontext():
+            for portion in portions(read, self.batch_tokens):
+                members = [sequences[i] for i in portion]
+                for i, logps in zip(portion, self._score_together(members, [read[i] for i in portion]), strict=True):
+                    results[i] = logps
+                scored(len(members), sum(member.length for member in members))
         return results
 
     @torch.inference_mode()
@@ -149,7 +156,8 @@ def _model_folder(folder: str | Path) -> Path:
 
 
 def _load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    with heavy_imports():
+        from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register(ATTENTION, attention)
     try:

@@ -142,9 +142,9 @@ def _packed(members: list[ScoredSequence]) -> dict[str, Any]:
 
 def _start_ranks(tensor: int, pipeline: int) -> None:
     from treg_megatron.runtime.cpu import use_cpu
-    from treg_megatron.runtime.quiet import unheard_imports
+    from treg_megatron.runtime.imports import heavy_imports
 
-    with unheard_imports():
+    with heavy_imports():
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -165,9 +165,9 @@ def _require_same_model(checkpoint: Path, hf: Path) -> None:
 
 
 def _load(checkpoint: Path, tensor: int, pipeline: int) -> Any:
-    from treg_megatron.runtime.quiet import unheard_imports
+    from treg_megatron.runtime.imports import heavy_imports
 
-    with unheard_imports():
+    with heavy_imports():
         import treg_megatron.build  # noqa: F401
         from treg_megatron.checkpoint.policy import load_policy
 
