@@ -15,6 +15,7 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptim
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
 from treg_megatron import model as policies
+from treg_megatron.checks import can_share_prompts
 from treg_megatron.errors import UserError
 from treg_megatron.objective import Objective
 from treg_megatron.runtime.cpu import is_cpu
@@ -91,15 +92,18 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
     )
 
 
-def require_shareable(data: DataSection) -> None:
-    """Check that attention and rotary embedding are those of this project where prompts are to be shared.
+def shares_prompts(fields: dict[str, Any], parallel: ParallelSection, data: DataSection) -> bool:
+    """Whether a pair's prompt stands in its row once; where ``data.share_prompts`` is null, on a CPU that can.
 
     Raises:
-        UserError: they are Transformer Engine's.
+        UserError: it is asked for, and attention and rotary embedding are Transformer Engine's.
     """
+    if data.share_prompts is None:
+        return is_cpu() and not policies.HAVE_TE and can_share_prompts(fields, parallel, data)
     if data.share_prompts and policies.HAVE_TE:
         raise UserError("data.share_prompts: Transformer Engine's attention, which is installed here, cannot continue one "
                         "prompt twice; set it to false")
+    return data.share_prompts
 
 
 def optimizer(section: OptimizerSection, train: TrainSection, steps: int) -> MegatronOptimizerModule:

@@ -40,6 +40,11 @@ def require_layout(fields: dict[str, Any], parallel: ParallelSection, data: Data
     require_experts_divide(fields, parallel, ranks)
 
 
+def can_share_prompts(fields: dict[str, Any], parallel: ParallelSection, data: DataSection) -> bool:
+    """Whether the layout allows ``data.share_prompts``; the stack has a say, too (``build.shares_prompts``)."""
+    return data.layout != "padded" and parallel.context == 1 and not fields.get("num_moe_experts")
+
+
 def require_split(fields: dict[str, Any], tensor: int, pipeline: int, section: str) -> None:
     """Check that a model can be split into so many parts.
 
@@ -83,7 +88,7 @@ def require_divisible(fields: dict[str, Any], parallel: ParallelSection, data: D
             raise UserError(f"parallel.virtual_pipeline needs rows of one length: data.layout=bins, not {data.layout}")
     if parallel.context > 1 and data.layout == "padded":
         raise UserError("parallel.context splits packed sequences: data.layout=packed or bins, not padded")
-    if data.share_prompts and (data.layout == "padded" or parallel.context > 1 or fields.get("num_moe_experts")):
+    if data.share_prompts and not can_share_prompts(fields, parallel, data):
         raise UserError("data.share_prompts computes a prompt once in a packed row: it needs data.layout=packed or bins, "
                         "parallel.context=1 and a model without experts; set it to false")
     if parallel.sequence and parallel.tensor == 1:

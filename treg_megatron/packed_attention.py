@@ -5,6 +5,7 @@ backward: a dozen small operations a sequence and layer. Here results and gradie
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -80,8 +81,14 @@ def _shape(query: Tensor, key: Tensor) -> tuple[int, Tensor | None]:
     added = rows_to_add(len(query), len(key))
     if len(query) + added == len(key):
         return added, None
-    seen = causal_mask(len(query), len(key), None, query.device)
-    return 0, torch.zeros(seen.shape, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
+    return 0, _added_mask(len(query), len(key), query.dtype)
+
+
+@lru_cache(maxsize=4)  # every layer asks for those of its row, forward and backward
+def _added_mask(queries: int, length: int, dtype: torch.dtype) -> Tensor:
+    """[queries, s]: 0 where a query sees a key, minus infinity elsewhere."""
+    seen = causal_mask(queries, length, None, torch.device("cpu"))
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
 def _heads(x: Tensor, added: int = 0) -> Tensor:

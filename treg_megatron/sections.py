@@ -132,9 +132,10 @@ class DataSection:
                       "and as many pairs as fit bin_size instead of micro_batch_size", choices=("packed", "padded", "bins"))
     bin_size: int | None = key("layout bins: tokens of a micro-batch, both sequences of its pairs; "
                                "null: 2 x seq_length, which holds any pair")
-    share_prompts: bool = key("whether the two sequences of a pair share the computation of their prompt: the same loss and "
-                              "gradients of fewer tokens; layouts packed and bins, without Transformer Engine, context "
-                              "parallelism or experts")
+    share_prompts: bool | None = key(
+        "whether the two sequences of a pair share the computation of their prompt: the same loss and gradients of fewer "
+        "tokens; layouts packed and bins, without Transformer Engine, context parallelism or experts; null: on a CPU, "
+        "where these allow it")
     pad_to_multiple_of: int = key("rows are padded to a multiple of this many tokens")
     epochs: int = key("passes over the training pairs")
     seed: int = key("seed of the order of the pairs")

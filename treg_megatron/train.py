@@ -8,6 +8,7 @@ The same command resumes an interrupted run from its newest complete checkpoint.
 """
 
 import argparse
+import dataclasses
 import multiprocessing
 import sys
 from pathlib import Path
@@ -77,7 +78,7 @@ def train(recipe: DictConfig) -> None:
         from treg_megatron.stopping import EXIT_STOPPED, StopOnSignal
         from treg_megatron.validation import ValidateEvery
 
-    build.require_shareable(data)
+    data = dataclasses.replace(data, share_prompts=build.shares_prompts(fields, parallel, data))
     join(ranks, run.stuck_after)
     # one reader is enough, and a second or so for a gigabyte: a byte that a disk has lost would be trained on
     on_rank_zero(lambda: [opened.require_unchanged() for opened in streams.values()])

@@ -147,7 +147,7 @@ def main() -> None:
         f"run={folder}", f"model.hf={(folder / 'model.txt').read_text()}", f"data.global_batch_size={arguments.batch}",
         f"data.micro_batch_size={arguments.micro_batch}", f"data.seq_length={arguments.max_length}", "data.epochs=1000",
         "optimizer.lr=1e-7", f"train.precision={'bf16' if torch.cuda.is_available() else 'fp32'}",
-        *(o for o in arguments.overrides if not o.startswith("bench."))])
+        "data.share_prompts=false", *(o for o in arguments.overrides if not o.startswith("bench."))])
     switch_off(gains)
     data, parallel, train = (section(recipe, name) for name in ("data", "parallel", "train"))
     identity = read_identity(folder / "megatron")

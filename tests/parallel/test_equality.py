@@ -61,7 +61,7 @@ def prepare(folder: Path, make: Callable[..., object]) -> list[str]:
         make(folder / name, vocab=tiny_tokenizer(folder / name))
     perturb(folder / "hf")
     write_pairs(folder / "train.jsonl", PAIRS)
-    overrides = [f"run={folder}", f"model.hf={folder}/hf", f"data.global_batch_size={PAIRS}",
+    overrides = [f"run={folder}", f"model.hf={folder}/hf", f"data.global_batch_size={PAIRS}", "data.share_prompts=false",
                  f"label.pairs={folder}/train.jsonl", f"label.model={folder}/labeller"]
     recipe = load_recipe(RECIPE, overrides)
     label(section(recipe, "label"))

@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.parallel.conftest import RECIPE
 from tests.parallel.forked import run_ranks
 from treg_megatron import head
 from treg_megatron.head import response_logps
+from treg_megatron.recipe import load_recipe, section
 
 WORDS, ROWS, HIDDEN = 30, 11, 8
 
@@ -155,17 +157,23 @@ def test_a_shared_row_in_one_call_equals_span_by_span():
     torch.testing.assert_close(in_one_call, span_by_span, rtol=1e-5, atol=1e-6)
 
 
-def test_shared_prompts_are_refused_beside_transformer_engine(monkeypatch):
-    from types import SimpleNamespace
-
+def test_who_shares_prompts(monkeypatch):
     from treg_megatron import build, model
     from treg_megatron.errors import UserError
 
-    build.require_shareable(SimpleNamespace(share_prompts=True))
+    def shares(asked: bool | None, *overrides: str, experts: int | None = None) -> bool:
+        recipe = load_recipe(RECIPE, [f"data.share_prompts={'null' if asked is None else asked}", *overrides])
+        return build.shares_prompts({"num_moe_experts": experts}, section(recipe, "parallel"), section(recipe, "data"))
+
+    assert shares(True) and shares(None) and not shares(False)
+    assert not shares(None, "data.layout=padded") and not shares(None, "parallel.context=2") and not shares(None, experts=8)
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(build, "is_cpu", lambda: False)
+        assert shares(True) and not shares(None)
     monkeypatch.setattr(model, "HAVE_TE", True)
-    build.require_shareable(SimpleNamespace(share_prompts=False))
+    assert not shares(None) and not shares(False)
     with pytest.raises(UserError, match="data.share_prompts: Transformer Engine's attention"):
-        build.require_shareable(SimpleNamespace(share_prompts=True))
+        shares(True)
 
 
 def test_transformer_engines_cross_entropy_is_refused():
