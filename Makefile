@@ -30,7 +30,7 @@ test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then tests on real
 test-slurm: $(INSTALLED)  ## the scripts of slurm/ on a real SLURM; needs Debian's slurmctld slurmd slurm-client munge
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
 
-demo: $(DEMO_MODEL)  ## align a real 135M model end to end on this machine, about ten minutes on two cores
+demo: $(DEMO_MODEL)  ## align a real 135M model end to end on this machine, five to ten minutes on two cores
 	$(BIN)/python demo/run.py $(ARGS)
 
 study: $(INSTALLED)  ## does T-REG work where the truth of every token is known? forty minutes on two cores

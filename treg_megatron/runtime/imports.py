@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import sys
 from collections.abc import Iterator
 
 from treg_megatron.runtime.quiet import is_verbose
@@ -15,7 +16,7 @@ def heavy_imports() -> Iterator[None]:
     Python looks for garbage each time its heap has grown by a quarter, in all of it: a fifth of the time that the
     imports take. What was imported is never looked through again, and a forked process does not copy it by looking.
     """
-    collecting, heard = gc.isenabled(), logging.root.manager.disable
+    collecting, heard, modules = gc.isenabled(), logging.root.manager.disable, len(sys.modules)
     gc.disable()
     if not is_verbose():
         logging.disable(logging.WARNING)
@@ -23,6 +24,7 @@ def heavy_imports() -> Iterator[None]:
         yield
     finally:
         logging.disable(heard)
-        gc.freeze()
+        if len(sys.modules) > modules:  # else it would only keep the caller's garbage
+            gc.freeze()
         if collecting:
             gc.enable()

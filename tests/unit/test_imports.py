@@ -1,0 +1,41 @@
+"""Imports without a search for garbage leave the process as it was."""
+
+import gc
+import logging
+import sys
+
+import pytest
+
+from treg_megatron.runtime.imports import heavy_imports
+
+
+@pytest.fixture
+def something_to_import(tmp_path, monkeypatch):
+    (tmp_path / "made_for_this_test.py").write_text("kept = [[]]", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("made_for_this_test", None)
+    gc.unfreeze()
+
+
+def test_only_what_was_imported_is_kept_for_good(something_to_import):
+    gc.unfreeze()
+    with heavy_imports():
+        pass
+    assert gc.get_freeze_count() == 0
+    with heavy_imports():
+        assert not gc.isenabled()
+        import made_for_this_test  # noqa: F401
+    assert gc.isenabled() and gc.get_freeze_count() > 0
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_warnings_are_heard_again_even_after_a_failed_import(verbose, monkeypatch, caplog):
+    monkeypatch.setenv("TREG_VERBOSE", str(int(verbose)))
+    monkeypatch.setattr(logging.root.manager, "disable", logging.INFO)
+    with pytest.raises(ModuleNotFoundError), heavy_imports():
+        logging.warning("while importing")
+        import there_is_no_such_module  # noqa: F401
+    logging.warning("after")
+    assert caplog.messages == ["while importing"] * verbose + ["after"]
+    assert gc.isenabled()
