@@ -1,4 +1,4 @@
-"""Importing Megatron, NeMo and transformers: 8,500 modules, none of them garbage and few of their warnings about us."""
+"""Importing Megatron, NeMo and transformers, 8,500 modules."""
 
 import contextlib
 import gc
