@@ -22,6 +22,7 @@ help:  ## what can be made
 
 venv: $(INSTALLED)  ## .venv with exactly the versions of constraints.txt
 
+# Two files at a time, each in a process that imports NeMo once: one alone keeps 1.25 cores busy. ARGS="-n 0 --pdb" to look into one.
 test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then tests on real Megatron ranks and end-to-end runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
 	OMP_NUM_THREADS=1 TREG_REAL_MODEL=$(abspath $(TEST_MODEL)) $(BIN)/python -m pytest -n 2 --dist loadfile \
