@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from treg_megatron import errors
+from treg_megatron import entry
 from treg_megatron.alignment import score_positions
 from treg_megatron.pairs import read_pairs
 from treg_megatron.prompts import load_prompt_pair
@@ -135,4 +135,4 @@ def no_shared_prefixes() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

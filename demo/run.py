@@ -18,7 +18,7 @@ from pathlib import Path
 
 from report import write_report
 
-from treg_megatron import errors
+from treg_megatron import entry
 from treg_megatron.errors import UserError
 from treg_megatron.files import atomic_write, sha256_of, sha256_of_json
 from treg_megatron.recipe import BASE_RECIPE, load_recipe, section
@@ -124,4 +124,4 @@ def environment(station: Station) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

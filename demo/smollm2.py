@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treg_megatron import errors
+from treg_megatron import entry
 from treg_megatron.errors import UserError
 from treg_megatron.files import sha256_of
 
@@ -131,4 +131,4 @@ def require_smollm2(model: "LlamaForCausalLM") -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

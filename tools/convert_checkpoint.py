@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-from treg_megatron import errors, recipe
+from treg_megatron import entry, recipe
 from treg_megatron.sections import ExportSection, ModelSection
 
 
@@ -92,4 +92,4 @@ def run_verify(a: Path, b: Path, texts: list[str] | None) -> bool:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

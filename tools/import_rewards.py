@@ -10,7 +10,7 @@ reference log-probs unless --no-reference leaves them out (then only reference-f
 
 import argparse
 
-from treg_megatron import errors, recipe
+from treg_megatron import entry, recipe
 
 
 def main() -> None:
@@ -32,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

@@ -9,7 +9,7 @@ PREFIX_tokens, PREFIX_token_rewards, PREFIX_ref_logprobs and PREFIX_pair_ids (.b
 they appear together when all is written.
 """
 
-from treg_megatron import errors, recipe
+from treg_megatron import entry, recipe
 
 
 def main() -> None:
@@ -22,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

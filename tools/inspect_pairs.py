@@ -10,7 +10,7 @@ of pairs is recognised by the first row unless --format names it.
 import argparse
 import json
 
-from treg_megatron import errors
+from treg_megatron import entry
 from treg_megatron.formats import FORMATS
 from treg_megatron.pairs import AUTO
 
@@ -34,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

@@ -19,7 +19,7 @@ response that it shows them, and every reward is near 0. For those take `few_sho
 
 import argparse
 
-from treg_megatron import errors, recipe
+from treg_megatron import entry, recipe
 
 
 def main() -> None:
@@ -48,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

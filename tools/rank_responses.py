@@ -9,7 +9,7 @@ or from a key of each response in the samples. Pairs keep the token ids that wer
 are. A reward model that brings Python code (ArmoRM does) runs it only with --allow-remote-code true.
 """
 
-from treg_megatron import errors, recipe
+from treg_megatron import entry, recipe
 
 
 def main() -> None:
@@ -23,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

@@ -9,7 +9,7 @@ a prompt: its responses with their token ids, and whether they were cut off. Sto
 is gone, the same command goes on where it was. Then: tools/rank_responses.py.
 """
 
-from treg_megatron import errors, recipe
+from treg_megatron import entry, recipe
 
 
 def main() -> None:
@@ -23,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

@@ -6,7 +6,7 @@
 
 import argparse
 
-from treg_megatron import errors, recipe
+from treg_megatron import entry, recipe
 
 
 def main() -> None:
@@ -20,4 +20,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

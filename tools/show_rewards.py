@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from treg_megatron import errors
+from treg_megatron import entry
 from treg_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,4 +78,4 @@ def load_policy(folder: str, device: str) -> "Scorer":
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

@@ -12,7 +12,7 @@ whatever else the streams hold. Several streams can also be trained on without j
 import argparse
 import json
 
-from treg_megatron import errors
+from treg_megatron import entry
 
 
 def main() -> None:
@@ -49,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

@@ -21,7 +21,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from treg_megatron import errors
+from treg_megatron import entry
 from treg_megatron.blend import parse_blend
 from treg_megatron.checkpoint.layout import IDENTITY, read_identity
 from treg_megatron.errors import UserError
@@ -205,4 +205,4 @@ def _all_reduce_seconds(kind: str) -> float:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)

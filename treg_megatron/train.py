@@ -15,7 +15,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from treg_megatron import errors
+from treg_megatron import entry
 from treg_megatron.recipe import add_recipe_arguments, parse_recipe, section
 from treg_megatron.runtime.imports import heavy_imports
 
@@ -126,4 +126,4 @@ def train(recipe: DictConfig) -> None:
 
 if __name__ == "__main__":  # checkpoint writers are spawned: they import this module again
     multiprocessing.freeze_support()
-    errors.run(main)
+    entry.run(main)

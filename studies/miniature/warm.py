@@ -86,9 +86,9 @@ def _exit_code(job: BaseProcess) -> int | None:
 
 
 def _call(job: Callable[[], None]) -> None:
-    from treg_megatron import errors
+    from treg_megatron import entry
 
-    errors.run(job)
+    entry.run(job)
 
 
 def _execute(program: str, arguments: list[str], log: Path) -> None:

@@ -112,7 +112,7 @@ def test_the_record_of_pairs_over_ranks(tmp_path):
 
 
 def test_an_error_of_one_rank_alone_is_told_by_that_rank():
-    program = "from treg_megatron import errors\nerrors.RANK_ZERO_SECONDS = 0\n" \
-              "def main(): raise errors.UserError('no folder')\nerrors.run(main)"
+    program = "from treg_megatron import entry\nentry.RANK_ZERO_SECONDS = 0\n" \
+              "def main(): raise entry.UserError('no folder')\nentry.run(main)"
     result = subprocess.run([sys.executable, "-c", program], env=os.environ | {"RANK": "3"}, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr == "error on rank 3: no folder\n"

@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from treg_megatron import errors
+from treg_megatron import entry
 from treg_megatron.errors import UserError
 from treg_megatron.recipe import add_recipe_arguments, parse_recipe
 from treg_megatron.runtime.imports import heavy_imports
@@ -88,4 +88,4 @@ def _gigabytes(text: str) -> float:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    entry.run(main)
