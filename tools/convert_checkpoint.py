@@ -24,7 +24,8 @@ import sys
 import time
 from pathlib import Path
 
-from treg_megatron import entry, recipe
+from treg_megatron import entry
+from treg_megatron.recipe_arguments import add_section_arguments, parse_section
 from treg_megatron.sections import ExportSection, ModelSection
 
 
@@ -32,18 +33,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|verify")
     importer = commands.add_parser("import", help="Hugging Face folder to Megatron checkpoint")
-    recipe.add_section_arguments(importer, "model")
+    add_section_arguments(importer, "model")
     exporter = commands.add_parser("export", help="Megatron checkpoint to Hugging Face folder")
-    recipe.add_section_arguments(exporter, "export")
+    add_section_arguments(exporter, "export")
     verifier = commands.add_parser("verify", help="whether two models are the same")
     verifier.add_argument("a", metavar="A", type=Path, help="Hugging Face folder, checkpoint, or a run's folder")
     verifier.add_argument("b", metavar="B", type=Path, help="another one")
     verifier.add_argument("--text", nargs="+", help="texts whose log-probs are compared (default: three short ones)")
     arguments = parser.parse_args()
     if arguments.command == "import":
-        run_import(recipe.parse_section(arguments, "model"))
+        run_import(parse_section(arguments, "model"))
     elif arguments.command == "export":
-        run_export(recipe.parse_section(arguments, "export"))
+        run_export(parse_section(arguments, "export"))
     else:
         sys.exit(0 if run_verify(arguments.a, arguments.b, arguments.text) else 1)
 

@@ -10,15 +10,16 @@ reference log-probs unless --no-reference leaves them out (then only reference-f
 
 import argparse
 
-from treg_megatron import entry, recipe
+from treg_megatron import entry
+from treg_megatron.recipe_arguments import add_section_arguments, parse_section
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-reference", action="store_true", help="write no reference log-probs; no model is loaded")
-    recipe.add_section_arguments(parser, "label")
+    add_section_arguments(parser, "label")
     arguments = parser.parse_args()
-    section = recipe.parse_section(arguments, "label")
+    section = parse_section(arguments, "label")
     from treg_megatron.token_rewards import import_token_rewards
 
     scorer = None

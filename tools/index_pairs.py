@@ -9,11 +9,12 @@ PREFIX_tokens, PREFIX_token_rewards, PREFIX_ref_logprobs and PREFIX_pair_ids (.b
 they appear together when all is written.
 """
 
-from treg_megatron import entry, recipe
+from treg_megatron import entry
+from treg_megatron.recipe_arguments import station_section
 
 
 def main() -> None:
-    section = recipe.station_section("index", __doc__)
+    section = station_section("index", __doc__)
     from treg_megatron.indexing import index
 
     manifest = index(section)

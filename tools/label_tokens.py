@@ -19,16 +19,17 @@ response that it shows them, and every reward is near 0. For those take `few_sho
 
 import argparse
 
-from treg_megatron import entry, recipe
+from treg_megatron import entry
+from treg_megatron.recipe_arguments import add_section_arguments, parse_section
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="say what the pairs are (counts, lengths in tokens, "
                                                               "repetitions, rows that cannot be used), and stop")
-    recipe.add_section_arguments(parser, "label")
+    add_section_arguments(parser, "label")
     arguments = parser.parse_args()
-    section = recipe.parse_section(arguments, "label")
+    section = parse_section(arguments, "label")
     if arguments.report:
         from treg_megatron.inspection import as_text, inspect_pairs
         from treg_megatron.tokens import load_tokenizer

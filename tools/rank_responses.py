@@ -9,11 +9,12 @@ or from a key of each response in the samples. Pairs keep the token ids that wer
 are. A reward model that brings Python code (ArmoRM does) runs it only with --allow-remote-code true.
 """
 
-from treg_megatron import entry, recipe
+from treg_megatron import entry
+from treg_megatron.recipe_arguments import station_section
 
 
 def main() -> None:
-    section = recipe.station_section("rank", __doc__)
+    section = station_section("rank", __doc__)
     from treg_megatron.ranking import rank
 
     ranked = rank(section)

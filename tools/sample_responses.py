@@ -9,11 +9,12 @@ a prompt: its responses with their token ids, and whether they were cut off. Sto
 is gone, the same command goes on where it was. Then: tools/rank_responses.py.
 """
 
-from treg_megatron import entry, recipe
+from treg_megatron import entry
+from treg_megatron.recipe_arguments import station_section
 
 
 def main() -> None:
-    section = recipe.station_section("sample", __doc__)
+    section = station_section("sample", __doc__)
     from treg_megatron.sampling.station import sample
 
     manifest = sample(section)

@@ -7,6 +7,7 @@
 import argparse
 
 from treg_megatron import entry, recipe
+from treg_megatron.recipe_arguments import recipe_at
 
 
 def main() -> None:
@@ -15,7 +16,7 @@ def main() -> None:
     parser.add_argument("--key", metavar="SECTION.KEY", help="print this key alone; without a value it is refused")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the recipe")
     arguments = parser.parse_args()
-    config, sources = recipe.trace_recipe(arguments.recipe, arguments.overrides)
+    config, sources = recipe.trace_recipe(recipe_at(arguments.recipe), arguments.overrides)
     print(recipe.value(config, arguments.key) if arguments.key else recipe.described(config, sources))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from treg_megatron.checkpoint.families import FREE_FIELDS, family_of, model_fields
-from treg_megatron.checkpoint.layout import read_json
+from treg_megatron.files import read_json
 from treg_megatron.errors import UserError
 from treg_megatron.sections import ModelSection
 

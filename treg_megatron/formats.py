@@ -7,12 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-
-class Message(NamedTuple):
-    """One turn: ``role`` is system, user or assistant."""
-
-    role: str
-    content: str
+from treg_megatron.conversation import Message
 
 
 class Answered(NamedTuple):

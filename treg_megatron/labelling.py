@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from treg_megatron.contrastive import contrastive_rewards
 from treg_megatron.errors import UserError
 from treg_megatron.files import read_manifest, remove_partials, write_manifest
 from treg_megatron.labels import (MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, SIDES, LabelledPair, read_labelled,
@@ -29,14 +30,13 @@ from treg_megatron.labels import (MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSI
 from treg_megatron.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs
 from treg_megatron.progress import Progress
 from treg_megatron.prompts import PromptPair, load_prompt_pair
+from treg_megatron.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, response_ids
 from treg_megatron.rows import source_identity
 from treg_megatron.runtime.launch import world
 from treg_megatron.scoring import ScoredSequence, Scorer
 from treg_megatron.sections import LabelSection
 from treg_megatron.tokens import ChatTokenizer, load_tokenizer
 
-PROMPT_FILLS_CONTEXT = "prompt fills max_length"
-TOO_LONG = "prompt and response do not fit max_length"
 REVISION_TOO_LONG = "revision prompt and response do not fit max_revision_length"
 
 _PASSES = ("reference", "better", "worse")
@@ -119,16 +119,6 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     return _finish(output, portions, drops, run, section, share)
 
 
-def contrastive_rewards(logps_better: np.ndarray, logps_worse: np.ndarray) -> np.ndarray:
-    """Token rewards sigma(better - worse) - 0.5 in (-0.5, 0.5), fp32, value t for response token t.
-
-    Computed as tanh(difference / 2) / 2 in fp64, which is the same and exactly odd: swapped arguments change the sign
-    and nothing else.
-    """
-    difference = logps_better.astype(np.float64) - logps_worse.astype(np.float64)
-    return (np.tanh(difference / 2) / 2).astype(np.float32)
-
-
 def _label_portion(pairs: list[Pair], run: dict, section: LabelSection, tokenizer: ChatTokenizer,
                    prompt_pair: PromptPair, scorer: Scorer,
                    progress: Progress) -> tuple[dict[str, Any], list[LabelledPair]]:
@@ -181,23 +171,6 @@ def _prepare(pair: Pair, max_length: int, max_revision_length: int, tokenizer: C
     if sequences["chosen"]["reference"] == sequences["rejected"]["reference"]:
         return None, IDENTICAL_RESPONSES           # they differed in white space that the template strips
     return _Prepared(pair, sequences), ""
-
-
-def response_ids(pair: Pair, side: str, tokenizer: ChatTokenizer) -> list[int]:
-    """Ids of one side's response: those that were sampled, where the pair has them, else those of its text.
-
-    Raises:
-        UserError: they were sampled with another tokenizer.
-    """
-    sampled = getattr(pair, f"{side}_ids")
-    if sampled is None:
-        return tokenizer.encode_response(pair.messages, getattr(pair, side))
-    if pair.tokenizer != tokenizer.sha256:
-        raise UserError("its response ids were sampled with another tokenizer; label it with the model that sampled "
-                        "it, or remove chosen_ids and rejected_ids to have the text tokenised")
-    if max(sampled) >= tokenizer.vocab_size:
-        raise UserError(f"{side}_ids holds {max(sampled)}, the tokenizer has {tokenizer.vocab_size} tokens")
-    return list(sampled)
 
 
 def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], section: LabelSection) -> LabelledPair:
@@ -254,7 +227,7 @@ def _require_same_run(found: dict | None, run: dict, path: Path) -> None:
 
 def _fingerprint(section: LabelSection, tokenizer: ChatTokenizer, prompt_pair: PromptPair) -> dict[str, Any]:
     """What decides the labels. Batch size and device do not: they move values by rounding alone."""
-    from treg_megatron.scoring.huggingface import model_identity
+    from treg_megatron.hf import model_identity
 
     return {
         "pairs": source_identity(section.pairs),

@@ -27,7 +27,8 @@ from treg_megatron.checkpoint.layout import IDENTITY, read_identity
 from treg_megatron.errors import UserError
 from treg_megatron.files import bytes_in
 from treg_megatron.indexed import ends_of
-from treg_megatron.recipe import add_recipe_arguments, parse_recipe, section
+from treg_megatron.recipe import section
+from treg_megatron.recipe_arguments import add_recipe_arguments, parse_recipe
 from treg_megatron.runtime.launch import World, connect, join, leave, node_name, world
 
 ANSWER_SECONDS = 120

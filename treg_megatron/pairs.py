@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from treg_megatron.errors import UserError
-from treg_megatron.formats import FORMATS, Answered, Message, NoPreference, PairFormat
+from treg_megatron.conversation import Message
+from treg_megatron.formats import FORMATS, Answered, NoPreference, PairFormat
 from treg_megatron.rows import read_rows
 from treg_megatron.seen import Seen
 

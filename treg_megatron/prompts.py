@@ -24,7 +24,8 @@ import yaml
 
 from treg_megatron.errors import UserError
 from treg_megatron.files import sha256_of_json
-from treg_megatron.pairs import Message, conversation_text
+from treg_megatron.conversation import Message
+from treg_megatron.pairs import conversation_text
 
 FOLDER = Path(__file__).resolve().parent / "prompts"
 CONVERSATION = "conversation"

@@ -162,9 +162,9 @@ class RewardModel:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from treg_megatron.scoring.huggingface import _device, _model_folder
+        from treg_megatron.hf import device_of, model_folder
 
-        folder = _model_folder(section.reward_model)
+        folder = model_folder(section.reward_model)
         if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")) and \
                 not section.allow_remote_code:
             raise UserError(f"{folder} brings Python code of its own; read it, and allow it with "
@@ -178,7 +178,7 @@ class RewardModel:
             raise UserError(f"the reward model of {folder} does not load: {error}") from None
         if not self._tokenizer.chat_template:
             raise UserError(f"the tokenizer of {folder} has no chat template, which the reward model was trained with")
-        self._torch, self._model = torch, model.to(_device(section.device)).eval()
+        self._torch, self._model = torch, model.to(device_of(section.device)).eval()
 
     def __call__(self, messages: list[dict[str, str]], responses: list[str]) -> list[float]:
         """One response at a time: padding would have to be what each architecture expects."""

@@ -5,13 +5,11 @@ A recipe is a short diff: its ``defaults:`` key names the file that it extends, 
 type and help. ``key=value`` arguments override the file, flags of a tool override those.
 """
 
-import argparse
 import dataclasses
 import difflib
 import os
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -37,13 +35,20 @@ FOREIGN = {
 }
 
 
-def load_recipe(path: str | Path = BASE_RECIPE, overrides: list[str] = ()) -> DictConfig:
+class RecordedRecipe(NamedTuple):
+    """The recipe that a training run wrote into its checkpoint."""
+
+    where: Path
+    values: dict[str, Any]
+
+
+def load_recipe(path: str | Path | RecordedRecipe = BASE_RECIPE, overrides: list[str] = ()) -> DictConfig:
     """Read a recipe, its ``defaults`` and ``key=value`` overrides into one checked, typed config.
 
     Interpolations stay unresolved, and keys left as ``???`` are asked for only when a station reads them.
 
     Args:
-        path: a recipe, or a training checkpoint for the recipe of its run.
+        path: a recipe's file, or the recipe that a checkpoint holds.
 
     Raises:
         UserError: a file that is missing or no YAML, an unknown key (the nearest known one is named), a wrong type.
@@ -51,13 +56,14 @@ def load_recipe(path: str | Path = BASE_RECIPE, overrides: list[str] = ()) -> Di
     return trace_recipe(path, overrides)[0]
 
 
-def trace_recipe(path: str | Path, overrides: list[str] = ()) -> tuple[DictConfig, dict[str, str]]:
+def trace_recipe(path: str | Path | RecordedRecipe,
+                 overrides: list[str] = ()) -> tuple[DictConfig, dict[str, str]]:
     """:func:`load_recipe`, and where each value comes from: a file or the command line, by ``section.key``."""
     config = OmegaConf.structured(Recipe)
     OmegaConf.set_struct(config, True)
     sources: dict[str, str] = {}
-    for source in _with_defaults(Path(path)):
-        _merge(config, _read_yaml(source), _short(source), sources)
+    for where, values in _with_defaults(path):
+        _merge(config, values, _short(where), sources)
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r} is not of the form section.key=value")
@@ -119,63 +125,22 @@ def value(recipe: DictConfig, name: str) -> Any:
     return found
 
 
-def station_section(name: str, description: str, argv: list[str] | None = None,
-                    prog: str | None = None) -> Any:
-    """Parse a station's command line: ``--recipe``, a flag for every key of its section, and ``key=value`` overrides."""
-    parser = argparse.ArgumentParser(prog=prog, description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_section_arguments(parser, name)
-    return parse_section(parser.parse_args(argv), name)
+def _with_defaults(path: str | Path | RecordedRecipe) -> list[tuple[Path, DictConfig]]:
+    """The files that a recipe extends, the base first, and the recipe itself."""
+    if isinstance(path, RecordedRecipe):  # written whole
+        return [(path.where, OmegaConf.create(path.values))]
+    chain: dict[Path, DictConfig] = {}
+    source = Path(path)
+    while source not in chain:
+        chain[source] = values = _read_yaml(source)
+        parent = values.pop("defaults", None)
+        if parent is None:
+            return list(chain.items())[::-1]
+        child, source = source, source.parent / parent
+    raise UserError(f"{child}: defaults: {source.name} extends itself")
 
 
-def add_section_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Give ``parser`` :func:`add_recipe_arguments`, and one flag for each key of a section."""
-    add_recipe_arguments(parser, help=f"recipe whose section `{name}` gives what no flag does "
-                                      "(default: recipes/base.yaml)", default=str(BASE_RECIPE))
-    group = parser.add_argument_group(f"keys of the recipe's section `{name}`")
-    for field in dataclasses.fields(SECTIONS[name]):
-        choices = field.metadata["choices"]
-        group.add_argument("--" + field.name.replace("_", "-"), dest=f"{name}.{field.name}",
-                           metavar="|".join(choices) if choices else field.name.upper(), help=field.metadata["help"])
-
-
-def parse_section(arguments: argparse.Namespace, name: str) -> Any:
-    """The section that :func:`add_section_arguments` described, with every flag and override applied."""
-    flags = [f"{k}={v}" for k, v in vars(arguments).items() if k.startswith(name + ".") and v is not None]
-    return section(parse_recipe(arguments, flags), name)
-
-
-def add_recipe_arguments(parser: argparse.ArgumentParser, help: str = "the run's recipe, or a checkpoint of the run",
-                         default: str | None = None) -> None:
-    """Give ``parser`` the options that every entry point has: ``--recipe``, ``--print`` and ``key=value`` overrides."""
-    parser.add_argument("--recipe", default=default, required=default is None, metavar="YAML", help=help)
-    parser.add_argument("--print", action="store_true", dest="print_recipe",
-                        help="print the recipe with every override applied, where each value comes from, and stop")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the recipe")
-
-
-def parse_recipe(arguments: argparse.Namespace, flags: list[str] = ()) -> DictConfig:
-    """The recipe that :func:`add_recipe_arguments` described; under ``--print`` it is printed and the program ends."""
-    config, sources = trace_recipe(arguments.recipe, [*arguments.overrides, *flags])
-    if arguments.print_recipe:
-        print(described(config, sources))
-        sys.exit(0)
-    return config
-
-
-def _with_defaults(path: Path) -> list[Path]:
-    chain = [path]
-    while (parent := _read_yaml(chain[0], keep_defaults=True).get("defaults")) is not None:
-        parent = chain[0].parent / parent
-        if parent in chain:
-            raise UserError(f"{chain[0]}: defaults: {parent.name} extends itself")
-        chain.insert(0, parent)
-    return chain
-
-
-def _read_yaml(path: Path, keep_defaults: bool = False) -> DictConfig:
-    if path.is_dir():
-        return OmegaConf.create(_recipe_of_checkpoint(path))
+def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
         raise UserError(f"recipe {path} does not exist")
     try:
@@ -184,8 +149,6 @@ def _read_yaml(path: Path, keep_defaults: bool = False) -> DictConfig:
         raise UserError(f"recipe {path} is not valid YAML: {_first_line(error)}") from None
     if not isinstance(config, DictConfig):
         raise UserError(f"recipe {path} must be a mapping of sections")
-    if not keep_defaults:
-        config.pop("defaults", None)
     return config
 
 
@@ -193,16 +156,6 @@ def _short(path: Path) -> str:
     """Relative to the working directory where the file lies under it."""
     below = Path(os.path.relpath(path))
     return str(path if below.parts[0] == ".." else below)
-
-
-def _recipe_of_checkpoint(folder: Path) -> dict:
-    from treg_megatron.checkpoint.layout import find_checkpoint, read_identity
-
-    checkpoint = find_checkpoint(folder)
-    found = read_identity(checkpoint).run.get("recipe")
-    if found is None:
-        raise UserError(f"checkpoint {checkpoint} holds no recipe: training did not write it; name the recipe's file")
-    return found
 
 
 def _merge(config: DictConfig, extra: DictConfig, source: str, sources: dict[str, str]) -> None:

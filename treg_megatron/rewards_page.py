@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from treg_megatron.files import atomic_write
-from treg_megatron.labelling import contrastive_rewards
+from treg_megatron.contrastive import contrastive_rewards
 from treg_megatron.labels import SIDES, LabelledPair
 from treg_megatron.scoring import Scorer, sequences_of
 

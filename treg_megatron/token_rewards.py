@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from treg_megatron.errors import UserError
-from treg_megatron.labelling import PROMPT_FILLS_CONTEXT, TOO_LONG, response_ids
+from treg_megatron.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, response_ids
 from treg_megatron.labels import SIDES, LabelledPair, write_shard
 from treg_megatron.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs_and_rows
 from treg_megatron.rows import source_identity

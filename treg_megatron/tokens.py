@@ -17,9 +17,9 @@ import numpy as np
 
 from treg_megatron.errors import UserError
 from treg_megatron.files import sha256_of_json
-from treg_megatron.formats import Message
+from treg_megatron.conversation import Message
 from treg_megatron.runtime.imports import heavy_imports
-from treg_megatron.sampling import Sampled
+from treg_megatron.conversation import Sampled
 from treg_megatron.sentencepiece_model import SentencePieceTokenizer
 from treg_megatron.word_memory import WordMemory, known_cuts
 

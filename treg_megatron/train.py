@@ -16,7 +16,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from treg_megatron import entry
-from treg_megatron.recipe import add_recipe_arguments, parse_recipe, section
+from treg_megatron.recipe import section
+from treg_megatron.recipe_arguments import add_recipe_arguments, parse_recipe
 from treg_megatron.runtime.imports import heavy_imports
 
 

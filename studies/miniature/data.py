@@ -9,7 +9,7 @@ from typing import Any
 from studies.miniature.model import END, vocabulary
 from studies.miniature.world import FILLERS, Task, Writer, task_of, verify
 from treg_megatron.files import atomic_write
-from treg_megatron.formats import Message
+from treg_megatron.conversation import Message
 from treg_megatron.prompts import PromptPair
 
 #: who answers what the reference learns from: people as they are, and the two kinds of revision

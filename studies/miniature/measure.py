@@ -12,7 +12,7 @@ import numpy as np
 from studies.miniature import data
 from studies.miniature.world import task_of, verify
 from treg_megatron.files import atomic_write
-from treg_megatron.formats import Message
+from treg_megatron.conversation import Message
 from treg_megatron.labels import SIDES, read_labelled
 from treg_megatron.scoring import ScoredSequence, sequences_of
 from treg_megatron.tokens import load_tokenizer

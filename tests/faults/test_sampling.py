@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 from treg_megatron import ranking
 from treg_megatron.errors import UserError
-from treg_megatron.pairs import Message, read_pairs
+from treg_megatron.conversation import Message
+from treg_megatron.pairs import read_pairs
 from treg_megatron.ranking import best_and_worst, rank
 from treg_megatron.recipe import load_recipe, section
 from treg_megatron.sampling import server

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from treg_megatron.labelling import contrastive_rewards
-from treg_megatron.pairs import Message
+from treg_megatron.contrastive import contrastive_rewards
+from treg_megatron.conversation import Message
 from treg_megatron.prompts import load_prompt_pair
 from treg_megatron.scoring import ScoredSequence
 

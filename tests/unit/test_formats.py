@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from treg_megatron.errors import UserError
-from treg_megatron.formats import FORMATS, Message
+from treg_megatron.conversation import Message
+from treg_megatron.formats import FORMATS
 from treg_megatron.inspection import as_text, inspect_pairs
 from treg_megatron.pairs import EQUAL_SCORES, read_pairs
 from treg_megatron.rows import read_rows, source_identity

@@ -16,9 +16,11 @@ import yaml
 from treg_megatron import labelling
 from treg_megatron.errors import UserError
 from treg_megatron.indexing import index
-from treg_megatron.labelling import contrastive_rewards, label
+from treg_megatron.contrastive import contrastive_rewards
+from treg_megatron.labelling import label
 from treg_megatron.labels import labelling_run, read_labelled
-from treg_megatron.pairs import IDENTICAL_RESPONSES, REPEATED_PAIR, Message
+from treg_megatron.conversation import Message
+from treg_megatron.pairs import IDENTICAL_RESPONSES, REPEATED_PAIR
 from treg_megatron.prompts import FOLDER, load_prompt_pair
 from treg_megatron.scoring import ScoredSequence
 from treg_megatron.sections import IndexSection, LabelSection

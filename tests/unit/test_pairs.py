@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from treg_megatron import pairs, rows
 from treg_megatron.errors import UserError
-from treg_megatron.pairs import Message, read_pairs
+from treg_megatron.conversation import Message
+from treg_megatron.pairs import read_pairs
 
 EXPECTED = (Message("user", "Hi?"), Message("assistant", "Yes?"), Message("user", "Why?"))
 SAME_PAIR = {

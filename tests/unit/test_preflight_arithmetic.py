@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from treg_megatron.checkpoint.families import model_fields
-from treg_megatron.checkpoint.layout import read_json
+from treg_megatron.files import read_json
 from treg_megatron.errors import UserError
 from treg_megatron.preflight import costs
 from treg_megatron.preflight.schedule import BACKWARD, FORWARD, events

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from treg_megatron.errors import UserError
-from treg_megatron.pairs import Message
+from treg_megatron.conversation import Message
 from treg_megatron.prompts import FOLDER, load_prompt_pair
 
 CONVERSATION = (Message("system", "Be kind."), Message("user", "Hi?"), Message("assistant", "Yes?"),

@@ -14,7 +14,7 @@ from treg_megatron.checkpoint.families import (
     source_shape,
     stacked_shape,
 )
-from treg_megatron.checkpoint.layout import read_json
+from treg_megatron.files import read_json
 from treg_megatron.errors import UserError
 
 MISTRAL_7B_V1 = {

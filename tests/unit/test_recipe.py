@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from treg_megatron.checkpoint.layout import Identity, write_identity
 from treg_megatron.errors import UserError
 from treg_megatron.recipe import described, load_recipe, section, trace_recipe
+from treg_megatron.recipe_arguments import recipe_at
 from treg_megatron.sections import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,10 +102,10 @@ def test_the_recipe_of_a_checkpoint_can_be_launched_as_it_is(tmp_path):
     write_identity(checkpoint, Identity("LlamaForCausalLM", {}, "float32", "source", "test", run=saved))
     OmegaConf.save(recipe, run / "recipe.yaml")
     for path in (checkpoint, run, run / "recipe.yaml"):
-        assert resolved(load_recipe(path)) == resolved(recipe)
+        assert resolved(load_recipe(recipe_at(path))) == resolved(recipe)
     with pytest.raises(UserError, match="holds no recipe"):
         write_identity(checkpoint, Identity("LlamaForCausalLM", {}, "float32", "source", "import"))
-        load_recipe(checkpoint)
+        load_recipe(recipe_at(checkpoint))
 
 
 @pytest.mark.parametrize("command", [

@@ -12,7 +12,8 @@ from treg_megatron.alignment import score_positions
 from treg_megatron.errors import UserError
 from treg_megatron.runtime import onednn
 from treg_megatron.scoring import ScoredSequence, huggingface, shared_prefixes
-from treg_megatron.scoring.huggingface import HuggingFaceScorer, model_identity
+from treg_megatron.hf import model_identity
+from treg_megatron.scoring.huggingface import HuggingFaceScorer
 
 TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, max_position_embeddings=128, initializer_range=0.2)

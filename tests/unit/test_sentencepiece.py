@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.tiny import CORPUS
 from treg_megatron.errors import UserError
-from treg_megatron.pairs import Message
+from treg_megatron.conversation import Message
 from treg_megatron.tokens import ChatTokenizer, load_tokenizer
 
 MISTRAL = """\

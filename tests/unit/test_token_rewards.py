@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from treg_megatron.errors import UserError
 from treg_megatron.indexing import index
 from treg_megatron.labels import read_labelled
-from treg_megatron.pairs import Message, Pair
+from treg_megatron.conversation import Message
+from treg_megatron.pairs import Pair
 from treg_megatron.recipe import load_recipe, section
 from treg_megatron.streams import open_streams
 from treg_megatron.token_rewards import import_token_rewards, response_rewards

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import CHATML, CORPUS, SPECIAL_TOKENS
 from treg_megatron import word_memory
-from treg_megatron.pairs import Message
+from treg_megatron.conversation import Message
 from treg_megatron.tokens import load_tokenizer
 
 LLAMA_3, QWEN = sorted(word_memory._EXPRESSIONS, key=len, reverse=True)

@@ -22,7 +22,8 @@ from treg_megatron.checkpoint.families import (
     stacked_shape,
     stacking,
 )
-from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, Identity, read_json, write_identity, written_whole
+from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, Identity, write_identity, written_whole
+from treg_megatron.files import read_json
 from treg_megatron.checkpoint.safetensors_stream import DTYPES, StoredTensor, tensors_in_folder
 from treg_megatron.checkpoint.buffers import Scratch
 from treg_megatron.checkpoint.torch_dist import TorchDistWriter

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from treg_megatron.errors import UserError
-from treg_megatron.files import atomic_write
+from treg_megatron.files import atomic_write, read_json
 
 WEIGHTS = "weights"
 IDENTITY = "treg.json"
@@ -202,23 +202,6 @@ def refuse_existing(output: Path) -> None:
     """Raises :class:`UserError` if ``output`` exists: nothing is ever overwritten."""
     if output.exists():
         raise UserError(f"{output} already exists; delete it or choose another folder")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: no such file, or no JSON object in it.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return content
 
 
 def _marker(checkpoint: Path) -> Path:

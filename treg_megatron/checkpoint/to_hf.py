@@ -31,7 +31,6 @@ from treg_megatron.checkpoint.layout import (
     Identity,
     find_checkpoint,
     read_identity,
-    read_json,
     refuse_existing,
     written_whole,
 )
@@ -47,6 +46,7 @@ from treg_megatron.checkpoint.safetensors_stream import (
 )
 from treg_megatron.checkpoint.torch_dist import TorchDistReader
 from treg_megatron.errors import UserError
+from treg_megatron.files import read_json
 
 SHARD_BYTES = 5_000_000_000  # Hugging Face's own default
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from treg_megatron import entry
 from treg_megatron.errors import UserError
-from treg_megatron.recipe import add_recipe_arguments, parse_recipe
+from treg_megatron.recipe_arguments import add_recipe_arguments, parse_recipe
 from treg_megatron.runtime.imports import heavy_imports
 
 EXIT_DOES_NOT_FIT = 1

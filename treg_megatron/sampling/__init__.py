@@ -5,22 +5,9 @@ the response comes back as the ids that were sampled.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-
-class Sampled(NamedTuple):
-    """A response.
-
-    Attributes:
-        text: its words, without special tokens.
-        ids: the sampled token ids, with the end-of-turn token where the model ended its turn; None where the engine
-            does not tell them.
-        finished: False for a response that was cut off.
-    """
-
-    text: str
-    ids: list[int] | None
-    finished: bool
+from treg_megatron.conversation import Sampled
 
 
 class Sampler(Protocol):

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from treg_megatron.sampling import Sampled
-from treg_megatron.scoring.huggingface import _device, _load, _model_folder
+from treg_megatron.conversation import Sampled
+from treg_megatron.hf import device_of, load_causal_lm, model_folder
 from treg_megatron.sections import SampleSection
 from treg_megatron.tokens import ChatTokenizer
 
@@ -19,8 +19,8 @@ class HuggingFaceSampler:
 
     def __init__(self, section: SampleSection, tokenizer: ChatTokenizer):
         self._section, self._tokenizer = section, tokenizer
-        self._device = _device(section.device)
-        self._model = _load(_model_folder(section.model), getattr(torch, section.dtype)).to(self._device)
+        self._device = device_of(section.device)
+        self._model = load_causal_lm(model_folder(section.model), getattr(torch, section.dtype)).to(self._device)
         self._model.set_attn_implementation("sdpa")
 
     @torch.inference_mode()

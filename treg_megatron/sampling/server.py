@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from treg_megatron.errors import UserError
-from treg_megatron.sampling import Sampled
+from treg_megatron.conversation import Sampled
 from treg_megatron.sections import SampleSection
 from treg_megatron.tokens import ChatTokenizer
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from treg_megatron.errors import UserError
 from treg_megatron.files import atomic_write, read_manifest, sha256_of, sha256_of_json, write_manifest
-from treg_megatron.pairs import Message
+from treg_megatron.conversation import Message
 from treg_megatron.progress import Progress
 from treg_megatron.rows import read_rows
 from treg_megatron.sampling import Sampler

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from treg_megatron.errors import UserError
-from treg_megatron.sampling import Sampled
+from treg_megatron.conversation import Sampled
 from treg_megatron.sections import SampleSection
 from treg_megatron.tokens import ChatTokenizer
 

@@ -9,8 +9,6 @@ Shapes: t tokens of a row, h hidden size, n response tokens of a batch, V vocabu
 """
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,8 +17,7 @@ import torch
 
 from treg_megatron.alignment import score_positions
 from treg_megatron.errors import UserError
-from treg_megatron.runtime.imports import heavy_imports
-from treg_megatron.runtime.launch import world
+from treg_megatron.hf import device_of, load_causal_lm, model_folder
 from treg_megatron.runtime.memory import keep_memory
 from treg_megatron.runtime.onednn import ProductsByOneDNN
 from treg_megatron.scoring import ScoredSequence
@@ -30,7 +27,6 @@ _LOGITS_AT_ONCE = 1 << 25            # elements: 128 MiB in fp32
 _PROBE_TOKENS = 10
 # of the spread of the logits; a wrong way is off by as much as that
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
-_FINGERPRINT_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
 
 
 class HuggingFaceScorer:
@@ -48,11 +44,11 @@ class HuggingFaceScorer:
     """
 
     def __init__(self, folder: str | Path, dtype: str = "bfloat16", device: str = "auto", batch_tokens: int = 8192):
-        self.device = _device(device)
+        self.device = device_of(device)
         self.batch_tokens = batch_tokens
         if self.device.type == "cpu":
             keep_memory()
-        self._model = _load(_model_folder(folder), getattr(torch, dtype)).to(self.device)
+        self._model = load_causal_lm(model_folder(folder), getattr(torch, dtype)).to(self.device)
         config = self._model.config.get_text_config()
         self.max_length = config.max_position_embeddings
         self.vocab_size = self._model.get_input_embeddings().weight.shape[0]
@@ -111,12 +107,15 @@ class HuggingFaceScorer:
     @torch.inference_mode()
     def _take_over_attention(self, folder: str | Path) -> None:
         """Give the model our attention, and compare with its own logits once: some architectures do it in their way."""
+        from transformers import AttentionInterface
+
         count = 2 * _PROBE_TOKENS
         # from all over the vocabulary but its ends: of sequences of special tokens a bf16 model makes noise
         first = np.arange(1, count + 1) * self.vocab_size // (count + 1)
         second = np.concatenate([first[:_PROBE_TOKENS], first[:_PROBE_TOKENS]])
         tokens_bs = torch.from_numpy(np.stack([first, second])).to(self.device)
         theirs = self._model(input_ids=tokens_bs, use_cache=False).logits.float()
+        AttentionInterface.register(ATTENTION, attention)
         try:
             self._model.set_attn_implementation(ATTENTION)
             hidden_th, rows = self._hidden_states([second, first])
@@ -128,55 +127,3 @@ class HuggingFaceScorer:
         if not known:
             raise UserError(f"{folder}: {type(self._model).__name__} attends or makes logits in a way that this "
                             "release does not know; its log-probs would be wrong")
-
-
-def model_identity(folder: str | Path) -> dict[str, str]:
-    """What a manifest says about a model folder: its name, and a hash that changes with its weights.
-
-    The hash covers config.json and, of every weights file, the size and 64 samples spread over it: training moves
-    nearly every weight, and hashing 140 GB whole would take longer than many labelling jobs.
-    """
-    folder = _model_folder(folder)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(json.dumps([path.name, size]).encode())
-        with open(path, "rb") as stream:
-            for sample in range(_FINGERPRINT_SAMPLES):
-                stream.seek(size * sample // _FINGERPRINT_SAMPLES)
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return {"name": folder.resolve().name, "sha256": digest.hexdigest()}
-
-
-def _model_folder(folder: str | Path) -> Path:
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model folder {folder} does not exist or has no config.json")
-    return folder
-
-
-def _load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    with heavy_imports():
-        from transformers import AttentionInterface, AutoModelForCausalLM
-
-    AttentionInterface.register(ATTENTION, attention)
-    try:
-        # eager: the model's own attention, of which other implementations leave things out (Gemma 2's soft-cap)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True,
-                                                     trust_remote_code=False, attn_implementation="eager")
-    except Exception as error:
-        raise UserError(f"the model of {folder} does not load: {error}") from None
-    return model.eval()
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{world().local_rank % torch.cuda.device_count()}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name} cannot be used: {error}") from None
-    return device
