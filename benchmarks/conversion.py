@@ -65,7 +65,7 @@ def synthetic_llama(folder: Path, gigabytes: float) -> int:
     import torch
 
     from treg_megatron.checkpoint.buffers import as_bytes
-    from treg_megatron.checkpoint.families import family_of, model_fields
+    from treg_megatron.models.families import family_of, model_fields
     from treg_megatron.checkpoint.safetensors_stream import INDEX_FILE, ShardWriter, index_of, plan_shards
     from treg_megatron.checkpoint.to_hf import SHARD_BYTES, planned_tensors
 

@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from treg_megatron.head import response_logps
+from treg_megatron.models.head import response_logps
 
 
 def main() -> None:

@@ -97,8 +97,8 @@ def cpu_of_children() -> float:
 
 def same_ids(folder: Path, arguments: argparse.Namespace) -> None:
     """Compare the rejected sequences: Megatron-LM's tool writes an index for the last of its keys alone."""
-    from treg_megatron.indexed import IndexedReader
-    from treg_megatron.streams import open_streams
+    from treg_megatron.data.indexed import IndexedReader
+    from treg_megatron.data.streams import open_streams
 
     ours = open_streams(folder / f"{arguments.count}-ours")
     theirs = folder / f"{arguments.count}-{SEQUENCES[1]}_{SEQUENCES[1]}_document"
@@ -129,8 +129,8 @@ def call(command: list, package: Path) -> None:
 
 def write_text(path: Path, count: int, arguments: argparse.Namespace) -> None:
     """Pairs with a reward for each response, and the texts that Megatron-LM's tool is given."""
-    from treg_megatron.pairs import read_pairs
-    from treg_megatron.tokens import load_tokenizer
+    from treg_megatron.data.pairs import read_pairs
+    from treg_megatron.tokenizer.chat import load_tokenizer
 
     tokenizer, source, chance = load_tokenizer(arguments.tokenizer), list(read_pairs(arguments.pairs)), random.Random(0)
     repeated_share, share = new_words(source), 0.0
@@ -183,7 +183,7 @@ def memory(name: str, write, workers: int, arguments: argparse.Namespace, folder
 
 def reading(prefix: Path) -> None:
     """Pairs a second in an order as random as training's."""
-    from treg_megatron.streams import open_streams
+    from treg_megatron.data.streams import open_streams
 
     streams = open_streams(prefix)
     order = np.random.default_rng(0).permutation(len(streams))[:200_000].tolist()
@@ -194,8 +194,8 @@ def reading(prefix: Path) -> None:
 
 
 def index_one(labelled: Path, prefix: Path, tokenizer: Path, workers: int) -> None:
-    from treg_megatron.indexing import index
-    from treg_megatron.recipe import load_recipe, section
+    from treg_megatron.labelling.indexing import index
+    from treg_megatron.config.recipe import load_recipe, section
 
     index(section(load_recipe(overrides=[f"index.labelled={labelled}", f"index.output={prefix}",
                                          f"index.tokenizer={tokenizer}", f"index.workers={workers}"]), "index"))
@@ -235,9 +235,9 @@ def write_labelled(path: Path, pairs: int) -> None:
 
 def fill(arguments: argparse.Namespace) -> None:
     """Bins of 8192 tokens in global batches of 128 pairs, of the lengths of --pairs drawn again and again."""
-    from treg_megatron.packing import BinOrder
-    from treg_megatron.pairs import read_pairs
-    from treg_megatron.tokens import load_tokenizer
+    from treg_megatron.data.packing import BinOrder
+    from treg_megatron.data.pairs import read_pairs
+    from treg_megatron.tokenizer.chat import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.tokenizer)
     lengths = []

@@ -106,10 +106,10 @@ class Storm:
     def _run(self, folder: Path, chance: random.Random, kills: bool) -> dict:
         """Every station in turn; what is to be compared."""
         from treg_megatron.checkpoint.from_hf import import_checkpoint
-        from treg_megatron.files import sha256_of
-        from treg_megatron.indexing import index
-        from treg_megatron.labels import read_labelled
-        from treg_megatron.recipe import load_recipe, section
+        from treg_megatron.utils.files import sha256_of
+        from treg_megatron.labelling.indexing import index
+        from treg_megatron.data.labelled_pairs import read_labelled
+        from treg_megatron.config.recipe import load_recipe, section
 
         folder.mkdir()
         (folder / "pairs.jsonl").write_text("".join(json.dumps(tiny_pair(i, f"p{i}")) + "\n" for i in range(PAIRS)))
@@ -169,14 +169,14 @@ class Storm:
 
 
 def label_station(overrides: list[str]) -> None:
-    from treg_megatron.labelling import label
-    from treg_megatron.recipe import load_recipe, section
+    from treg_megatron.labelling.job import label
+    from treg_megatron.config.recipe import load_recipe, section
 
     label(section(load_recipe(RECIPE, overrides), "label"))
 
 
 def train_station(overrides: list[str]) -> None:
-    from treg_megatron.recipe import load_recipe
+    from treg_megatron.config.recipe import load_recipe
     from treg_megatron.train import train
 
     train(load_recipe(RECIPE, overrides))
@@ -184,7 +184,7 @@ def train_station(overrides: list[str]) -> None:
 
 def export_station(overrides: list[str]) -> None:
     from treg_megatron.checkpoint.to_hf import export_checkpoint
-    from treg_megatron.recipe import load_recipe, section
+    from treg_megatron.config.recipe import load_recipe, section
 
     export = section(load_recipe(RECIPE, overrides), "export")
     if not Path(export.output).exists():  # renamed there when it was whole, a moment before the kill
@@ -210,7 +210,7 @@ def _children(pid: int) -> list[int]:
 
 def epochs_of(run: Path) -> list[list[str]]:
     """Ids of the pairs that each epoch trained on, in order."""
-    from treg_megatron.order import recorded_pairs
+    from treg_megatron.data.sampler import recorded_pairs
 
     by_step = recorded_pairs(run)
     per_epoch = -(-PAIRS // GLOBAL_BATCH)

@@ -22,13 +22,13 @@ from unittest import mock
 import numpy as np
 import torch
 
-from treg_megatron import entry
-from treg_megatron.alignment import score_positions
-from treg_megatron.pairs import read_pairs
-from treg_megatron.prompts import load_prompt_pair
-from treg_megatron.scoring import ScoredSequence, shared_prefixes
-from treg_megatron.scoring.huggingface import HuggingFaceScorer
-from treg_megatron.tokens import load_tokenizer
+from treg_megatron.utils import entry
+from treg_megatron.data.alignment import score_positions
+from treg_megatron.data.pairs import read_pairs
+from treg_megatron.labelling.prompt_pair import load_prompt_pair
+from treg_megatron.labelling.scoring import ScoredSequence, shared_prefixes
+from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
+from treg_megatron.tokenizer.chat import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_DIFFERENCE = {"float32": 1e-4, "bfloat16": float("inf")}

@@ -7,8 +7,8 @@ megatron/training/theoretical_memory_usage.py (Apache-2.0), written down for a d
 untied embeddings, the distributed optimizer and sequence parallelism. Two sequences a micro-batch, as a pair has.
 """
 
-from treg_megatron import entry
-from treg_megatron.recipe import load_recipe
+from treg_megatron.utils import entry
+from treg_megatron.config.recipe import load_recipe
 
 RECIPES = {"llama3_8b": [], "llama3_70b": []}
 

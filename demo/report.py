@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from treg_megatron.files import atomic_write
-from treg_megatron.labels import read_labelled
-from treg_megatron.recipe import section
-from treg_megatron.sections import Recipe
+from treg_megatron.utils.files import atomic_write
+from treg_megatron.data.labelled_pairs import read_labelled
+from treg_megatron.config.recipe import section
+from treg_megatron.config.schema import Recipe
 
 SAMPLE_PAIR = "unit-cm"
 SAMPLE_TOKENS = 48

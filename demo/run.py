@@ -18,11 +18,11 @@ from pathlib import Path
 
 from report import write_report
 
-from treg_megatron import entry
+from treg_megatron.utils import entry
 from treg_megatron.errors import UserError
-from treg_megatron.files import atomic_write, sha256_of, sha256_of_json
-from treg_megatron.recipe import BASE_RECIPE, load_recipe, section
-from treg_megatron.sections import Recipe
+from treg_megatron.utils.files import atomic_write, sha256_of, sha256_of_json
+from treg_megatron.config.recipe import BASE_RECIPE, load_recipe, section
+from treg_megatron.config.schema import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipes/smollm2_135m.yaml"

@@ -14,9 +14,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treg_megatron import entry
+from treg_megatron.utils import entry
 from treg_megatron.errors import UserError
-from treg_megatron.files import sha256_of
+from treg_megatron.utils.files import sha256_of
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

@@ -17,7 +17,7 @@ def response_logps(model, tokens, response_length: int) -> torch.Tensor:
 
 
 def pair_logps(model, pair) -> list[torch.Tensor]:
-    """Log-probs of the chosen and of the rejected response of one pair (a treg_megatron.pair_streams.PairRecord)."""
+    """Log-probs of the chosen and of the rejected response of one pair (a treg_megatron.data.aligned.PairRecord)."""
     return [response_logps(model, tokens, len(rewards)) for tokens, rewards in
             ((pair.chosen_tokens, pair.chosen_token_rewards), (pair.rejected_tokens, pair.rejected_token_rewards))]
 

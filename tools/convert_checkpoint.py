@@ -24,9 +24,9 @@ import sys
 import time
 from pathlib import Path
 
-from treg_megatron import entry
-from treg_megatron.recipe_arguments import add_section_arguments, parse_section
-from treg_megatron.sections import ExportSection, ModelSection
+from treg_megatron.utils import entry
+from treg_megatron.cli.arguments import add_section_arguments, parse_section
+from treg_megatron.config.schema import ExportSection, ModelSection
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ reference log-probs unless --no-reference leaves them out (then only reference-f
 
 import argparse
 
-from treg_megatron import entry
-from treg_megatron.recipe_arguments import add_section_arguments, parse_section
+from treg_megatron.utils import entry
+from treg_megatron.cli.arguments import add_section_arguments, parse_section
 
 
 def main() -> None:
@@ -20,11 +20,11 @@ def main() -> None:
     add_section_arguments(parser, "label")
     arguments = parser.parse_args()
     section = parse_section(arguments, "label")
-    from treg_megatron.token_rewards import import_token_rewards
+    from treg_megatron.labelling.import_rewards import import_token_rewards
 
     scorer = None
     if not arguments.no_reference:
-        from treg_megatron.scoring.huggingface import HuggingFaceScorer
+        from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
 
         scorer = HuggingFaceScorer(section.model, section.dtype, section.device, section.batch_tokens)
     result = import_token_rewards(section, scorer)

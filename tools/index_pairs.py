@@ -9,13 +9,13 @@ PREFIX_tokens, PREFIX_token_rewards, PREFIX_ref_logprobs and PREFIX_pair_ids (.b
 they appear together when all is written.
 """
 
-from treg_megatron import entry
-from treg_megatron.recipe_arguments import station_section
+from treg_megatron.utils import entry
+from treg_megatron.cli.arguments import station_section
 
 
 def main() -> None:
     section = station_section("index", __doc__)
-    from treg_megatron.indexing import index
+    from treg_megatron.labelling.indexing import index
 
     manifest = index(section)
     print(f"indexed {manifest['pairs']} pairs, {manifest['tokens']} tokens ({manifest['response_tokens']} in "

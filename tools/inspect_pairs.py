@@ -10,9 +10,9 @@ of pairs is recognised by the first row unless --format names it.
 import argparse
 import json
 
-from treg_megatron import entry
-from treg_megatron.formats import FORMATS
-from treg_megatron.pairs import AUTO
+from treg_megatron.utils import entry
+from treg_megatron.data.formats import FORMATS
+from treg_megatron.data.pairs import AUTO
 
 
 def main() -> None:
@@ -25,8 +25,8 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, metavar="N", help="count pairs whose prompt and response are longer")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     arguments = parser.parse_args()
-    from treg_megatron.inspection import as_text, inspect_pairs
-    from treg_megatron.tokens import load_tokenizer
+    from treg_megatron.data.inspection import as_text, inspect_pairs
+    from treg_megatron.tokenizer.chat import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     report = inspect_pairs(arguments.pairs, arguments.format, tokenizer, arguments.max_length)

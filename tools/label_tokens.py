@@ -19,8 +19,8 @@ response that it shows them, and every reward is near 0. For those take `few_sho
 
 import argparse
 
-from treg_megatron import entry
-from treg_megatron.recipe_arguments import add_section_arguments, parse_section
+from treg_megatron.utils import entry
+from treg_megatron.cli.arguments import add_section_arguments, parse_section
 
 
 def main() -> None:
@@ -31,12 +31,12 @@ def main() -> None:
     arguments = parser.parse_args()
     section = parse_section(arguments, "label")
     if arguments.report:
-        from treg_megatron.inspection import as_text, inspect_pairs
-        from treg_megatron.tokens import load_tokenizer
+        from treg_megatron.data.inspection import as_text, inspect_pairs
+        from treg_megatron.tokenizer.chat import load_tokenizer
 
         print(as_text(inspect_pairs(section.pairs, section.format, load_tokenizer(section.model), section.max_length)))
         return
-    from treg_megatron.labelling import label
+    from treg_megatron.labelling.job import label
 
     manifest = label(section)
     if manifest is None:

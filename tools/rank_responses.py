@@ -9,13 +9,13 @@ or from a key of each response in the samples. Pairs keep the token ids that wer
 are. A reward model that brings Python code (ArmoRM does) runs it only with --allow-remote-code true.
 """
 
-from treg_megatron import entry
-from treg_megatron.recipe_arguments import station_section
+from treg_megatron.utils import entry
+from treg_megatron.cli.arguments import station_section
 
 
 def main() -> None:
     section = station_section("rank", __doc__)
-    from treg_megatron.ranking import rank
+    from treg_megatron.sampling.rank import rank
 
     ranked = rank(section)
     for what, drops in (("prompts", ranked.dropped_prompts), ("responses", ranked.dropped_responses)):

@@ -9,13 +9,13 @@ a prompt: its responses with their token ids, and whether they were cut off. Sto
 is gone, the same command goes on where it was. Then: tools/rank_responses.py.
 """
 
-from treg_megatron import entry
-from treg_megatron.recipe_arguments import station_section
+from treg_megatron.utils import entry
+from treg_megatron.cli.arguments import station_section
 
 
 def main() -> None:
     section = station_section("sample", __doc__)
-    from treg_megatron.sampling.station import sample
+    from treg_megatron.sampling.sample import sample
 
     manifest = sample(section)
     dropped = "; ".join(f"{count} {reason}" for reason, count in manifest["drops"].items()) or "none"

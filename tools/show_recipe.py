@@ -6,8 +6,9 @@
 
 import argparse
 
-from treg_megatron import entry, recipe
-from treg_megatron.recipe_arguments import recipe_at
+from treg_megatron.utils import entry
+from treg_megatron.config import recipe
+from treg_megatron.cli.arguments import recipe_at
 
 
 def main() -> None:

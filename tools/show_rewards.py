@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from treg_megatron import entry
+from treg_megatron.utils import entry
 from treg_megatron.errors import UserError
 
 if TYPE_CHECKING:
-    from treg_megatron.scoring import Scorer
+    from treg_megatron.labelling.scoring import Scorer
 
 BATCH_TOKENS = 8192     # of a policy's forward pass
 
@@ -35,9 +35,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.pairs < 1:
         raise UserError(f"--pairs {arguments.pairs} must be at least 1")
-    from treg_megatron import rewards_page
-    from treg_megatron.labels import labelling_run, read_labelled
-    from treg_megatron.tokens import load_tokenizer
+    from treg_megatron.labelling import rewards_page
+    from treg_megatron.data.labelled_pairs import labelling_run, read_labelled
+    from treg_megatron.tokenizer.chat import load_tokenizer
 
     tokenizer, run = load_tokenizer(arguments.tokenizer), labelling_run(arguments.labelled) or {}
     if run.get("tokenizer", {}).get("sha256", tokenizer.sha256) != tokenizer.sha256:
@@ -69,10 +69,10 @@ def load_policy(folder: str, device: str) -> "Scorer":
     from treg_megatron.checkpoint.layout import is_checkpoint
 
     if is_checkpoint(Path(folder)):
-        from treg_megatron.scoring.megatron import MegatronScorer
+        from treg_megatron.labelling.scoring.megatron import MegatronScorer
 
         return MegatronScorer(folder, tensor=1, pipeline=1, dtype="float32", batch_tokens=BATCH_TOKENS)
-    from treg_megatron.scoring.huggingface import HuggingFaceScorer
+    from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
 
     return HuggingFaceScorer(folder, "float32", device, BATCH_TOKENS)
 

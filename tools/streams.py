@@ -12,7 +12,7 @@ whatever else the streams hold. Several streams can also be trained on without j
 import argparse
 import json
 
-from treg_megatron import entry
+from treg_megatron.utils import entry
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     split.add_argument("--validation", required=True, metavar="OUTPUT")
     split.add_argument("--fraction", required=True, type=float, help="share of the pairs that validate, in (0, 1)")
     arguments = parser.parse_args()
-    from treg_megatron import streams
+    from treg_megatron.data import streams
 
     if arguments.command == "merge":
         manifest = streams.merge_streams(arguments.output, arguments.prefixes)

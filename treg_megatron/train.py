@@ -15,10 +15,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from treg_megatron import entry
-from treg_megatron.recipe import section
-from treg_megatron.recipe_arguments import add_recipe_arguments, parse_recipe
-from treg_megatron.runtime.imports import heavy_imports
+from treg_megatron.utils import entry
+from treg_megatron.config.recipe import section
+from treg_megatron.cli.arguments import add_recipe_arguments, parse_recipe
+from treg_megatron.utils.imports import heavy_imports
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,13 +34,13 @@ def train(recipe: DictConfig) -> None:
     Raises:
         UserError: anything in the recipe or the files it names that cannot work.
     """
-    from treg_megatron.architecture import require_architecture
-    from treg_megatron.checkpoint.families import model_fields, nemo_config_class
+    from treg_megatron.models.architecture import require_architecture
+    from treg_megatron.models.families import model_fields, nemo_config_class
     from treg_megatron.checkpoint.layout import read_identity
-    from treg_megatron.checks import data_parallel_size, require_layout, require_trainable
+    from treg_megatron.data.checks import data_parallel_size, require_layout, require_trainable
     from treg_megatron.objective import Objective
-    from treg_megatron.runtime.launch import join, leave, on_rank_zero, rank_zero_print, world
-    from treg_megatron.streams import open_streams, require_same_tokenizer
+    from treg_megatron.distributed.launch import join, leave, on_rank_zero, rank_zero_print, world
+    from treg_megatron.data.streams import open_streams, require_same_tokenizer
 
     model, data, parallel, optimizer, run = (
         section(recipe, name) for name in ("model", "data", "parallel", "optimizer", "train"))
@@ -59,10 +59,10 @@ def train(recipe: DictConfig) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        from treg_megatron.runtime.cpu import use_cpu
+        from treg_megatron.distributed.cpu_redirect import use_cpu
 
         use_cpu()
-    from treg_megatron.runtime.compat import describe_stack, require_stack
+    from treg_megatron.distributed.stack import describe_stack, require_stack
 
     require_stack()
     rank_zero_print(describe_stack())
@@ -70,14 +70,15 @@ def train(recipe: DictConfig) -> None:
         rank_zero_print(f"warning: {objective.warning}")
 
     with heavy_imports():
-        from treg_megatron import build, lora
-        from treg_megatron.data import PairData
-        from treg_megatron.heartbeat import Heartbeat
-        from treg_megatron.metrics import RunMetrics
-        from treg_megatron.pair_record import PairRecord
-        from treg_megatron.saving import SaveEvery, checkpoint_to_resume
-        from treg_megatron.stopping import EXIT_STOPPED, StopOnSignal
-        from treg_megatron.validation import ValidateEvery
+        from treg_megatron.training import build
+        from treg_megatron.models import lora
+        from treg_megatron.training.data_module import PairData
+        from treg_megatron.training.callbacks.heartbeat import Heartbeat
+        from treg_megatron.training.callbacks.metrics import RunMetrics
+        from treg_megatron.training.callbacks.pair_record import PairRecord
+        from treg_megatron.training.callbacks.checkpoints import SaveEvery, checkpoint_to_resume
+        from treg_megatron.training.callbacks.preemption import EXIT_STOPPED, StopOnSignal
+        from treg_megatron.training.callbacks.validation import ValidateEvery
 
     data = dataclasses.replace(data, share_prompts=build.shares_prompts(fields, parallel, data))
     join(ranks, run.stuck_after)

@@ -10,9 +10,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from treg_megatron.recipe import load_recipe, section
-from treg_megatron.runtime.imports import heavy_imports
-from treg_megatron.runtime.quiet import quieten
+from treg_megatron.config.recipe import load_recipe, section
+from treg_megatron.utils.imports import heavy_imports
+from treg_megatron.utils.quiet import quieten
 
 GEMM = 2048
 
@@ -91,16 +91,16 @@ def say(message: dict) -> None:
 
 def switch_off(gains: dict[str, str]) -> None:
     """Replace one of our parts by what Megatron or Hugging Face does."""
-    from treg_megatron import model
+    from treg_megatron.models import policy as model
 
     if gains.get("products") == "mkl":
-        from treg_megatron.runtime import onednn
+        from treg_megatron.kernels import onednn
 
         onednn.mkl_is_slow = lambda: False
     if gains.get("attention") == "local":
         from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-        from treg_megatron import layers
+        from treg_megatron.models import layers
 
         layers.SdpaAttention = DotProductAttention
     if gains.get("head") == "whole":
@@ -130,17 +130,17 @@ def main() -> None:
     gains = dict(o.removeprefix("bench.").split("=") for o in arguments.overrides if o.startswith("bench."))
     torch.set_num_threads(int(os.environ["TREG_THREADS"]))
     if not torch.cuda.is_available():
-        from treg_megatron.runtime.cpu import use_cpu
+        from treg_megatron.distributed.cpu_redirect import use_cpu
 
         use_cpu()
     with heavy_imports():
-        from treg_megatron import build
-        from treg_megatron.data import PairData
-    from treg_megatron.checkpoint.families import model_fields, nemo_config_class
+        from treg_megatron.training import build
+        from treg_megatron.training.data_module import PairData
+    from treg_megatron.models.families import model_fields, nemo_config_class
     from treg_megatron.checkpoint.layout import read_identity
     from treg_megatron.objective import Objective
-    from treg_megatron.runtime.launch import world
-    from treg_megatron.streams import open_streams
+    from treg_megatron.distributed.launch import world
+    from treg_megatron.data.streams import open_streams
 
     folder = arguments.folder
     recipe = load_recipe("recipes/tiny.yaml", [

@@ -8,12 +8,12 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from treg_megatron.checkpoint.from_hf import import_checkpoint
-from treg_megatron.indexing import index
-from treg_megatron.labelling import label
-from treg_megatron.pairs import read_pairs
-from treg_megatron.recipe import load_recipe, section
-from treg_megatron.streams import open_streams
-from treg_megatron.tokens import load_tokenizer
+from treg_megatron.labelling.indexing import index
+from treg_megatron.labelling.job import label
+from treg_megatron.data.pairs import read_pairs
+from treg_megatron.config.recipe import load_recipe, section
+from treg_megatron.data.streams import open_streams
+from treg_megatron.tokenizer.chat import load_tokenizer
 
 
 def main(folder: Path, model: str, tokenizer: str, pairs: Path, max_length: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from treg_megatron.errors import UserError
-from treg_megatron.files import sha256_of, sha256_of_json
+from treg_megatron.utils.files import sha256_of, sha256_of_json
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -8,9 +8,9 @@ from typing import Any
 
 from studies.miniature.model import END, vocabulary
 from studies.miniature.world import FILLERS, Task, Writer, task_of, verify
-from treg_megatron.files import atomic_write
-from treg_megatron.conversation import Message
-from treg_megatron.prompts import PromptPair
+from treg_megatron.utils.files import atomic_write
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.labelling.prompt_pair import PromptPair
 
 #: who answers what the reference learns from: people as they are, and the two kinds of revision
 EVERYDAY, BETTER, WORSE = Writer(error_rate=None, filler_rate=0.15), Writer(0.0, 0.0), Writer(0.8, 0.5)

@@ -11,11 +11,11 @@ import numpy as np
 
 from studies.miniature import data
 from studies.miniature.world import task_of, verify
-from treg_megatron.files import atomic_write
-from treg_megatron.conversation import Message
-from treg_megatron.labels import SIDES, read_labelled
-from treg_megatron.scoring import ScoredSequence, sequences_of
-from treg_megatron.tokens import load_tokenizer
+from treg_megatron.utils.files import atomic_write
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.data.labelled_pairs import SIDES, read_labelled
+from treg_megatron.labelling.scoring import ScoredSequence, sequences_of
+from treg_megatron.tokenizer.chat import load_tokenizer
 
 CURVES = ("step", "loss/preference", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 
@@ -89,6 +89,6 @@ def _rows(samples: Path) -> list[dict]:
 
 
 def _scorer(folder: Path):
-    from treg_megatron.scoring.huggingface import HuggingFaceScorer
+    from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
 
     return HuggingFaceScorer(folder, "float32", "cpu", batch_tokens=4096)

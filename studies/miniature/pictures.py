@@ -10,8 +10,8 @@ from studies.miniature.measure import load_arrays
 from studies.miniature.model import vocabulary
 from studies.miniature.pipeline import result_path
 from studies.miniature.results import Results
-from treg_megatron.files import atomic_write
-from treg_megatron.labels import SIDES, read_labelled
+from treg_megatron.utils.files import atomic_write
+from treg_megatron.data.labelled_pairs import SIDES, read_labelled
 
 CURVES = {"rewards/accuracies": "training pairs ordered rightly", "rewards/margins": "reward margin",
           "logps/chosen": "log-prob of the chosen", "logps/rejected": "log-prob of the rejected"}

@@ -10,7 +10,7 @@ from studies.miniature import data, measure, model, world
 from studies.miniature.configuration import PROMPT_PAIR, RECIPE, ROOT, Run, Study
 from studies.miniature.warm import station
 from treg_megatron.errors import UserError
-from treg_megatron.prompts import load_prompt_pair
+from treg_megatron.labelling.prompt_pair import load_prompt_pair
 
 REFERENCE = "reference"
 

@@ -13,7 +13,7 @@ from studies.miniature.measure import load_arrays
 from studies.miniature.pipeline import REFERENCE, result_path
 from studies.miniature.results import Results
 from studies.miniature.world import ERROR_RATES, OPERATIONS
-from treg_megatron.files import atomic_write
+from treg_megatron.utils.files import atomic_write
 
 #: (better, worse, what the paper's tables say); `dpo_reg` stands for the alpha that development prompts chose
 PAPER_ORDER = (

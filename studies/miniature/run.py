@@ -30,7 +30,7 @@ from studies.miniature.configuration import HERE, Run, Study, load_study  # noqa
 from studies.miniature.warm import run_jobs, warm_up  # noqa: E402
 from treg_megatron import entry  # noqa: E402
 from treg_megatron.errors import UserError  # noqa: E402
-from treg_megatron.files import atomic_write  # noqa: E402
+from treg_megatron.utils.files import atomic_write  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,23 +21,23 @@ _FORK = multiprocessing.get_context("fork")
 
 def warm_up() -> None:
     """Import the stack on one thread; a child would wait for other threads, which it does not inherit."""
-    from treg_megatron.runtime.imports import heavy_imports
-    from treg_megatron.runtime.quiet import quieten
+    from treg_megatron.utils.imports import heavy_imports
+    from treg_megatron.utils.quiet import quieten
 
     quieten()
     import torch
 
     torch.set_num_threads(1)
-    from treg_megatron.runtime.cpu import use_cpu
+    from treg_megatron.distributed.cpu_redirect import use_cpu
 
     use_cpu()
     with heavy_imports():
         import transformers  # noqa: F401
 
-        import treg_megatron.build
+        import treg_megatron.training.build
         import treg_megatron.checkpoint.to_hf
-        import treg_megatron.data
-        import treg_megatron.labelling
+        import treg_megatron.training.data_module
+        import treg_megatron.labelling.job
         import treg_megatron.sampling.huggingface  # noqa: F401
 
 
@@ -86,7 +86,7 @@ def _exit_code(job: BaseProcess) -> int | None:
 
 
 def _call(job: Callable[[], None]) -> None:
-    from treg_megatron import entry
+    from treg_megatron.utils import entry
 
     entry.run(job)
 

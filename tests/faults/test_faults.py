@@ -17,11 +17,11 @@ import pytest
 
 from tests.unit.test_streams import THREE, pair
 from treg_megatron.errors import UserError
-from treg_megatron.labels import LabelledPair, read_labelled, write_shard
-from treg_megatron.pair_streams import stream_paths
-from treg_megatron.pairs import read_pairs
-from treg_megatron.rows import read_rows
-from treg_megatron.streams import merge_streams, open_streams, split_streams, verify, write_streams
+from treg_megatron.data.labelled_pairs import LabelledPair, read_labelled, write_shard
+from treg_megatron.data.aligned import stream_paths
+from treg_megatron.data.pairs import read_pairs
+from treg_megatron.data.records import read_rows
+from treg_megatron.data.streams import merge_streams, open_streams, split_streams, verify, write_streams
 
 SEEDS = range(250)                     # times four kinds of file
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "pairs"

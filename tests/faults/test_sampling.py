@@ -12,16 +12,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from treg_megatron import ranking
+from treg_megatron.sampling import rank as ranking
 from treg_megatron.errors import UserError
-from treg_megatron.conversation import Message
-from treg_megatron.pairs import read_pairs
-from treg_megatron.ranking import best_and_worst, rank
-from treg_megatron.recipe import load_recipe, section
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.data.pairs import read_pairs
+from treg_megatron.sampling.rank import best_and_worst, rank
+from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.sampling import server
 from treg_megatron.sampling.huggingface import HuggingFaceSampler
-from treg_megatron.sampling.station import sample
-from treg_megatron.tokens import load_tokenizer
+from treg_megatron.sampling.sample import sample
+from treg_megatron.tokenizer.chat import load_tokenizer
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_training_has_the_losses_of_the_cpu(precision, tolerance, layout, prepar
 
 
 def test_token_rewards_are_those_of_the_cpu(prepared, tmp_path):
-    from treg_megatron.labels import read_labelled
+    from treg_megatron.data.labelled_pairs import read_labelled
 
     run("tools/label_tokens.py", *prepared, f"label.output={tmp_path}/gpu", "label.dtype=float32", cuda=True)
     folder = next(o for o in prepared if o.startswith("run=")).removeprefix("run=")
@@ -67,7 +67,7 @@ def test_token_rewards_are_those_of_the_cpu(prepared, tmp_path):
 
 
 def test_the_head_equals_float64_on_the_cpu():
-    from treg_megatron.head import response_logps
+    from treg_megatron.models.head import response_logps
 
     generator = torch.Generator().manual_seed(2)
     hidden, weight = torch.randn(300, 64, generator=generator), torch.randn(5000, 64, generator=generator)

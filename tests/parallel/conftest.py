@@ -37,9 +37,9 @@ def write_pairs(path: Path, count: int) -> None:
 
 def make_run(folder: Path, tied: bool) -> TinyRun:
     from treg_megatron.checkpoint.from_hf import import_checkpoint
-    from treg_megatron.indexing import index
-    from treg_megatron.labelling import label
-    from treg_megatron.recipe import load_recipe, section
+    from treg_megatron.labelling.indexing import index
+    from treg_megatron.labelling.job import label
+    from treg_megatron.config.recipe import load_recipe, section
 
     hf = folder / "hf"
     vocab = tiny_tokenizer(hf)

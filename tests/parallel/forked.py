@@ -25,9 +25,9 @@ TIMEOUT_SECONDS = 120
 
 def warm_up() -> None:
     """Import the whole stack in this process, on the CPU."""
-    from treg_megatron.runtime.cpu import use_cpu
-    from treg_megatron.runtime.imports import heavy_imports
-    from treg_megatron.runtime.quiet import quieten
+    from treg_megatron.distributed.cpu_redirect import use_cpu
+    from treg_megatron.utils.imports import heavy_imports
+    from treg_megatron.utils.quiet import quieten
 
     quieten()
     import torch
@@ -35,8 +35,8 @@ def warm_up() -> None:
     torch.set_num_threads(1)
     use_cpu()
     with heavy_imports():
-        import treg_megatron.build  # noqa: F401
-        import treg_megatron.data  # noqa: F401
+        import treg_megatron.training.build  # noqa: F401
+        import treg_megatron.training.data_module  # noqa: F401
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any, log: Path | None = None,

@@ -17,9 +17,10 @@ def steps_on_this_rank(recipe: Path, overrides: list[str], objectives: list[dict
 
     Returns, on rank 0, for each: the loss, and the gradient of every parameter by its checkpoint key.
     """
-    from treg_megatron import model, strategy
+    from treg_megatron.models import policy as model
+    from treg_megatron.training import strategy
     from treg_megatron.objective import Objective
-    from treg_megatron.recipe import load_recipe
+    from treg_megatron.config.recipe import load_recipe
     from treg_megatron.train import train
 
     objectives = [Objective(**o) for o in objectives]

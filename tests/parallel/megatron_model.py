@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 def build(fields: dict, tensor: int, pipeline: int, vocab_multiple: int):
     """Megatron-core's own GPTModel with its torch-native layer spec, for this rank; vocabulary padded."""
-    from treg_megatron.runtime.cpu import use_cpu
+    from treg_megatron.distributed.cpu_redirect import use_cpu
 
     use_cpu()
     from megatron.core import parallel_state

@@ -41,7 +41,7 @@ def token_logprobs(policy, tokens: torch.Tensor, packed: bool) -> torch.Tensor |
     """log p(token t+1 | tokens up to t), [batch, length - 1], on the ranks of the last pipeline stage, else None."""
     from megatron.core import parallel_state
 
-    from treg_megatron.model import forward_step
+    from treg_megatron.models.policy import forward_step
 
     batch, length = tokens.shape
     positions = torch.arange(length).expand(batch, -1)

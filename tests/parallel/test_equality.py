@@ -53,9 +53,9 @@ OBJECTIVES = [vars(PLAIN_DPO) | changes for changes in VARIANTS]
 def prepare(folder: Path, make: Callable[..., object]) -> list[str]:
     """Pairs labelled by a model, and the imported checkpoint of one near it; the recipe's overrides that name them."""
     from treg_megatron.checkpoint.from_hf import import_checkpoint
-    from treg_megatron.indexing import index
-    from treg_megatron.labelling import label
-    from treg_megatron.recipe import load_recipe, section
+    from treg_megatron.labelling.indexing import index
+    from treg_megatron.labelling.job import label
+    from treg_megatron.config.recipe import load_recipe, section
 
     for name in ("labeller", "hf"):
         make(folder / name, vocab=tiny_tokenizer(folder / name))
@@ -82,8 +82,8 @@ def expected_steps(folder: Path, overrides: list[str]) -> list[dict]:
     """Loss and gradients of each objective by transformers in float64, in Megatron's form of the parameters."""
     from transformers import AutoModelForCausalLM
 
-    from treg_megatron.recipe import load_recipe, section
-    from treg_megatron.streams import open_streams
+    from treg_megatron.config.recipe import load_recipe, section
+    from treg_megatron.data.streams import open_streams
 
     streams = open_streams(section(load_recipe(RECIPE, overrides), "data").train)
     pairs = [streams[i] for i in range(len(streams))]
@@ -111,8 +111,8 @@ def expected_step_with_balancing(folder: Path, overrides: list[str], coefficient
     """DPO's step with the routers' loss of each pair, averaged over pairs, that being one micro-batch."""
     from transformers import AutoModelForCausalLM
 
-    from treg_megatron.recipe import load_recipe, section
-    from treg_megatron.streams import open_streams
+    from treg_megatron.config.recipe import load_recipe, section
+    from treg_megatron.data.streams import open_streams
 
     streams = open_streams(section(load_recipe(RECIPE, overrides), "data").train)
     model = AutoModelForCausalLM.from_pretrained(folder / "hf", attn_implementation="eager").double().train()
@@ -130,7 +130,7 @@ def expected_step_with_balancing(folder: Path, overrides: list[str], coefficient
 
 def in_megatron_form(model) -> dict[str, torch.Tensor]:
     """Gradients of a transformers model by checkpoint key, shaped and interleaved as Megatron's parameters are."""
-    from treg_megatron.checkpoint.families import (
+    from treg_megatron.models.families import (
         family_of,
         in_model_order,
         interleaving,

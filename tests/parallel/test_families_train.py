@@ -30,9 +30,9 @@ LAYOUTS = {
 def prepare(folder: Path, family: str) -> list[str]:
     """A random model, labelled pairs, streams and the imported checkpoint; the recipe's overrides that name them."""
     from treg_megatron.checkpoint.from_hf import import_checkpoint
-    from treg_megatron.indexing import index
-    from treg_megatron.labelling import label
-    from treg_megatron.recipe import load_recipe, section
+    from treg_megatron.labelling.indexing import index
+    from treg_megatron.labelling.job import label
+    from treg_megatron.config.recipe import load_recipe, section
 
     hf = folder / "hf"
     # seed 1: of a model whose router is nowhere so undecided that rounding sends a token to another expert
@@ -51,9 +51,9 @@ def prepare(folder: Path, family: str) -> list[str]:
 def test_training_and_export_equal_plain_pytorch(case, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from treg_megatron.order import MicrobatchOrder
-    from treg_megatron.recipe import load_recipe, section
-    from treg_megatron.streams import open_streams
+    from treg_megatron.data.sampler import MicrobatchOrder
+    from treg_megatron.config.recipe import load_recipe, section
+    from treg_megatron.data.streams import open_streams
 
     overrides = [*prepare(tmp_path, case.split()[0]), *LAYOUTS[case]]
     run_ranks(2, train_on_this_rank, RECIPE, overrides, log=tmp_path / "log")

@@ -6,9 +6,9 @@ import torch.distributed as dist
 
 from tests.parallel.conftest import RECIPE
 from tests.parallel.forked import run_ranks
-from treg_megatron import head
-from treg_megatron.head import response_logps
-from treg_megatron.recipe import load_recipe, section
+from treg_megatron.models import head
+from treg_megatron.models.head import response_logps
+from treg_megatron.config.recipe import load_recipe, section
 
 WORDS, ROWS, HIDDEN = 30, 11, 8
 
@@ -57,7 +57,7 @@ def test_split_vocabulary_equals_whole(vocabulary, chunk_bytes):
 
 def rotation_and_megatrons(dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Values and gradients of both for queries in a batch and packed, and for a rotation of half the channels."""
-    from treg_megatron import rotary
+    from treg_megatron.kernels import rotary
 
     results = []
     generator = torch.Generator().manual_seed(4)
@@ -92,7 +92,7 @@ def block_outputs() -> dict[str, torch.Tensor]:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from treg_megatron.layers import torch_block_spec
+    from treg_megatron.models.layers import torch_block_spec
 
     megatron_world()
     config = TransformerConfig(
@@ -135,7 +135,7 @@ def attention_of_a_shared_row() -> list[list[torch.Tensor]]:
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from treg_megatron import layers
+    from treg_megatron.models import layers
 
     megatron_world()
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0)
@@ -158,7 +158,8 @@ def test_a_shared_row_in_one_call_equals_span_by_span():
 
 
 def test_who_shares_prompts(monkeypatch):
-    from treg_megatron import build, model
+    from treg_megatron.training import build
+    from treg_megatron.models import policy as model
     from treg_megatron.errors import UserError
 
     def shares(asked: bool | None, *overrides: str, experts: int | None = None) -> bool:
@@ -178,7 +179,7 @@ def test_who_shares_prompts(monkeypatch):
 
 def test_transformer_engines_cross_entropy_is_refused():
     from treg_megatron.errors import UserError
-    from treg_megatron.model import LlamaPolicyConfig
+    from treg_megatron.models.policy import LlamaPolicyConfig
 
     config = LlamaPolicyConfig(num_layers=1, hidden_size=8, num_attention_heads=1, apply_rope_fusion=False,
                                cross_entropy_fusion_impl="te")

@@ -11,10 +11,10 @@ import pytest
 from tests.parallel.conftest import RECIPE, write_pairs
 from tests.parallel.forked import run_ranks
 from tests.tiny import tiny_llama, tiny_tokenizer
-from treg_megatron.labelling import label
-from treg_megatron.labels import MANIFEST_NAME
-from treg_megatron.recipe import load_recipe, section
-from treg_megatron.sections import LabelSection
+from treg_megatron.labelling.job import label
+from treg_megatron.data.labelled_pairs import MANIFEST_NAME
+from treg_megatron.config.recipe import load_recipe, section
+from treg_megatron.config.schema import LabelSection
 
 KILLS = 20
 

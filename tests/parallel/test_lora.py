@@ -10,7 +10,7 @@ import torch
 from tests import reference
 from tests.parallel.test_training import STEPS, Killed, assert_same, kill_when, records, run
 from treg_megatron.errors import UserError
-from treg_megatron.sections import LoraSection
+from treg_megatron.config.schema import LoraSection
 
 LORA = ["lora.rank=4", "lora.alpha=16", "optimizer.lr=1e-2", "train.save_every=7"]
 LAYOUTS = {
@@ -66,8 +66,8 @@ def test_exports_are_the_trained_policy(tied_run, single, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from treg_megatron.checkpoint.to_hf import export_adapter, export_checkpoint
-    from treg_megatron.recipe import load_recipe, section
-    from treg_megatron.streams import open_streams
+    from treg_megatron.config.recipe import load_recipe, section
+    from treg_megatron.data.streams import open_streams
 
     export_checkpoint(single, tied_run.hf, tmp_path / "merged")
     export_adapter(single, tied_run.hf, tmp_path / "adapter")
@@ -103,7 +103,7 @@ def test_whole_weights_are_no_adapter(tied_run, tmp_path):
     ({}, {"post_layer_norms": True}, "could not be merged"),
 ])
 def test_what_cannot_have_adapters_is_refused(changes, fields, message):
-    from treg_megatron.lora import adapters
+    from treg_megatron.models.lora import adapters
 
     config = SimpleNamespace(**{"num_moe_experts": None} | fields)
     good = dict(rank=4, alpha=16.0, dropout=0.0, targets=["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])

@@ -13,7 +13,7 @@ import pytest
 
 from tests.parallel.forked import run_ranks
 from treg_megatron.errors import UserError
-from treg_megatron.recipe import load_recipe
+from treg_megatron.config.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PUBLISHED = {  # parameters, as counted from the safetensors files that the authors publish
@@ -159,8 +159,8 @@ def test_the_picture_is_a_png(tmp_path):
 
 
 def test_every_published_architecture_is_json_of_a_known_family():
-    from treg_megatron.architecture import PUBLISHED as folder
-    from treg_megatron.checkpoint.families import family_of
+    from treg_megatron.models.architecture import PUBLISHED as folder
+    from treg_megatron.models.families import family_of
 
     for path in folder.glob("*.json"):
         assert family_of(json.loads(path.read_text()))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.parallel.forked import run_ranks
-from treg_megatron.recipe import load_recipe
+from treg_megatron.config.recipe import load_recipe
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
          "max_position_embeddings": 8192}
@@ -65,8 +65,8 @@ def measure_on_this_rank(hf_config, layout, precision, recompute) -> Bytes:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from treg_megatron import model as policies
-    from treg_megatron.microbatch import collate
+    from treg_megatron.models import policy as policies
+    from treg_megatron.data.collate import collate
     from treg_megatron.preflight.activations import pair_of
     from treg_megatron.preflight.live import LiveTensors
     from treg_megatron.preflight.ranks import bytes_at_rest

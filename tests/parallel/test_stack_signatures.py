@@ -66,7 +66,11 @@ def overrides() -> list:
     from nemo.lightning.megatron_parallel import MegatronLossReduction
     from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
-    from treg_megatron import data, layers, lora, model, strategy
+    from treg_megatron.training import data_module as data
+    from treg_megatron.models import layers
+    from treg_megatron.models import lora
+    from treg_megatron.models import policy as model
+    from treg_megatron.training import strategy
 
     return [
         (GPTModel, model.ResponseGPTModel, ["_postprocess"]),

@@ -10,8 +10,8 @@ import pytest
 from tests.parallel.conftest import TinyRun
 from tests.parallel.forked import run_ranks
 from tests.parallel.test_training import records, train_on_this_rank
-from treg_megatron.heartbeat import Watcher
-from treg_megatron.order import recorded_pairs
+from treg_megatron.training.callbacks.heartbeat import Watcher
+from treg_megatron.data.sampler import recorded_pairs
 
 OVERRIDES = ["data.epochs=4", "train.max_steps=20", "data.validation=null"]
 

@@ -28,7 +28,7 @@ LAYOUTS = {
 
 
 def train_on_this_rank(recipe: Path, overrides: list[str]) -> None:
-    from treg_megatron.recipe import load_recipe
+    from treg_megatron.config.recipe import load_recipe
     from treg_megatron.train import train
 
     train(load_recipe(recipe, overrides))
@@ -60,9 +60,9 @@ def test_single_rank_equals_plain_pytorch(tied_run, single):
     """20 steps, tail batches and second epochs included, against Hugging Face and torch's AdamW."""
     from transformers import AutoModelForCausalLM
 
-    from treg_megatron.order import MicrobatchOrder
-    from treg_megatron.recipe import load_recipe, section
-    from treg_megatron.streams import open_streams
+    from treg_megatron.data.sampler import MicrobatchOrder
+    from treg_megatron.config.recipe import load_recipe, section
+    from treg_megatron.data.streams import open_streams
 
     recipe = load_recipe(tied_run.recipe, tied_run.overrides)
     data, objective, optimizer = (section(recipe, name) for name in ("data", "objective", "optimizer"))
@@ -116,10 +116,10 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tied_run, tmp_path):
     """A poisoned reference log-prob of one pair: the pair is named, and the last checkpoint stays."""
     import numpy as np
 
-    from treg_megatron.files import sha256_of
-    from treg_megatron.indexed import ends_of
-    from treg_megatron.pair_streams import stream_paths
-    from treg_megatron.streams import open_streams
+    from treg_megatron.utils.files import sha256_of
+    from treg_megatron.data.indexed import ends_of
+    from treg_megatron.data.aligned import stream_paths
+    from treg_megatron.data.streams import open_streams
 
     prefix = tmp_path / "streams" / "train"
     source = Path(next(o for o in tied_run.overrides if o.startswith("index.output=")).removeprefix("index.output="))

@@ -11,11 +11,11 @@ from tests.pipeline.conftest import PAIRS, assert_refused, station
 from tests.tiny import tiny_tokenizer
 from tests.unit.test_streams import pair
 from treg_megatron.checkpoint.from_hf import import_checkpoint
-from treg_megatron.indexing import index
-from treg_megatron.labelling import label
-from treg_megatron.recipe import load_recipe, section
-from treg_megatron.streams import open_streams, write_streams
-from treg_megatron.tokens import load_tokenizer
+from treg_megatron.labelling.indexing import index
+from treg_megatron.labelling.job import label
+from treg_megatron.config.recipe import load_recipe, section
+from treg_megatron.data.streams import open_streams, write_streams
+from treg_megatron.tokenizer.chat import load_tokenizer
 
 TINY = ["--recipe", "recipes/tiny.yaml"]
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.pipeline.conftest import PAIRS, assert_refused, station
-from treg_megatron.pair_streams import stream_paths
-from treg_megatron.streams import open_streams
+from treg_megatron.data.aligned import stream_paths
+from treg_megatron.data.streams import open_streams
 
 REWARDED = [{**pair, "chosen_spans": [[0, len(pair["chosen"]), 0.25]], "rejected_token_texts": [pair["rejected"]],
              "rejected_token_rewards": [-0.25]} for pair in PAIRS]

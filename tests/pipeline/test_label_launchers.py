@@ -11,7 +11,7 @@ import pytest
 
 from tests.pipeline.conftest import PAIRS, ROOT, station
 from treg_megatron.checkpoint.from_hf import import_checkpoint
-from treg_megatron.labels import SIDES, read_labelled
+from treg_megatron.data.labelled_pairs import SIDES, read_labelled
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from treg_megatron.contrastive import contrastive_rewards
-from treg_megatron.conversation import Message
-from treg_megatron.prompts import load_prompt_pair
-from treg_megatron.scoring import ScoredSequence
+from treg_megatron.labelling.contrastive import contrastive_rewards
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.labelling.prompt_pair import load_prompt_pair
+from treg_megatron.labelling.scoring import ScoredSequence
 
 ROOT = Path(__file__).resolve().parents[2]
 ITEMS = [json.loads(line) for line in (ROOT / "tests" / "data" / "planted_errors.jsonl").read_text().splitlines()]
@@ -35,8 +35,8 @@ class Scored(NamedTuple):
 def suite(smollm2) -> list[Scored]:
     from transformers import AutoTokenizer
 
-    from treg_megatron.scoring.huggingface import HuggingFaceScorer
-    from treg_megatron.tokens import load_tokenizer
+    from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
+    from treg_megatron.tokenizer.chat import load_tokenizer
 
     tokenizer, offsets_of = load_tokenizer(smollm2), AutoTokenizer.from_pretrained(smollm2)
     few_shot = load_prompt_pair("few_shot")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.pipeline.webdriver import CHROMIUM, DRIVER, browser
-from treg_megatron.labels import SIDES, LabelledPair
-from treg_megatron.rewards_page import quality, text_report, token_texts, write_page
+from treg_megatron.data.labelled_pairs import SIDES, LabelledPair
+from treg_megatron.labelling.rewards_page import quality, text_report, token_texts, write_page
 
 MINUS = "\u2212"
 WORDS = ["<pad>", "The", " sky", " is", " blue", " red", ".", " Why", "</script>", "\u00e4"]

@@ -14,7 +14,7 @@ import torch
 
 from tests import reference
 from tests.pipeline.conftest import PAIRS, ROOT, station
-from treg_megatron.streams import open_streams
+from treg_megatron.data.streams import open_streams
 
 
 def ok(*arguments, **options) -> str:

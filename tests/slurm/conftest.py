@@ -11,8 +11,8 @@ import pytest
 
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.tiny import tiny_llama, tiny_pair, tiny_tokenizer
-from treg_megatron.order import MicrobatchOrder, recorded_pairs
-from treg_megatron.recipe import load_recipe, section
+from treg_megatron.data.sampler import MicrobatchOrder, recorded_pairs
+from treg_megatron.config.recipe import load_recipe, section
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if "#SBATCH" in path.read_text())

@@ -8,7 +8,7 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from tests.tiny import TEMPLATES, tiny_llama, tiny_tokenizer  # noqa: E402
-from treg_megatron.tokens import ChatTokenizer, load_tokenizer  # noqa: E402
+from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer  # noqa: E402
 
 # No deadline: a busy machine is no failure. Few examples: these run at every change. In CI always the same ones: a
 # change is not judged by what an unlucky draw finds in another place.

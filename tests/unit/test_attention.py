@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from treg_megatron.attention import causal_attention
+from treg_megatron.kernels.attention import causal_attention
 
 HEADS, GROUPS, CHANNELS, SCALE = 4, 2, 8, 0.3
 

@@ -11,10 +11,10 @@ import pytest
 
 from treg_megatron.checkpoint.layout import Identity, damage, fingerprints, newest_checkpoint, write_identity
 from treg_megatron.errors import UserError
-from treg_megatron.node_check import verdict
-from treg_megatron.order import recorded_pairs
-from treg_megatron.recipe import described, trace_recipe, value
-from treg_megatron.runtime.launch import World, world
+from treg_megatron.preflight.nodes import verdict
+from treg_megatron.data.sampler import recorded_pairs
+from treg_megatron.config.recipe import described, trace_recipe, value
+from treg_megatron.distributed.launch import World, world
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NNODES": "2"}
@@ -112,7 +112,7 @@ def test_the_record_of_pairs_over_ranks(tmp_path):
 
 
 def test_an_error_of_one_rank_alone_is_told_by_that_rank():
-    program = "from treg_megatron import entry\nentry.RANK_ZERO_SECONDS = 0\n" \
+    program = "from treg_megatron.utils import entry\nentry.RANK_ZERO_SECONDS = 0\n" \
               "def main(): raise entry.UserError('no folder')\nentry.run(main)"
     result = subprocess.run([sys.executable, "-c", program], env=os.environ | {"RANK": "3"}, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr == "error on rank 3: no folder\n"

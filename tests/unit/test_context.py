@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from treg_megatron.context import WHOLE, ContextPart
-from treg_megatron.microbatch import collate
-from treg_megatron.pair_streams import PairRecord
+from treg_megatron.distributed.context_parallel import WHOLE, ContextPart
+from treg_megatron.data.collate import collate
+from treg_megatron.data.aligned import PairRecord
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

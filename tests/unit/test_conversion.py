@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from treg_megatron.checkpoint import layout
-from treg_megatron.checkpoint.families import family_of, in_model_order, model_fields, source_shape
+from treg_megatron.models.families import family_of, in_model_order, model_fields, source_shape
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.checkpoint.to_hf import export_checkpoint
 from treg_megatron.errors import UserError

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from treg_megatron.checkpoint.families import FAMILIES, Interleaving, model_fields, nemo_config_class, parameter_shape
+from treg_megatron.models.families import FAMILIES, Interleaving, model_fields, nemo_config_class, parameter_shape
 from treg_megatron.errors import UserError
 
 LLAMA_3_1_8B = {

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from treg_megatron.errors import UserError
-from treg_megatron.conversation import Message
-from treg_megatron.formats import FORMATS
-from treg_megatron.inspection import as_text, inspect_pairs
-from treg_megatron.pairs import EQUAL_SCORES, read_pairs
-from treg_megatron.rows import read_rows, source_identity
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.data.formats import FORMATS
+from treg_megatron.data.inspection import as_text, inspect_pairs
+from treg_megatron.data.pairs import EQUAL_SCORES, read_pairs
+from treg_megatron.data.records import read_rows, source_identity
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "pairs"
 FILES = {  # kind, and how many of the six pairs it can hold: plain text has no turns, HH no system message

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from treg_megatron import head
-from treg_megatron.head import response_logps
+from treg_megatron.models import head
+from treg_megatron.models.head import response_logps
 
 ROWS, HIDDEN, WORDS = 13, 8, 29
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from treg_megatron.runtime.imports import heavy_imports
+from treg_megatron.utils.imports import heavy_imports
 
 
 @pytest.fixture

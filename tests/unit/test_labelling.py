@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import yaml
 
-from treg_megatron import labelling
+from treg_megatron.labelling import job as labelling
 from treg_megatron.errors import UserError
-from treg_megatron.indexing import index
-from treg_megatron.contrastive import contrastive_rewards
-from treg_megatron.labelling import label
-from treg_megatron.labels import labelling_run, read_labelled
-from treg_megatron.conversation import Message
-from treg_megatron.pairs import IDENTICAL_RESPONSES, REPEATED_PAIR
-from treg_megatron.prompts import FOLDER, load_prompt_pair
-from treg_megatron.scoring import ScoredSequence
-from treg_megatron.sections import IndexSection, LabelSection
-from treg_megatron.streams import open_streams
+from treg_megatron.labelling.indexing import index
+from treg_megatron.labelling.contrastive import contrastive_rewards
+from treg_megatron.labelling.job import label
+from treg_megatron.data.labelled_pairs import labelling_run, read_labelled
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.data.pairs import IDENTICAL_RESPONSES, REPEATED_PAIR
+from treg_megatron.labelling.prompt_pair import FOLDER, load_prompt_pair
+from treg_megatron.labelling.scoring import ScoredSequence
+from treg_megatron.config.schema import IndexSection, LabelSection
+from treg_megatron.data.streams import open_streams
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 ROWS = [{"pair_id": f"pair {i}", "prompt": f"Question {i}?", "chosen": "It is so." + " Indeed." * i,

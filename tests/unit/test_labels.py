@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from treg_megatron.errors import UserError
-from treg_megatron.labels import (MANIFEST_FORMAT, LabelledPair, labelled_files, labelling_run, read_labelled,
+from treg_megatron.data.labelled_pairs import (MANIFEST_FORMAT, LabelledPair, labelled_files, labelling_run, read_labelled,
                                   read_shard_metadata, write_shard)
-from treg_megatron.files import write_manifest
+from treg_megatron.utils.files import write_manifest
 
 GOOD = {
     "pair_id": ["a", "b"],

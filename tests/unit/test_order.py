@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treg_megatron.order import MicrobatchOrder
+from treg_megatron.data.sampler import MicrobatchOrder
 
 seeds = st.none() | st.integers(0, 9)        # None: the order of the file, as in validation
 layouts = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))  # micro-batch, ranks, micro-batches

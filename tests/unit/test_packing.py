@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treg_megatron.errors import UserError
-from treg_megatron.packing import BinOrder, micro_batches, most_bins, pack, pair_lengths
+from treg_megatron.data.packing import BinOrder, micro_batches, most_bins, pack, pair_lengths
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=40).map(np.array)
 

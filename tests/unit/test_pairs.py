@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treg_megatron import pairs, rows
+from treg_megatron.data import pairs
+from treg_megatron.data import records as rows
 from treg_megatron.errors import UserError
-from treg_megatron.conversation import Message
-from treg_megatron.pairs import read_pairs
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.data.pairs import read_pairs
 
 EXPECTED = (Message("user", "Hi?"), Message("assistant", "Yes?"), Message("user", "Why?"))
 SAME_PAIR = {

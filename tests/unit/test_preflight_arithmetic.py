@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from treg_megatron.checkpoint.families import model_fields
-from treg_megatron.files import read_json
+from treg_megatron.models.families import model_fields
+from treg_megatron.utils.files import read_json
 from treg_megatron.errors import UserError
 from treg_megatron.preflight import costs
 from treg_megatron.preflight.schedule import BACKWARD, FORWARD, events
-from treg_megatron.recipe import load_recipe, section
+from treg_megatron.config.recipe import load_recipe, section
 
-ARCHITECTURES = Path(__file__).resolve().parents[2] / "treg_megatron" / "architectures"
+ARCHITECTURES = Path(__file__).resolve().parents[2] / "treg_megatron" / "models" / "architectures"
 
 
 def fields_of(name: str) -> dict:
@@ -77,7 +77,7 @@ def test_a_window_bounds_what_a_query_sees():
 
 
 def test_a_checkpoint_holds_weights_and_three_fp32_values_of_what_trains():
-    cluster = section(load_recipe(ARCHITECTURES.parents[1] / "recipes" / "llama3_8b.yaml"), "cluster")
+    cluster = section(load_recipe(ARCHITECTURES.parents[2] / "recipes" / "llama3_8b.yaml"), "cluster")
     whole = costs.checkpoint(8_030_261_248, 0, "bf16", cluster)
     assert whole.nbytes == 8_030_261_248 * 14
     assert whole.seconds == pytest.approx(whole.nbytes / 10e9)
@@ -87,10 +87,10 @@ def test_a_checkpoint_holds_weights_and_three_fp32_values_of_what_trains():
 def test_the_architecture_on_disk_wins_and_another_than_the_named_is_refused(tmp_path):
     import json
 
-    from treg_megatron.architecture import hf_config_of
+    from treg_megatron.models.architecture import hf_config_of
 
     published = read_json(ARCHITECTURES / "llama3_8b.json")
-    recipe = load_recipe(ARCHITECTURES.parents[1] / "recipes" / "llama3_8b.yaml", [f"model.hf={tmp_path}"])
+    recipe = load_recipe(ARCHITECTURES.parents[2] / "recipes" / "llama3_8b.yaml", [f"model.hf={tmp_path}"])
     model = section(recipe, "model")
     assert hf_config_of(model) == published
     same = published | {"rms_norm_eps": 9.99999974e-06, "initializer_range": 0.1}

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from treg_megatron.errors import UserError
-from treg_megatron.conversation import Message
-from treg_megatron.prompts import FOLDER, load_prompt_pair
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.labelling.prompt_pair import FOLDER, load_prompt_pair
 
 CONVERSATION = (Message("system", "Be kind."), Message("user", "Hi?"), Message("assistant", "Yes?"),
                 Message("user", "Why?"))

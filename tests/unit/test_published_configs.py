@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from treg_megatron.architecture import PUBLISHED
-from treg_megatron.checkpoint.families import (
+from treg_megatron.models.architecture import PUBLISHED
+from treg_megatron.models.families import (
     FAMILIES,
     family_of,
     in_model_order,
@@ -14,7 +14,7 @@ from treg_megatron.checkpoint.families import (
     source_shape,
     stacked_shape,
 )
-from treg_megatron.files import read_json
+from treg_megatron.utils.files import read_json
 from treg_megatron.errors import UserError
 
 MISTRAL_7B_V1 = {

@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 
 from treg_megatron.checkpoint.layout import Identity, write_identity
 from treg_megatron.errors import UserError
-from treg_megatron.recipe import described, load_recipe, section, trace_recipe
-from treg_megatron.recipe_arguments import recipe_at
-from treg_megatron.sections import SECTIONS
+from treg_megatron.config.recipe import described, load_recipe, section, trace_recipe
+from treg_megatron.cli.arguments import recipe_at
+from treg_megatron.config.schema import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.name != "base.yaml")
@@ -121,7 +121,7 @@ def test_every_entry_point_prints_the_recipe(command):
 
 
 def test_architectures_are_named_by_the_recipes():
-    folder = ROOT / "treg_megatron" / "architectures"
+    folder = ROOT / "treg_megatron" / "models" / "architectures"
     named = {load_recipe(path).model.architecture for path in RECIPES} - {None}
     assert named == {path.stem for path in folder.glob("*.json")}
     assert all(json.loads(path.read_text())["architectures"] for path in folder.glob("*.json"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from treg_megatron.rms_norm import RMSNorm
+from treg_megatron.kernels.rms_norm import RMSNorm
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])

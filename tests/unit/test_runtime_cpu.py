@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from treg_megatron.runtime import onednn
-from treg_megatron.runtime.cpu import _unless_in_place
+from treg_megatron.kernels import onednn
+from treg_megatron.distributed.cpu_redirect import _unless_in_place
 
 LARGE = (2, 130, 257)  # [..., k]; with 300 columns it is worth a kernel
 

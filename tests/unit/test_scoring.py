@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from treg_megatron.alignment import score_positions
+from treg_megatron.data.alignment import score_positions
 from treg_megatron.errors import UserError
-from treg_megatron.runtime import onednn
-from treg_megatron.scoring import ScoredSequence, huggingface, shared_prefixes
-from treg_megatron.hf import model_identity
-from treg_megatron.scoring.huggingface import HuggingFaceScorer
+from treg_megatron.kernels import onednn
+from treg_megatron.labelling.scoring import ScoredSequence, huggingface, shared_prefixes
+from treg_megatron.models.huggingface import model_identity
+from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
 
 TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, max_position_embeddings=128, initializer_range=0.2)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treg_megatron import seen
-from treg_megatron.seen import Seen
+from treg_megatron.utils import string_set as seen
+from treg_megatron.utils.string_set import Seen
 
 
 @pytest.fixture(autouse=True, scope="module")

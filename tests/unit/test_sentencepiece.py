@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests.tiny import CORPUS
 from treg_megatron.errors import UserError
-from treg_megatron.conversation import Message
-from treg_megatron.tokens import ChatTokenizer, load_tokenizer
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 
 MISTRAL = """\
 {{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}\

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treg_megatron.checks import require_layout
+from treg_megatron.data.checks import require_layout
 from treg_megatron.errors import UserError
-from treg_megatron.microbatch import collate
-from treg_megatron.pair_streams import PairRecord
-from treg_megatron.recipe import load_recipe, section
+from treg_megatron.data.collate import collate
+from treg_megatron.data.aligned import PairRecord
+from treg_megatron.config.recipe import load_recipe, section
 
 FIELDS = {"num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 8, "num_layers": 4, "seq_length": 512}
 

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treg_megatron.errors import UserError
-from treg_megatron.indexed import IndexedWriter
-from treg_megatron.indexing import index
-from treg_megatron.labels import LabelledPair, write_shard
-from treg_megatron.pair_streams import PairRecord, stream_paths
-from treg_megatron.recipe import load_recipe
-from treg_megatron.sections import IndexSection
-from treg_megatron.streams import (in_validation, merge_streams, open_streams, require_same_tokenizer, split_streams, verify,
+from treg_megatron.data.indexed import IndexedWriter
+from treg_megatron.labelling.indexing import index
+from treg_megatron.data.labelled_pairs import LabelledPair, write_shard
+from treg_megatron.data.aligned import PairRecord, stream_paths
+from treg_megatron.config.recipe import load_recipe
+from treg_megatron.config.schema import IndexSection
+from treg_megatron.data.streams import (in_validation, merge_streams, open_streams, require_same_tokenizer, split_streams, verify,
                                    write_streams)
 
 

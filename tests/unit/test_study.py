@@ -11,7 +11,7 @@ from studies.miniature.bootstrap import Bootstrap
 from studies.miniature.configuration import HERE, PROMPT_PAIR, load_study
 from studies.miniature.model import vocabulary
 from studies.miniature.world import OPERATIONS, Task, Writer, fact, verify
-from treg_megatron.prompts import load_prompt_pair
+from treg_megatron.labelling.prompt_pair import load_prompt_pair
 
 ADD = Task("add", "7", ("3", "9", "0", "5"))
 RIGHT = "so 3 makes 1 0 then 9 gives 1 6 next 0 makes 0 7 and 5 is 1 2"

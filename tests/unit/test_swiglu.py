@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from treg_megatron.swiglu import SwiGLU
+from treg_megatron.kernels.swiglu import SwiGLU
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treg_megatron.errors import UserError
-from treg_megatron.indexing import index
-from treg_megatron.labels import read_labelled
-from treg_megatron.conversation import Message
-from treg_megatron.pairs import Pair
-from treg_megatron.recipe import load_recipe, section
-from treg_megatron.streams import open_streams
-from treg_megatron.token_rewards import import_token_rewards, response_rewards
+from treg_megatron.labelling.indexing import index
+from treg_megatron.data.labelled_pairs import read_labelled
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.data.pairs import Pair
+from treg_megatron.config.recipe import load_recipe, section
+from treg_megatron.data.streams import open_streams
+from treg_megatron.labelling.import_rewards import import_token_rewards, response_rewards
 
 QUESTION = (Message("user", "What is 1 + 1?"),)
 ANSWER = "It is two, \U0001f469\u200d\U0001f680!"

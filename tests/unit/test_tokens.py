@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from tests.tiny import CHATML, HEADERS, TEMPLATES
 from treg_megatron.errors import UserError
-from treg_megatron.conversation import Message
-from treg_megatron.tokens import ChatTokenizer, load_tokenizer
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 
 QUESTION = (Message("user", "What is 1 + 1?"),)
 PROMPTS = {

@@ -8,9 +8,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import CHATML, CORPUS, SPECIAL_TOKENS
-from treg_megatron import word_memory
-from treg_megatron.conversation import Message
-from treg_megatron.tokens import load_tokenizer
+from treg_megatron.tokenizer import word_cache as word_memory
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.tokenizer.chat import load_tokenizer
 
 LLAMA_3, QWEN = sorted(word_memory._EXPRESSIONS, key=len, reverse=True)
 

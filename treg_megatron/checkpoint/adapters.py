@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from treg_megatron.checkpoint.buffers import Scratch, as_bytes
-from treg_megatron.checkpoint.families import (
+from treg_megatron.models.families import (
     Family,
     Parameter,
     checkpoint_key,

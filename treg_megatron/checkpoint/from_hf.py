@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 import treg_megatron
-from treg_megatron.checkpoint.families import (
+from treg_megatron.models.families import (
     OUTPUT_LAYER,
     Family,
     Parameter,
@@ -23,7 +23,7 @@ from treg_megatron.checkpoint.families import (
     stacking,
 )
 from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, Identity, write_identity, written_whole
-from treg_megatron.files import read_json
+from treg_megatron.utils.files import read_json
 from treg_megatron.checkpoint.safetensors_stream import DTYPES, StoredTensor, tensors_in_folder
 from treg_megatron.checkpoint.buffers import Scratch
 from treg_megatron.checkpoint.torch_dist import TorchDistWriter

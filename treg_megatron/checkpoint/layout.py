@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from treg_megatron.errors import UserError
-from treg_megatron.files import atomic_write, read_json
+from treg_megatron.utils.files import atomic_write, read_json
 
 WEIGHTS = "weights"
 IDENTITY = "treg.json"

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from treg_megatron.checkpoint.layout import find_checkpoint
 from treg_megatron.checkpoint.policy import load_policy
 from treg_megatron.errors import UserError
-from treg_megatron.runtime.imports import heavy_imports
+from treg_megatron.utils.imports import heavy_imports
 
 # Both sides compute in fp32 and round differently, layer by layer.
 TOLERANCE = 1e-4
@@ -57,14 +57,14 @@ def _ids(hf: Path, text: str) -> torch.Tensor:
 
 def _megatron_logprobs(checkpoint: Path, ids: list[torch.Tensor]) -> list[torch.Tensor]:
     if not torch.cuda.is_available():
-        from treg_megatron.runtime.cpu import use_cpu
+        from treg_megatron.distributed.cpu_redirect import use_cpu
 
         use_cpu()
     with heavy_imports():
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-        from treg_megatron.model import data_step, forward_step
+        from treg_megatron.models.policy import data_step, forward_step
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()

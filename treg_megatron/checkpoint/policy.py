@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from treg_megatron.checkpoint.families import model_fields, nemo_config_class
+from treg_megatron.models.families import model_fields, nemo_config_class
 from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, read_identity
 from treg_megatron.checkpoint.torch_dist import CONTENT_METADATA
-from treg_megatron.recipe import load_recipe, section
+from treg_megatron.config.recipe import load_recipe, section
 
 
 def load_policy(checkpoint: Path, tensor: int = 1, pipeline: int = 1, expert: int = 1,
-                sequence: bool = False) -> "treg_megatron.model.Policy":
+                sequence: bool = False) -> "treg_megatron.models.policy.Policy":
     """The policy of a checkpoint in fp32, evaluating; its ``module`` is this rank's part of Megatron's model.
 
-    ``treg_megatron.build`` gives the model and Megatron-core loads it, as for training. The process group exists and is
+    ``treg_megatron.training.build`` gives the model and Megatron-core loads it, as for training. The process group exists and is
     split by Megatron's ``parallel_state`` into these sizes.
 
     Raises:
@@ -25,7 +25,7 @@ def load_policy(checkpoint: Path, tensor: int = 1, pipeline: int = 1, expert: in
     """
     from megatron.core import dist_checkpointing
 
-    from treg_megatron import build
+    from treg_megatron.training import build
     from treg_megatron.objective import Objective
 
     hf_config = read_identity(checkpoint).hf_config

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from treg_megatron.files import read_json
+from treg_megatron.utils.files import read_json
 from treg_megatron.checkpoint.buffers import OutputFile, Stretch, read_into
 from treg_megatron.errors import UserError
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from treg_megatron.checkpoint.adapters import adapters_of
 from treg_megatron.checkpoint.buffers import Scratch, Stretch, as_bytes
-from treg_megatron.checkpoint.families import (
+from treg_megatron.models.families import (
     FREE_FIELDS,
     Family,
     family_of,
@@ -46,7 +46,7 @@ from treg_megatron.checkpoint.safetensors_stream import (
 )
 from treg_megatron.checkpoint.torch_dist import TorchDistReader
 from treg_megatron.errors import UserError
-from treg_megatron.files import read_json
+from treg_megatron.utils.files import read_json
 
 SHARD_BYTES = 5_000_000_000  # Hugging Face's own default
 

@@ -16,10 +16,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from treg_megatron import entry
+from treg_megatron.utils import entry
 from treg_megatron.errors import UserError
-from treg_megatron.recipe_arguments import add_recipe_arguments, parse_recipe
-from treg_megatron.runtime.imports import heavy_imports
+from treg_megatron.cli.arguments import add_recipe_arguments, parse_recipe
+from treg_megatron.utils.imports import heavy_imports
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -47,7 +47,7 @@ def use_meta_machine() -> None:
 
     if torch.cuda.is_available():
         raise UserError("preflight runs without a GPU: hide it, CUDA_VISIBLE_DEVICES= python -m treg_megatron.preflight")
-    from treg_megatron.runtime.cpu import use_cpu
+    from treg_megatron.distributed.cpu_redirect import use_cpu
 
     use_cpu()
     with heavy_imports():

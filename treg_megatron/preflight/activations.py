@@ -12,14 +12,14 @@ import torch
 from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from treg_megatron import model as policies
-from treg_megatron.context import ContextPart
-from treg_megatron.microbatch import collate, row_multiple
-from treg_megatron.pair_streams import PairRecord
+from treg_megatron.models import policy as policies
+from treg_megatron.distributed.context_parallel import ContextPart
+from treg_megatron.data.collate import collate, row_multiple
+from treg_megatron.data.aligned import PairRecord
 from treg_megatron.preflight.live import LiveTensors
 from treg_megatron.preflight.ranks import Rank
 from treg_megatron.preflight.schedule import FORWARD, Event
-from treg_megatron.sections import DataSection, ParallelSection
+from treg_megatron.config.schema import DataSection, ParallelSection
 
 LAYERS, HEAD = "layers", "log-prob head"
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from treg_megatron.sections import ClusterSection, DataSection, LabelSection
+from treg_megatron.config.schema import ClusterSection, DataSection, LabelSection
 
 if TYPE_CHECKING:
     from treg_megatron.preflight.activations import Pass

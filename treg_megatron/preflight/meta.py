@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-from treg_megatron.runtime.cpu import backward_in
+from treg_megatron.distributed.cpu_redirect import backward_in
 
 
 @contextlib.contextmanager

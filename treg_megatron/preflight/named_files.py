@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from treg_megatron.architecture import require_architecture
-from treg_megatron.blend import parse_blend
+from treg_megatron.models.architecture import require_architecture
+from treg_megatron.data.blend import parse_blend
 from treg_megatron.checkpoint.layout import read_identity
-from treg_megatron.checks import require_enough, require_trainable
+from treg_megatron.data.checks import require_enough, require_trainable
 from treg_megatron.objective import Objective
-from treg_megatron.pair_streams import manifest_path
+from treg_megatron.data.aligned import manifest_path
 from treg_megatron.preflight.plan import Sections
-from treg_megatron.streams import open_streams, require_same_tokenizer
+from treg_megatron.data.streams import open_streams, require_same_tokenizer
 
 
 def check_files(sections: Sections) -> tuple[list[str], int | None]:

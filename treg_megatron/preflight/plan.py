@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from treg_megatron import checks, recipe
-from treg_megatron.architecture import hf_config_of
-from treg_megatron.checkpoint.families import model_fields
+from treg_megatron.data import checks
+from treg_megatron.config import recipe
+from treg_megatron.models.architecture import hf_config_of
+from treg_megatron.models.families import model_fields
 from treg_megatron.objective import Objective
 from treg_megatron.preflight import activations, costs, schedule
 from treg_megatron.preflight.ranks import AtRest, build_rank, bytes_at_rest, parameters_of_the_model
 from treg_megatron.preflight.world import fake_world, group_names, rank_of_stage
-from treg_megatron.sections import (
+from treg_megatron.config.schema import (
     ClusterSection,
     DataSection,
     LabelSection,
@@ -122,7 +123,7 @@ def sections_of(config: DictConfig) -> Sections:
     """The sections of a recipe, each checked by itself.
 
     Raises:
-        UserError: see :func:`treg_megatron.recipe.section`.
+        UserError: see :func:`treg_megatron.config.recipe.section`.
     """
     config = copy.deepcopy(config)
     if OmegaConf.is_missing(config.label, "pairs"):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from treg_megatron.errors import UserError
-from treg_megatron.files import atomic_write
+from treg_megatron.utils.files import atomic_write
 from treg_megatron.preflight.plan import Plan
 from treg_megatron.preflight.report import GB, layout
 

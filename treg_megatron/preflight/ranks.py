@@ -11,11 +11,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections.llm.fn.mixin import FNMixin
 from nemo.lightning.megatron_parallel import DDP
 
-from treg_megatron import build
-from treg_megatron.checkpoint.families import model_fields, nemo_config_class
-from treg_megatron.lora import adapters
+from treg_megatron.training import build
+from treg_megatron.models.families import model_fields, nemo_config_class
+from treg_megatron.models.lora import adapters
 from treg_megatron.objective import Objective
-from treg_megatron.sections import LoraSection, ObjectiveSection, OptimizerSection, ParallelSection, TrainSection
+from treg_megatron.config.schema import LoraSection, ObjectiveSection, OptimizerSection, ParallelSection, TrainSection
 
 
 class AtRest(NamedTuple):

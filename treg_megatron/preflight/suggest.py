@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from treg_megatron.architecture import hf_config_of
-from treg_megatron.checkpoint.families import model_fields
+from treg_megatron.models.architecture import hf_config_of
+from treg_megatron.models.families import model_fields
 from treg_megatron.errors import UserError
 from treg_megatron.preflight.plan import Plan, Sections, make_plan, require_possible
 

@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from treg_megatron.preflight.meta import on_meta
-from treg_megatron.sections import ParallelSection
+from treg_megatron.config.schema import ParallelSection
 
 
 @contextlib.contextmanager

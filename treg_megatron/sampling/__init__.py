@@ -7,7 +7,7 @@ the response comes back as the ids that were sampled.
 from collections.abc import Sequence
 from typing import Protocol
 
-from treg_megatron.conversation import Sampled
+from treg_megatron.tokenizer.conversation import Sampled
 
 
 class Sampler(Protocol):

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from treg_megatron.errors import UserError
-from treg_megatron.conversation import Sampled
-from treg_megatron.sections import SampleSection
-from treg_megatron.tokens import ChatTokenizer
+from treg_megatron.tokenizer.conversation import Sampled
+from treg_megatron.config.schema import SampleSection
+from treg_megatron.tokenizer.chat import ChatTokenizer
 
 _FIRST_PAUSE = 1.0           # seconds; doubles with each try
 _TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}

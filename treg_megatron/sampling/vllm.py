@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from treg_megatron.errors import UserError
-from treg_megatron.conversation import Sampled
-from treg_megatron.sections import SampleSection
-from treg_megatron.tokens import ChatTokenizer
+from treg_megatron.tokenizer.conversation import Sampled
+from treg_megatron.config.schema import SampleSection
+from treg_megatron.tokenizer.chat import ChatTokenizer
 
 
 class VllmSampler:

@@ -1,0 +1,215 @@
+"""One YAML recipe describes a whole run; each station reads its own section.
+
+A recipe is a short diff: its ``defaults:`` key names the file that it extends, and the chain ends in
+``recipes/base.yaml``, the only place where a default value stands. :mod:`treg_megatron.config.schema` gives every key its
+type and help. ``key=value`` arguments override the file, flags of a tool override those.
+"""
+
+import dataclasses
+import difflib
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from treg_megatron.errors import UserError
+from treg_megatron.config.schema import SECTIONS, Recipe
+
+BASE_RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "base.yaml"
+COMMAND_LINE = "the command line"
+
+_CACHED = "training holds no reference model: its log-probs are cached by labelling, and simpo reads none"
+# keys of other trainers, and what to do here instead
+FOREIGN = {
+    "reference": _CACHED,
+    "reference_model": _CACHED,
+    "ref_model": _CACHED,
+    "packing": "set data.layout=packed or data.layout=bins",
+    "loss_type": "set objective.preference",
+    "max_length": "set data.seq_length for training, label.max_length for labelling",
+    "gradient_accumulation_steps": "set data.global_batch_size; the micro-batches that it takes follow from it",
+    "bf16": "set train.precision=bf16",
+}
+
+
+class RecordedRecipe(NamedTuple):
+    """The recipe that a training run wrote into its checkpoint."""
+
+    where: Path
+    values: dict[str, Any]
+
+
+def load_recipe(path: str | Path | RecordedRecipe = BASE_RECIPE, overrides: list[str] = ()) -> DictConfig:
+    """Read a recipe, its ``defaults`` and ``key=value`` overrides into one checked, typed config.
+
+    Interpolations stay unresolved, and keys left as ``???`` are asked for only when a station reads them.
+
+    Args:
+        path: a recipe's file, or the recipe that a checkpoint holds.
+
+    Raises:
+        UserError: a file that is missing or no YAML, an unknown key (the nearest known one is named), a wrong type.
+    """
+    return trace_recipe(path, overrides)[0]
+
+
+def trace_recipe(path: str | Path | RecordedRecipe,
+                 overrides: list[str] = ()) -> tuple[DictConfig, dict[str, str]]:
+    """:func:`load_recipe`, and where each value comes from: a file or the command line, by ``section.key``."""
+    config = OmegaConf.structured(Recipe)
+    OmegaConf.set_struct(config, True)
+    sources: dict[str, str] = {}
+    for where, values in _with_defaults(path):
+        _merge(config, values, _short(where), sources)
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override {override!r} is not of the form section.key=value")
+        name, value = override.split("=", 1)
+        try:
+            parsed = OmegaConf.from_dotlist([f"{name}={value}"])
+        except Exception as error:
+            raise UserError(f"override {override!r}: {error}") from None
+        _merge(config, parsed, COMMAND_LINE, sources)
+    return config, sources
+
+
+def described(config: DictConfig, sources: dict[str, str]) -> str:
+    """The whole recipe as YAML that can be launched as it is, each line with where its value comes from."""
+    lines = []
+    for name in config:
+        if name in SECTIONS:
+            node = config[name]
+            lines += ["", f"{name}:", *(_described(node, k, f"{name}.{k}", sources, "  ") for k in node)]
+        else:
+            lines.append(_described(config, name, name, sources, ""))
+    return "\n".join(lines)
+
+
+def section(recipe: DictConfig, name: str) -> Any:
+    """One section as its dataclass, interpolations resolved.
+
+    Raises:
+        UserError: a key of the section is still ``???``, or a value is not among the key's choices.
+    """
+    node = recipe[name]
+    missing = [k for k in node if OmegaConf.is_missing(node, k)]
+    if missing:
+        raise UserError(f"recipe {recipe.get('name', '?')}: {name}.{missing[0]} has no value; "
+                        f"set it in the recipe or pass {name}.{missing[0]}=VALUE ({_help(name, missing[0])})")
+    try:
+        values = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        raise UserError(f"recipe section {name}: {_first_line(error)}") from None
+    for field in dataclasses.fields(values):
+        choices = field.metadata.get("choices")
+        if choices and getattr(values, field.name) not in choices:
+            raise UserError(f"{name}.{field.name} is {getattr(values, field.name)!r}; choose one of {', '.join(choices)}")
+    return values
+
+
+def value(recipe: DictConfig, name: str) -> Any:
+    """The value of one key, ``section.key``, resolved.
+
+    Raises:
+        UserError: there is no such key, or it has no value.
+    """
+    try:
+        found = OmegaConf.select(recipe, name, throw_on_missing=True, throw_on_resolution_failure=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"recipe {recipe.get('name', '?')}: {name}: {_first_line(error)}") from None
+    if found is None:
+        raise UserError(f"recipe {recipe.get('name', '?')}: {name} has no value")
+    return found
+
+
+def _with_defaults(path: str | Path | RecordedRecipe) -> list[tuple[Path, DictConfig]]:
+    """The files that a recipe extends, the base first, and the recipe itself."""
+    if isinstance(path, RecordedRecipe):  # written whole
+        return [(path.where, OmegaConf.create(path.values))]
+    chain: dict[Path, DictConfig] = {}
+    source = Path(path)
+    while source not in chain:
+        chain[source] = values = _read_yaml(source)
+        parent = values.pop("defaults", None)
+        if parent is None:
+            return list(chain.items())[::-1]
+        child, source = source, source.parent / parent
+    raise UserError(f"{child}: defaults: {source.name} extends itself")
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise UserError(f"recipe {path} does not exist")
+    try:
+        config = OmegaConf.load(path)
+    except Exception as error:
+        raise UserError(f"recipe {path} is not valid YAML: {_first_line(error)}") from None
+    if not isinstance(config, DictConfig):
+        raise UserError(f"recipe {path} must be a mapping of sections")
+    return config
+
+
+def _short(path: Path) -> str:
+    """Relative to the working directory where the file lies under it."""
+    below = Path(os.path.relpath(path))
+    return str(path if below.parts[0] == ".." else below)
+
+
+def _merge(config: DictConfig, extra: DictConfig, source: str, sources: dict[str, str]) -> None:
+    for name in extra:
+        _refuse_unknown(str(name), "", source)
+        if name not in SECTIONS:
+            sources[name] = source
+            continue
+        if not isinstance(extra[name], DictConfig):
+            raise UserError(f"{source}: {name} must be a mapping of keys")
+        for k in extra[name]:
+            _refuse_unknown(str(k), name, source)
+            sources[f"{name}.{k}"] = source
+    try:
+        config.merge_with(extra)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {getattr(error, 'full_key', '')}: {_first_line(error)}") from None
+
+
+def _refuse_unknown(name: str, section_name: str, source: str) -> None:
+    keys = {s: [f.name for f in dataclasses.fields(SECTIONS[s])] for s in SECTIONS}
+    known = keys[section_name] if section_name else [f.name for f in dataclasses.fields(Recipe)]
+    if name in known:
+        return
+    prefix = f"{section_name}." if section_name else ""
+    elsewhere = [f"{s}.{name}" for s in SECTIONS if name in keys[s]]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if name in FOREIGN:
+        hint = FOREIGN[name]
+    elif elsewhere:
+        hint = f"did you mean {' or '.join(elsewhere)}?"
+    elif nearest:
+        hint = f"did you mean {prefix}{nearest[0]}?"
+    else:
+        hint = f"known: {', '.join(known)}"
+    raise UserError(f"{source}: unknown recipe key {prefix}{name}; {hint}")
+
+
+def _described(node: DictConfig, name: str, full_name: str, sources: dict[str, str], indent: str) -> str:
+    written = OmegaConf.to_container(node, resolve=False)[name]
+    origin = sources.get(full_name, "no value yet")
+    try:
+        value = OmegaConf.to_container(node[name]) if OmegaConf.is_config(node[name]) else node[name]
+    except OmegaConfBaseException:
+        value = written
+    if isinstance(written, str) and "${" in written:
+        origin = f"{written} in {origin}"
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    return f"{indent}{name}: {text}".ljust(48) + f" # {origin}"
+
+
+def _help(section_name: str, name: str) -> str:
+    return next(f.metadata["help"] for f in dataclasses.fields(SECTIONS[section_name]) if f.name == name)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,1 @@
+"""Preference pairs, labelled pairs and aligned indexed datasets."""

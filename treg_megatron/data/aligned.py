@@ -1,0 +1,196 @@
+"""Aligned streams as they are read: labelled pairs in Megatron indexed datasets that agree document by document.
+
+    PREFIX_tokens           uint16 or int32   prompt + response
+    PREFIX_token_rewards    float32           value t belongs to response token t
+    PREFIX_ref_logprobs     float32           the same; absent for reference-free runs
+    PREFIX_pair_ids         uint8             the pair's name in UTF-8
+    PREFIX.manifest.json                      what made them, and what they must look like
+
+Each is a ``.bin`` and an ``.idx`` file; a document is a pair and has two sequences, chosen and rejected (one in
+PREFIX_pair_ids). Rewards and log-probs are as long as the response, which is the suffix of the tokens, so the length of
+the prompt needs no stream. :mod:`treg_megatron.data.streams` writes, joins, divides and opens them.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from treg_megatron.errors import UserError
+from treg_megatron.utils.files import read_manifest, sha256_of
+from treg_megatron.data.indexed import IndexedReader, ends_of
+
+MANIFEST_FORMAT, MANIFEST_VERSION = "treg-megatron streams", 1
+ALIGNMENT = "value t belongs to response token t; the response is the suffix of the tokens"
+
+TOKENS, TOKEN_REWARDS, REF_LOGPROBS, PAIR_IDS = "tokens", "token_rewards", "ref_logprobs", "pair_ids"
+
+
+class PairRecord(NamedTuple):
+    """One pair of opened streams: read-only views, tokens in the stored number type, values fp32 a response token."""
+
+    pair_id: str
+    chosen_tokens: np.ndarray
+    rejected_tokens: np.ndarray
+    chosen_token_rewards: np.ndarray
+    rejected_token_rewards: np.ndarray
+    chosen_ref_logprobs: np.ndarray | None
+    rejected_ref_logprobs: np.ndarray | None
+
+
+class PairStreams:
+    """Streams opened for reading in any order. Made by :func:`open_streams`; pickles as its prefix.
+
+    Attributes:
+        manifest: what :func:`write_streams` wrote.
+        sequence_lengths: int32 [pairs, 2], tokens of chosen and rejected, prompts included.
+        response_lengths: int32 [pairs, 2], tokens of the responses.
+    """
+
+    def __init__(self, prefix: str | Path):
+        self.prefix = Path(prefix)
+        self.manifest = streams_manifest(prefix)
+        _check_sizes(self.prefix, self.manifest)
+        self._tokens = _open(prefix, TOKENS, (np.uint16, np.int32))
+        self._rewards = _open(prefix, TOKEN_REWARDS, (np.float32,))
+        self._reference = _open(prefix, REF_LOGPROBS, (np.float32,)) if self.manifest["reference_logprobs"] else None
+        self._ids = _open(prefix, PAIR_IDS, (np.uint8,))
+        self._check_agreement()
+        for path, file in _files(self.prefix, self.manifest):
+            if ends_of(path) != file["ends"]:
+                raise _changed(path)
+        self.sequence_lengths = self._tokens.lengths.reshape(-1, 2)
+        self.response_lengths = self._rewards.lengths.reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, pair: int) -> PairRecord:
+        if not 0 <= pair < len(self):
+            raise IndexError(f"pair {pair} of {len(self)}")
+        chosen, rejected, reference = 2 * pair, 2 * pair + 1, self._reference
+        return PairRecord(self.pair_id(pair), self._tokens[chosen], self._tokens[rejected],
+                          self._rewards[chosen], self._rewards[rejected],
+                          None if reference is None else reference[chosen],
+                          None if reference is None else reference[rejected])
+
+    def __reduce__(self):
+        return PairStreams, (self.prefix,)
+
+    def reader(self, name: str) -> IndexedReader:
+        """One stream as it lies on disk; REF_LOGPROBS must be there."""
+        return {TOKENS: self._tokens, TOKEN_REWARDS: self._rewards, REF_LOGPROBS: self._reference,
+                PAIR_IDS: self._ids}[name]
+
+    def pair_id(self, pair: int) -> str:
+        """The name of a pair, as the file that it comes from gives it."""
+        return self._ids[pair].tobytes().decode()
+
+    def require_unchanged(self) -> None:
+        """Compare every byte with the manifest.
+
+        Raises:
+            UserError: a file's sha256 is another than the manifest's.
+        """
+        for path, file in _files(self.prefix, self.manifest):
+            if sha256_of(path) != file["sha256"]:
+                raise _changed(path)
+
+    def _check_agreement(self) -> None:
+        pairs = self.manifest["pairs"]
+        if pairs < 1:
+            raise UserError(f"streams {self.prefix} hold no pairs; index again")
+        readers = {TOKENS: self._tokens, TOKEN_REWARDS: self._rewards, REF_LOGPROBS: self._reference,
+                   PAIR_IDS: self._ids}
+        for name, reader in readers.items():
+            sequences = 1 if name == PAIR_IDS else 2
+            if reader is not None and (len(reader.document_starts) != pairs + 1 or not np.array_equal(
+                    reader.document_starts, np.arange(pairs + 1) * sequences)):
+                raise UserError(f"{self.prefix}_{name} does not hold {pairs} documents of {sequences} sequences, as "
+                                "the manifest says; index again")
+        self._refuse(self._rewards.lengths < 1, "{pair}: an empty response")
+        self._refuse(self._rewards.lengths >= self._tokens.lengths,
+                     f"{{pair}}: {TOKEN_REWARDS} has {{rewards}} values for {{tokens}} tokens")
+        if self._reference is not None:
+            self._refuse(self._reference.lengths != self._rewards.lengths,
+                         f"{{pair}}: {REF_LOGPROBS} has {{reference}} values where {TOKEN_REWARDS} has {{rewards}}")
+
+    def _refuse(self, wrong_sequences: np.ndarray, message: str) -> None:
+        if wrong_sequences.any():
+            i = int(wrong_sequences.argmax())
+            told = message.format(
+                pair=f"pair {i // 2} ({self.pair_id(i // 2)}, {'rejected' if i % 2 else 'chosen'})",
+                tokens=self._tokens.lengths[i], rewards=self._rewards.lengths[i],
+                reference=None if self._reference is None else self._reference.lengths[i])
+            raise UserError(f"streams {self.prefix} disagree: {told}; index again")
+
+
+def stream_paths(prefix: str | Path, name: str) -> tuple[Path, Path]:
+    """The .bin and .idx file of one stream."""
+    return Path(f"{prefix}_{name}.bin"), Path(f"{prefix}_{name}.idx")
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    """The manifest of the streams PREFIX."""
+    return Path(f"{prefix}.manifest.json")
+
+
+_MANIFEST_KEYS = {"pairs": int, "tokens": int, "response_tokens": int, "longest_sequence": int, "alignment": str,
+                  "token_dtype": str, "reference_logprobs": bool, "tokenizer": dict, "files": dict}
+_FILE_KEYS = {"bytes": int, "sha256": str, "ends": str}
+_TOKENIZER_KEYS = {"sha256": str, "chat_template_sha256": str, "vocab_size": int}
+
+
+def streams_manifest(prefix: str | Path) -> dict[str, Any]:
+    """The manifest of the streams PREFIX, every key there and of its type.
+
+    Raises:
+        UserError: it is missing, or is none.
+    """
+    path = manifest_path(prefix)
+    manifest = read_manifest(path, MANIFEST_FORMAT, MANIFEST_VERSION)
+    _require_keys(manifest, _MANIFEST_KEYS, path, "")
+    _require_keys(manifest["tokenizer"], _TOKENIZER_KEYS, path, "tokenizer.")
+    names = [TOKENS, TOKEN_REWARDS, *[REF_LOGPROBS] * manifest["reference_logprobs"], PAIR_IDS]
+    files = {f"{name}.{kind}": dict for name in names for kind in ("bin", "idx")}
+    _require_keys(manifest["files"], files, path, "files.")
+    for name, file in manifest["files"].items():
+        if name.partition(".")[0] not in names:
+            raise UserError(f"{path}: files names {name!r}, which is no stream of these; index again")
+        _require_keys(file, _FILE_KEYS, path, f"files.{name}.")
+    manifest.setdefault("labels", None)
+    return manifest
+
+
+def _require_keys(found: dict[str, Any], expected: dict[str, type], path: Path, where: str) -> None:
+    for key, type in expected.items():
+        value = found.get(key)
+        if not isinstance(value, type) or (type is int and (isinstance(value, bool) or value < 0)):
+            raise UserError(f"{path}: {where}{key} is {'missing' if key not in found else repr(value)[:60]}, where "
+                            f"{type.__name__} is due; index again")
+
+
+def _open(prefix: str | Path, name: str, dtypes: tuple[type, ...]) -> IndexedReader:
+    reader = IndexedReader(*stream_paths(prefix, name))
+    if reader.dtype not in dtypes:
+        raise UserError(f"{prefix}_{name} holds {reader.dtype} numbers instead of "
+                        f"{' or '.join(np.dtype(dtype).name for dtype in dtypes)}; index again")
+    return reader
+
+
+def _check_sizes(prefix: Path, manifest: dict[str, Any]) -> None:
+    for path, file in _files(prefix, manifest):
+        if not path.is_file():
+            raise UserError(f"{path} does not exist, but {manifest_path(prefix)} lists it; index again")
+        if path.stat().st_size != file["bytes"]:
+            raise UserError(f"{path} has {path.stat().st_size} bytes, its manifest says {file['bytes']}: it was cut, "
+                            "or belongs to other streams; index again")
+
+
+def _changed(path: Path) -> UserError:
+    return UserError(f"{path} has changed since it was written, or belongs to other streams: its hash is not the "
+                     "manifest's; index again")
+
+
+def _files(prefix: Path, manifest: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
+    return [(Path(f"{prefix}_{name}"), file) for name, file in manifest["files"].items()]

@@ -1,0 +1,150 @@
+"""Pairs to the tensors of one forward pass.
+
+Only response tokens are scored, so a micro-batch carries them flat: which row of the hidden states predicts each, its
+id, its token reward and its reference log-prob. That list is the same whether the sequences lie padded, one a row, or
+packed, one after the other in a single row; the layout is settled here and nobody after needs to know it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from treg_megatron.data.alignment import score_positions
+from treg_megatron.distributed.context_parallel import WHOLE, ContextPart
+from treg_megatron.data.aligned import PairRecord
+from treg_megatron.config.schema import DataSection, ParallelSection
+
+PADDING_TOKEN = 0  # never scored, never attended to by a scored token
+
+
+def collate(records: Sequence[PairRecord], layout: str, pad_to_multiple_of: int = 1,
+            context: ContextPart = WHOLE, share_prompts: bool = False) -> dict[str, Any]:
+    """One micro-batch of 0 or more pairs; without pairs it is a row of padding whose loss is 0.
+
+    Args:
+        pad_to_multiple_of: a row's length is a multiple of this; as large as the longest row, it makes all rows equal.
+        context: the part of every sequence that this rank holds; layout packed alone can be split.
+        share_prompts: whether a pair's prompt stands in its row once; layout packed and whole sequences only.
+
+    Returns:
+        tokens, position_ids: [b, s] int64; packed: b = 1.
+        cu_seqlens: [sequences + 1] int32 and max_seqlen: int, of whole sequences, packed only; padding is a sequence of
+            its own. Where prompts are shared, pairs instead of cu_seqlens: list of (prompt, chosen, rejected) tokens.
+        rows: [n] int64, which row of the [s * b, hidden] flattened hidden states predicts response token n.
+        targets: [n] int64, its id. lengths: list of int, tokens here of chosen 0, rejected 0, chosen 1, ...
+        token_rewards, ref_logps: [n] fp32, absent where the streams have none. pair_ids: list of str.
+    """
+    sequences = [tokens for r in records for tokens in (r.chosen_tokens, r.rejected_tokens)]
+    responses = [len(rewards) for r in records for rewards in (r.chosen_token_rewards, r.rejected_token_rewards)]
+    scored = [score_positions(len(s) - n, n) for s, n in zip(sequences, responses, strict=True)]
+    positions = [np.arange(part.start, part.stop) for part in scored]
+    widths = [context.padded(len(s)) for s in sequences]
+    here = [context.holds(p, width) for p, width in zip(positions, widths)]  # of each response: which tokens are ours
+
+    def flat(of_each: Sequence[np.ndarray], dtype: type = np.float32) -> torch.Tensor:
+        return _flat([np.asarray(values)[mine] for values, mine in zip(of_each, here, strict=True)], dtype)
+
+    positions = [p[mine] for p, mine in zip(positions, here)]
+    tokens = [torch.from_numpy(np.asarray(s, dtype=np.int64)) for s in sequences]
+    if share_prompts:
+        batch = shared_row(tokens, positions, responses, pad_to_multiple_of)
+    elif layout == "packed":
+        batch = packed_row(tokens, positions, pad_to_multiple_of, context)
+    else:
+        batch = _padded(tokens, positions, pad_to_multiple_of)
+    batch["targets"] = flat([s[len(s) - n:] for s, n in zip(sequences, responses)], np.int64)
+    batch["lengths"] = [len(p) for p in positions]
+    batch["pair_ids"] = [r.pair_id for r in records]
+    batch["token_rewards"] = flat([x for r in records for x in (r.chosen_token_rewards, r.rejected_token_rewards)])
+    if all(r.chosen_ref_logprobs is not None for r in records):
+        batch["ref_logps"] = flat([x for r in records for x in (r.chosen_ref_logprobs, r.rejected_ref_logprobs)])
+    return batch
+
+
+def row_multiple(data: DataSection, parallel: ParallelSection) -> int:
+    """What a row's length is a multiple of: the recipe's, and what sequence parallelism divides a rank's part by."""
+    divisor = ContextPart(0, parallel.context).divisor
+    return math.lcm(data.pad_to_multiple_of, divisor * (parallel.tensor if parallel.sequence else 1))
+
+
+def packed_row(sequences: list[torch.Tensor], positions: list[np.ndarray], multiple: int = 1,
+               context: ContextPart = WHOLE) -> dict[str, Any]:
+    """Sequences in one row, one after the other: tokens, position_ids, cu_seqlens, max_seqlen, rows of :func:`collate`.
+
+    Args:
+        sequences: [s] int64 each.
+        positions: of each sequence those that predict its response tokens, on this rank.
+    """
+    sequences = [_lengthened(s, context.padded(len(s))) for s in sequences]
+    total = sum(len(s) for s in sequences)
+    padding = _round_up(max(total, 1), multiple) - total
+    if padding:
+        sequences = [*sequences, torch.full((padding,), PADDING_TOKEN)]
+    sizes = [len(s) for s in sequences]
+    starts = np.cumsum([0, *sizes]) // context.ranks  # where each begins on this rank
+    return {
+        "tokens": torch.cat([context.of(s) for s in sequences])[None],
+        "position_ids": torch.cat([context.of(torch.arange(size)) for size in sizes])[None],
+        "cu_seqlens": torch.tensor([0, *sizes]).cumsum(0).to(torch.int32),
+        "max_seqlen": max(sizes),
+        "rows": _flat([start + context.row(p, size) for start, p, size in zip(starts, positions, sizes)], np.int64),
+    }
+
+
+def shared_row(sequences: list[torch.Tensor], positions: list[np.ndarray], responses: list[int],
+               multiple: int = 1) -> dict[str, Any]:
+    """Pairs in one row, their prompt once: prompt, chosen, rejected of each; tokens, position_ids, pairs, max_seqlen and
+    rows of :func:`collate`.
+
+    Args:
+        sequences: [s] int64 each: chosen 0, rejected 0, chosen 1, ...
+        positions: of each sequence those that predict its response tokens.
+        responses: tokens of each response.
+    """
+    parts, places, rows, pairs, start = [], [], [], [], 0
+    for first in range(0, len(sequences), 2):
+        (chosen, rejected), (of_chosen, of_rejected) = sequences[first:first + 2], positions[first:first + 2]
+        prompt = len(chosen) - responses[first]
+        parts += [chosen, rejected[prompt:]]
+        places += [torch.arange(len(chosen)), torch.arange(prompt, len(rejected))]
+        # behind the prompt, the rejected response's tokens stand after the chosen one's
+        rows += [start + of_chosen, start + np.where(of_rejected < prompt, of_rejected, of_rejected + responses[first])]
+        pairs.append((prompt, responses[first], len(rejected) - prompt))
+        start += len(chosen) + len(rejected) - prompt
+    padding = _round_up(max(start, 1), multiple) - start
+    return {
+        "tokens": torch.cat([*parts, torch.full((padding,), PADDING_TOKEN)])[None],
+        "position_ids": torch.cat([*places, torch.arange(padding)])[None],
+        "pairs": pairs,
+        "max_seqlen": max([padding, *map(len, sequences)]),
+        "rows": _flat(rows, np.int64),
+    }
+
+
+def _padded(sequences: list[torch.Tensor], positions: list[np.ndarray], multiple: int) -> dict[str, Any]:
+    width = _round_up(max([len(s) for s in sequences], default=1), multiple)
+    tokens = torch.full((max(len(sequences), 1), width), PADDING_TOKEN)
+    for row, sequence in enumerate(sequences):
+        tokens[row, :len(sequence)] = sequence
+    return {
+        "tokens": tokens,
+        "position_ids": torch.arange(width).expand_as(tokens),
+        # Megatron's hidden states are [s, b, hidden]
+        "rows": _flat([p * len(sequences) + row for row, p in enumerate(positions)], np.int64),
+    }
+
+
+def _lengthened(sequence: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.nn.functional.pad(sequence, (0, width - len(sequence)), value=PADDING_TOKEN)
+
+
+def _flat(parts: Sequence[np.ndarray], dtype: type = np.float32) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.asarray(p, dtype=dtype) for p in parts])) if len(parts) else \
+        torch.from_numpy(np.zeros(0, dtype=dtype))
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return math.ceil(length / multiple) * multiple

@@ -1,0 +1,322 @@
+"""Labelled pairs: token ids, token rewards and reference log-probs of preference pairs, as Parquet.
+
+One row a pair. ``chosen_tokens`` and ``rejected_tokens`` are prompt followed by response; the lists of rewards and
+log-probs have one value for each response token, value t for response token t. Anyone can write such a file from any
+source of token rewards, so nothing in it is taken on trust when it is read. Files that are written here carry a checksum
+of every page.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from treg_megatron.errors import UserError
+from treg_megatron.utils.files import atomic_write, read_manifest
+
+MANIFEST_FORMAT, MANIFEST_VERSION = "treg-megatron labelled pairs", 1
+MANIFEST_NAME = "manifest.json"
+
+_METADATA_KEY = b"treg_megatron"
+_ROWS_AT_ONCE = 1024
+_LOGPROB_TOLERANCE = 1e-3            # rounding may lift a log-prob of 0 a little above it
+
+SIDES = ("chosen", "rejected")
+_LISTS = {f"{side}_{name}": type for side in SIDES for name, type in (
+    ("tokens", pa.int32()), ("token_rewards", pa.float32()), ("ref_logprobs", pa.float32()))}
+_REFERENCE = tuple(f"{side}_ref_logprobs" for side in SIDES)
+_OPTIONAL = {"chosen_score": pa.float64(), "rejected_score": pa.float64(),
+             "prompt": pa.string(), "chosen": pa.string(), "rejected": pa.string()}
+
+
+@dataclass(frozen=True)
+class LabelledPair:
+    """A row: int32 token ids, fp32 values a response token, and for people the scores and texts, where known."""
+
+    pair_id: str
+    chosen_tokens: np.ndarray
+    rejected_tokens: np.ndarray
+    chosen_token_rewards: np.ndarray
+    rejected_token_rewards: np.ndarray
+    chosen_ref_logprobs: np.ndarray | None = None
+    rejected_ref_logprobs: np.ndarray | None = None
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+    prompt: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+
+
+def write_shard(path: str | Path, pairs: Iterable[LabelledPair], metadata: dict[str, Any] | None = None) -> int:
+    """Write labelled pairs as one Parquet file, atomically, and return how many there were.
+
+    Memory holds some rows at a time. ``metadata`` (JSON values) travels inside the file; it is written after the last
+    pair, so that it may count what happened on the way.
+    """
+    pairs, written = iter(pairs), 0
+    rows = list(itertools.islice(pairs, _ROWS_AT_ONCE))
+    types = {"pair_id": pa.string(), **{name: pa.list_(type) for name, type in _LISTS.items()}, **_OPTIONAL}
+    if rows and rows[0].chosen_ref_logprobs is None:
+        types = {name: type for name, type in types.items() if name not in _REFERENCE}
+    schema = pa.schema(types.items())
+    with atomic_write(path) as partial, pq.ParquetWriter(
+            partial, schema, compression="zstd", write_page_checksum=True) as file:
+        while rows:
+            file.write_batch(pa.record_batch([pa.array([getattr(row, name) for row in rows], type)
+                                              for name, type in types.items()], schema=schema))
+            written += len(rows)
+            rows = list(itertools.islice(pairs, _ROWS_AT_ONCE))
+        if metadata is not None:
+            file.add_key_value_metadata({_METADATA_KEY: json.dumps(metadata)})
+    return written
+
+
+def read_shard_metadata(path: str | Path) -> dict[str, Any] | None:
+    """What :func:`write_shard` was given as ``metadata``; None for a file of other origin.
+
+    Raises:
+        UserError: the file is missing or is not Parquet.
+    """
+    metadata = _open(Path(path)).metadata.metadata or {}
+    return json.loads(metadata[_METADATA_KEY]) if _METADATA_KEY in metadata else None
+
+
+def read_labelled(path: str | Path, first: int = 0, last: int | None = None) -> Iterator[LabelledPair]:
+    """Read and check labelled pairs, row by row, from one Parquet file or from all those of a folder.
+
+    ``first`` and ``last`` (one after the last) choose rows by their number over all files, from 0.
+
+    Files are read in the natural order of their names (part-2 before part-10); memory holds some rows at a time. Wider
+    integers and floats are accepted where their values fit.
+
+    Raises:
+        UserError: a file, column, type or value that does not fulfil the contract, with file, row and pair_id.
+    """
+    before = 0
+    for file in labelled_files(path):
+        rows = _open(file).metadata.num_rows
+        begin, end = max(first - before, 0), rows if last is None else min(last - before, rows)
+        if begin < end or rows == 0:
+            yield from _read_file(file, begin, end)
+        before += rows
+
+
+def count_rows(path: str | Path) -> int:
+    """Rows of one Parquet file or of all those of a folder, without reading them.
+
+    Raises:
+        UserError: as :func:`read_labelled`.
+    """
+    return sum(_open(file).metadata.num_rows for file in labelled_files(path))
+
+
+def labelled_files(path: str | Path) -> list[Path]:
+    """The Parquet files that ``path`` stands for, in reading order."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"labelled pairs {path} do not exist")
+    files = sorted(path.glob("*.parquet"), key=lambda file: [
+        int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)])
+    if not files:
+        raise UserError(f"{path} holds no .parquet files")
+    return files
+
+
+def labelling_run(path: str | Path) -> dict[str, Any] | None:
+    """What made labelled pairs (reference model, prompt pair, tokenizer, ...); None where they are of other origin.
+
+    Raises:
+        UserError: the labelling job is unfinished, or the files are not the ones that its manifest vouches for.
+    """
+    path, files = Path(path), labelled_files(path)
+    if path.is_file():
+        return (read_shard_metadata(path) or {}).get("run")
+    if not (path / MANIFEST_NAME).exists():
+        if any(read_shard_metadata(file) is not None for file in files):
+            raise UserError(f"{path} has no {MANIFEST_NAME}: its labelling job is unfinished; run label_tokens again")
+        return None
+    manifest = read_manifest(path / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
+    listed, found = {shard["file"] for shard in manifest["shards"]}, {file.name for file in files}
+    if listed != found:
+        raise UserError(f"{path}: {', '.join(sorted(listed ^ found))} "
+                        f"{'is missing' if listed - found else 'is not listed in the manifest'}; label again")
+    for shard in manifest["shards"]:
+        if (pairs := _open(path / shard["file"]).metadata.num_rows) != shard["pairs"]:
+            raise UserError(f"{path / shard['file']} has {pairs} pairs, its manifest says {shard['pairs']}; "
+                            "label again")
+    return manifest["run"]
+
+
+# -- reading and checking ----------------------------------------------------------------------------------------------
+
+class _Lists(NamedTuple):
+    """A list column: the values of all rows, and where each row's begin."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def row(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row]:self.offsets[row + 1]]
+
+    def first_row_where(self, wrong_values: np.ndarray) -> int | None:
+        if not wrong_values.any():
+            return None
+        return int(np.searchsorted(self.offsets, wrong_values.argmax(), side="right")) - 1
+
+
+class _WrongRow(Exception):
+    def __init__(self, row: int, message: str):
+        self.row, self.message = row, message
+
+
+def _read_file(path: Path, begin: int, end: int) -> Iterator[LabelledPair]:
+    parquet = _open(path)
+    present = _require_columns(parquet.schema_arrow, path)
+    first_row = begin + 1
+    try:
+        for first_row, batch in _batches(parquet, present, begin, end):
+            ids: list[Any] = []
+            try:
+                ids = _pair_ids(batch)
+                columns = {name: _lists(batch, name) for name in present if name in _LISTS}
+                _check(columns)
+                optional = {name: batch.column(name).cast(_OPTIONAL[name]).to_pylist()
+                            for name in present if name in _OPTIONAL}
+                pairs = [_labelled_pair(ids, columns, optional, row) for row in range(batch.num_rows)]
+            except _WrongRow as wrong:
+                name = f" (pair_id {ids[wrong.row]!r})" if ids else ""
+                raise UserError(f"{path} row {first_row + wrong.row}{name}: {wrong.message}") from None
+            yield from pairs
+            first_row += batch.num_rows
+        if first_row <= end:         # a damaged page can look like one of a kind that readers skip
+            raise UserError(f"{path} ends after row {first_row - 1}, where {end} were announced: it is damaged")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: text that is not UTF-8 in row {first_row} or after ({error.reason})") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read after row {first_row - 1}: {error}") from None
+
+
+def _batches(parquet: pq.ParquetFile, columns: list[str], begin: int, end: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Rows begin to end of a file, some at a time, each with the number of its first row, from 1."""
+    groups, starts = [], [0]
+    for group in range(parquet.num_row_groups):
+        starts.append(starts[-1] + parquet.metadata.row_group(group).num_rows)
+        if starts[-2] < end and begin < starts[-1]:
+            groups.append(group)
+    row = starts[groups[0]] if groups else 0
+    for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns, row_groups=groups):
+        wanted = batch.slice(max(begin - row, 0), max(min(end - row, batch.num_rows) - max(begin - row, 0), 0))
+        if wanted.num_rows:
+            yield row + max(begin - row, 0) + 1, wanted
+        row += batch.num_rows
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from None
+
+
+def _require_columns(schema: pa.Schema, path: Path) -> list[str]:
+    required = ["pair_id", *(name for name in _LISTS if name not in _REFERENCE)]
+    if missing := [name for name in required if name not in schema.names]:
+        raise UserError(f"{path} lacks column {', '.join(missing)}")
+    if len({name in schema.names for name in _REFERENCE}) == 2:
+        raise UserError(f"{path} has only one of the columns {', '.join(_REFERENCE)}: give both, or neither")
+    present = [field.name for field in fields(LabelledPair) if field.name in schema.names]
+    for name in present:
+        type = schema.field(name).type
+        if name in _LISTS:
+            expected = "integers" if name.endswith("_tokens") else "floating-point numbers"
+            is_list = pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
+            fits = is_list and (pa.types.is_integer(type.value_type) if expected == "integers"
+                                else pa.types.is_floating(type.value_type))
+            expected = f"lists of {expected}"
+        elif _OPTIONAL.get(name) == pa.float64():
+            expected = "a number"
+            fits = pa.types.is_integer(type) or pa.types.is_floating(type) or pa.types.is_null(type)
+        else:
+            expected, fits = "text", pa.types.is_string(type) or pa.types.is_large_string(type) or (
+                pa.types.is_null(type) and name != "pair_id")
+        if not fits:
+            raise UserError(f"{path}: column {name} must hold {expected}, it holds {type}")
+    return present
+
+
+def _pair_ids(batch: pa.RecordBatch) -> list[str]:
+    ids = batch.column("pair_id").to_pylist()
+    for row, pair_id in enumerate(ids):
+        if not pair_id:
+            raise _WrongRow(row, "pair_id is empty")
+    return ids
+
+
+def _lists(batch: pa.RecordBatch, name: str) -> _Lists:
+    column = batch.column(name)
+    if column.null_count:
+        raise _WrongRow(column.is_null().index(True).as_py(), f"{name} is null")
+    try:
+        column = column.cast(pa.large_list(_LISTS[name]))
+    except pa.ArrowInvalid as error:
+        raise _WrongRow(0, f"{name}, in this row or one of the {batch.num_rows - 1} after it: {error}") from None
+    offsets = column.offsets.to_numpy()
+    values = column.flatten()
+    lists = _Lists(values.fill_null(0).to_numpy(zero_copy_only=False), offsets - offsets[0])
+    if values.null_count:
+        raise _WrongRow(lists.first_row_where(values.is_null().to_numpy(zero_copy_only=False)), f"{name} holds a null")
+    return lists
+
+
+def _check(columns: dict[str, _Lists]) -> None:
+    for side in SIDES:
+        tokens, rewards = columns[f"{side}_tokens"], columns[f"{side}_token_rewards"]
+        reference = columns.get(f"{side}_ref_logprobs")
+        _refuse_rows(rewards.lengths == 0, lambda row: (
+            f"{side}_token_rewards is empty: a response has at least one token"))
+        _refuse_rows(rewards.lengths >= tokens.lengths, lambda row: (
+            f"{side}_token_rewards has {rewards.lengths[row]} values for {tokens.lengths[row]} tokens; it needs one "
+            "for each response token, and at least one prompt token stands before them"))
+        _refuse_values(tokens, tokens.values < 0, f"{side}_tokens holds a negative id")
+        _refuse_values(rewards, ~(np.abs(rewards.values) <= 0.5),
+                       f"{side}_token_rewards holds a value outside [-0.5, 0.5]")
+        if reference is not None:
+            _refuse_rows(reference.lengths != rewards.lengths, lambda row: (
+                f"{side}_ref_logprobs has {reference.lengths[row]} values, "
+                f"{side}_token_rewards {rewards.lengths[row]}"))
+            _refuse_values(reference, ~((reference.values <= _LOGPROB_TOLERANCE) & np.isfinite(reference.values)),
+                           f"{side}_ref_logprobs holds a value that is no finite log-prob")
+
+
+def _refuse_rows(wrong: np.ndarray, message) -> None:
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise _WrongRow(row, message(row))
+
+
+def _refuse_values(lists: _Lists, wrong: np.ndarray, message: str) -> None:
+    row = lists.first_row_where(wrong)
+    if row is not None:
+        raise _WrongRow(row, message)
+
+
+def _labelled_pair(ids: list[str], columns: dict[str, _Lists], optional: dict[str, list], row: int) -> LabelledPair:
+    lists = {name: column.row(row) for name, column in columns.items()}
+    prompts = [lists[f"{side}_tokens"][:-len(lists[f"{side}_token_rewards"])] for side in SIDES]
+    if not np.array_equal(*prompts):
+        raise _WrongRow(row, f"what precedes the responses differs ({len(prompts[0])} and {len(prompts[1])} tokens): a "
+                             "pair answers one prompt, and rewards cover the responses exactly")
+    return LabelledPair(ids[row], **lists, **{name: values[row] for name, values in optional.items()})

@@ -1,0 +1,95 @@
+"""Pairs, kept whole, into bins of a fixed size: micro-batches of about equally many tokens.
+
+A global batch stays ``global_batch_size`` pairs. Its pairs are put into bins, first fit, longest first, and the bins
+are dealt out to the data-parallel ranks. So the bins of a step depend on the seed and the lengths alone, and a run
+resumes at any step on any number of ranks, as without bins. Megatron's schedule takes one number of micro-batches for
+the whole run: that of the step with the most bins. Where a step has fewer, the rest are empty and weigh nothing,
+because the loss is divided by pairs and not by micro-batches.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from treg_megatron.errors import UserError
+from treg_megatron.data.sampler import MicrobatchOrder
+
+
+def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
+    """Divide items of the given lengths into bins of ``size``; indices by bin, longest first, the same at every call.
+
+    Raises:
+        ValueError: an item longer than a bin.
+    """
+    if len(lengths) and lengths.max() > size:
+        raise ValueError(f"an item of {lengths.max()} does not fit a bin of {size}")
+    bins: list[list[int]] = []
+    room = np.zeros(len(lengths), dtype=np.int64)
+    for item in np.argsort(-lengths, kind="stable").tolist():
+        fitting = room[:len(bins)] >= lengths[item]
+        if fitting.any():
+            chosen = int(fitting.argmax())
+        else:
+            chosen = len(bins)
+            bins.append([])
+            room[chosen] = size
+        bins[chosen].append(item)
+        room[chosen] -= lengths[item]
+    return bins
+
+
+class BinOrder:
+    """Batch sampler: the pairs of each bin of one data-parallel rank, step after step.
+
+    Iterating yields ``micro_batches`` lists of indices a step, possibly empty, of at most ``bin_size`` tokens together.
+    """
+
+    def __init__(self, lengths: np.ndarray, bin_size: int, global_batch_size: int, rank: int, ranks: int, *,
+                 micro_batches: int, epochs: int = 1, first_step: int = 0, seed: int | None = None):
+        self.lengths, self.bin_size, self.rank, self.ranks = lengths, bin_size, rank, ranks
+        self.micro_batches = micro_batches
+        self._pairs = MicrobatchOrder(len(lengths), 1, global_batch_size, 0, 1, epochs=epochs, first_step=first_step,
+                                      seed=seed)
+        self.first_step, self.steps = first_step, self._pairs.steps
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole run: Lightning counts those before ``first_step`` as fetched."""
+        return self.steps * self.micro_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.steps):
+            bins = self.bins(step)
+            for micro in range(self.micro_batches):
+                number = micro * self.ranks + self.rank
+                yield bins[number] if number < len(bins) else []
+
+    def bins(self, step: int) -> list[list[int]]:
+        """Indices of the pairs in each bin of one step, over all ranks: the same for every layout."""
+        batch = self._pairs.global_batch(step)
+        return [batch[bin].tolist() for bin in pack(self.lengths[batch], self.bin_size)]
+
+
+def pair_lengths(sequence_lengths: np.ndarray, bin_size: int, name: str) -> np.ndarray:
+    """Tokens of each pair, int64 [pairs], from those of its two sequences, int32 [pairs, 2].
+
+    Raises:
+        UserError: a pair of the streams ``name`` that does not fit a bin.
+    """
+    lengths = sequence_lengths.sum(axis=1, dtype=np.int64)
+    if lengths.max() > bin_size:
+        raise UserError(f"{name}: pair {int(lengths.argmax())} has {lengths.max()} tokens in both sequences, more than "
+                        f"data.bin_size={bin_size}: raise it to at least that")
+    return lengths
+
+
+def most_bins(lengths: np.ndarray, bin_size: int, global_batch_size: int, epochs: int = 1,
+              seed: int | None = None) -> int:
+    """Bins of the step that needs the most, over all epochs."""
+    order = BinOrder(lengths, bin_size, global_batch_size, 0, 1, micro_batches=1, epochs=epochs, seed=seed)
+    return max(len(order.bins(step)) for step in range(order.steps))
+
+
+def micro_batches(bins: int, ranks: int, group: int = 1) -> int:
+    """Micro-batches a rank and step that hold ``bins`` bins over all ranks, a multiple of ``group``."""
+    return math.ceil(bins / (ranks * group)) * group

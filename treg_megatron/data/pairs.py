@@ -1,0 +1,182 @@
+"""Preference pairs from files of any known format, one after the other, in the order of the file."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from treg_megatron.errors import UserError
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.data.formats import FORMATS, Answered, NoPreference, PairFormat
+from treg_megatron.data.records import read_rows
+from treg_megatron.utils.string_set import Seen
+
+IDENTICAL_RESPONSES = "identical responses"
+REPEATED_PAIR = "repeats an earlier pair"
+EQUAL_SCORES = "equal scores or ranks"
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A conversation that ends with a user turn, and two answers to it, one preferred.
+
+    Of answers that were sampled, ``chosen_ids`` and ``rejected_ids`` are their token ids, end-of-turn token included
+    where the model ended its turn, and ``tokenizer`` is the hash of the tokenizer that they belong to.
+    """
+
+    pair_id: str
+    messages: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+    chosen_ids: tuple[int, ...] | None = None
+    rejected_ids: tuple[int, ...] | None = None
+    tokenizer: str | None = None
+
+
+def read_pairs(source: str | Path, drops: Counter[str] | None = None, format: str = AUTO,
+               unusable: Callable[[str], None] | None = None) -> Iterator[Pair]:
+    """Read the preference pairs of a file, folder or hub data set (:mod:`treg_megatron.data.records`), whatever its size.
+
+    The format is recognised by the first row and holds for the whole file. A pair's id is the row's ``pair_id`` or
+    ``id``, else a hash of its content. Pairs that can teach nothing are left out and counted by reason in ``drops``:
+    identical responses, equal scores, and rows that repeat an earlier row with the same id and content.
+
+    Args:
+        format: the name of one of :data:`~treg_megatron.data.formats.FORMATS`, or ``auto``.
+        unusable: told of each row that cannot be used, instead of the error.
+
+    Raises:
+        UserError: the file is missing, is of no known kind, or holds a row that cannot be used. The message names the
+            file and the row, counted from 1; in JSONL a row is a line.
+    """
+    for pair, _ in read_pairs_and_rows(source, drops, format, unusable):
+        yield pair
+
+
+def read_pairs_and_rows(source: str | Path, drops: Counter[str] | None = None, format: str = AUTO,
+                        unusable: Callable[[str], None] | None = None) -> Iterator[tuple[Pair, dict]]:
+    """:func:`read_pairs`, each with its row for whoever needs more of it."""
+    drops = Counter() if drops is None else drops
+    reader = None if format == AUTO else format_named(format)
+    seen_ids, seen_pairs = Seen(), Seen()
+    for number, row in read_rows(source):
+        try:
+            if not isinstance(row, dict):
+                raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+            reader = reader or recognise(row)
+            try:
+                pair, content = _pair(row, reader)
+            except ValueError as error:
+                raise ValueError(f"{error} (read as {reader.name})") from None
+            whole = pair.pair_id + content
+            if pair.chosen == pair.rejected:
+                drops[IDENTICAL_RESPONSES] += 1
+            elif whole in seen_pairs:
+                drops[REPEATED_PAIR] += 1
+            elif pair.pair_id in seen_ids:
+                raise ValueError(f"pair_id {pair.pair_id!r} already belongs to an earlier row with other content; give "
+                                 "every pair an id of its own, or none")
+            else:
+                seen_ids.add(pair.pair_id)
+                seen_pairs.add(whole)
+                yield pair, row
+        except NoPreference:
+            drops[EQUAL_SCORES] += 1
+        except ValueError as error:
+            if unusable is None:
+                raise UserError(f"{source} row {number}: {error}") from None
+            unusable(f"row {number}: {error}")
+    if reader is None:
+        raise UserError(f"{source} holds no pairs")
+
+
+def recognise(row: dict) -> PairFormat:
+    """The format of a row.
+
+    Raises:
+        ValueError: it is none.
+    """
+    for format in FORMATS:
+        if format.matches(row):
+            return format
+    keys = ", ".join(map(repr, row)) or "none"
+    raise ValueError(f"keys {keys} are no known kind of preference pair; known: "
+                     + "; ".join(f"{format.name} ({format.keys})" for format in FORMATS))
+
+
+def format_named(name: str) -> PairFormat:
+    """The format of a name.
+
+    Raises:
+        UserError: there is none.
+    """
+    for format in FORMATS:
+        if format.name == name:
+            return format
+    raise UserError(f"pairs format {name!r} is not known; choose {AUTO} or one of {', '.join(f.name for f in FORMATS)}")
+
+
+def conversation_text(messages: tuple[Message, ...]) -> str:
+    """A conversation as text for people and prompts: ``Role: content`` paragraphs."""
+    return "\n\n".join(f"{message.role.capitalize()}: {message.content}" for message in messages)
+
+
+def _pair(row: dict, format: PairFormat) -> tuple[Pair, str]:
+    answered: Answered = format.read(row)
+    messages, chosen, rejected = answered[:3]
+    if not messages or messages[-1].role != "user":
+        raise ValueError("the conversation must end with a user turn")
+    if any(message.role == "system" for message in messages[1:]):
+        raise ValueError("a system message may only come first")
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
+        if not response.strip():
+            raise ValueError(f"{name} is an empty response")
+    content = json.dumps([messages, chosen, rejected], ensure_ascii=False)
+    try:
+        content_hash = hashlib.sha256(content.encode()).hexdigest()[:16]
+        pair_id = _pair_id(row, content_hash)
+        pair_id.encode()
+    except UnicodeEncodeError:
+        raise ValueError("text with half of a surrogate pair (a \\ud800-like escape), which is no character") from None
+    return Pair(pair_id, messages, chosen, rejected, _score(answered.chosen_score, "chosen_score"),
+                _score(answered.rejected_score, "rejected_score"), *_sampled_ids(row)), content
+
+
+def _sampled_ids(row: dict) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None, str | None]:
+    names = ("chosen_ids", "rejected_ids", "tokenizer")
+    if all(row.get(name) is None for name in names[:2]):
+        return None, None, None
+    if any(row.get(name) is None for name in names):
+        raise ValueError(f"{', '.join(names)} go together: give all three, or none")
+    for name in names[:2]:
+        ids = row[name]
+        if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(f"{name} must be a list of token ids, at least one")
+    return tuple(row["chosen_ids"]), tuple(row["rejected_ids"]), str(row["tokenizer"])
+
+
+def _pair_id(row: dict, content_hash: str) -> str:
+    given = row.get("pair_id") if row.get("pair_id") is not None else row.get("id")
+    if given is None:
+        return content_hash
+    if isinstance(given, bool) or not isinstance(given, (str, int)) or given == "":
+        raise ValueError(f"the pair's id must be a text or an integer, got {given!r}")
+    return str(given)
+
+
+def _score(value: Any, name: str) -> float | None:
+    if value is None:
+        return None
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError
+        return float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name} must be a finite number, got {str(value)[:40]}") from None

@@ -1,0 +1,219 @@
+"""Aligned streams (:mod:`treg_megatron.data.aligned`): write, merge, split, open, verify."""
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treg_megatron.data.blend import BlendedStreams, parse_blend
+from treg_megatron.errors import UserError
+from treg_megatron.utils.files import atomic_write_all, manifest_text
+from treg_megatron.data.indexed import IndexedWriter
+from treg_megatron.data.labelled_pairs import LabelledPair
+from treg_megatron.data.aligned import (
+    ALIGNMENT,
+    MANIFEST_FORMAT,
+    MANIFEST_VERSION,
+    PAIR_IDS,
+    REF_LOGPROBS,
+    TOKEN_REWARDS,
+    TOKENS,
+    PairStreams,
+    manifest_path,
+    stream_paths,
+    streams_manifest,
+)
+from treg_megatron.utils.string_set import Seen
+from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
+
+_UINT16_VOCABULARY = 65500            # megatron-core's own limit for two-byte tokens
+
+
+def write_streams(prefix: str | Path, pairs: Iterable[LabelledPair], tokenizer: ChatTokenizer,
+                  labels: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write labelled pairs as aligned streams; all files appear together at the end, or none does.
+
+    Args:
+        tokenizer: the one that made the tokens; its hashes go into the manifest.
+        labels: what made the labels, for the manifest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: no pairs, a token that the tokenizer does not have, a pair_id that comes twice, pairs with and
+            without reference log-probs, a folder that cannot be written.
+    """
+    pairs = iter(pairs)
+    first = next(pairs, None)
+    if first is None:
+        raise UserError(f"there are no pairs to write to {prefix}")
+    token_dtype = np.uint16 if tokenizer.vocab_size < _UINT16_VOCABULARY else np.int32
+    with _stream_writers(prefix, token_dtype, first.chosen_ref_logprobs is not None) as (writers, manifest):
+        manifest |= _write_pairs(writers, itertools.chain([first], pairs), tokenizer)
+        manifest |= {"alignment": ALIGNMENT,
+                     "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256,
+                                   "vocab_size": tokenizer.vocab_size},
+                     "labels": labels}
+    return streams_manifest(prefix)
+
+
+def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, Any]:
+    """Write the pairs of several streams one after the other, in the order of ``parts``, and return the manifest.
+
+    Raises:
+        UserError: parts that were made with different tokenizers or by different labelling runs, only some with
+            reference log-probs, a pair_id that comes twice, or a part that is the output.
+    """
+    if not parts:
+        raise UserError(f"there are no streams to merge to {prefix}")
+    if Path(prefix).resolve() in (Path(part).resolve() for part in parts):
+        raise UserError(f"streams {prefix} cannot be merged into themselves; name another output")
+    opened = [verify(part) for part in parts]
+    first = opened[0].manifest
+    for streams in opened[1:]:
+        for name in ("tokenizer", "token_dtype", "reference_logprobs"):
+            if streams.manifest[name] != first[name]:
+                raise UserError(f"streams {streams.prefix} and {opened[0].prefix} do not go together: "
+                                f"their manifests differ in {name}")
+    all_labels = [streams.manifest["labels"] for streams in opened]
+    labels = all_labels[0] if all(each == all_labels[0] for each in all_labels) else {"merged": all_labels}
+    with _stream_writers(prefix, np.dtype(first["token_dtype"]), first["reference_logprobs"]) as (writers, manifest):
+        seen = Seen()
+        for streams in opened:
+            for pair in range(len(streams)):
+                if (pair_id := streams.pair_id(pair)) in seen:
+                    raise UserError(f"pair_id {pair_id!r} of {streams.prefix} is in an earlier part, too")
+                seen.add(pair_id)
+            for name, writer in writers.items():
+                writer.append(streams.reader(name))
+        manifest |= {"pairs": len(seen), "tokens": sum(s.manifest["tokens"] for s in opened),
+                     "response_tokens": sum(s.manifest["response_tokens"] for s in opened),
+                     "longest_sequence": max(s.manifest["longest_sequence"] for s in opened),
+                     "alignment": ALIGNMENT, "tokenizer": first["tokenizer"], "labels": labels}
+    return streams_manifest(prefix)
+
+
+def split_streams(source: PairStreams, outputs: Sequence[str | Path], fraction: float) -> list[dict[str, Any]]:
+    """Divide streams into training (``outputs[0]``) and validation (``outputs[1]``), and return the manifests.
+
+    A hash of pair_id alone decides, so a pair stays on its side whatever else the streams hold.
+
+    Raises:
+        UserError: a side without pairs.
+    """
+    is_validation = np.array([in_validation(source.pair_id(pair), fraction) for pair in range(len(source))])
+    manifests = []
+    for output, chosen in zip(outputs, (np.flatnonzero(~is_validation), np.flatnonzero(is_validation))):
+        if not len(chosen):
+            raise UserError(f"a validation share of {fraction:g} of the {len(source)} pairs leaves none for {output}")
+        with _stream_writers(output, np.dtype(source.manifest["token_dtype"]),
+                             source.manifest["reference_logprobs"]) as (writers, manifest):
+            for name, writer in writers.items():
+                reader, sequences = source.reader(name), 1 if name == PAIR_IDS else 2
+                for pair in chosen:
+                    writer.add_document([reader[sequences * pair + i] for i in range(sequences)])
+            manifest |= {"pairs": len(chosen), "tokens": int(source.sequence_lengths[chosen].sum()),
+                         "response_tokens": int(source.response_lengths[chosen].sum()),
+                         "longest_sequence": int(source.sequence_lengths[chosen].max()), "alignment": ALIGNMENT,
+                         "tokenizer": source.manifest["tokenizer"], "labels": source.manifest["labels"]}
+        manifests.append(streams_manifest(output))
+    return manifests
+
+
+def in_validation(pair_id: str, fraction: float) -> bool:
+    """Whether a pair belongs to the validation share: the same answer on every machine."""
+    return int.from_bytes(hashlib.sha256(pair_id.encode()).digest()[:8], "big") < fraction * 2**64
+
+
+@contextlib.contextmanager
+def _stream_writers(prefix: str | Path, token_dtype: np.dtype | type,
+                    reference_logprobs: bool) -> Iterator[tuple[dict[str, IndexedWriter], dict[str, Any]]]:
+    """Writers by stream and the manifest to fill; when the block ends well, all files appear together."""
+    dtypes = {TOKENS: token_dtype, TOKEN_REWARDS: np.float32, REF_LOGPROBS: np.float32, PAIR_IDS: np.uint8}
+    if not reference_logprobs:
+        del dtypes[REF_LOGPROBS]
+    paths = [path for name in dtypes for path in stream_paths(prefix, name)] + [manifest_path(prefix)]
+    with atomic_write_all(paths, replaced_first=paths[-1]) as partials, contextlib.ExitStack() as open_files:
+        writers = {name: IndexedWriter(*partials[2 * i:2 * i + 2], dtype)
+                   for i, (name, dtype) in enumerate(dtypes.items())}
+        for writer in writers.values():
+            open_files.callback(writer.close)
+        manifest: dict[str, Any] = {}
+        yield writers, manifest
+        manifest |= {"token_dtype": np.dtype(token_dtype).name, "reference_logprobs": reference_logprobs,
+                     "files": {f"{name}.{kind}": file for name, writer in writers.items()
+                               for kind, file in writer.finish().items()}}
+        partials[-1].write_text(manifest_text(MANIFEST_FORMAT, MANIFEST_VERSION, manifest), encoding="utf-8")
+    if not reference_logprobs:
+        for leftover in stream_paths(prefix, REF_LOGPROBS):      # of streams that these ones replaced
+            leftover.unlink(missing_ok=True)
+
+
+def open_streams(prefix: str | Path) -> PairStreams | BlendedStreams:
+    """Open aligned streams and check what is cheap to check: sizes, counts, lengths against each other,
+    and the first and last bytes of every file.
+
+    Args:
+        prefix: of the streams, or several as :mod:`treg_megatron.data.blend` reads them: ``0.3 PREFIX_A 0.7 PREFIX_B``.
+
+    Raises:
+        UserError: a missing or foreign file, or streams that do not fit each other or their manifest.
+    """
+    if len(str(prefix).split()) < 2 or manifest_path(prefix).exists():
+        return PairStreams(prefix)
+    prefixes, weights = parse_blend(str(prefix))
+    return BlendedStreams(str(prefix), [PairStreams(each) for each in prefixes], weights)
+
+
+def verify(prefix: str | Path) -> PairStreams:
+    """:func:`open_streams`, and every byte against the manifest.
+
+    Raises:
+        UserError: also where a file's sha256 is another than the manifest's.
+    """
+    streams = PairStreams(prefix)
+    streams.require_unchanged()
+    return streams
+
+
+def require_same_tokenizer(manifest: dict[str, Any], tokenizer_folder: str | Path) -> None:
+    """Check that streams hold ids of the tokenizer in ``tokenizer_folder``.
+
+    Raises:
+        UserError: they were made with another one.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder)
+    if manifest["tokenizer"]["sha256"] != tokenizer.sha256:
+        raise UserError(f"the streams were made with another tokenizer than that of {tokenizer_folder} "
+                        f"({manifest['tokenizer']['sha256'][:12]}, not {tokenizer.sha256[:12]}): label and index with "
+                        "the tokenizer of the model that is trained")
+
+
+def _write_pairs(writers: dict[str, IndexedWriter], pairs: Iterable[LabelledPair],
+                 tokenizer: ChatTokenizer) -> dict[str, int]:
+    seen = Seen()
+    tokens = response_tokens = longest = 0
+    for pair in pairs:
+        if max(pair.chosen_tokens.max(), pair.rejected_tokens.max()) >= tokenizer.vocab_size:
+            raise UserError(f"pair {pair.pair_id} holds a token id that the tokenizer of {tokenizer.folder} "
+                            f"({tokenizer.vocab_size} tokens) does not have: it was made with another one")
+        if pair.pair_id in seen:
+            raise UserError(f"pair_id {pair.pair_id!r} comes twice; ids must be unique")
+        seen.add(pair.pair_id)
+        if (pair.chosen_ref_logprobs is not None) != (REF_LOGPROBS in writers):
+            raise UserError(f"pair {pair.pair_id} {'lacks' if REF_LOGPROBS in writers else 'has'} reference log-probs, "
+                            "the pairs before it do not: give them for all pairs or for none")
+        writers[TOKENS].add_document([pair.chosen_tokens, pair.rejected_tokens])
+        writers[TOKEN_REWARDS].add_document([pair.chosen_token_rewards, pair.rejected_token_rewards])
+        if REF_LOGPROBS in writers:
+            writers[REF_LOGPROBS].add_document([pair.chosen_ref_logprobs, pair.rejected_ref_logprobs])
+        writers[PAIR_IDS].add_document([np.frombuffer(pair.pair_id.encode(), dtype=np.uint8)])
+        tokens += len(pair.chosen_tokens) + len(pair.rejected_tokens)
+        response_tokens += len(pair.chosen_token_rewards) + len(pair.rejected_token_rewards)
+        longest = max(longest, len(pair.chosen_tokens), len(pair.rejected_tokens))
+    return {"pairs": len(seen), "tokens": tokens, "response_tokens": response_tokens, "longest_sequence": longest}

@@ -1,0 +1,1 @@
+"""Processes, parallel layouts and the installed stack."""

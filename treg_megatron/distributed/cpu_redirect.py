@@ -1,0 +1,172 @@
+"""Unmodified Megatron-core and NeMo on a machine without a GPU.
+
+Both libraries name the CUDA device outright: ``torch.empty(..., device="cuda")``, ``tensor.cuda()``,
+``torch.cuda.current_device()``. :func:`use_cpu` redirects those calls to the CPU for the life of the process, so that
+distributed optimizer, pipeline schedules and checkpoints run over gloo exactly as they are written. It is one explicit
+switch, refused where a CUDA device is visible: nothing that could run on a GPU is ever slowed down silently.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from treg_megatron.utils.imports import heavy_imports
+from treg_megatron.kernels.memory import keep_memory
+from treg_megatron.kernels.onednn import product_of
+
+_active: "_CudaMeansCpu | None" = None
+
+
+def use_cpu() -> None:
+    """Redirect CUDA calls of this process to the CPU. Idempotent; inherited by forked processes.
+
+    Raises:
+        RuntimeError: a CUDA device is visible.
+    """
+    global _active
+    if _active is not None:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("a CUDA device is visible: Megatron runs on it, the CPU redirect stays off")
+    keep_memory()
+    with heavy_imports():
+        _replace_cuda_runtime()
+    _active = _CudaMeansCpu()
+    _active.__enter__()
+    torch.autograd._engine_run_backward = backward_in(_active, torch.autograd._engine_run_backward)
+
+
+def is_cpu() -> bool:
+    """Whether :func:`use_cpu` is on in this process."""
+    return _active is not None
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites the device of every torch call, and tensor methods that move to or ask about CUDA."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # the distributed optimizer sorts parameters by 'torch.cuda.FloatTensor' and its kin
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if "device" in kwargs:
+            kwargs["device"] = _cpu_for_cuda(kwargs["device"])
+        product = product_of(func, args, kwargs)
+        if product is not None:
+            return product
+        if func is torch.Tensor.to:
+            args = (args[0], *(_cpu_for_cuda(a) for a in args[1:]))
+        return func(*args, **kwargs)
+
+
+def _cpu_for_cuda(device: Any) -> Any:
+    if isinstance(device, str) and device.startswith("cuda"):
+        return "cpu"
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return torch.device("cpu")
+    if type(device) is int:  # what current_device() gives
+        return torch.device("cpu")
+    return device
+
+
+def backward_in(mode: TorchFunctionMode, run: Callable) -> Callable:
+    """torch leaves a mode while it runs a call that the mode saw: what a backward pass calls would escape it.
+
+    Args:
+        run: the engine's function.
+    """
+    def run_in_mode(*args, **kwargs):
+        with mode:
+            return run(*args, **kwargs)
+
+    return run_in_mode
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event: on the CPU everything has already happened, in order."""
+
+    def __init__(self, *args, **kwargs): ...
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return False
+
+    def record(self, *args): ...
+
+    def wait(self, *args): ...
+
+    def wait_stream(self, *args): ...
+
+    def wait_event(self, *args): ...
+
+    def record_event(self, *args):
+        return self
+
+    def synchronize(self): ...
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other):
+        return 0.0
+
+
+def _replace_cuda_runtime() -> None:
+    cuda = torch.cuda
+    cuda.current_device = lambda: 0
+    cuda.is_initialized = lambda: True
+    cuda.device_count = lambda: 1  # NeMo seeds Megatron's RNG tracker only where it counts a device
+    cuda.set_device = lambda device: None
+    cuda.get_device_name = lambda *a: "cpu"
+    cuda.device = lambda *a: contextlib.nullcontext()
+    cuda.Stream = cuda.Event = cuda.ExternalStream = _NoStream
+    cuda.stream = lambda *a: contextlib.nullcontext()
+    cuda.current_stream = cuda.default_stream = lambda *a: _NoStream()
+    for no_op in ("synchronize", "empty_cache", "ipc_collect", "reset_peak_memory_stats", "manual_seed",
+                  "manual_seed_all", "set_per_process_memory_fraction"):
+        setattr(cuda, no_op, lambda *a, **k: None)
+    for no_memory in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(cuda, no_memory, lambda *a, **k: 0)
+    cuda.memory_stats = lambda *a, **k: {}
+    cuda.get_rng_state = lambda *a: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *a: torch.set_rng_state(state)
+    cuda.get_rng_state_all = lambda: [torch.get_rng_state()]
+
+    # it warns that the CPU generator advanced where a CUDA one should have: here they are the same
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffers, name, _unless_in_place(getattr(buffers, name)))
+
+
+def _unless_in_place(collective: Callable) -> Callable:
+    """A rank that is its whole group gathers from and scatters to itself: NCCL does nothing then, gloo copies all
+    parameters and gradients to where they are.
+
+    Args:
+        collective: of output, input, and more.
+    """
+    def unless_in_place(output: torch.Tensor, input: torch.Tensor, *args, **kwargs):
+        if output.data_ptr() == input.data_ptr() and output.numel() == input.numel():
+            return None
+        return collective(output, input, *args, **kwargs)
+
+    return unless_in_place

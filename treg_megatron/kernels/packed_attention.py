@@ -1,0 +1,96 @@
+"""Causal attention over the sequences of a packed row, by torch's flash kernel for CPUs.
+
+Autograd through one call of the kernel a sequence would take the row apart and put it together again, forward and
+backward: a dozen small operations a sequence and layer. Here results and gradients are written where they belong.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from treg_megatron.kernels.attention import causal_mask, rows_to_add
+
+_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_kernels_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Span(NamedTuple):
+    """Consecutive tokens of a packed row that attend to themselves, behind the first tokens of the span before."""
+
+    tokens: int
+    prompt: int = 0  # how many of the span before
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], scale: float) -> Tensor:
+    """[t, heads, d], [t, groups, d] of keys and of values -> [t, heads, d]; the spans fill the row."""
+    return _PackedAttention.apply(query, key, value, spans, scale)
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, spans, scale):
+        out, normalisers = torch.empty_like(query), []
+        for rows, prompt in _slices(spans):
+            q, k, v = query[rows], _behind(prompt, key, rows), _behind(prompt, value, rows)
+            added, mask = _shape(q, k)
+            part, normaliser = _kernel(_heads(q, added), _heads(k), _heads(v), 0.0, mask is None, attn_mask=mask, scale=scale)
+            out[rows] = part[0, :, added:].transpose(0, 1)
+            normalisers.append(normaliser)
+        ctx.save_for_backward(query, key, value, out, *normalisers)
+        ctx.spans, ctx.scale = spans, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, out, *normalisers = ctx.saved_tensors
+        grads = tuple(torch.empty_like(x) for x in (query, key, value))
+        for (rows, prompt), normaliser in zip(_slices(ctx.spans), normalisers):
+            q, k, v = query[rows], _behind(prompt, key, rows), _behind(prompt, value, rows)
+            added, mask = _shape(q, k)
+            parts = _kernels_gradient(
+                _heads(grad[rows], added), _heads(q, added), _heads(k), _heads(v), _heads(out[rows], added), normaliser, 0.0,
+                mask is None, attn_mask=mask, scale=ctx.scale)
+            of_query, of_key, of_value = (part[0].transpose(0, 1) for part in parts)
+            grads[0][rows] = of_query[added:]
+            before = prompt.stop - prompt.start
+            for whole, part in ((grads[1], of_key), (grads[2], of_value)):
+                whole[rows] = part[before:]
+                if before:  # the span before wrote its own part there
+                    whole[prompt] += part[:before]
+        return *grads, None, None
+
+
+def _slices(spans: Sequence[Span]) -> Iterator[tuple[slice, slice]]:
+    """Rows of each span, and those of its prompt."""
+    before, start = 0, 0
+    for span in spans:
+        yield slice(start, start + span.tokens), slice(before, before + span.prompt)
+        before, start = start, start + span.tokens
+
+
+def _behind(prompt: slice, x: Tensor, rows: slice) -> Tensor:
+    return torch.cat([x[prompt], x[rows]]) if prompt.stop > prompt.start else x[rows]
+
+
+def _shape(query: Tensor, key: Tensor) -> tuple[int, Tensor | None]:
+    """Rows of zeros to add before the queries, and the mask that the kernel needs, as it adds it to scores."""
+    added = rows_to_add(len(query), len(key))
+    if len(query) + added == len(key):
+        return added, None
+    return 0, _added_mask(len(query), len(key), query.dtype)
+
+
+@lru_cache(maxsize=4)  # every layer asks for those of its row, forward and backward
+def _added_mask(queries: int, length: int, dtype: torch.dtype) -> Tensor:
+    """[queries, s]: 0 where a query sees a key, minus infinity elsewhere."""
+    seen = causal_mask(queries, length, None, torch.device("cpu"))
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+
+
+def _heads(x: Tensor, added: int = 0) -> Tensor:
+    """[n, heads, d] -> [1, heads, added + n, d]"""
+    return F.pad(x.transpose(0, 1), (0, 0, added, 0))[None] if added else x.transpose(0, 1)[None]

@@ -1,0 +1,1 @@
+"""Token rewards and reference log-probs by contrastive prompting."""

@@ -1,0 +1,242 @@
+"""Your own token rewards: pairs whose rows say what each token, piece of text or span of characters is worth.
+
+A row is a preference pair of any known format, and for chosen and rejected one of
+
+    SIDE_token_rewards  with  SIDE_token_ids      one value an id of our tokenizer; the end-of-turn id may be left out
+    SIDE_token_rewards  with  SIDE_token_texts    one value a text; the texts in a row are the response
+    SIDE_spans                                    [first character, one after the last, value], ...; elsewhere 0
+
+Values lie in [-0.5, 0.5]. Texts and spans are mapped to our tokens by the characters of each: one of theirs may cover
+several of ours, which all get its value, but never part of one. The end-of-turn token gets 0 unless ids name it.
+"""
+
+import dataclasses
+import itertools
+import math
+import multiprocessing
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treg_megatron.errors import UserError
+from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, response_ids
+from treg_megatron.data.labelled_pairs import SIDES, LabelledPair, write_shard
+from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs_and_rows
+from treg_megatron.data.records import source_identity
+from treg_megatron.labelling.scoring import Scorer, sequences_of
+from treg_megatron.config.schema import LabelSection
+from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
+
+_LARGEST = 0.5
+_PAIRS_AT_ONCE = 64
+_COLUMNS = tuple(f"{side}_{name}" for side in SIDES for name in ("token_rewards", "token_ids", "token_texts", "spans"))
+
+
+def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[str, Any]:
+    """Turn ``section.pairs`` with token rewards into the Parquet file ``section.output`` of labelled pairs.
+
+    Memory holds ``section.shard_pairs`` pairs, whatever the size of the file.
+
+    Args:
+        scorer: gives the reference log-probs; without one the file has none, which suits reference-free objectives.
+
+    Returns:
+        ``file`` (its path), ``pairs`` (written) and ``drops`` by reason.
+
+    Raises:
+        UserError: a row without rewards, or with some that do not line up with the tokens; or no pair that fits.
+    """
+    tokenizer = load_tokenizer(section.model)
+    drops: Counter[str] = Counter()
+    labelled = _fitting(section, tokenizer, drops)
+    if scorer is not None:
+        # Everything is read once before the first forward pass: a broken row must not show up after hours of scoring.
+        for _ in _fitting(section, tokenizer, Counter()):
+            pass
+        labelled = _with_reference(labelled, scorer, section.shard_pairs)
+    first = next(labelled, None)
+    if first is None:
+        raise UserError(f"{section.pairs}: no pair is left ({', '.join(drops)})")
+    run = {"pairs": source_identity(section.pairs), "token_rewards": "own",
+           "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256},
+           "reference": {"model": Path(section.model).name, "dtype": section.dtype} if scorer else None,
+           "max_length": section.max_length}
+    output = Path(section.output)
+    file = output if output.suffix == ".parquet" else output.with_name(output.name + ".parquet")
+    pairs = write_shard(file, itertools.chain([first], labelled), {"run": run, "drops": drops})
+    return {"file": str(file), "pairs": pairs, "drops": dict(sorted(drops.items()))}
+
+
+def _fitting(section: LabelSection, tokenizer: ChatTokenizer, drops: Counter[str]) -> Iterator[LabelledPair]:
+    for pair, row in read_pairs_and_rows(section.pairs, drops, section.format):
+        try:
+            labelled, reason = _labelled(pair, row, tokenizer, section.max_length)
+        except (ValueError, UserError) as error:
+            raise UserError(f"{section.pairs}, pair {pair.pair_id}: {error}") from None
+        if labelled is None:
+            drops[reason] += 1
+        else:
+            yield labelled
+
+
+def _with_reference(pairs: Iterator[LabelledPair], scorer: Scorer, at_once: int) -> Iterator[LabelledPair]:
+    while batch := list(itertools.islice(pairs, at_once)):
+        logps = iter(scorer.score([sequence for pair in batch for sequence in sequences_of(pair)]))
+        for pair in batch:
+            yield dataclasses.replace(pair, **{f"{side}_ref_logprobs": next(logps) for side in SIDES})
+
+
+def labelled_from_text(source: str | Path, tokenizer: ChatTokenizer, workers: int) -> Iterator[LabelledPair]:
+    """Pairs with token rewards as labelled pairs without reference log-probs, in the order of the file.
+
+    ``workers`` processes look for tokens; memory holds some batches of pairs, whatever the size of the file.
+
+    Raises:
+        UserError: as :func:`import_token_rewards`.
+    """
+    batches = _batches(read_pairs_and_rows(source))
+    if workers == 1:
+        for batch in batches:
+            yield from _labelled_batch(source, tokenizer, batch)
+        return
+    # Forked: a child inherits the loaded tokenizer and modules, which take seconds to load.
+    with multiprocessing.get_context("fork").Pool(workers, _set_worker, (source, tokenizer)) as pool:
+        waiting: deque = deque()
+        for batch in batches:
+            waiting.append(pool.apply_async(_work, (batch,)))
+            if len(waiting) > 4 * workers:
+                yield from waiting.popleft().get()
+        while waiting:
+            yield from waiting.popleft().get()
+
+
+def _batches(pairs: Iterator[tuple[Pair, dict]]) -> Iterator[list[tuple[Pair, dict]]]:
+    while batch := [(pair, {name: row[name] for name in _COLUMNS if name in row})
+                    for pair, row in itertools.islice(pairs, _PAIRS_AT_ONCE)]:
+        yield batch
+
+
+def _labelled_batch(source: str | Path, tokenizer: ChatTokenizer, batch: list[tuple[Pair, dict]]) -> list[LabelledPair]:
+    labelled = []
+    for pair, row in batch:
+        try:
+            one, _ = _labelled(pair, row, tokenizer, sys.maxsize)
+        except (ValueError, UserError) as error:
+            raise UserError(f"{source}, pair {pair.pair_id}: {error}") from None
+        if one is not None:
+            labelled.append(one)
+    return labelled
+
+
+def _set_worker(*state: Any) -> None:
+    global _worker
+    _worker = state
+
+
+def _work(batch: list[tuple[Pair, dict]]) -> list[LabelledPair]:
+    return _labelled_batch(*_worker, batch)
+
+
+def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict) -> tuple[list[int], np.ndarray]:
+    """Ids of one side's response and their rewards, fp32 of the same length.
+
+    Raises:
+        ValueError: rewards that are missing, out of range, or do not line up with the ids.
+    """
+    response = getattr(pair, side)
+    values, given, texts = (row.get(f"{side}_{name}") for name in ("token_rewards", "token_ids", "token_texts"))
+    ids, spans = (response_ids(pair, side, tokenizer), None) if given is not None else \
+        tokenizer.encode_response_with_spans(pair.messages, response)
+    if given is not None:
+        rewards = _by_id(side, given, _numbers(values, f"{side}_token_rewards"), ids)
+    elif texts is not None:
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{side}_token_texts must be a list of texts")
+        if "".join(texts) != response:
+            raise ValueError(f"{side}_token_texts in a row are not the {side} response")
+        values = _numbers(values, f"{side}_token_rewards")
+        if len(values) != len(texts):
+            raise ValueError(f"{side}_token_rewards has {len(values)} values for {len(texts)} texts")
+        ends = np.cumsum([len(text) for text in texts]).tolist()
+        rewards = _by_span(side, list(zip([0, *ends], ends, values)), spans, response)
+    elif row.get(f"{side}_spans") is not None:
+        rewards = _by_span(side, _spans(row[f"{side}_spans"], f"{side}_spans", len(response)), spans, response)
+    else:
+        raise ValueError(f"{side} has no token rewards: give {side}_token_rewards with {side}_token_ids or "
+                         f"{side}_token_texts, or {side}_spans")
+    rewards = np.asarray(rewards, dtype=np.float32)
+    if (wrong := ~(np.abs(rewards) <= _LARGEST)).any():
+        raise ValueError(f"{side} has a token reward of {rewards[wrong][0]:g}, outside [-0.5, 0.5]")
+    return ids, rewards
+
+
+def _labelled(pair: Pair, row: dict, tokenizer: ChatTokenizer, max_length: int) -> tuple[LabelledPair | None, str]:
+    prompt = tokenizer.encode_prompt(pair.messages)
+    if len(prompt) >= max_length:
+        return None, PROMPT_FILLS_CONTEXT
+    columns: dict[str, Any] = {}
+    for side in SIDES:
+        ids, rewards = response_rewards(tokenizer, pair, side, row)
+        if len(prompt) + len(ids) > max_length:
+            return None, TOO_LONG
+        columns[f"{side}_tokens"] = np.array([*prompt, *ids], dtype=np.int32)
+        columns[f"{side}_token_rewards"] = rewards
+    if np.array_equal(columns["chosen_tokens"], columns["rejected_tokens"]):
+        return None, IDENTICAL_RESPONSES
+    return LabelledPair(pair.pair_id, **columns, chosen_score=pair.chosen_score, rejected_score=pair.rejected_score,
+                        prompt=conversation_text(pair.messages), chosen=pair.chosen, rejected=pair.rejected), ""
+
+
+def _by_id(side: str, given: Any, values: list[float], ids: list[int]) -> list[float]:
+    if given not in (ids, ids[:-1]):
+        at = next((i for i, (a, b) in enumerate(zip(given, ids)) if a != b), min(len(given), len(ids))) \
+            if isinstance(given, list) else 0
+        raise ValueError(f"{side}_token_ids are not the ids of the {side} response: they differ at token {at} of "
+                         f"{len(ids)}")
+    if len(values) != len(given):
+        raise ValueError(f"{side}_token_rewards has {len(values)} values for {len(given)} ids")
+    return [*values, 0.0][:len(ids)]
+
+
+def _by_span(side: str, valued: list[tuple[int, int, float]], spans: np.ndarray, response: str) -> np.ndarray:
+    beyond = (len(response), sys.maxsize, 0.0)
+    firsts, lasts, values = (np.array(column) for column in zip(*valued, beyond))
+    starts, ends = spans.T
+    at = np.searchsorted(lasts, starts, side="right")         # the first of theirs that ends after our token begins
+    inside, before = (firsts[at] <= starts) & (ends <= lasts[at]), ends <= firsts[at]
+    if (apart := ~(inside | before)).any():
+        (start, end), theirs = spans[apart.argmax()], at[apart.argmax()]
+        raise ValueError(f"{side}: the rewards do not line up with our tokens: {response[start:end]!r} (characters "
+                         f"{start} to {end}) is one token, of which the rewards for {firsts[theirs]} to "
+                         f"{lasts[theirs]} cover a part")
+    return np.append(np.where(inside, values[at], 0.0), 0.0)
+
+
+def _spans(given: Any, name: str, length: int) -> list[tuple[int, int, float]]:
+    spans, reached = [], 0
+    if not isinstance(given, list):
+        raise ValueError(f"{name} must be a list of [first character, one after the last, value]")
+    for span in given:
+        if isinstance(span, dict):
+            span = [span.get("start"), span.get("end"), span.get("reward")]
+        if not isinstance(span, list) or len(span) != 3:
+            raise ValueError(f"{name} holds {str(span)[:60]}, which is not [first character, one after the last, "
+                             "value]")
+        start, end, value = *_numbers(span[:2], name), *_numbers(span[2:], name)
+        if not (start == int(start) and end == int(end) and reached <= start < end <= length):
+            raise ValueError(f"{name} holds {start:g} to {end:g}: spans must follow one another inside the {length} "
+                             "characters of the response")
+        reached = int(end)
+        spans.append((int(start), reached, value))
+    return spans
+
+
+def _numbers(values: Any, name: str) -> list[float]:
+    if not isinstance(values, list) or not all(
+            isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+        raise ValueError(f"{name} must be a list of finite numbers")
+    return list(values)

@@ -1,0 +1,324 @@
+"""The station ``label``: preference pairs to labelled pairs, with a reference model that is never trained.
+
+Each response is scored three times by the reference model pi_ref, always as the same token ids: after the prompt x, for
+the reference log-probs that training needs, and after the prompts x_better and x_worse, for the token rewards
+
+    r_t = sigma( log pi_ref(y_t | x_better, y_<t) - log pi_ref(y_t | x_worse, y_<t) ) - 0.5
+
+(Zhou et al., "T-REG", ACL 2025, section 3.2).
+
+The input is cut into portions of ``shard_pairs`` pairs, and each becomes one Parquet file, written atomically. A file
+carries the fingerprint of its run, so an interrupted job goes on with what is not finished, and files of another run
+are never mixed in. Portions are labelled independently of each other: any number of processes share them out, and
+which of them labels a portion changes nothing in it. Whoever finds all of them finished writes the manifest.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from treg_megatron.labelling.contrastive import contrastive_rewards
+from treg_megatron.errors import UserError
+from treg_megatron.utils.files import read_manifest, remove_partials, write_manifest
+from treg_megatron.data.labelled_pairs import (MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, SIDES, LabelledPair, read_labelled,
+                                  read_shard_metadata, write_shard)
+from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs
+from treg_megatron.utils.progress import Progress
+from treg_megatron.labelling.prompt_pair import PromptPair, load_prompt_pair
+from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, response_ids
+from treg_megatron.data.records import source_identity
+from treg_megatron.distributed.launch import world
+from treg_megatron.labelling.scoring import ScoredSequence, Scorer
+from treg_megatron.config.schema import LabelSection
+from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
+
+REVISION_TOO_LONG = "revision prompt and response do not fit max_revision_length"
+
+_PASSES = ("reference", "better", "worse")
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A pair as token ids: for each side and pass the sequence to score; the response ids are the same in all three."""
+
+    pair: Pair
+    sequences: dict[str, dict[str, ScoredSequence]]
+
+
+class _Share(NamedTuple):
+    """Which portions this process labels, and whose leftovers it clears: numbers that are ``index`` modulo ``count``.
+
+    ``writes`` is False on the ranks of a split model that only help to compute.
+    """
+
+    index: int
+    count: int
+    writes: bool
+
+    def __contains__(self, number: int) -> bool:
+        return number % self.count == self.index
+
+
+def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any] | None:
+    """Label ``section.pairs`` into the folder ``section.output``, or go on where an earlier call stopped.
+
+    Under torchrun or srun every process labels its share.
+
+    Args:
+        scorer: the reference model; loaded from ``section.model`` if not given.
+
+    Returns:
+        The manifest: ``pairs`` (labelled), ``drops`` by reason, ``token_rewards`` (means), ``run``, ``shards``. None
+        where other processes are still at work.
+
+    Raises:
+        UserError: input that cannot be used, an output folder that holds another run, or no pair that can be labelled.
+    """
+    for name in ("shard_pairs", "max_length", "batch_tokens", "tensor", "pipeline"):
+        if getattr(section, name) < 1:
+            raise UserError(f"label.{name}={getattr(section, name)} must be at least 1")
+    output = Path(section.output)
+    tokenizer = load_tokenizer(section.model)
+    prompt_pair = load_prompt_pair(section.prompt_pair)
+    # Everything is read once before the first forward pass: a broken row must not show up after hours of scoring.
+    drops: Counter[str] = Counter()
+    total = sum(1 for _ in read_pairs(section.pairs, drops, section.format))
+    run = _fingerprint(section, tokenizer, prompt_pair)
+    share = _share(section)
+    if share.writes:
+        remove_partials(output / MANIFEST_NAME, share)
+    if (output / MANIFEST_NAME).exists():
+        manifest = read_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
+        _require_same_run(manifest["run"], run, output / MANIFEST_NAME)
+        return manifest
+    finished = _finished_shards(output, run)
+    portions = range(-(-total // section.shard_pairs))
+    mine = [portion for portion in portions if portion in share]
+    # ranks of a split model start together or not at all
+    needed = mine if section.engine == "huggingface" else portions
+    if any(portion not in finished for portion in needed):
+        scorer = scorer or _load_scorer(section)
+        _require_fitting_model(section, scorer, tokenizer)
+        sizes = {portion: min(section.shard_pairs, total - portion * section.shard_pairs) for portion in mine}
+        done = sum(size for portion, size in sizes.items() if portion in finished)
+        with Progress("label", "pairs", sum(sizes.values()), done, shown=share.writes and share.index == 0) as progress:
+            for portion, pairs in _portions(section):
+                if portion in share and portion not in finished:
+                    metadata, labelled = _label_portion(pairs, run, section, tokenizer, prompt_pair, scorer, progress)
+                    if share.writes:
+                        write_shard(_shard_path(output, portion), labelled, metadata)
+        if section.engine == "megatron":
+            scorer.close()
+    if not share.writes or any(not _shard_path(output, portion).exists() for portion in portions):
+        return None
+    return _finish(output, portions, drops, run, section, share)
+
+
+def _label_portion(pairs: list[Pair], run: dict, section: LabelSection, tokenizer: ChatTokenizer,
+                   prompt_pair: PromptPair, scorer: Scorer,
+                   progress: Progress) -> tuple[dict[str, Any], list[LabelledPair]]:
+    """The metadata and the rows of a shard."""
+    revision_length = section.max_revision_length or scorer.max_length
+    drops: Counter[str] = Counter()
+    prepared = []
+    for pair in pairs:
+        try:
+            fitting, reason = _prepare(pair, section.max_length, revision_length, tokenizer, prompt_pair)
+        except UserError as error:
+            raise UserError(f"{section.pairs}, pair {pair.pair_id}: {error}") from None
+        if fitting is None:
+            drops[reason] += 1
+        else:
+            prepared.append(fitting)
+    progress.skipped(drops.total())
+    sequences = [p.sequences[side][name] for p in prepared for side in SIDES for name in _PASSES]
+    passes = len(SIDES) * len(_PASSES)
+    done = 0
+
+    def scored(count: int, tokens: int) -> None:
+        nonlocal done
+        progress.worked((done + count) // passes - done // passes, tokens)
+        done += count
+
+    logps = iter(scorer.score(sequences, scored))
+    labelled = [_labelled(p, {side: {name: next(logps) for name in _PASSES} for side in SIDES}, section)
+                for p in prepared]
+    return {"run": run, "drops": dict(drops)}, labelled
+
+
+def _prepare(pair: Pair, max_length: int, max_revision_length: int, tokenizer: ChatTokenizer,
+             prompt_pair: PromptPair) -> tuple[_Prepared | None, str]:
+    """The sequences of a pair, or None and the reason why it is dropped."""
+    prompt_ids = tokenizer.encode_prompt(pair.messages)
+    if len(prompt_ids) >= max_length:
+        return None, PROMPT_FILLS_CONTEXT
+    sequences = {}
+    for side, response in zip(SIDES, (pair.chosen, pair.rejected)):
+        ids = response_ids(pair, side, tokenizer)
+        if len(prompt_ids) + len(ids) > max_length:
+            return None, TOO_LONG
+        prompts = {"reference": prompt_ids,
+                   "better": tokenizer.encode_prompt(prompt_pair.better(pair.messages, response)),
+                   "worse": tokenizer.encode_prompt(prompt_pair.worse(pair.messages, response))}
+        sequences[side] = {name: ScoredSequence(prompts[name], ids) for name in _PASSES}
+        if max(sequences[side]["better"].length, sequences[side]["worse"].length) > max_revision_length:
+            return None, REVISION_TOO_LONG
+    if sequences["chosen"]["reference"] == sequences["rejected"]["reference"]:
+        return None, IDENTICAL_RESPONSES           # they differed in white space that the template strips
+    return _Prepared(pair, sequences), ""
+
+
+def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], section: LabelSection) -> LabelledPair:
+    pair, columns = prepared.pair, {}
+    for side in SIDES:
+        if not all(np.isfinite(values).all() for values in logps[side].values()):
+            raise UserError(f"the reference model gives log-probs that are not finite for pair {pair.pair_id} "
+                            f"({side}); its weights are damaged, or need --dtype float32")
+        sequence = prepared.sequences[side]["reference"]
+        rewards = contrastive_rewards(logps[side]["better"], logps[side]["worse"])
+        if not section.reward_eot:
+            rewards[-1] = 0.0
+        columns[f"{side}_tokens"] = np.array([*sequence.prompt_ids, *sequence.response_ids], dtype=np.int32)
+        columns[f"{side}_token_rewards"] = rewards
+        columns[f"{side}_ref_logprobs"] = logps[side]["reference"]
+    return LabelledPair(pair.pair_id, **columns, chosen_score=pair.chosen_score, rejected_score=pair.rejected_score,
+                        prompt=conversation_text(pair.messages), chosen=pair.chosen, rejected=pair.rejected)
+
+
+# -- portions, resume, manifest ----------------------------------------------------------------------------------------
+
+def _portions(section: LabelSection) -> Iterator[tuple[int, list[Pair]]]:
+    portion: list[Pair] = []
+    number = 0
+    for pair in read_pairs(section.pairs, format=section.format):
+        portion.append(pair)
+        if len(portion) == section.shard_pairs:
+            yield number, portion
+            number, portion = number + 1, []
+    if portion:
+        yield number, portion
+
+
+def _shard_path(output: Path, portion: int) -> Path:
+    return output / f"shard-{portion:05d}.parquet"
+
+
+def _finished_shards(output: Path, run: dict) -> set[int]:
+    finished = set()
+    for path in sorted(output.glob("*.parquet")):
+        number = re.fullmatch(r"shard-(\d+)", path.stem)
+        metadata = read_shard_metadata(path) if number else None
+        _require_same_run((metadata or {}).get("run"), run, path)
+        finished.add(int(number[1]))
+    return finished
+
+
+def _require_same_run(found: dict | None, run: dict, path: Path) -> None:
+    if found != run:
+        different = "of other origin" if found is None else "a run with another " + ", ".join(
+            name for name in run if found.get(name) != run[name])
+        raise UserError(f"{path} is {different}; name another label.output, or remove that folder")
+
+
+def _fingerprint(section: LabelSection, tokenizer: ChatTokenizer, prompt_pair: PromptPair) -> dict[str, Any]:
+    """What decides the labels. Batch size and device do not: they move values by rounding alone."""
+    from treg_megatron.models.huggingface import model_identity
+
+    return {
+        "pairs": source_identity(section.pairs),
+        "reference": {**model_identity(section.model), "dtype": section.dtype},
+        "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256},
+        "prompt_pair": {"name": prompt_pair.name, "sha256": prompt_pair.sha256},
+        "max_length": section.max_length,
+        "max_revision_length": section.max_revision_length,
+        "reward_eot": section.reward_eot,
+        "shard_pairs": section.shard_pairs,
+    }
+
+
+def _finish(output: Path, portions: range, drops: Counter[str], run: dict, section: LabelSection,
+            share: _Share) -> dict[str, Any]:
+    shards, drops = [], Counter(drops)
+    means = {side: _Mean() for side in SIDES}
+    magnitude = _Mean()
+    for path in (_shard_path(output, portion) for portion in portions):
+        pairs = 0
+        for pair in read_labelled(path):
+            pairs += 1
+            for side in SIDES:
+                rewards = getattr(pair, f"{side}_token_rewards")
+                means[side].add(rewards)
+                magnitude.add(np.abs(rewards))
+        drops.update(read_shard_metadata(path)["drops"])
+        shards.append({"file": path.name, "pairs": pairs})
+    kept = sum(shard["pairs"] for shard in shards)
+    if not kept:
+        for shard in shards:
+            (output / shard["file"]).unlink(missing_ok=True)
+        raise UserError(f"{section.pairs}: no pair is left to label ({_listed(drops)})")
+    # processes that finish at the same moment all write it, with the same content
+    write_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION, {
+        "pairs": kept,
+        "drops": dict(sorted(drops.items())),
+        "token_rewards": {"mean_abs": magnitude.value, **{f"{side}_mean": means[side].value for side in SIDES}},
+        "run": run,
+        "shards": shards,
+    }, writer=share.index)
+    return read_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
+
+
+class _Mean:
+    def __init__(self):
+        self.total, self.count = 0.0, 0
+
+    def add(self, values: np.ndarray) -> None:
+        self.total += float(values.sum(dtype=np.float64))
+        self.count += len(values)
+
+    @property
+    def value(self) -> float:
+        return round(self.total / max(self.count, 1), 6)
+
+
+def _listed(drops: Counter[str]) -> str:
+    return ", ".join(f"{count} dropped: {reason}" for reason, count in sorted(drops.items()))
+
+
+# -- the reference model -----------------------------------------------------------------------------------------------
+
+def _share(section: LabelSection) -> _Share:
+    here = world()
+    if section.engine == "huggingface":
+        return _Share(here.rank, here.size, True)
+    from treg_megatron.labelling.scoring.megatron import replica
+
+    index, count, first = replica(here, section.tensor, section.pipeline)
+    return _Share(index, count, first)
+
+
+def _load_scorer(section: LabelSection) -> Scorer:
+    if section.engine == "megatron":
+        from treg_megatron.labelling.scoring.megatron import MegatronScorer
+
+        scorer = MegatronScorer(section.checkpoint, section.tensor, section.pipeline, section.dtype,
+                                section.batch_tokens)
+        scorer.require_weights_of(section.model)
+        return scorer
+    from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
+
+    return HuggingFaceScorer(section.model, section.dtype, section.device, section.batch_tokens)
+
+
+def _require_fitting_model(section: LabelSection, scorer: Scorer, tokenizer: ChatTokenizer) -> None:
+    for name in ("max_length", "max_revision_length"):
+        if (getattr(section, name) or 0) > scorer.max_length:
+            raise UserError(f"label.{name}={getattr(section, name)} is more than the {scorer.max_length} positions of "
+                            f"{section.model}; lower it")
+    if tokenizer.vocab_size > scorer.vocab_size:
+        raise UserError(f"the tokenizer of {section.model} has {tokenizer.vocab_size} tokens, its model embeds "
+                        f"{scorer.vocab_size}: they do not belong together")

@@ -1,0 +1,25 @@
+"""The token ids of a pair's responses, and why a pair is dropped when they do not fit."""
+
+from treg_megatron.errors import UserError
+from treg_megatron.data.pairs import Pair
+from treg_megatron.tokenizer.chat import ChatTokenizer
+
+PROMPT_FILLS_CONTEXT = "prompt fills max_length"
+TOO_LONG = "prompt and response do not fit max_length"
+
+
+def response_ids(pair: Pair, side: str, tokenizer: ChatTokenizer) -> list[int]:
+    """Ids of one side's response: those that were sampled, where the pair has them, else those of its text.
+
+    Raises:
+        UserError: they were sampled with another tokenizer.
+    """
+    sampled = getattr(pair, f"{side}_ids")
+    if sampled is None:
+        return tokenizer.encode_response(pair.messages, getattr(pair, side))
+    if pair.tokenizer != tokenizer.sha256:
+        raise UserError("its response ids were sampled with another tokenizer; label it with the model that sampled "
+                        "it, or remove chosen_ids and rejected_ids to have the text tokenised")
+    if max(sampled) >= tokenizer.vocab_size:
+        raise UserError(f"{side}_ids holds {max(sampled)}, the tokenizer has {tokenizer.vocab_size} tokens")
+    return list(sampled)

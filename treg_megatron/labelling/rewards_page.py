@@ -1,0 +1,194 @@
+"""Labelled pairs for people: figures on the quality of the labels, a page for the browser, a text for the terminal."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treg_megatron.utils.files import atomic_write
+from treg_megatron.labelling.contrastive import contrastive_rewards
+from treg_megatron.data.labelled_pairs import SIDES, LabelledPair
+from treg_megatron.labelling.scoring import Scorer, sequences_of
+
+TEMPLATE = Path(__file__).resolve().parent / "pages" / "rewards.html"
+MERE_COPYING = 0.02          # mean |r| below which the reference does not tell better from worse
+NEAR_ZERO = 0.01
+
+_COPYING_WARNING = (
+    "The rewards are near 0 (mean size {:.4f}): the reference model gives the response nearly the same probability "
+    "under both prompts. Small models do so with `revise`, which shows them the response to copy. Training on these "
+    "labels is close to plain preference optimization; try the prompt pair few_shot or answer, or a larger reference "
+    "model.")
+_CONTRARY_WARNING = (
+    "Chosen responses have a lower mean reward ({:+.4f}) than rejected ones ({:+.4f}): the token rewards speak against "
+    "the preferences. Look at the pairs, and try another prompt pair, before you train on them.")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures over all response tokens of labelled pairs; a correlation is nan where one of its columns is constant."""
+
+    pairs: int
+    tokens: int
+    mean_abs: float
+    near_zero: float
+    chosen_mean: float
+    rejected_mean: float
+    chosen_above: float          # share of the pairs whose chosen response has the higher mean reward
+    with_surprisal: float        # Pearson's correlation of a token's reward with its surprisal under x
+    with_position: float         # with its position in the response
+    with_length: float           # with the response's length, of the responses' means
+
+    @property
+    def warnings(self) -> list[str]:
+        warnings = []
+        if self.mean_abs < MERE_COPYING:
+            warnings.append(_COPYING_WARNING.format(self.mean_abs))
+        if self.chosen_mean < self.rejected_mean and self.chosen_above < 0.5:
+            warnings.append(_CONTRARY_WARNING.format(self.chosen_mean, self.rejected_mean))
+        return warnings
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Name and value of each figure, as people read them."""
+        return [
+            ("pairs", f"{self.pairs:,}"), ("response tokens", f"{self.tokens:,}"),
+            ("mean size of a reward", f"{self.mean_abs:.4f}"),
+            (f"share within ±{NEAR_ZERO}", f"{self.near_zero:.1%}"),
+            ("mean reward, chosen", f"{self.chosen_mean:+.4f}"),
+            ("mean reward, rejected", f"{self.rejected_mean:+.4f}"),
+            ("pairs whose chosen response has the higher mean", f"{self.chosen_above:.1%}"),
+            ("correlation with surprisal", _shown(self.with_surprisal)),
+            ("correlation with position", _shown(self.with_position)),
+            ("correlation of a response's mean with its length", _shown(self.with_length)),
+        ]
+
+
+def quality(pairs: Sequence[LabelledPair]) -> Quality:
+    """The figures of one or more labelled pairs."""
+    rewards = {side: [getattr(pair, f"{side}_token_rewards") for pair in pairs] for side in SIDES}
+    responses = rewards["chosen"] + rewards["rejected"]
+    flat = np.concatenate(responses).astype(np.float64)
+    means = {side: np.array([values.mean(dtype=np.float64) for values in rewards[side]]) for side in SIDES}
+    surprisal = [getattr(pair, f"{side}_ref_logprobs") for side in SIDES for pair in pairs]
+    known = all(values is not None for values in surprisal)
+    return Quality(
+        len(pairs), len(flat), float(np.abs(flat).mean()), float((np.abs(flat) < NEAR_ZERO).mean()),
+        *(float(np.concatenate(rewards[side]).mean(dtype=np.float64)) for side in SIDES),
+        float((means["chosen"] > means["rejected"]).mean()),
+        _correlation(flat, -np.concatenate(surprisal)) if known else float("nan"),
+        _correlation(flat, np.concatenate([np.arange(len(values)) for values in responses])),
+        _correlation(np.concatenate([means["chosen"], means["rejected"]]), np.array([len(r) for r in responses])))
+
+
+def policy_rewards(pairs: Sequence[LabelledPair], policy: Scorer) -> list[dict[str, np.ndarray]]:
+    """The implicit token rewards of a trained policy for each pair and side, in (-0.5, 0.5).
+
+    sigma(log pi_theta(y_t) - log pi_ref(y_t)) - 0.5: DPO's own token reward, squashed as the contrastive one is.
+    """
+    logps = iter(policy.score([sequence for pair in pairs for sequence in sequences_of(pair)]))
+    return [{side: contrastive_rewards(next(logps), getattr(pair, f"{side}_ref_logprobs")) for side in SIDES}
+            for pair in pairs]
+
+
+def write_page(path: str | Path, source: str, figures: Quality, pairs: Sequence[LabelledPair],
+               decode: Callable[[list[int]], str], policy: Sequence[dict[str, np.ndarray]] | None = None) -> None:
+    """Write one HTML file that needs nothing else.
+
+    Args:
+        source: one line that says what is shown.
+        figures: of all labelled pairs; ``pairs`` are those that the page shows.
+        decode: token ids to text.
+        policy: :func:`policy_rewards` of ``pairs``.
+    """
+    summary = figures.lines() + (_policy_lines(pairs, policy) if policy else [])
+    content = {"source": source, "warnings": figures.warnings, "summary": summary,
+               "pairs": [_page_pair(number, pair, decode, policy[number] if policy else None)
+                         for number, pair in enumerate(pairs)]}
+    # `<` in a text could end the script element
+    data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
+    with atomic_write(path) as partial:
+        partial.write_text(TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", data), encoding="utf-8")
+
+
+def text_report(figures: Quality, pairs: Sequence[LabelledPair], decode: Callable[[list[int]], str], colour: bool,
+                policy: Sequence[dict[str, np.ndarray]] | None = None) -> Iterator[str]:
+    """The same for a terminal, line by line: tokens shaded where ``colour``, else each with its reward behind it."""
+    summary = figures.lines() + (_policy_lines(pairs, policy) if policy else [])
+    width = max(len(name) for name, _ in summary)
+    yield from (f"{name:{width}}  {value}" for name, value in summary)
+    yield from (f"\nwarning: {warning}" for warning in figures.warnings)
+    for number, pair in enumerate(pairs):
+        yield f"\n== {pair.pair_id}"
+        yield pair.prompt if pair.prompt is not None else decode(
+            pair.chosen_tokens[:-len(pair.chosen_token_rewards)].tolist())
+        for side in SIDES:
+            rewards = getattr(pair, f"{side}_token_rewards")
+            texts = token_texts(getattr(pair, f"{side}_tokens")[-len(rewards):].tolist(), decode)
+            columns = {side: rewards}
+            if policy:
+                columns[f"{side}, the policy's implicit rewards"] = policy[number][side]
+            for name, values in columns.items():
+                yield f"-- {name}, mean {values.mean():+.4f}"
+                yield "".join(_in_terminal(text, float(r)) if colour else f"{text}[{r:+.2f}]"
+                              for text, r in zip(texts, values))
+
+
+def token_texts(ids: list[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """The text that each token adds. A character of several tokens appears with the last of them."""
+    texts, text, waiting = [], "", 0
+    for end in range(1, len(ids) + 1):
+        # decoding a window is enough: no character has more tokens than bytes
+        start = max(0, end - 8 - waiting)
+        before, now = decode(ids[start:end - 1 - waiting]), decode(ids[start:end])
+        text = now[len(before):]
+        unfinished = text.endswith("\ufffd") and waiting < 4 and end < len(ids)
+        texts.append("" if unfinished else text)
+        waiting = waiting + 1 if unfinished else 0
+    return texts
+
+
+def _policy_lines(pairs: Sequence[LabelledPair], policy: Sequence[dict[str, np.ndarray]]) -> list[tuple[str, str]]:
+    """How the policy's implicit rewards relate to the labels, over the pairs that are shown."""
+    labels = {side: np.concatenate([getattr(pair, f"{side}_token_rewards") for pair in pairs]) for side in SIDES}
+    implicit = {side: np.concatenate([rewards[side] for rewards in policy]) for side in SIDES}
+    correlation = _correlation(*(np.concatenate([of[side] for side in SIDES]) for of in (labels, implicit)))
+    return [*((f"mean implicit reward of the policy, {side}", f"{implicit[side].mean(dtype=np.float64):+.4f}")
+              for side in SIDES), ("its correlation with the labels", _shown(correlation))]
+
+
+def _page_pair(number: int, pair: LabelledPair, decode: Callable[[list[int]], str],
+               policy: dict[str, np.ndarray] | None) -> dict[str, Any]:
+    sides = {}
+    for side in SIDES:
+        rewards, logprobs = (getattr(pair, f"{side}_{name}") for name in ("token_rewards", "ref_logprobs"))
+        ids = getattr(pair, f"{side}_tokens").tolist()
+        sides[side] = {
+            "tokens": token_texts(ids[-len(rewards):], decode), "rewards": _rounded(rewards),
+            "logprobs": None if logprobs is None else _rounded(logprobs),
+            "policy": None if policy is None else _rounded(policy[side]), "score": getattr(pair, f"{side}_score")}
+    prompt = pair.prompt if pair.prompt is not None else decode(ids[:-len(rewards)])
+    return {"number": number, "id": pair.pair_id, "prompt": prompt, **sides}
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(float(value), 4) for value in values]
+
+
+def _correlation(first: np.ndarray, second: np.ndarray) -> float:
+    if first.std() == 0 or second.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def _shown(correlation: float) -> str:
+    return "unknown" if np.isnan(correlation) else f"{correlation:+.2f}"
+
+
+def _in_terminal(text: str, reward: float) -> str:
+    strength = min(abs(reward) / 0.5, 1) ** 0.5
+    full = (230, 97, 1) if reward < 0 else (33, 102, 172)
+    background = ";".join(str(round(255 - strength * 0.75 * (255 - channel))) for channel in full)
+    return f"\x1b[30;48;2;{background}m{text}\x1b[0m"

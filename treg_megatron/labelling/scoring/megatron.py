@@ -1,0 +1,179 @@
+"""A reference model that Megatron spreads over ranks (any TP x PP), as a :class:`~treg_megatron.labelling.scoring.Scorer`.
+
+The policy's own model class, on the checkpoint that training starts from: the log-probs are those that training
+compares with. Sequences are packed, one after the other in a row, sorted by length under a token budget; forward passes
+run through Megatron's pipeline schedule. Every rank of a replica scores the same sequences in the same order and gets
+the results.
+
+Importing this module is cheap; NeMo is imported when a model is built.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from treg_megatron.data.alignment import score_positions
+from treg_megatron.data.checks import require_split
+from treg_megatron.errors import UserError
+from treg_megatron.data.collate import packed_row
+from treg_megatron.distributed.launch import World, join, leave, on_rank_zero, world
+from treg_megatron.labelling.scoring import ScoredSequence
+
+_PATIENCE = 3600.0      # seconds: rank 0 may read hundreds of gigabytes while the others wait
+
+
+def replica(here: World, tensor: int, pipeline: int) -> tuple[int, int, bool]:
+    """Which copy of the model this rank belongs to, how many there are, and whether it is the copy's first rank.
+
+    Ranks are ordered as Megatron orders them: tensor-parallel neighbours first, pipeline stages last.
+
+    Raises:
+        UserError: the number of ranks is no multiple of tensor x pipeline.
+    """
+    if here.size % (tensor * pipeline):
+        raise UserError(f"label.tensor={tensor} x label.pipeline={pipeline} does not divide {here.size} processes; "
+                        f"start a multiple of {tensor * pipeline} with torchrun or srun")
+    copies = here.size // (tensor * pipeline)
+    return here.rank // tensor % copies, copies, here.rank < tensor * copies and here.rank % tensor == 0
+
+
+class MegatronScorer:
+    """The reference model of a Megatron checkpoint, on all ranks of the job.
+
+    Args:
+        checkpoint: a checkpoint, or a run's folder for its newest one.
+        tensor, pipeline: how the model is split; ranks beyond that hold further copies.
+        dtype: float32 or bfloat16: precision of weights and hidden states; the softmax is always fp32.
+        batch_tokens: tokens in one forward pass; a longer sequence gets a pass of its own.
+
+    Raises:
+        UserError: no complete checkpoint, or a split that the ranks or the model do not allow.
+    """
+
+    def __init__(self, checkpoint: str | Path, tensor: int, pipeline: int, dtype: str, batch_tokens: int):
+        from treg_megatron.models.families import model_fields
+        from treg_megatron.checkpoint.layout import find_checkpoint, read_identity
+
+        self._checkpoint = folder = find_checkpoint(Path(checkpoint))
+        config = read_identity(folder).hf_config
+        require_split(model_fields(config), tensor, pipeline, "label")
+        self.max_length, self.vocab_size = config["max_position_embeddings"], config["vocab_size"]
+        self.batch_tokens = batch_tokens
+        self._dtype = getattr(torch, dtype)
+        _start_ranks(tensor, pipeline)
+        self._policy = _load(folder, tensor, pipeline).to(self._dtype)
+        self._policy.module.config.pipeline_dtype = self._dtype
+        self._policy.module.config.params_dtype = self._dtype
+
+    def require_weights_of(self, hf: str | Path) -> None:
+        """Compare the checkpoint with a Hugging Face folder, bit for bit: labels name that folder as their reference.
+
+        Every rank calls it, the first one reads both once.
+
+        Raises:
+            UserError: they are different models, or the folder is none.
+        """
+        on_rank_zero(lambda: _require_same_model(self._checkpoint, Path(hf)))
+
+    def close(self) -> None:
+        """End the ranks' group, all ranks together, once no sequence is left."""
+        leave()
+
+    def score(self, sequences: Sequence[ScoredSequence],
+              scored: Callable[[int, int], None] = lambda sequences, tokens: None) -> list[np.ndarray]:
+        """See :meth:`treg_megatron.labelling.scoring.Scorer.score`."""
+        results: list[np.ndarray | None] = [None] * len(sequences)
+        for batch in self._batches(sequences):
+            members = [sequences[i] for i in batch]
+            ends = np.cumsum([len(member.response_ids) for member in members])
+            for i, logps in zip(batch, np.split(self._score_packed(members), ends[:-1]), strict=True):
+                results[i] = logps
+            scored(len(batch), sum(member.length for member in members))
+        return results
+
+    def _batches(self, sequences: Sequence[ScoredSequence]) -> Iterator[list[int]]:
+        batch: list[int] = []
+        tokens = 0
+        for i in sorted(range(len(sequences)), key=lambda i: -sequences[i].length):
+            if batch and tokens + sequences[i].length > self.batch_tokens:
+                yield batch
+                batch, tokens = [], 0
+            batch.append(i)
+            tokens += sequences[i].length
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def _score_packed(self, members: list[ScoredSequence]) -> np.ndarray:
+        """[n] fp32 log-probs of the response tokens of all members, on every rank of the copy."""
+        from megatron.core import parallel_state
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        batch = _packed(members)
+        outputs = get_forward_backward_func()(
+            forward_step_func=self._forward, data_iterator=iter([batch]), model=[self._policy.module],
+            num_microbatches=1, seq_length=batch["tokens"].shape[1], micro_batch_size=1, forward_only=True)
+        if parallel_state.is_pipeline_last_stage():
+            logps = outputs[0]["logps"]
+        else:
+            logps = torch.empty(len(batch["targets"]), dtype=torch.float32, device=_device())
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            torch.distributed.broadcast(logps, parallel_state.get_pipeline_model_parallel_last_rank(),
+                                        group=parallel_state.get_pipeline_model_parallel_group())
+        return logps.cpu().numpy()
+
+    def _forward(self, batches: Iterator[dict[str, Any]], _: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+        from treg_megatron.models.policy import data_step, forward_step
+
+        output = forward_step(self._policy, data_step(batches))
+        return output, lambda logps, **_: (logps.new_zeros(()), {"logps": logps})
+
+
+def _packed(members: list[ScoredSequence]) -> dict[str, Any]:
+    """The micro-batch that ``treg_megatron.models.policy.forward_step`` takes, see ``treg_megatron.data.collate.collate``."""
+    sequences = [torch.tensor([*member.prompt_ids, *member.response_ids]) for member in members]
+    scored = [score_positions(len(member.prompt_ids), len(member.response_ids)) for member in members]
+    row = packed_row(sequences, [np.arange(part.start, part.stop) for part in scored])
+    return row | {"targets": torch.tensor([token for member in members for token in member.response_ids])}
+
+
+def _start_ranks(tensor: int, pipeline: int) -> None:
+    from treg_megatron.distributed.cpu_redirect import use_cpu
+    from treg_megatron.utils.imports import heavy_imports
+
+    with heavy_imports():
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if not torch.cuda.is_available():
+        use_cpu()
+    join(world(), _PATIENCE)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor, pipeline)
+        model_parallel_cuda_manual_seed(1)
+
+
+def _require_same_model(checkpoint: Path, hf: Path) -> None:
+    from treg_megatron.checkpoint.compare import compare
+
+    if different := compare(checkpoint, hf).different:
+        raise UserError(f"{checkpoint} is not the model of {hf}: {different[0]} differs; name the checkpoint that was "
+                        "imported from that folder, or the folder that was exported from that checkpoint")
+
+
+def _load(checkpoint: Path, tensor: int, pipeline: int) -> Any:
+    from treg_megatron.utils.imports import heavy_imports
+
+    with heavy_imports():
+        import treg_megatron.training.build  # noqa: F401
+        from treg_megatron.checkpoint.policy import load_policy
+
+    policy = load_policy(checkpoint, tensor, pipeline)
+    return policy.cuda() if torch.cuda.is_available() else policy
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

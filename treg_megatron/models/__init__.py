@@ -1,0 +1,1 @@
+"""The policy: NeMo model classes, layers, head and architectures."""

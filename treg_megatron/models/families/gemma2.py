@@ -1,0 +1,46 @@
+"""Gemma 2: norms behind attention and MLP too, soft-capped scores and logits, a sliding window in every other layer."""
+
+from typing import Any
+
+from treg_megatron.models.families.decoder import ATTENTION, ATTENTION_NORM, MLP, mlp_norm
+from treg_megatron.models.families.family import Family
+from treg_megatron.models.families.fields import (
+    decoder_fields,
+    refuse_options,
+    rope_fields,
+    sliding_layers,
+    window_fields,
+)
+from treg_megatron.models.families.parameters import HFTensor, Parameter
+
+POST_NORMS = (
+    Parameter(
+        "decoder.layers.{layer}.self_attention.linear_proj.post_layernorm.weight",
+        (HFTensor("model.layers.{layer}.post_attention_layernorm.weight", "hidden"),),
+    ),
+    Parameter(
+        "decoder.layers.{layer}.mlp.linear_fc2.post_layernorm.weight",
+        (HFTensor("model.layers.{layer}.post_feedforward_layernorm.weight", "hidden"),),
+    ),
+)
+
+
+def _fields(hf_config: dict) -> dict[str, Any]:
+    refuse_options(hf_config, "attention_bias")
+    fields = decoder_fields(hf_config, "gelu_pytorch_tanh", "hidden_activation", tied_by_default=True)
+    sliding = sliding_layers(hf_config, [layer % 2 == 0 for layer in range(fields["num_layers"])])
+    return fields | rope_fields(hf_config) | window_fields(hf_config.get("sliding_window", 4096), sliding) | {
+        "kv_channels": hf_config["head_dim"],
+        "layernorm_zero_centered_gamma": True,
+        "query_pre_attn_scalar": hf_config["query_pre_attn_scalar"],
+        "attn_logit_softcapping": hf_config["attn_logit_softcapping"],
+        "final_logit_softcapping": hf_config["final_logit_softcapping"],
+    }
+
+
+GEMMA2 = Family(
+    architecture="Gemma2ForCausalLM",
+    layer=(ATTENTION_NORM, *ATTENTION, mlp_norm("pre_feedforward_layernorm"), *MLP, *POST_NORMS),
+    fields=_fields,
+    nemo_config=lambda c: "Gemma2Config",
+)

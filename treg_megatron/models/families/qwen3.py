@@ -1,0 +1,22 @@
+"""Qwen 3 (dense): a norm on each query and key head instead of Qwen 2's biases."""
+
+from typing import Any
+
+from treg_megatron.models.families.decoder import ATTENTION, ATTENTION_NORM, MLP, QK_NORMS, mlp_norm
+from treg_megatron.models.families.family import Family
+from treg_megatron.models.families.fields import decoder_fields, refuse_options, rope_fields
+from treg_megatron.models.families.qwen2 import qwen_window_fields
+
+
+def _fields(hf_config: dict) -> dict[str, Any]:
+    refuse_options(hf_config, "attention_bias")
+    fields = decoder_fields(hf_config) | rope_fields(hf_config) | {"kv_channels": hf_config["head_dim"]}
+    return fields | qwen_window_fields(hf_config, fields["num_layers"]) | {"add_qkv_bias": False, "qk_layernorm": True}
+
+
+QWEN3 = Family(
+    architecture="Qwen3ForCausalLM",
+    layer=(ATTENTION_NORM, *ATTENTION, *QK_NORMS, mlp_norm("post_attention_layernorm"), *MLP),
+    fields=_fields,
+    nemo_config=lambda c: "Qwen3Config",
+)

@@ -1,0 +1,265 @@
+"""The policy: a NeMo GPT model whose output is the log-prob of each response token, and T-REG's loss on top.
+
+The loss joins NeMo's Megatron path at the places it offers: the data and forward steps of the model's config, the loss
+reductions of the Lightning module, and ``GPTModel._postprocess``, where Megatron would turn hidden states into logits.
+Tensor and pipeline parallelism, schedules, optimizer and checkpoints stay theirs.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel as MegatronGPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.router import Router
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from nemo.collections import llm
+from nemo.collections.llm.gpt.model.base import HAVE_TE, transformer_engine_layer_spec
+from nemo.collections.llm.gpt.model.llama import Llama31Config
+from nemo.collections.llm.gpt.model.mixtral import MixtralConfig
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from torch import Tensor
+
+from treg_megatron.errors import UserError
+from treg_megatron.models.head import response_logps
+from treg_megatron.models.layers import SharedPrompts, torch_block_spec
+from treg_megatron.objective import Objective, preference_loss
+
+
+class ResponseTokens(NamedTuple):
+    """What the last pipeline stage scores; travels where Megatron expects labels."""
+
+    rows: Tensor  # [n] int64, rows of the flattened [s * b, hidden] hidden states
+    targets: Tensor  # [n] int64, token ids
+
+
+class ResponseGPTModel(MegatronGPTModel):
+    """Megatron's GPT model with the response-only, chunked, vocabulary-parallel head instead of whole logits."""
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args,
+                    packed_seq_params: PackedSeqParams | None = None, **kwargs) -> tuple:
+        """Megatron's, and where pairs share their prompts the angles of each token's own position, [t, 1, channels]."""
+        embedded, angles, *others = super()._preprocess(input_ids, position_ids, *args,
+                                                        packed_seq_params=packed_seq_params, **kwargs)
+        if isinstance(packed_seq_params, SharedPrompts):
+            angles = angles[position_ids[0], 0]
+        return embedded, angles, *others
+
+    def _postprocess(self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor,
+                     labels: ResponseTokens | Tensor | None, *args, **kwargs) -> Tensor:
+        """[s, b, hidden] -> [n] fp32 log-probs on the last stage, the hidden states on others."""
+        if not self.post_process or not isinstance(labels, ResponseTokens):
+            return super()._postprocess(hidden_states, input_ids, position_ids, labels, *args, **kwargs)
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states)
+        tied = self.share_embeddings_and_output_weights
+        return response_logps(
+            hidden.flatten(0, 1).index_select(0, labels.rows),
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            labels.targets,
+            vocab_size=self.config.true_vocab_size,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            logit_softcap=getattr(self.config, "final_logit_softcapping", None),
+        )
+
+
+@dataclass
+class PolicyConfig:
+    """Mix-in over NeMo's GPT configs: builds a :class:`ResponseGPTModel` of the same weights."""
+
+    true_vocab_size: int = 0  # words without padding
+
+    def configure_model(self, tokenizer, pre_process=None, post_process=None, vp_stage=None) -> ResponseGPTModel:
+        """This stage's part of the model.
+
+        Raises:
+            UserError: ``cross_entropy_fusion_impl`` is Transformer Engine's.
+        """
+        if self.cross_entropy_fusion_impl == "te":
+            raise UserError("cross_entropy_fusion_impl=te: Transformer Engine's cross-entropy has given the gradient of one "
+                            "token to all of them (TransformerEngine issue 2139), where token rewards give each its own; "
+                            "leave it at native")
+        model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
+        # NeMo's families build Megatron's class and then adjust it (rotary scaling, norms of Gemma); ours adds no
+        # state, so the finished object changes class rather than repeat each family's construction
+        model.__class__ = ResponseGPTModel
+        for module in model.modules():
+            if isinstance(module, Router):
+                # it would multiply the auxiliary loss by tokens, because Megatron takes what we count for tokens
+                module.calculate_per_token_loss = False
+        return model
+
+
+@dataclass
+class LlamaPolicyConfig(PolicyConfig, llm.LlamaConfig):
+    pass
+
+
+@dataclass
+class Llama31PolicyConfig(PolicyConfig, Llama31Config):
+    pass
+
+
+@dataclass
+class MistralPolicyConfig7B(PolicyConfig, llm.MistralConfig7B):
+    pass
+
+
+@dataclass
+class Qwen2PolicyConfig(PolicyConfig, llm.Qwen2Config):
+    pass
+
+
+@dataclass
+class Qwen3PolicyConfig(PolicyConfig, llm.Qwen3Config):
+    pass
+
+
+@dataclass
+class Gemma2PolicyConfig(PolicyConfig, llm.Gemma2Config):
+    post_layer_norms: bool = True
+
+
+@dataclass
+class MixtralPolicyConfig(PolicyConfig, MixtralConfig):
+    pass
+
+
+def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec:
+    """Transformer Engine's layers where it is installed, PyTorch's otherwise and for Gemma 2.
+
+    NeMo's own layers for Gemma 2 refuse packed sequences, drop the sliding window where no mask is passed, and slide in
+    the odd layers where the model slides in the even ones.
+    """
+    if HAVE_TE and not getattr(config, "post_layer_norms", False):
+        return transformer_engine_layer_spec(config)
+    return torch_block_spec(config, vp_stage=vp_stage)
+
+
+def data_step(iterator) -> dict[str, Any]:
+    """Next micro-batch on this rank's device. Every stage gets all of it: the tensors are a few bytes a token."""
+    batch = next(iterator)
+    batch = batch[0] if isinstance(batch, tuple) else batch
+    return {k: v.cuda(non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def forward_step(model, batch: dict[str, Any]) -> Tensor:
+    """Hidden states of this stage, or [n] fp32 log-probs of the response tokens on the last one."""
+    packed = None
+    if "cu_seqlens" in batch:
+        ends = batch["cu_seqlens"]
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, cu_seqlens_q_padded=ends,
+                                 cu_seqlens_kv_padded=ends, max_seqlen_q=batch["max_seqlen"],
+                                 max_seqlen_kv=batch["max_seqlen"])
+    elif "pairs" in batch:
+        packed = SharedPrompts(qkv_format="thd", max_seqlen_q=batch["max_seqlen"], max_seqlen_kv=batch["max_seqlen"],
+                               pairs=batch["pairs"])
+    return model(batch["tokens"], batch["position_ids"], labels=ResponseTokens(batch["rows"], batch["targets"]),
+                 packed_seq_params=packed)
+
+
+class StepResult(NamedTuple):
+    """What a step over the global batch gave."""
+
+    sums: dict[str, float]  # see treg_megatron.objective.means
+    not_finite: list[str]  # ids of the pairs in micro-batches whose loss is no finite number
+
+
+class PreferenceLossReduction(MegatronLossReduction):
+    """Loss of a micro-batch, and the metrics of a global batch.
+
+    Megatron divides the gradients by the pairs of the global batch (``calculate_per_token_loss`` with pairs for
+    tokens), so the loss is their mean however they are spread over micro-batches, ranks and bins.
+    """
+
+    def __init__(self, objective: Objective):
+        super().__init__()
+        self.objective = objective
+        self.result = StepResult({}, [])
+
+    def forward(self, batch: dict[str, Any], logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        split = parallel_state.get_context_parallel_world_size() > 1
+        loss, sums = preference_loss(logps, batch.get("ref_logps"), batch.get("token_rewards"), batch["lengths"],
+                                     self.objective, parallel_state.get_context_parallel_group() if split else None)
+        # Megatron adds the counts of context-parallel ranks, which share their pairs
+        own = len(batch["lengths"]) // 2 if parallel_state.get_context_parallel_rank() == 0 else 0
+        pairs = torch.tensor(own, dtype=torch.int, device=loss.device)
+        return loss, pairs, {"sums": sums, "pair_ids": batch["pair_ids"]}
+
+    def reduce(self, micro_batches: list[dict[str, Any]]) -> Tensor:
+        """Mean loss over the global batch; runs on the last pipeline stage only."""
+        group = parallel_state.get_data_parallel_group()
+        names = list(micro_batches[0]["sums"])
+        by_micro_batch = torch.stack([torch.stack(list(micro["sums"].values())) for micro in micro_batches])
+        total = by_micro_batch.sum(dim=0)
+        torch.distributed.all_reduce(total, group=group)
+        sums = dict(zip(names, total.tolist(), strict=True))
+        self.result = StepResult(sums, [])
+        if not math.isfinite(sums["loss"]):
+            finite = by_micro_batch[:, names.index("loss")].isfinite().tolist()
+            mine = [pair for micro, ok in zip(micro_batches, finite) if not ok for pair in micro["pair_ids"]]
+            of_each_rank = [None] * torch.distributed.get_world_size(group)
+            torch.distributed.all_gather_object(of_each_rank, mine, group=group)
+            self.result = StepResult(sums, sum(of_each_rank, []))
+        return total[names.index("loss")] / max(sums["pairs"], 1.0)
+
+
+class Policy:
+    """Mix-in over NeMo's ``llm.GPTModel`` classes: their training and validation loss is the objective's."""
+
+    def __init__(self, config: llm.GPTConfig, objective: Objective, optim=None, adapters=None):
+        super().__init__(config, optim=optim, model_transform=adapters)
+        self.objective = objective
+
+    @property
+    def training_loss_reduction(self) -> PreferenceLossReduction:
+        if self._training_loss_reduction is None:
+            self._training_loss_reduction = PreferenceLossReduction(self.objective)
+        return self._training_loss_reduction
+
+    @property
+    def validation_loss_reduction(self) -> PreferenceLossReduction:
+        if self._validation_loss_reduction is None:
+            self._validation_loss_reduction = PreferenceLossReduction(self.objective)
+        return self._validation_loss_reduction
+
+
+class LlamaPolicy(Policy, llm.LlamaModel):
+    """Llama-architecture policy."""
+
+
+class MistralPolicy(Policy, llm.MistralModel):
+    """Mistral-architecture policy."""
+
+
+class Qwen2Policy(Policy, llm.Qwen2Model):
+    """Policy of the Qwen 2 and 2.5 architecture."""
+
+
+class Qwen3Policy(Policy, llm.Qwen3Model):
+    """Policy of the dense Qwen 3 architecture."""
+
+
+class Gemma2Policy(Policy, llm.Gemma2Model):
+    """Gemma-2-architecture policy; NeMo's class scales the embeddings."""
+
+
+class MixtralPolicy(Policy, llm.MixtralModel):
+    """Mixtral-architecture policy."""
+
+
+POLICIES: dict[type[PolicyConfig], type[Policy]] = {
+    LlamaPolicyConfig: LlamaPolicy,
+    Llama31PolicyConfig: LlamaPolicy,
+    MistralPolicyConfig7B: MistralPolicy,
+    Qwen2PolicyConfig: Qwen2Policy,
+    Qwen3PolicyConfig: Qwen3Policy,
+    Gemma2PolicyConfig: Gemma2Policy,
+    MixtralPolicyConfig: MixtralPolicy,
+}

@@ -1,0 +1,193 @@
+"""The station ``rank``: sampled responses to preference pairs, the best against the worst of each prompt.
+
+Ties, which the paper leaves open: among the best responses the shortest is chosen; among the worst the one closest in
+length to the chosen is rejected.
+"""
+
+import importlib
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from treg_megatron.errors import UserError
+from treg_megatron.utils.files import atomic_write, read_manifest
+from treg_megatron.data.pairs import IDENTICAL_RESPONSES
+from treg_megatron.utils.progress import Progress
+from treg_megatron.data.records import read_rows
+from treg_megatron.sampling.sample import FORMAT, MANIFEST_NAME, VERSION
+from treg_megatron.config.schema import RankSection
+
+EQUAL_SCORES = "all responses have the same score"
+TOO_FEW = "fewer than two usable responses"
+EMPTY_RESPONSE = "empty response"
+TRUNCATED = "truncated response"
+REPEATED_RESPONSE = "repeats a response to the same prompt"
+
+#: (messages, texts of the responses) -> a score for each
+ScoreFunction = Callable[[list[dict[str, str]], list[str]], Sequence[float]]
+
+
+class Ranked(NamedTuple):
+    """What :func:`rank` did: pairs written, prompts dropped by reason, responses left out by reason."""
+
+    pairs: int
+    dropped_prompts: Counter[str]
+    dropped_responses: Counter[str]
+
+
+def rank(section: RankSection) -> Ranked:
+    """Write the pairs of ``section.samples`` to ``section.output``; a file that is there is replaced at the end.
+
+    Raises:
+        UserError: samples that are unfinished, scores that are missing, no numbers or of another count; no pair left.
+    """
+    folder = Path(section.samples)
+    manifest = read_manifest(folder / MANIFEST_NAME, FORMAT, VERSION)
+    score = _score_function(section)
+    prompts, responses = Counter(), Counter()
+    pairs = []
+    with Progress("rank", "prompts", manifest["prompts"]) as progress:
+        for row in (row for name in manifest["shards"] for _, row in read_rows(folder / name)):
+            kept = _usable(row["responses"], section.truncated == "keep", responses)
+            if len(kept) < 2:
+                prompts[IDENTICAL_RESPONSES if len({r["text"] for r in row["responses"]}) == 1 else TOO_FEW] += 1
+                progress.skipped(1)
+                continue
+            scores = _scores(score, row, kept)
+            best, worst = best_and_worst(scores, [_length(response) for response in kept])
+            if scores[best] == scores[worst]:
+                prompts[EQUAL_SCORES] += 1
+            else:
+                pairs.append(_pair(row, kept[best], kept[worst], scores[best], scores[worst]))
+            progress.worked(1, sum(map(_length, kept)))
+    if not pairs:
+        raise UserError(f"{folder}: no pair is left ({', '.join(f'{n} dropped: {r}' for r, n in prompts.items())})")
+    with atomic_write(section.output) as partial:
+        partial.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+    return Ranked(len(pairs), prompts, responses)
+
+
+def best_and_worst(scores: Sequence[float], lengths: Sequence[int]) -> tuple[int, int]:
+    """Indices of the chosen and the rejected response, ties resolved by length, then by order."""
+    best = min((i for i in range(len(scores)) if scores[i] == max(scores)), key=lambda i: lengths[i])
+    worst = min((i for i in range(len(scores)) if scores[i] == min(scores)),
+                key=lambda i: abs(lengths[i] - lengths[best]))
+    return best, worst
+
+
+def _usable(responses: list[dict[str, Any]], truncated: bool, dropped: Counter[str]) -> list[dict[str, Any]]:
+    kept, texts = [], set()
+    for response in responses:
+        if not response["text"].strip():
+            dropped[EMPTY_RESPONSE] += 1
+        elif not truncated and not response["finished"]:
+            dropped[TRUNCATED] += 1
+        elif response["text"] in texts:
+            dropped[REPEATED_RESPONSE] += 1
+        else:
+            texts.add(response["text"])
+            kept.append(response)
+    return kept
+
+
+def _length(response: dict[str, Any]) -> int:
+    """In tokens, or in characters where a server did not tell the tokens."""
+    return len(response["ids"] or response["text"])
+
+
+def _scores(score: Callable[[dict, list[dict]], Sequence[float]], row: dict, kept: list[dict]) -> list[float]:
+    try:
+        scores = [float(value) for value in score(row, kept)]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"prompt {row['prompt_id']!r}: scores that are no numbers: {error}") from None
+    if len(scores) != len(kept) or not all(map(math.isfinite, scores)):
+        raise UserError(f"prompt {row['prompt_id']!r}: {len(kept)} responses got the scores {scores}; each needs a "
+                        "finite number")
+    return scores
+
+
+def _pair(row: dict, chosen: dict, rejected: dict, chosen_score: float, rejected_score: float) -> dict[str, Any]:
+    pair = {"pair_id": row["prompt_id"], "prompt": row["messages"], "chosen": chosen["text"],
+            "rejected": rejected["text"], "chosen_score": chosen_score, "rejected_score": rejected_score}
+    if chosen["ids"] is not None and rejected["ids"] is not None:
+        pair |= {"chosen_ids": chosen["ids"], "rejected_ids": rejected["ids"], "tokenizer": row["tokenizer"]}
+    return pair
+
+
+# -- where scores come from --------------------------------------------------------------------------------------------
+
+def _score_function(section: RankSection) -> Callable[[dict, list[dict]], Sequence[float]]:
+    name = section.scores
+    if getattr(section, name) is None:
+        raise UserError(f"rank.scores is {name}, but rank.{name} has no value")
+    if name == "column":
+        return lambda row, kept: [_column(row, response, section.column) for response in kept]
+    function = _imported(section.function) if name == "function" else RewardModel(section)
+    return lambda row, kept: function(row["messages"], [response["text"] for response in kept])
+
+
+def _column(row: dict, response: dict, column: str) -> float:
+    if response.get(column) is None:
+        raise UserError(f"prompt {row['prompt_id']!r}: a response has no key {column!r}; it has {', '.join(response)}")
+    return response[column]
+
+
+def _imported(name: str) -> ScoreFunction:
+    module, separator, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())          # as python -m does
+    try:
+        function = getattr(importlib.import_module(module), attribute) if separator else None
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"rank.function={name} cannot be imported: {error}") from None
+    finally:
+        sys.path.pop(0)
+    if not callable(function):
+        raise UserError(f"rank.function={name} must be MODULE:NAME of a function")
+    return function
+
+
+class RewardModel:
+    """A Hugging Face sequence-classification model whose first output is the score of a conversation.
+
+    Raises:
+        UserError: it does not load; code in its folder (ArmoRM) is executed only where ``allow_remote_code`` says so.
+    """
+
+    def __init__(self, section: RankSection):
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        from treg_megatron.models.huggingface import device_of, model_folder
+
+        folder = model_folder(section.reward_model)
+        if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")) and \
+                not section.allow_remote_code:
+            raise UserError(f"{folder} brings Python code of its own; read it, and allow it with "
+                            "rank.allow_remote_code=true, or take another reward model")
+        options = {"local_files_only": True, "trust_remote_code": section.allow_remote_code}
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=getattr(torch, section.dtype),
+                                                                       **options)
+        except Exception as error:
+            raise UserError(f"the reward model of {folder} does not load: {error}") from None
+        if not self._tokenizer.chat_template:
+            raise UserError(f"the tokenizer of {folder} has no chat template, which the reward model was trained with")
+        self._torch, self._model = torch, model.to(device_of(section.device)).eval()
+
+    def __call__(self, messages: list[dict[str, str]], responses: list[str]) -> list[float]:
+        """One response at a time: padding would have to be what each architecture expects."""
+        scores = []
+        for response in responses:
+            ids = self._tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}],
+                                                      return_tensors="pt").to(self._model.device)
+            with self._torch.inference_mode():
+                output = self._model(ids)
+            score = output.score if hasattr(output, "score") else output.logits
+            scores.append(float(score.flatten()[0]))
+        return scores

@@ -1,0 +1,189 @@
+"""The station ``sample``: prompts to several responses each, joined by prompt id.
+
+Like labelling, it works in portions that are written atomically, one JSONL file each, and goes on with what is not
+finished. ``run.json`` says from the start which run the folder belongs to.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from treg_megatron.errors import UserError
+from treg_megatron.utils.files import atomic_write, read_manifest, sha256_of, sha256_of_json, write_manifest
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.utils.progress import Progress
+from treg_megatron.data.records import read_rows
+from treg_megatron.sampling import Sampler
+from treg_megatron.config.schema import SampleSection
+from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
+
+FORMAT, VERSION = "treg-megatron samples", 1
+RUN_NAME, MANIFEST_NAME = "run.json", "manifest.json"
+PROMPT_TOO_LONG = "prompt is longer than max_prompt_length"
+REPEATED_PROMPT = "repeats an earlier prompt"
+
+_ROLES = {"system", "user", "assistant"}
+
+
+class Prompt(NamedTuple):
+    """A conversation that ends with a user turn."""
+
+    prompt_id: str
+    messages: tuple[Message, ...]
+
+
+def sample(section: SampleSection, sampler: Sampler | None = None) -> dict[str, Any]:
+    """Sample into the folder ``section.output``, or go on where an earlier call stopped.
+
+    A row of the output: ``prompt_id``, ``messages``, ``tokenizer`` (hash) and ``responses``, each with ``seed``,
+    ``text``, ``ids`` (or null) and ``finished``.
+
+    Returns:
+        The manifest: ``prompts``, ``responses``, ``truncated``, ``drops`` by reason, ``run``, ``shards``.
+
+    Raises:
+        UserError: input or settings that cannot be used, an output folder of another run, a server that is gone.
+    """
+    _require_sensible(section)
+    output = Path(section.output)
+    tokenizer = load_tokenizer(section.model)
+    drops: Counter[str] = Counter()
+    prompts = list(read_prompts(section.prompts, drops))
+    run = {
+        "prompts": {"file": Path(section.prompts).name, "sha256": sha256_of(section.prompts)},
+        "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256},
+        "model": Path(section.model).resolve().name,
+        **{name: getattr(section, name) for name in ("engine", "seeds", "temperature", "top_p", "max_new_tokens",
+                                                     "max_prompt_length", "batch_prompts", "shard_prompts", "dtype")}}
+    _require_same_run(output, run)
+    parts = [prompts[i:i + section.shard_prompts] for i in range(0, len(prompts), section.shard_prompts)]
+    paths = [output / f"samples-{number:05d}.jsonl" for number in range(len(parts))]
+    if not all(path.exists() for path in paths):
+        sampler = sampler or _load_sampler(section, tokenizer)
+        write_manifest(output / RUN_NAME, FORMAT, VERSION, {"run": run})
+        done = sum(len(part) for part, path in zip(parts, paths) if path.exists())
+        with Progress("sample", "prompts", len(prompts), done) as progress:
+            for part, path in zip(parts, paths):
+                if not path.exists():
+                    rows = _sample_part(part, section, tokenizer, sampler, progress)
+                    with atomic_write(path) as partial:
+                        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                                           encoding="utf-8")
+    return _finish(output, paths, len(prompts), drops, run)
+
+
+def read_prompts(path: str | Path, drops: Counter[str]) -> Iterator[Prompt]:
+    """Prompts of a JSON array or a JSONL file: rows with ``prompt`` (text or messages) or ``messages``.
+
+    Everything after the last user turn is left out, so that rows of conversations and of preference pairs serve, too.
+    The id is the row's ``prompt_id``, ``pair_id`` or ``id``, else a hash of the prompt.
+
+    Raises:
+        UserError: a row that holds no prompt, or an id that two different prompts have.
+    """
+    by_id: dict[str, str] = {}
+    seen: set[str] = set()
+    for number, row in read_rows(path):
+        try:
+            messages = _messages(row)
+            content = sha256_of_json(messages)
+            given = next((row[name] for name in ("prompt_id", "pair_id", "id") if row.get(name) is not None), None)
+            prompt_id = content[:16] if given is None else str(given)
+            if by_id.setdefault(prompt_id, content) != content:
+                raise ValueError(f"prompt_id {prompt_id!r} already belongs to an earlier, different prompt")
+        except ValueError as error:
+            raise UserError(f"{path} row {number}: {error}") from None
+        if content in seen:
+            drops[REPEATED_PROMPT] += 1
+            continue
+        seen.add(content)
+        yield Prompt(prompt_id, messages)
+    if not seen:
+        raise UserError(f"{path} holds no prompts")
+
+
+def _messages(row: Any) -> tuple[Message, ...]:
+    value = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not all(
+            isinstance(m, dict) and m.get("role") in _ROLES and isinstance(m.get("content"), str) for m in value):
+        raise ValueError("needs `prompt` (text or messages) or `messages`, each message with role and content")
+    while value and value[-1]["role"] != "user":
+        value = value[:-1]
+    if not value or not value[-1]["content"].strip():
+        raise ValueError("the prompt has no user turn, or an empty one")
+    return tuple(Message(m["role"], m["content"]) for m in value)
+
+
+def _require_sensible(section: SampleSection) -> None:
+    for name in ("max_new_tokens", "max_prompt_length", "batch_prompts", "shard_prompts", "tries"):
+        if getattr(section, name) < 1:
+            raise UserError(f"sample.{name}={getattr(section, name)} must be at least 1")
+    if not section.temperature >= 0 or not 0 < section.top_p <= 1:
+        raise UserError(f"sample.temperature={section.temperature} must not be negative and sample.top_p="
+                        f"{section.top_p} in (0, 1]")
+    if len(set(section.seeds)) != len(section.seeds) or not section.seeds:
+        raise UserError(f"sample.seeds={list(section.seeds)} must be one or more different numbers; a preference pair "
+                        "needs at least two")
+
+
+def _require_same_run(output: Path, run: dict[str, Any]) -> None:
+    if (output / RUN_NAME).exists():
+        found = read_manifest(output / RUN_NAME, FORMAT, VERSION)["run"]
+        if found != run:
+            different = ", ".join(name for name in run if found.get(name) != run[name])
+            raise UserError(f"{output} holds samples with another {different}; name another "
+                            "sample.output, or remove that folder")
+    elif output.is_dir() and any(output.iterdir()):
+        raise UserError(f"{output} is not empty and holds no {RUN_NAME}; name another sample.output")
+
+
+def _sample_part(part: list[Prompt], section: SampleSection, tokenizer: ChatTokenizer, sampler: Sampler,
+                 progress: Progress) -> list[dict[str, Any]]:
+    ids = [tokenizer.encode_prompt(prompt.messages) for prompt in part]
+    kept = [i for i, prompt in enumerate(ids) if len(prompt) <= section.max_prompt_length]
+    progress.skipped(len(part) - len(kept))
+    # prompts of like length together: little padding
+    kept.sort(key=lambda i: len(ids[i]))
+    responses: dict[int, list[dict[str, Any]]] = {i: [] for i in kept}
+    for start in range(0, len(kept), section.batch_prompts):
+        batch = kept[start:start + section.batch_prompts]
+        tokens = 0
+        for seed in section.seeds:
+            # the batch has a part in the seed, or like prompts of different batches would get the same random numbers
+            place = f"{seed} {part[batch[0]].prompt_id}".encode()
+            drawn = int.from_bytes(hashlib.sha256(place).digest()[:4], "little") >> 1
+            for i, sampled in zip(batch, sampler.sample([ids[i] for i in batch], drawn), strict=True):
+                responses[i].append({"seed": seed, **sampled._asdict()})
+                tokens += len(sampled.ids or [])
+        progress.worked(len(batch), tokens)
+    return [{"prompt_id": part[i].prompt_id, "messages": [m._asdict() for m in part[i].messages],
+             "tokenizer": tokenizer.sha256, "responses": responses[i]} for i in sorted(kept)]
+
+
+def _finish(output: Path, paths: list[Path], prompts: int, drops: Counter[str], run: dict) -> dict[str, Any]:
+    rows = [row for path in paths for _, row in (read_rows(path) if path.stat().st_size else ())]
+    if not rows:
+        raise UserError(f"no prompt is left to answer: {prompts} {PROMPT_TOO_LONG}")
+    responses = [response for row in rows for response in row["responses"]]
+    if prompts > len(rows):
+        drops[PROMPT_TOO_LONG] += prompts - len(rows)
+    write_manifest(output / MANIFEST_NAME, FORMAT, VERSION, {
+        "prompts": len(rows), "responses": len(responses),
+        "truncated": sum(not response["finished"] for response in responses),
+        "drops": dict(sorted(drops.items())), "run": run, "shards": [path.name for path in paths]})
+    return read_manifest(output / MANIFEST_NAME, FORMAT, VERSION)
+
+
+def _load_sampler(section: SampleSection, tokenizer: ChatTokenizer) -> Sampler:
+    if section.engine == "server":
+        from treg_megatron.sampling.server import ServerSampler as Engine
+    elif section.engine == "vllm":
+        from treg_megatron.sampling.vllm import VllmSampler as Engine
+    else:
+        from treg_megatron.sampling.huggingface import HuggingFaceSampler as Engine
+    return Engine(section, tokenizer)

@@ -1,0 +1,309 @@
+"""Text to token ids, once: after this only ids travel, so that no boundary can move.
+
+A trained sequence is the ids of the prompt followed by the ids of the response. The prompt is what the model's chat
+template renders up to where the assistant's words begin; the response is those words and one end-of-turn token.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treg_megatron.errors import UserError
+from treg_megatron.utils.files import sha256_of_json
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.utils.imports import heavy_imports
+from treg_megatron.tokenizer.conversation import Sampled
+from treg_megatron.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from treg_megatron.tokenizer.word_cache import WordMemory, known_cuts
+
+# Llama 3.2's template writes today's date into the system turn unless it is given one; labels must not change with it.
+_FIXED_DATE = "26 Jul 2024"
+_PROBE = "response"
+_REMEMBERED = 64
+_PROBE_SYSTEM = "instruction"
+
+
+class ChatTokenizer:
+    """A tokenizer together with its chat template. Made by :func:`load_tokenizer`.
+
+    Attributes:
+        sha256: hash of what decides the ids of a text: vocabulary, merges, normalisation, splitting, added tokens.
+            Saving and loading, padding, truncation and automatic BOS/EOS leave it unchanged.
+        template_sha256: hash of the chat template's text.
+        vocab_size: number of ids, added tokens included.
+    """
+
+    def __init__(self, tokenizer: Any, folder: Path):
+        self.folder = folder
+        self._tokenizer = tokenizer
+        self._engine = tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else _FastEngine(tokenizer)
+        special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = set(special)
+        self._special_texts = {token.content: i for i, token in special.items()}
+        self._special_text = re.compile("|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True)))
+                                        or r"(?!)")
+        # Some special tokens swallow the white space around them.
+        self._special_place = re.compile("(" + "|".join(
+            r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
+            for token in sorted(special.values(), key=lambda token: len(token.content), reverse=True)) + ")"
+            if special else r"((?!))")
+        self._puts_space_first = tokenizer.convert_ids_to_tokens(self._encode(_PROBE))[0].startswith("\u2581")
+        self.sha256 = tokenizer.sha256 if self._engine is tokenizer else _tokenizer_hash(tokenizer)
+        self._template, self._template_tokens = tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)
+        self.template_sha256 = hashlib.sha256(self._template.encode()).hexdigest()
+        self.vocab_size = len(tokenizer)
+        self._last_prompt: tuple[Any, str] = (None, "")
+        self._ends_of_turn: dict[str, int] = {}
+        self._before_response = ""
+        self._knows_system = True
+        self._knows_system = self._probe_system_role()
+        self._before_response = self._probe_text_before_response()
+        self._last_prompt = (None, "")
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation that ends with a user turn, up to where the assistant's words begin.
+
+        Special tokens come from the template alone, so BOS is never doubled, and words of the conversation that look
+        like a special token are encoded as ordinary text. Where the template has no system role, the system message
+        heads the first user turn.
+
+        Raises:
+            UserError: the template refuses the conversation (for instance roles that do not alternate).
+        """
+        disguise = self._disguise(message.content for message in messages)
+        text = self._rendered_prompt(messages, disguise)
+        if not disguise:
+            return self._encode(text)
+        ids: list[int] = []
+        for i, part in enumerate(self._special_place.split(text)):
+            if i % 2:
+                ids.append(self._special_texts.get(part, self._special_texts.get(part.strip())))
+            elif part:
+                ids += self._encode_within(_replaced(part, {hidden: shown for shown, hidden in disguise.items()}))
+        return ids
+
+    def encode_response(self, messages: Sequence[Message], response: str) -> list[int]:
+        """Ids of ``response`` as the template renders it after ``messages``, and exactly one end-of-turn token.
+
+        Some templates strip the response, and then so do the ids. Words of the response that look like a special token
+        are encoded as ordinary text. What the template puts after the end-of-turn token belongs to nobody.
+
+        Raises:
+            UserError: the template refuses the conversation, rewrites the response, or ends it with no special token.
+        """
+        words, _, end_of_turn = self._split_response(messages, response)
+        return [*self._encode(words, special=False), end_of_turn]
+
+    def encode_response_with_spans(self, messages: Sequence[Message], response: str) -> tuple[list[int], np.ndarray]:
+        """:meth:`encode_response`, and for each id but the end-of-turn token its characters in ``response``.
+
+        The characters are int [tokens, 2]: the first, and one after the last. Tokens that share a character, as bytes
+        of it do, have it in common; what no token claims for itself, such as a space, belongs to the token after it.
+        """
+        words, shift, end_of_turn = self._split_response(messages, response)
+        ids, spans = self._engine.encode_with_spans(words)
+        starts, ends = np.asarray(spans, dtype=np.int64).reshape(-1, 2).T
+        reached = np.concatenate([[0], np.maximum.accumulate(ends)])[:-1]
+        spans = np.column_stack([np.minimum(starts, reached), ends])
+        return [*ids, end_of_turn], np.maximum(spans + shift, 0)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens included."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    @functools.cached_property
+    def end_of_turn(self) -> int:
+        """The token that ends a response."""
+        return self.encode_response([Message("user", "prompt")], _PROBE)[-1]
+
+    def sampled(self, ids: Sequence[int]) -> Sampled:
+        """A response from the ids that a model generated, and perhaps padding behind its end-of-turn token."""
+        ids = list(ids)
+        finished = self.end_of_turn in ids
+        ids = ids[:ids.index(self.end_of_turn) + 1] if finished else ids
+        words = ids[:-1] if finished else ids
+        text = self._tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Sampled(text, ids, finished)
+
+    def _split_response(self, messages: Sequence[Message], response: str) -> tuple[str, int, int]:
+        """The text to encode, where its first character stands in ``response`` (-1: before it), the end-of-turn id."""
+        disguise = self._disguise([*(message.content for message in messages), response])
+        prompt = self._rendered_prompt(messages, disguise)
+        whole = self._render([*messages, Message("assistant", response)], False, disguise)
+        if not whole.startswith(prompt):
+            raise UserError(f"the chat template of {self.folder} renders a prompt differently once a response follows: "
+                            "no exact boundary between them exists")
+        rest = whole[len(prompt):]
+        for words in (response, response.rstrip(), response.lstrip(), response.strip()):
+            space = " " * (_leading_spaces(rest) - _leading_spaces(words))
+            rendered = space + _replaced(words, disguise)
+            if rest.startswith(rendered):
+                end_of_turn = self._first_special(rest[len(rendered):])
+                cut = len(response) - len(response.lstrip()) if len(words) < len(response.rstrip()) else 0
+                if self._puts_space_first:
+                    return words, cut, end_of_turn
+                return space + words, cut - len(space), end_of_turn
+        raise UserError(f"the chat template of {self.folder} rewrites the response {_shortened(response)!r}")
+
+    def _rendered_prompt(self, messages: Sequence[Message], disguise: Mapping[str, str]) -> str:
+        key = (tuple(messages), tuple(disguise.items()))
+        if self._last_prompt[0] != key:         # asked for again for each response to it
+            self._last_prompt = key, self._render(messages, True, disguise) + self._before_response
+        return self._last_prompt[1]
+
+    def _first_special(self, text: str) -> int:
+        if text not in self._ends_of_turn:
+            if len(self._ends_of_turn) > _REMEMBERED:
+                self._ends_of_turn.clear()
+            self._ends_of_turn[text] = self._find_first_special(text)
+        return self._ends_of_turn[text]
+
+    def _find_first_special(self, text: str) -> int:
+        for token in self._encode(text):
+            if token in self._special_ids:
+                return token
+        raise UserError(f"the chat template of {self.folder} ends a response with no special token")
+
+    def _probe_text_before_response(self) -> str:
+        """What the template writes between its generation prompt and the response, such as an empty block of thoughts.
+
+        A space alone belongs to the response: a model that continues the prompt generates it.
+        """
+        question = [Message("user", "prompt")]
+        prompt = self._render(question, True)
+        whole = self._render([*question, Message("assistant", _PROBE)], False)
+        before, found, _ = whole[len(prompt):].partition(_PROBE)
+        if not whole.startswith(prompt) or not found:
+            raise UserError(f"the chat template of {self.folder} does not render a response after its prompt")
+        return before if before.strip(" ") else ""
+
+    def _probe_system_role(self) -> bool:
+        try:
+            return _PROBE in self._render([Message("system", _PROBE), Message("user", "prompt")], True)
+        except UserError:
+            return False
+
+    def _disguise(self, contents: Iterable[str]) -> dict[str, str]:
+        """A private character for each special token that contents spell out, so that rendering tells them apart."""
+        text = "\0".join(contents)
+        spelled = sorted(set(self._special_text.findall(text)))
+        unused = (chr(code) for code in range(0x10FFFD, 0xF0000, -1) if chr(code) not in text) if spelled else ()
+        return dict(zip(spelled, unused))
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool, disguise: Mapping[str, str] = {}) -> str:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not self._knows_system and len(messages) > 1 and messages[0].role == "system":
+            system, first, *others = messages
+            messages = [Message(first.role, f"{system.content}\n\n{first.content}"), *others]
+        try:
+            (text,), _ = render_jinja_template(
+                [[{"role": m.role, "content": _replaced(m.content, disguise)} for m in messages]],
+                chat_template=self._template, add_generation_prompt=generation_prompt, date_string=_FIXED_DATE,
+                **self._template_tokens)
+            return text
+        except (TemplateError, TypeError) as error:
+            raise UserError(f"the chat template of {self.folder} refuses a conversation of "
+                            f"{', '.join(m.role for m in messages)}: {error}") from None
+
+    def _encode(self, text: str, special: bool = True) -> list[int]:
+        return self._engine.encode(text, special)
+
+    def _encode_within(self, text: str) -> list[int]:
+        """Ids of a text that stands between special tokens, without taking any of it for one."""
+        if not self._puts_space_first:
+            return self._encode(text, special=False)
+        # The tokenizer puts a space before what it takes for a beginning. A line break has a token of its own, so what
+        # follows one is encoded as in the middle of a text.
+        before, ids = self._encode("\n", special=False), self._encode("\n" + text, special=False)
+        return ids[len(before):] if ids[:len(before)] == before else self._encode(text, special=False)
+
+
+class _FastEngine:
+    """A fast tokenizer's own encoder, without the padding and truncation that it may be set to."""
+
+    def __init__(self, tokenizer: Any):
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        cuts = known_cuts(self._backend)
+        self._memories = None if cuts is None else {special: WordMemory(
+            functools.partial(self.encode_whole, special=special), cuts) for special in (True, False)}
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Ids of a text; ``special`` says whether special tokens are recognised in it."""
+        return self._memories[special].encode(text) if self._memories else self.encode_whole(text, special).ids
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], Any]:
+        """Ids of a text without special tokens, and the characters of each."""
+        if self._memories:
+            return self._memories[False].encode_with_spans(text)
+        encoded = self.encode_whole(text, False)
+        return encoded.ids, encoded.offsets
+
+    def encode_whole(self, text: str, special: bool) -> Any:
+        """The tokenizer's own encoding of a text, with ``ids`` and ``offsets``."""
+        self._backend.encode_special_tokens = not special
+        return self._backend.encode(text, add_special_tokens=False)
+
+
+def load_tokenizer(folder: str | Path) -> ChatTokenizer:
+    """Load a tokenizer and its chat template from this machine; nothing is downloaded or executed.
+
+    Args:
+        folder: a Hugging Face folder with a fast tokenizer; or a SentencePiece ``.model`` file, or a folder with one
+            and nothing of Hugging Face's, with ``chat_template.jinja`` beside it.
+
+    Raises:
+        UserError: the folder is missing, or has no such tokenizer or no chat template.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        return ChatTokenizer(SentencePieceTokenizer(folder), folder)
+    if not folder.is_dir():
+        raise UserError(f"tokenizer folder {folder} does not exist")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        if (folder / "tokenizer.model").is_file():
+            return ChatTokenizer(SentencePieceTokenizer(folder / "tokenizer.model"), folder)
+        raise UserError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer_config.json or tokenizer.model)")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")       # we encode one text at a time
+    with heavy_imports():
+        from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"the tokenizer of {folder} does not load: {error}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{folder} holds a slow tokenizer; save it as a fast one (tokenizer.json) first")
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {folder} has no chat template; take the instruction-tuned model's tokenizer")
+    return ChatTokenizer(tokenizer, folder)
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    return sha256_of_json({name: parts[name] for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")})
+
+
+def _leading_spaces(text: str) -> int:
+    return len(text) - len(text.lstrip(" "))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _replaced(text: str, by: Mapping[str, str]) -> str:
+    if not by:
+        return text
+    longest_first = sorted(by, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)), lambda match: by[match[0]], text)

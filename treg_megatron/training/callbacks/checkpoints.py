@@ -1,0 +1,155 @@
+"""Checkpoints of a run: written whole or not at all, the newest few kept, the newest good one found again."""
+
+import contextlib
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
+
+from treg_megatron import __version__
+from treg_megatron.checkpoint.layout import (CHECKPOINTS, IDENTITY, UNFINISHED_MARKER, Identity, damage, fingerprints,
+                                             is_complete, newest_checkpoint, write_identity)
+from treg_megatron.errors import UserError
+from treg_megatron.utils.files import bytes_in
+from treg_megatron.distributed.launch import on_rank_zero
+
+DAMAGED = ".damaged"
+
+
+class SaveEvery(pl.Callback):
+    """Saves model, optimizer, schedule and position every so many steps, after the last, and when the run is to stop.
+
+    A checkpoint counts only when every rank has finished it: the marker beside it goes, and treg.json comes, after a
+    barrier. Older ones are removed only then.
+
+    Args:
+        run: the run's folder.
+        steps: optimizer steps between checkpoints.
+        keep: how many of the newest stay.
+        identity: of the checkpoint that the run started from.
+        description: what made the run, for whoever finds the checkpoint; ``metrics`` is read at each save.
+
+    Raises:
+        UserError: on every rank, when a rank cannot write its part; nothing of that checkpoint stays.
+    """
+
+    def __init__(self, run: Path, steps: int, keep: int, identity: Identity, description: dict[str, Any],
+                 metrics: dict[str, float]):
+        self.folder = Path(run) / CHECKPOINTS
+        self.steps, self.keep, self.identity = steps, keep, identity
+        self.description, self.metrics = description, metrics
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
+        last = trainer.should_stop or trainer.global_step == trainer.max_steps
+        due = last or trainer.global_step % self.steps == 0
+        self._finish_pending(trainer, wait=due)
+        if due:
+            self._save(trainer)
+        if last:
+            self._finish_pending(trainer, wait=True)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        step = trainer.global_step
+        checkpoint = self.folder / f"step_{step:06d}"
+        identity = dataclasses.replace(
+            self.identity, written_by=f"treg-megatron {__version__}, treg_megatron.train",
+            run={**self.description, "step": step, "metrics": dict(self.metrics)})
+        background = trainer.strategy.async_save
+        finish = lambda: self._finish(checkpoint, identity)  # noqa: E731
+        with self._refused(checkpoint):
+            on_rank_zero(lambda: _begin(checkpoint))
+            # NeMo drops the suffix: a folder, one file a rank
+            trainer.save_checkpoint(f"{checkpoint}.ckpt", storage_options={"finalize_fn": finish} if background else None)
+            if not background:
+                finish()
+
+    def _finish_pending(self, trainer: pl.Trainer, wait: bool) -> None:
+        """Complete the checkpoint that is written in the background, if there is one and every rank's part is there."""
+        if trainer.strategy.async_save:
+            with self._refused(self.folder):
+                trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=wait)
+
+    def _finish(self, checkpoint: Path, identity: Identity) -> None:
+        torch.distributed.barrier()
+        on_rank_zero(lambda: _complete(checkpoint, identity, self.keep))
+
+    @contextlib.contextmanager
+    def _refused(self, checkpoint: Path):
+        try:
+            yield
+        except (CheckpointException, CheckpointingException, OSError, UserError) as error:
+            good = newest_checkpoint(self.folder.parent)
+            full = "No space left" in str(error) or _lacks_room(self.folder, good)
+            if torch.distributed.get_rank() == 0:  # gives the room back, too
+                remove_unfinished(self.folder.parent)
+            reason = "No space left on device" if full else str(error).splitlines()[0]
+            raise UserError(f"{checkpoint} could not be written: {reason}; "
+                            + (f"{good.name} is whole" if good else "there is no earlier one")
+                            + ": make room and start the same command again") from error
+
+
+def _lacks_room(folder: Path, written: Path | None) -> bool:
+    """Whether a checkpoint like the last one does not fit: torch reports a write that failed in words of its own."""
+    needed = bytes_in(written) if written else 1 << 20
+    return shutil.disk_usage(folder).free < needed
+
+
+def _begin(checkpoint: Path) -> None:
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    _marker(checkpoint).touch()
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _complete(checkpoint: Path, identity: Identity, keep: int) -> None:
+    write_identity(checkpoint, dataclasses.replace(identity, files=fingerprints(checkpoint)))
+    _marker(checkpoint).unlink()
+    remove_old(checkpoint.parent, keep)
+
+
+def checkpoint_to_resume(run: Path) -> Path | None:
+    """Clean up after an interrupted run, saying so, and find the checkpoint to go on from; for rank 0."""
+    if left := remove_unfinished(run):
+        print(f"removed checkpoints that an interrupted save left unfinished: {', '.join(left)}", flush=True)
+    newest = newest_checkpoint(run, passed_over=lambda line: print(line, flush=True))
+    for checkpoint in (Path(run) / CHECKPOINTS).glob("step_*"):
+        if is_complete(checkpoint) and damage(checkpoint):
+            # out of the way, so that it is not counted among those to keep; and kept, to look at
+            aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+    return newest
+
+
+def remove_unfinished(run: Path) -> list[str]:
+    """Delete what an interrupted save left; the names of what went."""
+    folder = Path(run) / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    left = [p for p in _checkpoints(folder) if not is_complete(p)]
+    for checkpoint in left:
+        shutil.rmtree(checkpoint)
+    for marker in folder.glob("step_*" + UNFINISHED_MARKER):
+        marker.unlink()
+    return [p.name for p in left]
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Delete all complete checkpoints of ``folder`` but the newest ``keep``."""
+    complete = sorted(p for p in _checkpoints(folder) if is_complete(p))
+    for checkpoint in complete[:-keep]:
+        # treg.json first: a removal cut short leaves no checkpoint that looks whole
+        (checkpoint / IDENTITY).unlink()
+        shutil.rmtree(checkpoint)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("step_*") if p.is_dir() and p.suffix != DAMAGED]
+
+
+def _marker(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + UNFINISHED_MARKER)

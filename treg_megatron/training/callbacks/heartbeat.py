@@ -1,0 +1,134 @@
+"""Signs of life: which rank is behind when a run stands still, and an end to it when it stands still for too long."""
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from treg_megatron.distributed.launch import World, node_name
+
+QUIET_SECONDS = 60.0  # without a step, and rank 0 begins to say what it sees; or a quarter of the time that ends the run
+BEATS = 6             # signs of life within that time
+
+
+class Heartbeat(pl.Callback):
+    """Watches one rank from beside its main thread.
+
+    Every rank tells rank 0, through a connection of its own, the last step that it finished and what its main thread is
+    doing. While no step ends, rank 0 prints who differs from the others. After ``stuck_after`` seconds without a step, every
+    rank prints the stacks of all its threads and exits, which needs no cooperation of the thread that hangs: a
+    collective that never ends must not burn an allocation.
+
+    Args:
+        stuck_after: seconds; a micro-batch of validation and a checkpoint count as life, too.
+    """
+
+    def __init__(self, ranks: World, stuck_after: float):
+        self.ranks, self.stuck_after = ranks, stuck_after
+        self.quiet = min(QUIET_SECONDS, stuck_after / 4)
+        self.step, self.thread = 0, None
+
+    def alive(self) -> None:
+        """Called whenever the run gets on."""
+        self.last = time.monotonic()
+        faulthandler.dump_traceback_later(self.stuck_after, exit=True)  # a C thread: it needs no Python to go on
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self.ended = threading.Event()  # not before: NeMo copies callbacks, and a lock has no copy
+        self.alive()
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.step = trainer.global_step
+        self.alive()
+        if self.ranks.size > 1:
+            self.thread = threading.Thread(target=self._watch, args=(threading.get_ident(),), daemon=True)
+            self.thread.start()
+
+    def on_megatron_step_end(self, **_) -> None:
+        self.alive()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
+        self.step = trainer.global_step
+        self.alive()
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.end()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Stop watching."""
+        self.ended.set()
+        faulthandler.cancel_dump_traceback_later()
+        if self.thread is not None:
+            self.thread.join(self.quiet)  # the interpreter must not end while it is inside the store
+
+    def _watch(self, main_thread: int) -> None:
+        try:
+            # a connection of its own: the main thread may hold the group's while it waits for a rank that is gone
+            store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                                               is_master=False, wait_for_workers=False)
+            beats, watcher = 0, Watcher(self.ranks.size, self.quiet)
+            while not self.ended.wait(self.quiet / BEATS):
+                beats += 1
+                doing = doing_now(main_thread)
+                store.set(f"heartbeat/{self.ranks.rank}", json.dumps([beats, self.step, doing, node_name()]))
+                if self.ranks.rank == 0:
+                    keys = [f"heartbeat/{rank}" for rank in range(self.ranks.size)]
+                    seen = {rank: json.loads(store.get(key)) for rank, key in enumerate(keys) if store.check([key])}
+                    if line := watcher.look(seen, time.monotonic() - self.last):
+                        print(line, file=sys.stderr, flush=True)
+        except (torch.distributed.DistError, RuntimeError):
+            return  # rank 0 has ended: so will this one
+
+
+class Watcher:
+    """What rank 0 makes of the signs of life: a line when a run stands still, then again when it has for twice as long."""
+
+    def __init__(self, ranks: int, quiet: float):
+        self.ranks, self.quiet, self.next = ranks, quiet, quiet
+        self.beats: dict[int, tuple[int, float]] = {}
+
+    def look(self, seen: dict[int, list], still: float) -> str | None:
+        """A line to print, or None.
+
+        Args:
+            seen: by rank ``[beats, last finished step, what its main thread does, node]``.
+            still: seconds since rank 0 got on.
+        """
+        now = time.monotonic()
+        for rank, (beats, *_) in seen.items():
+            if self.beats.get(rank, (None,))[0] != beats:
+                self.beats[rank] = (beats, now)
+        if still < self.quiet:
+            self.next = self.quiet
+        if still < self.next:
+            return None
+        self.next = 2 * still
+        silent = {rank: now - self.beats[rank][1] for rank in seen if now - self.beats[rank][1] > self.quiet / 2}
+        groups = Counter((seen[rank][1], seen[rank][2]) for rank in seen if rank not in silent)
+        behind = [f"rank {rank} on {seen[rank][3]}: no sign of life for {age:.0f} s, last step {seen[rank][1]}"
+                  for rank, age in silent.items()]
+        behind += [f"rank {rank}: never heard of" for rank in range(self.ranks) if rank not in seen]
+        for (step, doing), count in reversed(groups.most_common()[1:]):
+            behind += [f"rank {rank} on {seen[rank][3]}: in {doing} after step {step}" for rank in sorted(seen)
+                       if rank not in silent and (seen[rank][1], seen[rank][2]) == (step, doing)]
+        most = ""
+        if groups:
+            (step, doing), count = groups.most_common(1)[0]
+            most = f"; {count} of {self.ranks} ranks are in {doing} after step {step}"
+        return f"heartbeat: no step for {still:.0f} s{most}; " + ("; ".join(behind[:8]) or "none differs")
+
+
+def doing_now(thread: int) -> str:
+    """Where a thread is: ``file.function`` of its innermost frame."""
+    frame = sys._current_frames().get(thread)
+    return "nothing" if frame is None else f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"

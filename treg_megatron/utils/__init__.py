@@ -1,0 +1,1 @@
+"""Files, progress, logging and the command boundary: nothing here knows about models."""

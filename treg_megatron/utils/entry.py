@@ -1,0 +1,40 @@
+"""The boundary of every command: a user error becomes one line and exit code 2, a bug keeps its traceback."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from treg_megatron.errors import EXIT_BAD_INPUT, UserError
+from treg_megatron.utils.quiet import quieten
+
+RANK_ZERO_SECONDS = 20  # that rank 0 is given to say what is wrong, before another rank does
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run an entry point, quietly; a :class:`UserError` becomes one line on stderr and exit code 2."""
+    quieten()
+    try:
+        main()
+    except UserError as error:
+        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+        if rank:
+            _leave_it_to_rank_zero()
+        print(f"error{f' on rank {rank}' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except BrokenPipeError:
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _leave_it_to_rank_zero() -> None:
+    """Return only if rank 0 goes on, which has no such error then.
+
+    Most errors are every rank's, and one line is enough. When rank 0 ends, the launcher ends the others: with the same
+    exit code as rank 0, or the launcher would report that they were killed.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_BAD_INPUT))
+    time.sleep(RANK_ZERO_SECONDS)
