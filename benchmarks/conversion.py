@@ -27,8 +27,12 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[1, 2, 4], metavar="GB", help="sizes of the models")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions of each measurement")
     parser.add_argument("--folder", default=None, help="where to work (default: the system's temporary folder)")
-    parser.add_argument("--convert", nargs=4, metavar=("import|export", "SOURCE", "BASE", "OUTPUT"),
-                        help="run one conversion in this process and print its seconds and peak memory")
+    parser.add_argument(
+        "--convert",
+        nargs=4,
+        metavar=("import|export", "SOURCE", "BASE", "OUTPUT"),
+        help="run one conversion in this process and print its seconds and peak memory",
+    )
     arguments = parser.parse_args()
     if arguments.convert:
         print(json.dumps(convert(*arguments.convert)))
@@ -48,10 +52,13 @@ def main() -> None:
                     ratio = statistics.median(c / o for c, o, _ in pairs)
                     ratios[kind].setdefault(cache, []).append(ratio)
                     peaks[kind].append(peak)
-                    print(f"{gigabytes:5g} {kind:6} {cache:5} {cp:7.2f} {ours:7.2f} {ratio:6.2f} {peak:8.2f}",
-                          flush=True)
-    print(f"largest tensor {largest / 1e9:.2f} GB; peak memory over all sizes: "
-          + ", ".join(f"{kind} {min(p):.2f} to {max(p):.2f} GB" for kind, p in peaks.items()))
+                    print(
+                        f"{gigabytes:5g} {kind:6} {cache:5} {cp:7.2f} {ours:7.2f} {ratio:6.2f} {peak:8.2f}", flush=True
+                    )
+    print(
+        f"largest tensor {largest / 1e9:.2f} GB; peak memory over all sizes: "
+        + ", ".join(f"{kind} {min(p):.2f} to {max(p):.2f} GB" for kind, p in peaks.items())
+    )
     for kind in ("export", "import"):
         for cache in ("warm", "cold"):
             print(f"{kind} {cache}: " + ", ".join(f"{r:.2f}" for r in ratios[kind][cache]))
@@ -65,14 +72,21 @@ def synthetic_llama(folder: Path, gigabytes: float) -> int:
     import torch
 
     from treg_megatron.checkpoint.buffers import as_bytes
-    from treg_megatron.models.families import family_of, model_fields
     from treg_megatron.checkpoint.safetensors_stream import INDEX_FILE, ShardWriter, index_of, plan_shards
     from treg_megatron.checkpoint.to_hf import SHARD_BYTES, planned_tensors
+    from treg_megatron.models.families import family_of, model_fields
 
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": FFN,
-        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": VOCAB, "num_hidden_layers": 1,
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCAB,
+        "num_hidden_layers": 1,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
     }
 
     def planned():
@@ -88,7 +102,7 @@ def synthetic_llama(folder: Path, gigabytes: float) -> int:
     for name, shard in shards.items():
         with ShardWriter(folder / name, shard) as writer:
             for tensor in shard:
-                writer.write(tensor.name, [noise[:tensor.nbytes]])
+                writer.write(tensor.name, [noise[: tensor.nbytes]])
     if len(shards) > 1:
         (folder / INDEX_FILE).write_text(json.dumps(index_of(shards)))
     return largest

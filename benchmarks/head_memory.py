@@ -28,13 +28,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    weight = (torch.randn(arguments.vocabulary, arguments.hidden) / arguments.hidden ** 0.5).to(device, torch.bfloat16)
+    weight = (torch.randn(arguments.vocabulary, arguments.hidden) / arguments.hidden**0.5).to(device, torch.bfloat16)
     weight.requires_grad_()
 
     hidden, targets, upstream = problem(arguments.rows, arguments, device)
     peak = peak_bytes(lambda: step(chunked, hidden, weight, targets, upstream), device)
-    print(f"chunked: {arguments.rows} rows, vocabulary {arguments.vocabulary}, bf16: peak {peak / 1e9:.3f} GB "
-          f"(whole fp32 logits alone: {4 * arguments.rows * arguments.vocabulary / 1e9:.1f} GB)")
+    print(
+        f"chunked: {arguments.rows} rows, vocabulary {arguments.vocabulary}, bf16: peak {peak / 1e9:.3f} GB "
+        f"(whole fp32 logits alone: {4 * arguments.rows * arguments.vocabulary / 1e9:.1f} GB)"
+    )
 
     hidden, targets, upstream = problem(arguments.plain_rows, arguments, device)
     seconds = {chunked: [], plain: []}

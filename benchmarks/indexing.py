@@ -38,14 +38,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megatron", type=Path, help="checkout of Megatron-LM; left out, nothing is compared")
     parser.add_argument("--tokenizer", required=True, type=Path, help="Hugging Face folder of a tokenizer")
-    parser.add_argument("--pairs", type=Path, default=ROOT / "demo" / "pairs" / "train.jsonl",
-                        help="preference pairs of any format that the texts and lengths are taken from")
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        default=ROOT / "demo" / "pairs" / "train.jsonl",
+        help="preference pairs of any format that the texts and lengths are taken from",
+    )
     parser.add_argument("--count", type=int, default=8000, help="pairs to index from text")
     parser.add_argument("--most", type=int, default=1_000_000, help="pairs of the largest file in the memory test")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS,
-                        help="what to measure: text and labelled are the peak memory of indexing either")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=PARTS,
+        choices=PARTS,
+        help="what to measure: text and labelled are the peak memory of indexing either",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if "compare" in arguments.parts and arguments.megatron:
@@ -108,21 +117,51 @@ def same_ids(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def ours_on(path: Path, arguments: argparse.Namespace) -> None:
-    call([ROOT / "tools" / "index_pairs.py", "--labelled", path,
-          "--output", path.with_name(f"{path.stem}-ours"), "--tokenizer", arguments.tokenizer,
-          "--workers", arguments.workers], ROOT)
+    call(
+        [
+            ROOT / "tools" / "index_pairs.py",
+            "--labelled",
+            path,
+            "--output",
+            path.with_name(f"{path.stem}-ours"),
+            "--tokenizer",
+            arguments.tokenizer,
+            "--workers",
+            arguments.workers,
+        ],
+        ROOT,
+    )
 
 
 def megatron_on(path: Path, keys: tuple[str, ...], arguments: argparse.Namespace) -> None:
-    call([arguments.megatron / "tools" / "preprocess_data.py", "--input", path, "--output-prefix",
-          path.with_name(f"{path.stem}-{keys[-1]}"), "--json-keys", *keys, "--append-eod",
-          "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", arguments.tokenizer, "--workers",
-          arguments.workers], arguments.megatron)
+    call(
+        [
+            arguments.megatron / "tools" / "preprocess_data.py",
+            "--input",
+            path,
+            "--output-prefix",
+            path.with_name(f"{path.stem}-{keys[-1]}"),
+            "--json-keys",
+            *keys,
+            "--append-eod",
+            "--tokenizer-type",
+            "HuggingFaceTokenizer",
+            "--tokenizer-model",
+            arguments.tokenizer,
+            "--workers",
+            arguments.workers,
+        ],
+        arguments.megatron,
+    )
 
 
 def call(command: list, package: Path) -> None:
-    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                            env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"})
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
+    )
     if result.returncode:
         sys.exit(f"{command[0]} failed:\n{result.stderr[-2000:]}")
 
@@ -149,18 +188,33 @@ def write_text(path: Path, count: int, arguments: argparse.Namespace) -> None:
             messages = [message._replace(content=renewed(message.content)) for message in pair.messages]
             chosen, rejected = renewed(pair.chosen), renewed(pair.rejected)
             prompt = tokenizer.decode(tokenizer.encode_prompt(messages))
-            file.write(json.dumps({
-                "id": i, "prompt": [message._asdict() for message in messages], "chosen": chosen, "rejected": rejected,
-                "chosen_spans": [[0, len(chosen), 0.25]], "rejected_spans": [[0, len(rejected), -0.25]],
-                "prompt_text": prompt, "chosen_sequence": prompt + chosen, "rejected_sequence": prompt + rejected,
-            }) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "id": i,
+                        "prompt": [message._asdict() for message in messages],
+                        "chosen": chosen,
+                        "rejected": rejected,
+                        "chosen_spans": [[0, len(chosen), 0.25]],
+                        "rejected_spans": [[0, len(rejected), -0.25]],
+                        "prompt_text": prompt,
+                        "chosen_sequence": prompt + chosen,
+                        "rejected_sequence": prompt + rejected,
+                    }
+                )
+                + "\n"
+            )
     print(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB, {repeated_share:.1%} of the words changed in repetitions")
 
 
 def new_words(pairs: list) -> float:
     """Share of the words in the second half of the pairs that did not come before."""
-    words = [word for pair in pairs for text in (*(m.content for m in pair.messages), pair.chosen, pair.rejected)
-             for word in text.split()]
+    words = [
+        word
+        for pair in pairs
+        for text in (*(m.content for m in pair.messages), pair.chosen, pair.rejected)
+        for word in text.split()
+    ]
     half, seen, new = len(words) // 2, set(), 0
     for i, word in enumerate(words):
         new += i >= half and word not in seen
@@ -194,19 +248,40 @@ def reading(prefix: Path) -> None:
 
 
 def index_one(labelled: Path, prefix: Path, tokenizer: Path, workers: int) -> None:
-    from treg_megatron.labelling.indexing import index
     from treg_megatron.config.recipe import load_recipe, section
+    from treg_megatron.labelling.indexing import index
 
-    index(section(load_recipe(overrides=[f"index.labelled={labelled}", f"index.output={prefix}",
-                                         f"index.tokenizer={tokenizer}", f"index.workers={workers}"]), "index"))
+    index(
+        section(
+            load_recipe(
+                overrides=[
+                    f"index.labelled={labelled}",
+                    f"index.output={prefix}",
+                    f"index.tokenizer={tokenizer}",
+                    f"index.workers={workers}",
+                ]
+            ),
+            "index",
+        )
+    )
 
 
 def write_short_text(path: Path, pairs: int) -> None:
     """Pairs of a few words with token rewards: what grows with their number shows."""
     with open(path, "w", encoding="utf-8") as file:
         for i in range(pairs):
-            file.write(json.dumps({"prompt": f"{i}?", "chosen": "yes", "rejected": "no",
-                                   "chosen_spans": [[0, 3, 0.25]], "rejected_spans": [[0, 2, -0.25]]}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "prompt": f"{i}?",
+                        "chosen": "yes",
+                        "rejected": "no",
+                        "chosen_spans": [[0, 3, 0.25]],
+                        "rejected_spans": [[0, 2, -0.25]],
+                    }
+                )
+                + "\n"
+            )
 
 
 def write_labelled(path: Path, pairs: int) -> None:
@@ -216,10 +291,23 @@ def write_labelled(path: Path, pairs: int) -> None:
 
     chance = np.random.default_rng(0)
     prompt, response = 20, 40
-    with pq.ParquetWriter(path, pa.schema({
-            "pair_id": pa.string(), **{f"{side}_{name}": pa.list_(kind) for side in ("chosen", "rejected")
-                                       for name, kind in (("tokens", pa.int32()), ("token_rewards", pa.float32()),
-                                                          ("ref_logprobs", pa.float32()))}})) as writer:
+    with pq.ParquetWriter(
+        path,
+        pa.schema(
+            {
+                "pair_id": pa.string(),
+                **{
+                    f"{side}_{name}": pa.list_(kind)
+                    for side in ("chosen", "rejected")
+                    for name, kind in (
+                        ("tokens", pa.int32()),
+                        ("token_rewards", pa.float32()),
+                        ("ref_logprobs", pa.float32()),
+                    )
+                },
+            }
+        ),
+    ) as writer:
         for first in range(0, pairs, 10_000):
             rows = min(10_000, pairs - first)
             asked = chance.integers(0, 1000, (rows, prompt), dtype=np.int32)
@@ -246,8 +334,10 @@ def fill(arguments: argparse.Namespace) -> None:
         lengths.append(2 * len(tokenizer.encode_prompt(pair.messages)) + sum(map(len, responses)))
     real = np.array(lengths)
     drawn = np.random.default_rng(0).choice(real[real <= 8192], 60_000)
-    print(f"{len(real)} real pairs of {real.min()} to {real.max()} tokens, median {int(np.median(real))}; "
-          f"{(real > 8192).sum()} longer than a bin left out; 60,000 drawn")
+    print(
+        f"{len(real)} real pairs of {real.min()} to {real.max()} tokens, median {int(np.median(real))}; "
+        f"{(real > 8192).sum()} longer than a bin left out; 60,000 drawn"
+    )
     order = BinOrder(drawn, 8192, 128, 0, 1, micro_batches=1, seed=1)
     start = time.perf_counter()
     bins = [bin for step in range(order.steps) for bin in order.bins(step)]

@@ -33,12 +33,14 @@ from tests.tiny import tiny_llama, tiny_pair, tiny_tokenizer  # noqa: E402
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "tiny.yaml"
 PAIRS, EPOCHS, GLOBAL_BATCH = 46, 16, 8
 KILLS_A_STATION = {"label": 2, "train": 25, "export": 2}
-TRAIN_SECONDS = 5.0                     # a training is killed within this time of its start, about half of it at work
+TRAIN_SECONDS = 5.0  # a training is killed within this time of its start, about half of it at work
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="stop after the round that reaches so many (%(default)s)")
+    parser.add_argument(
+        "--kills", type=int, default=100, help="stop after the round that reaches so many (%(default)s)"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further round after this time")
     parser.add_argument("--state", type=Path, help="folder that keeps the counts; without it one call does it all")
     arguments = parser.parse_args()
@@ -87,16 +89,27 @@ class Storm:
         self.counts["rounds"] += 1
         shutil.rmtree(folder)
         self.file.write_text(json.dumps(self.counts))
-        print(f"round {number}: {self.counts['kills']} kills so far, {time.monotonic() - start:.0f} s instead of "
-              f"{self.quiet_seconds:.0f} s, "
-              + (f"DIFFERENT: {', '.join(wrong)}" if wrong else "everything as in the quiet round"), flush=True)
+        print(
+            f"round {number}: {self.counts['kills']} kills so far, {time.monotonic() - start:.0f} s instead of "
+            f"{self.quiet_seconds:.0f} s, "
+            + (f"DIFFERENT: {', '.join(wrong)}" if wrong else "everything as in the quiet round"),
+            flush=True,
+        )
 
     def report(self) -> None:
         kills = max(self.counts["kills"], 1)
-        print("kills while " + ", ".join(f"{name.removeprefix('while ')} {count}" for name, count
-                                         in sorted(self.counts.items()) if name.startswith("while ")))
-        print(f"{self.counts['of ranks']} of ranks, {self.counts['of helpers']} of their checkpoint writers; "
-              f"{self.counts['restarts']} automatic restarts, {self.counts['rounds']} rounds")
+        print(
+            "kills while "
+            + ", ".join(
+                f"{name.removeprefix('while ')} {count}"
+                for name, count in sorted(self.counts.items())
+                if name.startswith("while ")
+            )
+        )
+        print(
+            f"{self.counts['of ranks']} of ranks, {self.counts['of helpers']} of their checkpoint writers; "
+            f"{self.counts['restarts']} automatic restarts, {self.counts['rounds']} rounds"
+        )
         print(f"figure seconds_lost_a_kill {self.counts['milliseconds_lost'] / 1000 / kills:.2f} s")
         for name, unit in (("kills", "kills"), ("lost", "pairs"), ("repeated", "pairs"), ("corrupt", "outputs")):
             print(f"figure {name} {self.counts[name]} {unit}")
@@ -106,18 +119,30 @@ class Storm:
     def _run(self, folder: Path, chance: random.Random, kills: bool) -> dict:
         """Every station in turn; what is to be compared."""
         from treg_megatron.checkpoint.from_hf import import_checkpoint
-        from treg_megatron.utils.files import sha256_of
-        from treg_megatron.labelling.indexing import index
-        from treg_megatron.data.labelled_pairs import read_labelled
         from treg_megatron.config.recipe import load_recipe, section
+        from treg_megatron.data.labelled_pairs import read_labelled
+        from treg_megatron.labelling.indexing import index
+        from treg_megatron.utils.files import sha256_of
 
         folder.mkdir()
         (folder / "pairs.jsonl").write_text("".join(json.dumps(tiny_pair(i, f"p{i}")) + "\n" for i in range(PAIRS)))
-        overrides = [f"run={folder}", f"model.hf={self.scratch}/hf", f"label.pairs={folder}/pairs.jsonl",
-                     "label.shard_pairs=4", f"data.global_batch_size={GLOBAL_BATCH}", f"data.epochs={EPOCHS}", "parallel.pipeline=2",
-                     "train.save_every=3", "train.record_pairs=true", "train.stuck_after=20"]
-        for station, ranks, action in (("label", 2, label_station), ("train", 2, train_station),
-                                       ("export", 1, export_station)):
+        overrides = [
+            f"run={folder}",
+            f"model.hf={self.scratch}/hf",
+            f"label.pairs={folder}/pairs.jsonl",
+            "label.shard_pairs=4",
+            f"data.global_batch_size={GLOBAL_BATCH}",
+            f"data.epochs={EPOCHS}",
+            "parallel.pipeline=2",
+            "train.save_every=3",
+            "train.record_pairs=true",
+            "train.stuck_after=20",
+        ]
+        for station, ranks, action in (
+            ("label", 2, label_station),
+            ("train", 2, train_station),
+            ("export", 1, export_station),
+        ):
             if station == "train":
                 recipe = load_recipe(RECIPE, overrides)
                 index(section(recipe, "index"))
@@ -130,18 +155,38 @@ class Storm:
             self.seconds.setdefault(station, time.monotonic() - start)
         records = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
         return {
-            "labels": [row for shard in sorted((folder / "labelled" / "train").glob("*.parquet"))
-                       for row in ([p.pair_id, *(getattr(p, f"{side}_{name}").tolist() for side in ("chosen", "rejected")
-                                                 for name in ("tokens", "token_rewards", "ref_logprobs"))]
-                                   for p in read_labelled(shard))],
+            "labels": [
+                row
+                for shard in sorted((folder / "labelled" / "train").glob("*.parquet"))
+                for row in (
+                    [
+                        p.pair_id,
+                        *(
+                            getattr(p, f"{side}_{name}").tolist()
+                            for side in ("chosen", "rejected")
+                            for name in ("tokens", "token_rewards", "ref_logprobs")
+                        ),
+                    ]
+                    for p in read_labelled(shard)
+                )
+            ],
             "metrics": [{k: v for k, v in record.items() if k != "seconds"} for record in records],
             "epochs": epochs_of(folder / "train"),
             "weights": sha256_of(folder / "hf" / "model.safetensors"),
         }
 
-    def _attempt(self, station: str, folder: Path, ranks: int, action: Callable, overrides: list[str],
-                 chance: random.Random, kill: bool) -> bool:
+    def _attempt(
+        self,
+        station: str,
+        folder: Path,
+        ranks: int,
+        action: Callable,
+        overrides: list[str],
+        chance: random.Random,
+        kill: bool,
+    ) -> bool:
         """Start a station once, with or without a kill; whether it came to its end."""
+
         def strike() -> None:
             time.sleep(chance.uniform(0.0, TRAIN_SECONDS if station == "train" else self.seconds[station]))
             victims = processes_of_ranks()
@@ -169,8 +214,8 @@ class Storm:
 
 
 def label_station(overrides: list[str]) -> None:
-    from treg_megatron.labelling.job import label
     from treg_megatron.config.recipe import load_recipe, section
+    from treg_megatron.labelling.job import label
 
     label(section(load_recipe(RECIPE, overrides), "label"))
 
@@ -205,7 +250,9 @@ def processes_of_ranks() -> dict[int, bool]:
 
 
 def _children(pid: int) -> list[int]:
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
 
 
 def epochs_of(run: Path) -> list[list[str]]:
@@ -214,8 +261,10 @@ def epochs_of(run: Path) -> list[list[str]]:
 
     by_step = recorded_pairs(run)
     per_epoch = -(-PAIRS // GLOBAL_BATCH)
-    return [[pair for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1) for pair in by_step.get(step, [])]
-            for epoch in range(EPOCHS)]
+    return [
+        [pair for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1) for pair in by_step.get(step, [])]
+        for epoch in range(EPOCHS)
+    ]
 
 
 if __name__ == "__main__":

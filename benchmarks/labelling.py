@@ -22,13 +22,13 @@ from unittest import mock
 import numpy as np
 import torch
 
-from treg_megatron.utils import entry
 from treg_megatron.data.alignment import score_positions
 from treg_megatron.data.pairs import read_pairs
 from treg_megatron.labelling.prompt_pair import load_prompt_pair
 from treg_megatron.labelling.scoring import ScoredSequence, shared_prefixes
 from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
 from treg_megatron.tokenizer.chat import load_tokenizer
+from treg_megatron.utils import entry
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_DIFFERENCE = {"float32": 1e-4, "bfloat16": float("inf")}
@@ -47,9 +47,11 @@ def main() -> None:
     arguments = parser.parse_args()
     sequences = scored_sequences(arguments)
     tokens = sum(sequence.length for sequence in sequences)
-    print(f"{len(sequences) // 6} pairs of {arguments.pairs}, prompt pair {arguments.prompt_pair}: {len(sequences)} "
-          f"sequences, {tokens} tokens, {min(s.length for s in sequences)} to {max(s.length for s in sequences)} each; "
-          f"{torch.get_num_threads()} threads")
+    print(
+        f"{len(sequences) // 6} pairs of {arguments.pairs}, prompt pair {arguments.prompt_pair}: {len(sequences)} "
+        f"sequences, {tokens} tokens, {min(s.length for s in sequences)} to {max(s.length for s in sequences)} each; "
+        f"{torch.get_num_threads()} threads"
+    )
     figures = [figure(arguments, dtype, sequences, tokens) for dtype in arguments.dtypes]
     print(*figures, sep="\n")
 
@@ -59,7 +61,7 @@ def scored_sequences(arguments: argparse.Namespace) -> list[ScoredSequence]:
     tokenizer, prompts = load_tokenizer(arguments.model), load_prompt_pair(arguments.prompt_pair)
     pairs = list(read_pairs(arguments.pairs))
     sequences = []
-    for pair in pairs[::max(1, len(pairs) // arguments.count)][:arguments.count]:
+    for pair in pairs[:: max(1, len(pairs) // arguments.count)][: arguments.count]:
         six = []
         for text in (pair.chosen, pair.rejected):
             response = tokenizer.encode_response(pair.messages, text)
@@ -77,24 +79,29 @@ def figure(arguments: argparse.Namespace, dtype: str, sequences: list[ScoredSequ
         "plain": lambda: [plain(sequence) for sequence in sequences],
         "ours": lambda: ours.score(sequences),
         "ours, nothing shared": lambda: without_sharing(ours, sequences),
-        "ours, one pair in a pass": lambda: list(itertools.chain.from_iterable(
-            ours.score(sequences[i:i + 6]) for i in range(0, len(sequences), 6))),
+        "ours, one pair in a pass": lambda: list(
+            itertools.chain.from_iterable(ours.score(sequences[i : i + 6]) for i in range(0, len(sequences), 6))
+        ),
         "ours, one sequence in a pass": lambda: [ours.score([sequence])[0] for sequence in sequences],
         "plain, logits of every token": lambda: [plain(sequence, True) for sequence in sequences],
     }
-    plain(sequences[0]), ours.score(sequences[:1])      # the first call of a process sets kernels up
+    plain(sequences[0]), ours.score(sequences[:1])  # the first call of a process sets kernels up
     seconds, values = dict.fromkeys(ways, float("inf")), {}
     for name in ["plain", "ours"] * (arguments.repeat - 1) + list(ways):
         start = time.perf_counter()
         values[name] = ways[name]()
         seconds[name] = min(seconds[name], time.perf_counter() - start)
     difference = max(np.abs(a - b).max() for a, b in zip(values["plain"], values["ours"]))
-    print(f"\n{dtype}: {computed_tokens(sequences, ours):,} of {tokens:,} tokens computed; "
-          f"largest difference of a log-prob {difference:.1e}")
+    print(
+        f"\n{dtype}: {computed_tokens(sequences, ours):,} of {tokens:,} tokens computed; "
+        f"largest difference of a log-prob {difference:.1e}"
+    )
     assert difference < LARGEST_DIFFERENCE[dtype]
     for name in ways:
-        print(f"  {name:30} {seconds[name]:7.2f} s {tokens / seconds[name]:9,.0f} tokens/s "
-              f"{seconds['plain'] / seconds[name]:6.2f} x plain")
+        print(
+            f"  {name:30} {seconds[name]:7.2f} s {tokens / seconds[name]:9,.0f} tokens/s "
+            f"{seconds['plain'] / seconds[name]:6.2f} x plain"
+        )
     short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
     return f"figure label_vs_plain_{short} {seconds['plain'] / seconds['ours']:.2f} ratio"
 
@@ -108,8 +115,11 @@ def plain_scorer(folder: str, dtype: str) -> Callable[[ScoredSequence], np.ndarr
     def score(sequence: ScoredSequence, whole: bool = False) -> np.ndarray:
         tokens = torch.tensor([[*sequence.prompt_ids, *sequence.response_ids]])
         where = score_positions(len(sequence.prompt_ids), len(sequence.response_ids))
-        logits = model(tokens, use_cache=False).logits[0, where] if whole else \
-            model(tokens, use_cache=False, logits_to_keep=torch.arange(where.start, where.stop)).logits[0]
+        logits = (
+            model(tokens, use_cache=False).logits[0, where]
+            if whole
+            else model(tokens, use_cache=False, logits_to_keep=torch.arange(where.start, where.stop)).logits[0]
+        )
         targets = torch.tensor(sequence.response_ids)
         return logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0].numpy()
 
@@ -119,8 +129,10 @@ def plain_scorer(folder: str, dtype: str) -> Callable[[ScoredSequence], np.ndarr
 def computed_tokens(sequences: list[ScoredSequence], scorer: HuggingFaceScorer) -> int:
     """Tokens that go through the model when what is shared does so once for each pass of the scorer."""
     read = [np.array([*s.prompt_ids, *s.response_ids[:-1]]) for s in sequences]
-    return sum(len(shared_prefixes.one_row([read[i] for i in portion], scorer.device).tokens)
-               for portion in shared_prefixes.portions(read, scorer.batch_tokens))
+    return sum(
+        len(shared_prefixes.one_row([read[i] for i in portion], scorer.device).tokens)
+        for portion in shared_prefixes.portions(read, scorer.batch_tokens)
+    )
 
 
 def without_sharing(scorer: HuggingFaceScorer, sequences: list[ScoredSequence]) -> list[np.ndarray]:

@@ -7,8 +7,8 @@ megatron/training/theoretical_memory_usage.py (Apache-2.0), written down for a d
 untied embeddings, the distributed optimizer and sequence parallelism. Two sequences a micro-batch, as a pair has.
 """
 
-from treg_megatron.utils import entry
 from treg_megatron.config.recipe import load_recipe
+from treg_megatron.utils import entry
 
 RECIPES = {"llama3_8b": [], "llama3_70b": []}
 
@@ -47,15 +47,19 @@ def main() -> None:
         rows = {
             "weights, gradients, optimizer": (
                 formula_weights_and_optimizer(plan.fields, parallel.tensor, parallel.pipeline, plan.data_ranks),
-                sum(stage.at_rest)),
+                sum(stage.at_rest),
+            ),
             "activations": (
                 formula_activations(plan.fields, tokens, parallel.tensor, parallel.pipeline, plan.micro_batches),
-                stage.peak.total),
+                stage.peak.total,
+            ),
         }
         for part, (formula, found) in rows.items():
             print(f"| {name} | {part} | {formula / 1e9:.2f} | {found / 1e9:.2f} | {found / formula - 1:+.1%} |")
-        print(f"{name}: of preflight's activations {stage.peak.activations / 1e9:.2f} GB are kept, "
-              f"{stage.peak.working / 1e9:.2f} temporary, {stage.peak.head / 1e9:.2f} the log-prob head's")
+        print(
+            f"{name}: of preflight's activations {stage.peak.activations / 1e9:.2f} GB are kept, "
+            f"{stage.peak.working / 1e9:.2f} temporary, {stage.peak.head / 1e9:.2f} the log-prob head's"
+        )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ OURS = {
     "treg": [SHARED],
     "dpo": [SHARED, "objective.alpha=0"],
     "products by MKL": [SHARED, "bench.products=mkl"],  # on Intel's processors they are so anyway
-    "prompts computed twice": [],                       # and so in those below
+    "prompts computed twice": [],  # and so in those below
     "padded rows": ["data.layout=padded"],
     "padded, Megatron's attention": ["data.layout=padded", "bench.attention=local"],
     "logits of all tokens": ["bench.head=whole"],
@@ -39,21 +39,39 @@ OURS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="Hugging Face folder (default: a random 56M Llama with the demo's tokenizer)")
-    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer with a chat template, for the random model")
+    parser.add_argument(
+        "--model", type=Path, help="Hugging Face folder (default: a random 56M Llama with the demo's tokenizer)"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder of a tokenizer with a chat template, for the random model"
+    )
     parser.add_argument("--pairs", type=Path, default=ROOT / "demo" / "pairs" / "train.jsonl", help="preference pairs")
     parser.add_argument("--max-length", type=int, default=512, help="longest sequence; longer pairs are left out")
     parser.add_argument("--steps", type=int, default=9, help="timed steps of each, after two that are not")
     parser.add_argument("--batch", type=int, default=8, help="pairs in a step")
     parser.add_argument("--micro-batch", type=int, default=4, help="pairs in a forward pass, ours and TRL's")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the GPU in bf16, for MFU (default: H100 SXM)")
-    parser.add_argument("--trl-python", type=Path, default=ROOT / "runs" / "trl-venv" / "bin" / "python",
-                        help="interpreter of an environment with TRL; made when missing")
-    parser.add_argument("--only", nargs="*", default=None, help="names of the runs to take part (default: all); each holds "
-                                                                "a model, so not all fit every machine at once")
-    parser.add_argument("--prepared", type=Path, help="folder that keeps labels and checkpoint for another run on the same "
-                                                      "model and pairs (default: a temporary one)")
+    parser.add_argument(
+        "--peak-tflops", type=float, default=989.0, help="of the GPU in bf16, for MFU (default: H100 SXM)"
+    )
+    parser.add_argument(
+        "--trl-python",
+        type=Path,
+        default=ROOT / "runs" / "trl-venv" / "bin" / "python",
+        help="interpreter of an environment with TRL; made when missing",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=None,
+        help="names of the runs to take part (default: all); each holds a model, so not all fit every machine at once",
+    )
+    parser.add_argument(
+        "--prepared",
+        type=Path,
+        help="folder that keeps labels and checkpoint for another run on the same "
+        "model and pairs (default: a temporary one)",
+    )
     arguments = parser.parse_args()
     make_trl(arguments.trl_python)
     with contextlib.ExitStack() as stack:
@@ -68,26 +86,65 @@ def make_trl(python: Path) -> None:
     folder = python.parent.parent
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     try:
-        subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", "torch", "transformers",
-                        "accelerate", "datasets", "jinja2", TRL], check=True)
+        subprocess.run(
+            [
+                python,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "-c",
+                ROOT / "constraints.txt",
+                "torch",
+                "transformers",
+                "accelerate",
+                "datasets",
+                "jinja2",
+                TRL,
+            ],
+            check=True,
+        )
     except subprocess.CalledProcessError:
         shutil.rmtree(folder)
         raise
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "PYTHONPATH": str(ROOT), "TREG_THREADS":
-                                str(arguments.threads)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(arguments.threads),
+        "PYTHONPATH": str(ROOT),
+        "TREG_THREADS": str(arguments.threads),
+    }
     told = folder / "prepared.txt"
     if not told.exists():
         folder.mkdir(parents=True, exist_ok=True)
         prepare = subprocess.run(
-            [sys.executable, WORKERS / "prepare.py", folder, str(arguments.model or ""), str(arguments.tokenizer or ""),
-             arguments.pairs, str(arguments.max_length)], env=environment, check=True, capture_output=True, text=True)
+            [
+                sys.executable,
+                WORKERS / "prepare.py",
+                folder,
+                str(arguments.model or ""),
+                str(arguments.tokenizer or ""),
+                arguments.pairs,
+                str(arguments.max_length),
+            ],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         told.write_text(prepare.stdout.strip().splitlines()[-1])
     print(told.read_text(), flush=True)
-    sizes = ["--batch", str(arguments.batch), "--micro-batch", str(arguments.micro_batch),
-             "--steps", str(arguments.steps + 2), "--max-length", str(arguments.max_length)]
+    sizes = [
+        "--batch",
+        str(arguments.batch),
+        "--micro-batch",
+        str(arguments.micro_batch),
+        "--steps",
+        str(arguments.steps + 2),
+        "--max-length",
+        str(arguments.max_length),
+    ]
     commands = {name: [sys.executable, WORKERS / "ours.py", folder, *sizes, *extra] for name, extra in OURS.items()}
     commands["TRL, precomputed"] = [arguments.trl_python, WORKERS / "trl_dpo.py", folder, *sizes, "--precompute"]
     commands["TRL, reference in memory"] = [arguments.trl_python, WORKERS / "trl_dpo.py", folder, *sizes]
@@ -114,14 +171,20 @@ class Worker:
 
     def __init__(self, name: str, command: list, environment: dict[str, str], folder: Path):
         self.name, self.log = name, folder / f"{name.replace(' ', '_')}.log"
-        self.process = subprocess.Popen([str(c) for c in command], env=environment, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=open(self.log, "w"), text=True)
+        self.process = subprocess.Popen(
+            [str(c) for c in command],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=open(self.log, "w"),
+            text=True,
+        )
 
     def wait_until_ready(self) -> None:
         self._read()
 
     def step(self) -> dict[str, float]:
-        with contextlib.suppress(BrokenPipeError):          # _read says why it ended
+        with contextlib.suppress(BrokenPipeError):  # _read says why it ended
             self.process.stdin.write("step\n")
             self.process.stdin.flush()
         return self._read()
@@ -137,14 +200,18 @@ class Worker:
 def report(samples: dict[str, list[dict[str, float]]], arguments: argparse.Namespace) -> None:
     medians = {name: statistics.median(s["seconds"] for s in taken) for name, taken in samples.items()}
     ours = samples["treg"]
-    tokens = statistics.mean(s["tokens"] for s in ours)         # padding is none, whoever computes it
+    tokens = statistics.mean(s["tokens"] for s in ours)  # padding is none, whoever computes it
     print(f"\n{'':32} {'median s/step':>14} {'pairs/s':>9} {'tokens/s':>9} {'x treg':>8}")
     for name, seconds in medians.items():
-        print(f"{name:32} {seconds:14.3f} {arguments.batch / seconds:9.2f} {tokens / seconds:9.0f} "
-              f"{seconds / medians['treg']:8.2f}")
+        print(
+            f"{name:32} {seconds:14.3f} {arguments.batch / seconds:9.2f} {tokens / seconds:9.0f} "
+            f"{seconds / medians['treg']:8.2f}"
+        )
     share = statistics.median(s["flops"] / s["forward_backward_seconds"] / s["gemm_rate"] for s in ours)
-    print(f"\n{arguments.steps} steps of {arguments.batch} pairs, {tokens:.0f} tokens a step on {ours[0]['device']}, "
-          f"matrix product {statistics.median(s['gemm_rate'] for s in ours) / 1e9:.0f} GFLOP/s")
+    print(
+        f"\n{arguments.steps} steps of {arguments.batch} pairs, {tokens:.0f} tokens a step on {ours[0]['device']}, "
+        f"matrix product {statistics.median(s['gemm_rate'] for s in ours) / 1e9:.0f} GFLOP/s"
+    )
     if ours[0]["device"] != "cpu":
         mfu = statistics.median(s["flops"] / s["seconds"] for s in ours) / (1e12 * arguments.peak_tflops)
         print(f"MFU {mfu:.3f} of {arguments.peak_tflops:g} TFLOP/s")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from treg_megatron.utils.files import atomic_write
-from treg_megatron.data.labelled_pairs import read_labelled
 from treg_megatron.config.recipe import section
 from treg_megatron.config.schema import Recipe
+from treg_megatron.data.labelled_pairs import read_labelled
+from treg_megatron.utils.files import atomic_write
 
 SAMPLE_PAIR = "unit-cm"
 SAMPLE_TOKENS = 48
@@ -24,14 +24,21 @@ def write_report(recipe: Recipe, root: Path, seconds: dict[str, float]) -> str:
     validations = [r for r in records if "validation/rewards/margins" in r]
     labelled = {split: root / Path(label.output).with_name(split) for split in ("train", "heldout")}
     conversation = sample_conversation(root / "demo" / "pairs" / "heldout.jsonl")
-    text = "\n".join([
-        *training_section(first_step, validations[0], validations[-1]), "",
-        *token_reward_section(labelled), "",
-        *sample_section(conversation, root / label.model, root / export.output), "",
-        *station_section(seconds), "",
-        f"The aligned model: {export.output} (transformers loads it with AutoModelForCausalLM.from_pretrained)",
-        f"TensorBoard:       {train.output}/tensorboard", "",
-    ])
+    text = "\n".join(
+        [
+            *training_section(first_step, validations[0], validations[-1]),
+            "",
+            *token_reward_section(labelled),
+            "",
+            *sample_section(conversation, root / label.model, root / export.output),
+            "",
+            *station_section(seconds),
+            "",
+            f"The aligned model: {export.output} (transformers loads it with AutoModelForCausalLM.from_pretrained)",
+            f"TensorBoard:       {train.output}/tensorboard",
+            "",
+        ]
+    )
     with atomic_write(root / recipe.run / "report.md") as partial:
         partial.write_text(text, encoding="utf-8")
     return text
@@ -41,8 +48,10 @@ def training_section(first_step: dict, before: dict, after: dict) -> Iterator[st
     """The first loss, and the held-out rewards before and after training."""
     yield "# T-REG demo"
     yield ""
-    yield (f"Preference loss of the first step: {first_step['loss/preference']:.6f} "
-           f"(policy and reference are the same model, so ln 2 = {math.log(2):.6f})")
+    yield (
+        f"Preference loss of the first step: {first_step['loss/preference']:.6f} "
+        f"(policy and reference are the same model, so ln 2 = {math.log(2):.6f})"
+    )
     yield ""
     yield f"| held-out pairs | before | after {after['step']} steps |"
     yield "|---|---:|---:|"
@@ -52,8 +61,10 @@ def training_section(first_step: dict, before: dict, after: dict) -> Iterator[st
     yield f"| reward margin | {margins[0]:.4f} | {margins[1]:.4f} |"
     yield f"| reward accuracy | none yet | {after['validation/rewards/accuracies']:.0%} |"
     yield ""
-    yield ("A reward is beta x (log-prob of the policy - log-prob of the reference). Before training the two are one "
-           "model: every reward and margin is 0 up to rounding, and accuracy would only compare rounding errors.")
+    yield (
+        "A reward is beta x (log-prob of the policy - log-prob of the reference). Before training the two are one "
+        "model: every reward and margin is 0 up to rounding, and accuracy would only compare rounding errors."
+    )
 
 
 def token_reward_section(labelled: dict[str, Path]) -> Iterator[str]:
@@ -87,10 +98,11 @@ def greedy_answer(conversation: list[dict[str, str]], folder: Path) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    prompt = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_tensors="pt",
-                                           return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     output = model.generate(**prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
-    return " ".join(tokenizer.decode(output[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True).split())
+    return " ".join(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).split())
 
 
 def station_section(seconds: dict[str, float]) -> Iterator[str]:

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from report import write_report
 
-from treg_megatron.utils import entry
-from treg_megatron.errors import UserError
-from treg_megatron.utils.files import atomic_write, sha256_of, sha256_of_json
 from treg_megatron.config.recipe import BASE_RECIPE, load_recipe, section
 from treg_megatron.config.schema import Recipe
+from treg_megatron.errors import UserError
+from treg_megatron.utils import entry
+from treg_megatron.utils.files import atomic_write, sha256_of, sha256_of_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipes/smollm2_135m.yaml"
@@ -66,14 +66,37 @@ def stations(recipe: Recipe) -> list[Station]:
     return [
         Station("model", ["demo/smollm2.py", "--output", model.hf], Path(model.hf)),
         Station("import", ["tools/convert_checkpoint.py", "import", *from_recipe], Path(model.checkpoint)),
-        *(Station(f"label {split}", ["tools/label_tokens.py", *from_recipe, "--pairs", PAIRS[split],
-                                     "--output", labelled[split]], Path(labelled[split], "manifest.json"))
-          for split in PAIRS),
-        *(Station(f"index {split}", ["tools/index_pairs.py", *from_recipe, "--labelled", labelled[split],
-                                     "--output", streams[split]], Path(streams[split] + ".manifest.json"))
-          for split in PAIRS),
-        Station("train", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS),
-                          "-m", "treg_megatron.train", *from_recipe], None, RANKS),
+        *(
+            Station(
+                f"label {split}",
+                ["tools/label_tokens.py", *from_recipe, "--pairs", PAIRS[split], "--output", labelled[split]],
+                Path(labelled[split], "manifest.json"),
+            )
+            for split in PAIRS
+        ),
+        *(
+            Station(
+                f"index {split}",
+                ["tools/index_pairs.py", *from_recipe, "--labelled", labelled[split], "--output", streams[split]],
+                Path(streams[split] + ".manifest.json"),
+            )
+            for split in PAIRS
+        ),
+        Station(
+            "train",
+            [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(RANKS),
+                "-m",
+                "treg_megatron.train",
+                *from_recipe,
+            ],
+            None,
+            RANKS,
+        ),
         Station("export", ["tools/convert_checkpoint.py", "export", *from_recipe], Path(export.output)),
     ]
 
@@ -87,12 +110,15 @@ class Progress:
 
     def __init__(self, path: Path):
         self.path = path
-        self.inputs = sha256_of_json([sha256_of(path) for path in (BASE_RECIPE, ROOT / RECIPE,
-                                                                   *(ROOT / pairs for pairs in PAIRS.values()))])
+        self.inputs = sha256_of_json(
+            [sha256_of(path) for path in (BASE_RECIPE, ROOT / RECIPE, *(ROOT / pairs for pairs in PAIRS.values()))]
+        )
         found = json.loads(path.read_text()) if path.exists() else {"inputs": self.inputs, "seconds": {}}
         if found["inputs"] != self.inputs:
-            raise UserError(f"the recipe or the pairs changed since {path.parent} was begun; "
-                            "start over with: make demo ARGS=--fresh")
+            raise UserError(
+                f"the recipe or the pairs changed since {path.parent} was begun; "
+                "start over with: make demo ARGS=--fresh"
+            )
         self.seconds: dict[str, float] = found["seconds"]
 
     def add(self, name: str, seconds: float) -> None:
@@ -110,8 +136,11 @@ def run_station(station: Station, progress: Progress) -> None:
     start = time.monotonic()
     code = subprocess.run([sys.executable, *station.arguments], cwd=ROOT, env=environment(station)).returncode
     if code != 0:
-        print(f"\nthe demo stops: station {station.name} failed, its message stands above; "
-              "the same command goes on from here", file=sys.stderr)
+        print(
+            f"\nthe demo stops: station {station.name} failed, its message stands above; "
+            "the same command goes on from here",
+            file=sys.stderr,
+        )
         sys.exit(code if code > 0 else 128 - code)
     progress.add(station.name, time.monotonic() - start)
     print(f"{station.name} took {progress.seconds[station.name]:.0f} s", flush=True)

@@ -14,8 +14,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treg_megatron.utils import entry
 from treg_megatron.errors import UserError
+from treg_megatron.utils import entry
 from treg_megatron.utils.files import sha256_of
 
 if TYPE_CHECKING:
@@ -29,9 +29,16 @@ CONTROL_TOKEN = 3  # GGUF's token type of <|im_start|> and its like
 
 # What makes SmolLM2-135M-Instruct; a reader that understands the file differently must not pass unseen.
 EXPECTED_CONFIG = {
-    "model_type": "llama", "vocab_size": 49152, "num_hidden_layers": 30, "hidden_size": 576,
-    "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
-    "rope_theta": 100000.0, "max_position_embeddings": 8192,
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "rope_theta": 100000.0,
+    "max_position_embeddings": 8192,
 }
 
 
@@ -60,8 +67,9 @@ def build_smollm2(output: Path) -> bool:
     from transformers import AutoModelForCausalLM
 
     tokenizer = rebuild_tokenizer(GGUFReader(gguf))
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
-                                                 local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+    )
     require_smollm2(model)
     for config in (model.config, model.generation_config):
         config.bos_token_id = tokenizer.bos_token_id
@@ -102,13 +110,20 @@ def rebuild_tokenizer(gguf: "GGUFReader") -> "PreTrainedTokenizerFast":
     tokens = field("ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in field("ggml.merges")]
     bpe = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([AddedToken(token, normalized=False, special=True)
-                            for token, kind in zip(tokens, field("ggml.token_type")) if kind == CONTROL_TOKEN])
+    bpe.add_special_tokens(
+        [
+            AddedToken(token, normalized=False, special=True)
+            for token, kind in zip(tokens, field("ggml.token_type"))
+            if kind == CONTROL_TOKEN
+        ]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=tokens[field("ggml.bos_token_id")],

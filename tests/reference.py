@@ -18,16 +18,37 @@ def response_logps(model, tokens, response_length: int) -> torch.Tensor:
 
 def pair_logps(model, pair) -> list[torch.Tensor]:
     """Log-probs of the chosen and of the rejected response of one pair (a treg_megatron.data.aligned.PairRecord)."""
-    return [response_logps(model, tokens, len(rewards)) for tokens, rewards in
-            ((pair.chosen_tokens, pair.chosen_token_rewards), (pair.rejected_tokens, pair.rejected_token_rewards))]
+    return [
+        response_logps(model, tokens, len(rewards))
+        for tokens, rewards in (
+            (pair.chosen_tokens, pair.chosen_token_rewards),
+            (pair.rejected_tokens, pair.rejected_token_rewards),
+        )
+    ]
 
 
-def pair_loss(logps: list[torch.Tensor], pair, *, beta: float, alpha: float, preference: str = "dpo",
-              gamma: float = 0.0, label_smoothing: float = 0.0, weight: str = "dynamic", weight_margin: bool = True,
-              token_rewards: str = "contrastive", sft_weight: float = 0.0) -> torch.Tensor:
+def pair_loss(
+    logps: list[torch.Tensor],
+    pair,
+    *,
+    beta: float,
+    alpha: float,
+    preference: str = "dpo",
+    gamma: float = 0.0,
+    label_smoothing: float = 0.0,
+    weight: str = "dynamic",
+    weight_margin: bool = True,
+    token_rewards: str = "contrastive",
+    sft_weight: float = 0.0,
+) -> torch.Tensor:
     """The loss of one pair in the precision of its log-probs."""
-    refs, rewards = ([torch.tensor(x).to(logps[0].dtype) for x in both] for both in (
-        (pair.chosen_ref_logprobs, pair.rejected_ref_logprobs), (pair.chosen_token_rewards, pair.rejected_token_rewards)))
+    refs, rewards = (
+        [torch.tensor(x).to(logps[0].dtype) for x in both]
+        for both in (
+            (pair.chosen_ref_logprobs, pair.rejected_ref_logprobs),
+            (pair.chosen_token_rewards, pair.rejected_token_rewards),
+        )
+    )
     if preference == "sft":
         return -logps[0].sum()
     ratios = [lp - ref for lp, ref in zip(logps, refs)]
@@ -46,8 +67,12 @@ def pair_loss(logps: list[torch.Tensor], pair, *, beta: float, alpha: float, pre
         regularizer = -beta * sum((r * lp).sum() for r, lp in zip(rewards, logps))
     target = margin - gamma
     dynamic = torch.sigmoid(-(target if weight_margin else margin)).detach()
-    return (-(1 - label_smoothing) * F.logsigmoid(target) - label_smoothing * F.logsigmoid(-target)
-            + alpha * (dynamic if weight == "dynamic" else 1.0) * regularizer - sft_weight * logps[0].sum())
+    return (
+        -(1 - label_smoothing) * F.logsigmoid(target)
+        - label_smoothing * F.logsigmoid(-target)
+        + alpha * (dynamic if weight == "dynamic" else 1.0) * regularizer
+        - sft_weight * logps[0].sum()
+    )
 
 
 def learning_rate(step: int, steps: int, peak: float, lowest: float, warmup: int) -> float:
@@ -57,8 +82,19 @@ def learning_rate(step: int, steps: int, peak: float, lowest: float, warmup: int
     return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def train(model, batches: list[list], *, beta: float, alpha: float, lr: float, warmup: int, clip: float,
-          betas: tuple[float, float], eps: float, min_lr: float = 0.0) -> tuple[list[float], list[float]]:
+def train(
+    model,
+    batches: list[list],
+    *,
+    beta: float,
+    alpha: float,
+    lr: float,
+    warmup: int,
+    clip: float,
+    betas: tuple[float, float],
+    eps: float,
+    min_lr: float = 0.0,
+) -> tuple[list[float], list[float]]:
     """One optimizer step for each batch of pairs; the losses and the gradient norms before clipping."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=0.0)
     losses, norms = [], []

@@ -49,18 +49,38 @@ def tiny_tokenizer(folder: str | Path, *, template: str = "chatml", vocab: int =
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=special, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1],
-                                   eos_token=special[2], clean_up_tokenization_spaces=False)
+    tokenizer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=special[0],
+        bos_token=special[1],
+        eos_token=special[2],
+        clean_up_tokenization_spaces=False,
+    )
     fast.chat_template = TEMPLATES[template]
     fast.save_pretrained(str(folder))
     return len(fast)
 
 
-def tiny_llama(folder: str | Path, *, layers: int = 2, hidden: int = 64, heads: int = 4, kv_heads: int = 2,
-               vocab: int = 384, tied: bool = True, seed: int = 0) -> None:
+def tiny_llama(
+    folder: str | Path,
+    *,
+    layers: int = 2,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    vocab: int = 384,
+    tied: bool = True,
+    seed: int = 0,
+) -> None:
     """Save a random Llama (fp32 safetensors) as a Hugging Face folder.
 
     Weights are larger than the usual initialisation, so that different prompts give visibly different log-probs.
@@ -68,10 +88,20 @@ def tiny_llama(folder: str | Path, *, layers: int = 2, hidden: int = 64, heads: 
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-                         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=2048,
-                         tie_word_embeddings=tied, initializer_range=0.1, bos_token_id=1, eos_token_id=2,
-                         pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         LlamaForCausalLM(config).float().save_pretrained(str(folder))

@@ -7,13 +7,25 @@ VOCAB = 389  # prime: padded at every tensor-parallel size
 # Head sizes that are not hidden / heads, windows shorter than the tests' sequences, soft-caps small enough to bend:
 # whatever an architecture has must change the result.
 SPECIAL = {
-    "Llama": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                               "original_max_position_embeddings": 64}},
+    "Llama": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
     "Mistral": {"head_dim": 24, "sliding_window": 6},
     "Qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3},
     "Qwen3": {"head_dim": 24},
-    "Gemma2": {"head_dim": 24, "sliding_window": 6, "query_pre_attn_scalar": 40, "attn_logit_softcapping": 2.0,
-               "final_logit_softcapping": 5.0},
+    "Gemma2": {
+        "head_dim": 24,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 40,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
 }
 
@@ -24,9 +36,20 @@ def tiny_family(folder: Path, family: str, *, tied: bool, vocab: int = VOCAB, se
     import transformers
 
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=tied, initializer_range=0.1,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0, **SPECIAL[family])
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **SPECIAL[family],
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(transformers, f"{family}ForCausalLM")(config).float()

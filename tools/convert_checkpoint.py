@@ -24,9 +24,9 @@ import sys
 import time
 from pathlib import Path
 
-from treg_megatron.utils import entry
 from treg_megatron.cli.arguments import add_section_arguments, parse_section
 from treg_megatron.config.schema import ExportSection, ModelSection
+from treg_megatron.utils import entry
 
 
 def main() -> None:
@@ -64,10 +64,18 @@ def run_export(export: ExportSection) -> None:
     if export.lora == "adapter":
         exported = export_adapter(export.checkpoint, export.base, export.output)
     else:
-        exported = export_checkpoint(export.checkpoint, export.base, export.output, export.dtype,
-                                     shard_bytes=round(export.shard_size * 1e9), progress=True)
-    print(f"exported {exported.checkpoint} ({exported.dtype}, {exported.nbytes / 1e9:.2f} GB in {exported.files} "
-          f"file{'s' if exported.files > 1 else ''}) to {export.output} in {time.monotonic() - start:.1f} s")
+        exported = export_checkpoint(
+            export.checkpoint,
+            export.base,
+            export.output,
+            export.dtype,
+            shard_bytes=round(export.shard_size * 1e9),
+            progress=True,
+        )
+    print(
+        f"exported {exported.checkpoint} ({exported.dtype}, {exported.nbytes / 1e9:.2f} GB in {exported.files} "
+        f"file{'s' if exported.files > 1 else ''}) to {export.output} in {time.monotonic() - start:.1f} s"
+    )
 
 
 def run_verify(a: Path, b: Path, texts: list[str] | None) -> bool:
@@ -78,16 +86,24 @@ def run_verify(a: Path, b: Path, texts: list[str] | None) -> bool:
     weights = compare(a, b)
     same = not weights.different
     size = f"{weights.tensors} tensors, {weights.nbytes / 1e9:.2f} GB"
-    print(f"weights: {size}, " + ("the same bit for bit" if same else
-          f"{len(weights.different)} different, the first is {weights.different[0]}"))
+    print(
+        f"weights: {size}, "
+        + (
+            "the same bit for bit"
+            if same
+            else f"{len(weights.different)} different, the first is {weights.different[0]}"
+        )
+    )
     if same and is_checkpoint(a) != is_checkpoint(b):
         from treg_megatron.checkpoint import logprobs
 
         checkpoint, hf = (a, b) if is_checkpoint(a) else (b, a)
         difference = logprobs.logprob_difference(checkpoint, hf, texts or logprobs.TEXTS)
         same = difference.largest <= logprobs.TOLERANCE
-        print(f"log-probs: {difference.tokens} tokens by Megatron and by transformers, largest difference "
-              f"{difference.largest:.1e}, allowed {logprobs.TOLERANCE:.0e}")
+        print(
+            f"log-probs: {difference.tokens} tokens by Megatron and by transformers, largest difference "
+            f"{difference.largest:.1e}, allowed {logprobs.TOLERANCE:.0e}"
+        )
     print(f"verdict: {'the same' if same else 'DIFFERENT'}")
     return same
 

@@ -10,8 +10,8 @@ reference log-probs unless --no-reference leaves them out (then only reference-f
 
 import argparse
 
-from treg_megatron.utils import entry
 from treg_megatron.cli.arguments import add_section_arguments, parse_section
+from treg_megatron.utils import entry
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ PREFIX_tokens, PREFIX_token_rewards, PREFIX_ref_logprobs and PREFIX_pair_ids (.b
 they appear together when all is written.
 """
 
-from treg_megatron.utils import entry
 from treg_megatron.cli.arguments import station_section
+from treg_megatron.utils import entry
 
 
 def main() -> None:
@@ -18,8 +18,10 @@ def main() -> None:
     from treg_megatron.labelling.indexing import index
 
     manifest = index(section)
-    print(f"indexed {manifest['pairs']} pairs, {manifest['tokens']} tokens ({manifest['response_tokens']} in "
-          f"responses, longest sequence {manifest['longest_sequence']}) to {section.output}")
+    print(
+        f"indexed {manifest['pairs']} pairs, {manifest['tokens']} tokens ({manifest['response_tokens']} in "
+        f"responses, longest sequence {manifest['longest_sequence']}) to {section.output}"
+    )
 
 
 if __name__ == "__main__":

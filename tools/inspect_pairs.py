@@ -10,15 +10,16 @@ of pairs is recognised by the first row unless --format names it.
 import argparse
 import json
 
-from treg_megatron.utils import entry
 from treg_megatron.data.formats import FORMATS
 from treg_megatron.data.pairs import AUTO
+from treg_megatron.utils import entry
 
 
 def main() -> None:
     kinds = "\n".join(f"    {format.name:<18} {format.keys}" for format in FORMATS)
-    parser = argparse.ArgumentParser(description=f"{__doc__}\n{kinds}\n",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n{kinds}\n", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pairs", help="JSON or JSONL (also .gz, .zst), Parquet, a folder, or hub:OWNER/NAME")
     parser.add_argument("--format", default=AUTO, help="name of the kind of pairs (default: recognised)")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="count tokens of this tokenizer instead of characters")

@@ -19,14 +19,17 @@ response that it shows them, and every reward is near 0. For those take `few_sho
 
 import argparse
 
-from treg_megatron.utils import entry
 from treg_megatron.cli.arguments import add_section_arguments, parse_section
+from treg_megatron.utils import entry
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="say what the pairs are (counts, lengths in tokens, "
-                                                              "repetitions, rows that cannot be used), and stop")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="say what the pairs are (counts, lengths in tokens, repetitions, rows that cannot be used), and stop",
+    )
     add_section_arguments(parser, "label")
     arguments = parser.parse_args()
     section = parse_section(arguments, "label")
@@ -40,12 +43,14 @@ def main() -> None:
 
     manifest = label(section)
     if manifest is None:
-        return                          # other processes are at work still; the last one says how it went
+        return  # other processes are at work still; the last one says how it went
     rewards, drops = manifest["token_rewards"], manifest["drops"]
     dropped = "; ".join(f"{count} {reason}" for reason, count in drops.items()) or "none"
-    print(f"labelled {manifest['pairs']} pairs to {section.output} (dropped: {dropped}); token rewards: mean "
-          f"{rewards['chosen_mean']:+.4f} chosen, {rewards['rejected_mean']:+.4f} rejected, "
-          f"mean size {rewards['mean_abs']:.4f}")
+    print(
+        f"labelled {manifest['pairs']} pairs to {section.output} (dropped: {dropped}); token rewards: mean "
+        f"{rewards['chosen_mean']:+.4f} chosen, {rewards['rejected_mean']:+.4f} rejected, "
+        f"mean size {rewards['mean_abs']:.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ or from a key of each response in the samples. Pairs keep the token ids that wer
 are. A reward model that brings Python code (ArmoRM does) runs it only with --allow-remote-code true.
 """
 
-from treg_megatron.utils import entry
 from treg_megatron.cli.arguments import station_section
+from treg_megatron.utils import entry
 
 
 def main() -> None:

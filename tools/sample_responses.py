@@ -9,8 +9,8 @@ a prompt: its responses with their token ids, and whether they were cut off. Sto
 is gone, the same command goes on where it was. Then: tools/rank_responses.py.
 """
 
-from treg_megatron.utils import entry
 from treg_megatron.cli.arguments import station_section
+from treg_megatron.utils import entry
 
 
 def main() -> None:
@@ -19,8 +19,10 @@ def main() -> None:
 
     manifest = sample(section)
     dropped = "; ".join(f"{count} {reason}" for reason, count in manifest["drops"].items()) or "none"
-    print(f"sampled {manifest['responses']} responses to {manifest['prompts']} prompts into {section.output} "
-          f"({manifest['truncated']} were cut off; prompts dropped: {dropped})")
+    print(
+        f"sampled {manifest['responses']} responses to {manifest['prompts']} prompts into {section.output} "
+        f"({manifest['truncated']} were cut off; prompts dropped: {dropped})"
+    )
 
 
 if __name__ == "__main__":

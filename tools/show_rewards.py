@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from treg_megatron.utils import entry
 from treg_megatron.errors import UserError
+from treg_megatron.utils import entry
 
 if TYPE_CHECKING:
     from treg_megatron.labelling.scoring import Scorer
 
-BATCH_TOKENS = 8192     # of a policy's forward pass
+BATCH_TOKENS = 8192  # of a policy's forward pass
 
 
 def main() -> None:
@@ -29,14 +29,17 @@ def main() -> None:
     parser.add_argument("--output", default="rewards.html", metavar="HTML", help="the page to write (%(default)s)")
     parser.add_argument("--text", action="store_true", help="print to the terminal and write no page")
     parser.add_argument("--pairs", type=int, default=200, metavar="N", help="show the first N pairs (%(default)s)")
-    parser.add_argument("--policy", metavar="DIR",
-                        help="a trained policy: Megatron checkpoint, a run (its newest one), or Hugging Face folder")
+    parser.add_argument(
+        "--policy",
+        metavar="DIR",
+        help="a trained policy: Megatron checkpoint, a run (its newest one), or Hugging Face folder",
+    )
     parser.add_argument("--device", default="auto", help="where a Hugging Face policy runs: auto, cpu or cuda")
     arguments = parser.parse_args()
     if arguments.pairs < 1:
         raise UserError(f"--pairs {arguments.pairs} must be at least 1")
-    from treg_megatron.labelling import rewards_page
     from treg_megatron.data.labelled_pairs import labelling_run, read_labelled
+    from treg_megatron.labelling import rewards_page
     from treg_megatron.tokenizer.chat import load_tokenizer
 
     tokenizer, run = load_tokenizer(arguments.tokenizer), labelling_run(arguments.labelled) or {}
@@ -45,7 +48,7 @@ def main() -> None:
     pairs = list(read_labelled(arguments.labelled))
     if not pairs:
         raise UserError(f"{arguments.labelled} holds no pairs")
-    figures, shown, policy = rewards_page.quality(pairs), pairs[:arguments.pairs], None
+    figures, shown, policy = rewards_page.quality(pairs), pairs[: arguments.pairs], None
     if arguments.policy:
         if any(pair.chosen_ref_logprobs is None for pair in shown):
             raise UserError(f"{arguments.labelled} has no reference log-probs, which implicit rewards are relative to")

@@ -37,15 +37,19 @@ def main() -> None:
         print(f"merged {len(arguments.prefixes)} streams to {arguments.output}: {manifest['pairs']} pairs")
     elif arguments.command == "split":
         outputs = (arguments.train, arguments.validation)
-        for output, manifest in zip(outputs, streams.split_streams(streams.verify(arguments.prefixes[0]), outputs,
-                                                                   arguments.fraction)):
+        for output, manifest in zip(
+            outputs, streams.split_streams(streams.verify(arguments.prefixes[0]), outputs, arguments.fraction)
+        ):
             print(f"{output}: {manifest['pairs']} pairs")
     else:
         for prefix in arguments.prefixes:
             opened = (streams.verify if arguments.command == "verify" else streams.open_streams)(prefix)
             told = {name: value for name, value in opened.manifest.items() if name != "files"}
-            print(json.dumps({"prefix": str(prefix), **told}, indent=2, ensure_ascii=False)
-                  if arguments.command == "info" else f"{prefix}: {len(opened)} pairs, every byte as it was written")
+            print(
+                json.dumps({"prefix": str(prefix), **told}, indent=2, ensure_ascii=False)
+                if arguments.command == "info"
+                else f"{prefix}: {len(opened)} pairs, every byte as it was written"
+            )
 
 
 if __name__ == "__main__":

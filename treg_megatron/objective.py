@@ -44,25 +44,41 @@ class Objective:
         refuse = _refuse_if
         refuse(self.beta <= 0, f"objective.beta is {self.beta}: it must be positive")
         refuse(self.gamma < 0, f"objective.gamma is {self.gamma}: a target margin is not negative")
-        refuse(not 0 <= self.label_smoothing < 0.5,
-               f"objective.label_smoothing is {self.label_smoothing}: a share of flipped pairs lies in [0, 0.5)")
-        refuse(not 0 <= self.alpha <= LARGEST_ALPHA,
-               f"objective.alpha is {self.alpha}: outside [0, 2] a token's gradient changes sign")
+        refuse(
+            not 0 <= self.label_smoothing < 0.5,
+            f"objective.label_smoothing is {self.label_smoothing}: a share of flipped pairs lies in [0, 0.5)",
+        )
+        refuse(
+            not 0 <= self.alpha <= LARGEST_ALPHA,
+            f"objective.alpha is {self.alpha}: outside [0, 2] a token's gradient changes sign",
+        )
         refuse(self.sft_weight < 0, f"objective.sft_weight is {self.sft_weight}: it must not be negative")
-        refuse(self.preference == "sft" and (self.alpha > 0 or self.label_smoothing > 0 or self.sft_weight > 0),
-               "objective.preference=sft is the likelihood of the chosen responses and nothing else: set alpha, "
-               "label_smoothing and sft_weight to 0")
-        refuse(self.gamma > 0 and self.preference != "simpo",
-               f"objective.gamma belongs to simpo; {self.preference} has no target margin: set it to 0")
-        refuse(self.label_smoothing > 0 and self.preference == "ipo",
-               "objective.label_smoothing has no meaning for ipo, whose loss is a regression: set it to 0")
-        refuse(self.alpha > 0 and self.preference == "ipo",
-               "objective.alpha: the regulariser's weight is the gradient weight of a sigmoid loss, which ipo has not; "
-               "use dpo, dpo_norm or simpo, or set alpha to 0")
-        refuse(self.alpha > 0 and self.token_rewards == "none",
-               "objective.alpha is positive but objective.token_rewards is none: set one of the two")
-        refuse(self.token_rewards == "implicit" and not self.needs_reference,
-               f"objective.token_rewards: implicit is the log-ratio to a reference model, which {self.preference} has not")
+        refuse(
+            self.preference == "sft" and (self.alpha > 0 or self.label_smoothing > 0 or self.sft_weight > 0),
+            "objective.preference=sft is the likelihood of the chosen responses and nothing else: set alpha, "
+            "label_smoothing and sft_weight to 0",
+        )
+        refuse(
+            self.gamma > 0 and self.preference != "simpo",
+            f"objective.gamma belongs to simpo; {self.preference} has no target margin: set it to 0",
+        )
+        refuse(
+            self.label_smoothing > 0 and self.preference == "ipo",
+            "objective.label_smoothing has no meaning for ipo, whose loss is a regression: set it to 0",
+        )
+        refuse(
+            self.alpha > 0 and self.preference == "ipo",
+            "objective.alpha: the regulariser's weight is the gradient weight of a sigmoid loss, which ipo has not; "
+            "use dpo, dpo_norm or simpo, or set alpha to 0",
+        )
+        refuse(
+            self.alpha > 0 and self.token_rewards == "none",
+            "objective.alpha is positive but objective.token_rewards is none: set one of the two",
+        )
+        refuse(
+            self.token_rewards == "implicit" and not self.needs_reference,
+            f"objective.token_rewards: implicit is the log-ratio to a reference model, which {self.preference} has not",
+        )
 
     @property
     def needs_reference(self) -> bool:
@@ -84,8 +100,10 @@ class Objective:
         """What is allowed and yet seldom meant; None where nothing is."""
         if self.alpha <= _UNUSUAL_ALPHA:
             return None
-        return (f"objective.alpha={self.alpha:g} is large: a token's gradient is multiplied by {1 - self.alpha / 2:g} to "
-                f"{1 + self.alpha / 2:g}; the paper searched 0.1 to 0.5")
+        return (
+            f"objective.alpha={self.alpha:g} is large: a token's gradient is multiplied by {1 - self.alpha / 2:g} to "
+            f"{1 + self.alpha / 2:g}; the paper searched 0.1 to 0.5"
+        )
 
     @property
     def first_preference_loss(self) -> float | None:
@@ -144,7 +162,11 @@ class _SumOverContext(torch.autograd.Function):
 
 
 def preference_loss(
-    logps: Tensor, ref_logps: Tensor | None, token_rewards: Tensor | None, lengths: list[int], objective: Objective,
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    token_rewards: Tensor | None,
+    lengths: list[int],
+    objective: Objective,
     context_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Summed loss of a micro-batch of pairs, and the sums that its metrics are means of.
@@ -215,7 +237,9 @@ COUNTS = {
 def means(sums: dict[str, float]) -> dict[str, float]:
     """Metrics from their sums over the global batch: each divided by what it is counted in."""
     counts = {"pairs", *COUNTS.values()}
-    return {name: value / max(sums[COUNTS.get(name, "pairs")], 1.0) for name, value in sums.items() if name not in counts}
+    return {
+        name: value / max(sums[COUNTS.get(name, "pairs")], 1.0) for name, value in sums.items() if name not in counts
+    }
 
 
 def _dpo(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) -> Tensor:
@@ -244,7 +268,12 @@ def _sft(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) 
 
 
 _PREFERENCE: dict[str, Callable[..., Tensor]] = {
-    "dpo": _dpo, "dpo_norm": _dpo, "simpo": _simpo, "ipo": _ipo, "sft": _sft}
+    "dpo": _dpo,
+    "dpo_norm": _dpo,
+    "simpo": _simpo,
+    "ipo": _ipo,
+    "sft": _sft,
+}
 
 
 def _token_rewards(log_ratio: Tensor, token_rewards: Tensor | None, objective: Objective) -> Tensor | None:

@@ -15,15 +15,18 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from treg_megatron.utils import entry
-from treg_megatron.config.recipe import section
 from treg_megatron.cli.arguments import add_recipe_arguments, parse_recipe
+from treg_megatron.config.recipe import section
+from treg_megatron.utils import entry
 from treg_megatron.utils.imports import heavy_imports
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="torchrun -m treg_megatron.train", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="torchrun -m treg_megatron.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_recipe_arguments(parser)
     train(parse_recipe(parser.parse_args(argv)))
 
@@ -34,16 +37,17 @@ def train(recipe: DictConfig) -> None:
     Raises:
         UserError: anything in the recipe or the files it names that cannot work.
     """
-    from treg_megatron.models.architecture import require_architecture
-    from treg_megatron.models.families import model_fields, nemo_config_class
     from treg_megatron.checkpoint.layout import read_identity
     from treg_megatron.data.checks import data_parallel_size, require_layout, require_trainable
-    from treg_megatron.objective import Objective
-    from treg_megatron.distributed.launch import join, leave, on_rank_zero, rank_zero_print, world
     from treg_megatron.data.streams import open_streams, require_same_tokenizer
+    from treg_megatron.distributed.launch import join, leave, on_rank_zero, rank_zero_print, world
+    from treg_megatron.models.architecture import require_architecture
+    from treg_megatron.models.families import model_fields, nemo_config_class
+    from treg_megatron.objective import Objective
 
     model, data, parallel, optimizer, run = (
-        section(recipe, name) for name in ("model", "data", "parallel", "optimizer", "train"))
+        section(recipe, name) for name in ("model", "data", "parallel", "optimizer", "train")
+    )
     objective = Objective(**vars(section(recipe, "objective")))
     ranks = world()
     identity = read_identity(Path(model.checkpoint))
@@ -70,15 +74,15 @@ def train(recipe: DictConfig) -> None:
         rank_zero_print(f"warning: {objective.warning}")
 
     with heavy_imports():
-        from treg_megatron.training import build
         from treg_megatron.models import lora
-        from treg_megatron.training.data_module import PairData
+        from treg_megatron.training import build
+        from treg_megatron.training.callbacks.checkpoints import SaveEvery, checkpoint_to_resume
         from treg_megatron.training.callbacks.heartbeat import Heartbeat
         from treg_megatron.training.callbacks.metrics import RunMetrics
         from treg_megatron.training.callbacks.pair_record import PairRecord
-        from treg_megatron.training.callbacks.checkpoints import SaveEvery, checkpoint_to_resume
         from treg_megatron.training.callbacks.preemption import EXIT_STOPPED, StopOnSignal
         from treg_megatron.training.callbacks.validation import ValidateEvery
+        from treg_megatron.training.data_module import PairData
 
     data = dataclasses.replace(data, share_prompts=build.shares_prompts(fields, parallel, data))
     join(ranks, run.stuck_after)
@@ -91,8 +95,10 @@ def train(recipe: DictConfig) -> None:
     if ranks.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(recipe, output / "recipe.yaml")
-    rank_zero_print(f"{len(pairs.train)} pairs, {steps} steps of {data.global_batch_size} pairs, "
-                    + (f"resuming from {resume.name}" if resume else f"starting from {model.checkpoint}"))
+    rank_zero_print(
+        f"{len(pairs.train)} pairs, {steps} steps of {data.global_batch_size} pairs, "
+        + (f"resuming from {resume.name}" if resume else f"starting from {model.checkpoint}")
+    )
 
     metrics = RunMetrics(output, pairs.steps_per_epoch, objective.first_preference_loss, run.first_loss_tolerance)
     stop = StopOnSignal()
@@ -101,8 +107,14 @@ def train(recipe: DictConfig) -> None:
         *([PairRecord(output)] if run.record_pairs else []),
         *([ValidateEvery(run.validate_every, metrics)] if data.validation else []),
         stop,  # before SaveEvery, which saves when the run is to stop
-        SaveEvery(output, run.save_every, run.keep_checkpoints, identity, metrics=metrics.last,
-                  description={"recipe": OmegaConf.to_container(recipe, resolve=False), "data": pairs.train.manifest}),
+        SaveEvery(
+            output,
+            run.save_every,
+            run.keep_checkpoints,
+            identity,
+            metrics=metrics.last,
+            description={"recipe": OmegaConf.to_container(recipe, resolve=False), "data": pairs.train.manifest},
+        ),
         Heartbeat(ranks, run.stuck_after),  # the last: a step counts when it is saved
     ]
     # divided by the step's pairs like every gradient, the routers' becomes its mean over micro-batches
@@ -120,8 +132,10 @@ def train(recipe: DictConfig) -> None:
     stop.settle()
     leave()
     if stop.stopped_by:
-        rank_zero_print(f"stopped by {stop.stopped_by}: step {trainer.global_step} of {steps} is saved, the same command "
-                        "goes on from there")
+        rank_zero_print(
+            f"stopped by {stop.stopped_by}: step {trainer.global_step} of {steps} is saved, the same command "
+            "goes on from there"
+        )
         sys.exit(EXIT_STOPPED)
     rank_zero_print(f"done: {steps} steps, checkpoints and metrics.jsonl in {output}")
 

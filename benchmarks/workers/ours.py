@@ -53,14 +53,21 @@ class OnDemand(pl.Callback):
     def on_train_batch_end(self, trainer, module, *_):
         synchronize()
         seconds = time.perf_counter() - self.start
-        say({"seconds": seconds, "forward_backward_seconds": self.forward_backward, "flops": self.flops,
-             "tokens": self.tokens, "gemm_rate": self.gemm_rate(),
-             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"})
+        say(
+            {
+                "seconds": seconds,
+                "forward_backward_seconds": self.forward_backward,
+                "flops": self.flops,
+                "tokens": self.tokens,
+                "gemm_rate": self.gemm_rate(),
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            }
+        )
 
     def gemm_rate(self) -> float:
         """FLOP/s of a square matrix product, the best of five."""
         best = min(self.timed_product() for _ in range(5))
-        return 2 * GEMM ** 3 / best
+        return 2 * GEMM**3 / best
 
     def timed_product(self) -> float:
         synchronize()
@@ -72,8 +79,9 @@ class OnDemand(pl.Callback):
 
 def flops(fields: dict, sequences: list[int], scored: int) -> float:
     """Forward + backward of one micro-batch: 6 per weight and token, causal attention, the head on scored rows only."""
-    hidden, heads, groups, channels = (fields[k] for k in ("hidden_size", "num_attention_heads", "num_query_groups",
-                                                           "kv_channels"))
+    hidden, heads, groups, channels = (
+        fields[k] for k in ("hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    )
     weights = hidden * channels * (2 * heads + 2 * groups) + 3 * hidden * fields["ffn_hidden_size"]
     tokens = sum(sequences)
     attention = sum(2 * 2 * n * n / 2 * heads * channels for n in sequences)
@@ -111,8 +119,9 @@ def switch_off(gains: dict[str, str]) -> None:
                 rows = torch.arange(hidden_states.shape[0] * hidden_states.shape[1])
                 targets = torch.zeros(len(rows), dtype=torch.int64)
                 targets[labels.rows] = labels.targets
-                every = super()._postprocess(hidden_states, input_ids, position_ids, model.ResponseTokens(rows, targets),
-                                             *args, **kwargs)
+                every = super()._postprocess(
+                    hidden_states, input_ids, position_ids, model.ResponseTokens(rows, targets), *args, **kwargs
+                )
                 return every[labels.rows]
 
         model.response_logps = lambda *a, **k: chunked(*a, **{**k, "block_words": 1 << 30})
@@ -136,18 +145,28 @@ def main() -> None:
     with heavy_imports():
         from treg_megatron.training import build
         from treg_megatron.training.data_module import PairData
-    from treg_megatron.models.families import model_fields, nemo_config_class
     from treg_megatron.checkpoint.layout import read_identity
-    from treg_megatron.objective import Objective
-    from treg_megatron.distributed.launch import world
     from treg_megatron.data.streams import open_streams
+    from treg_megatron.distributed.launch import world
+    from treg_megatron.models.families import model_fields, nemo_config_class
+    from treg_megatron.objective import Objective
 
     folder = arguments.folder
-    recipe = load_recipe("recipes/tiny.yaml", [
-        f"run={folder}", f"model.hf={(folder / 'model.txt').read_text()}", f"data.global_batch_size={arguments.batch}",
-        f"data.micro_batch_size={arguments.micro_batch}", f"data.seq_length={arguments.max_length}", "data.epochs=1000",
-        "optimizer.lr=1e-7", f"train.precision={'bf16' if torch.cuda.is_available() else 'fp32'}",
-        "data.share_prompts=false", *(o for o in arguments.overrides if not o.startswith("bench."))])
+    recipe = load_recipe(
+        "recipes/tiny.yaml",
+        [
+            f"run={folder}",
+            f"model.hf={(folder / 'model.txt').read_text()}",
+            f"data.global_batch_size={arguments.batch}",
+            f"data.micro_batch_size={arguments.micro_batch}",
+            f"data.seq_length={arguments.max_length}",
+            "data.epochs=1000",
+            "optimizer.lr=1e-7",
+            f"train.precision={'bf16' if torch.cuda.is_available() else 'fp32'}",
+            "data.share_prompts=false",
+            *(o for o in arguments.overrides if not o.startswith("bench.")),
+        ],
+    )
     switch_off(gains)
     data, parallel, train = (section(recipe, name) for name in ("data", "parallel", "train"))
     identity = read_identity(folder / "megatron")
@@ -156,8 +175,10 @@ def main() -> None:
     trainer = build.trainer(world(), strategy, train, int(arguments.steps), [OnDemand(fields)])
     config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, train)
     optimizer = build.optimizer(section(recipe, "optimizer"), train, int(arguments.steps))
-    trainer.fit(build.policy(config, Objective(**vars(section(recipe, "objective"))), optimizer),
-                datamodule=PairData(data, open_streams(data.train), None, parallel))
+    trainer.fit(
+        build.policy(config, Objective(**vars(section(recipe, "objective"))), optimizer),
+        datamodule=PairData(data, open_streams(data.train), None, parallel),
+    )
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Bootstrap:
 def _weighted_aurocs(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """[n], [n] bool, [draws, n] -> [draws]; ties count half."""
     order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.concatenate([[True], np.diff(scores[order]) != 0]))      # of groups of equal scores
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(scores[order]) != 0]))  # of groups of equal scores
     result = np.empty(len(weights))
     for draw, row in enumerate(weights):
         positives = np.add.reduceat(np.where(positive, row, 0.0)[order], starts)

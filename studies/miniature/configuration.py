@@ -20,9 +20,9 @@ class Run:
     """One training of one method with one setting of its grid and one seed."""
 
     method: str
-    setting: int                # its number in the method's grid
+    setting: int  # its number in the method's grid
     seed: int
-    overrides: dict[str, Any]   # recipe keys that tell this run from the others
+    overrides: dict[str, Any]  # recipe keys that tell this run from the others
 
     @property
     def name(self) -> str:
@@ -52,8 +52,11 @@ class Study:
     @property
     def search_runs(self) -> list[Run]:
         """Every setting of every method's grid, once."""
-        return [self.of(method, setting, self.search_seed) for method, keys in self.methods.items()
-                for setting in range(len(self.grids[keys["grid"]]))]
+        return [
+            self.of(method, setting, self.search_seed)
+            for method, keys in self.methods.items()
+            for setting in range(len(self.grids[keys["grid"]]))
+        ]
 
     def final_runs(self, choice: dict[str, int]) -> list[Run]:
         """Every method with its chosen setting, seed by seed: what an interrupted study lacks is seeds, not methods."""
@@ -63,8 +66,18 @@ class Study:
         """The run of a method with a setting and a seed."""
         keys = self.methods[method]
         streams = str(self.run / "streams" / keys.get("streams", "train"))
-        return Run(method, setting, seed, {**keys["settings"], **self.grids[keys["grid"]][setting], "data.seed": seed,
-                                           "train.seed": seed, "data.train": streams})
+        return Run(
+            method,
+            setting,
+            seed,
+            {
+                **keys["settings"],
+                **self.grids[keys["grid"]][setting],
+                "data.seed": seed,
+                "train.seed": seed,
+                "data.train": streams,
+            },
+        )
 
     @property
     def digest(self) -> str:
@@ -93,5 +106,10 @@ def _with_defaults(path: Path) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    return {**base, **{name: _merged(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict)
-                       else value for name, value in changes.items()}}
+    return {
+        **base,
+        **{
+            name: _merged(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict) else value
+            for name, value in changes.items()
+        },
+    }

@@ -8,9 +8,9 @@ from typing import Any
 
 from studies.miniature.model import END, vocabulary
 from studies.miniature.world import FILLERS, Task, Writer, task_of, verify
-from treg_megatron.utils.files import atomic_write
-from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.labelling.prompt_pair import PromptPair
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.utils.files import atomic_write
 
 #: who answers what the reference learns from: people as they are, and the two kinds of revision
 EVERYDAY, BETTER, WORSE = Writer(error_rate=None, filler_rate=0.15), Writer(0.0, 0.0), Writer(0.8, 0.5)
@@ -46,16 +46,30 @@ def reference_rows(tasks: list[Task], examples: int, pair: PromptPair, seed: int
             messages, answer = pair.better(messages, answer), BETTER.answer(task, draw)
         elif kind == "worse":
             messages, answer = pair.worse(messages, answer), WORSE.answer(task, draw)
-        rows.append({"pair_id": f"{kind}-{i}", "prompt": [message._asdict() for message in messages], "chosen": answer,
-                     "rejected": FILLERS[0], "chosen_spans": [], "rejected_spans": []})
+        rows.append(
+            {
+                "pair_id": f"{kind}-{i}",
+                "prompt": [message._asdict() for message in messages],
+                "chosen": answer,
+                "rejected": FILLERS[0],
+                "chosen_spans": [],
+                "rejected_spans": [],
+            }
+        )
     return rows
 
 
 def truth_rows(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Ranked pairs with the verifier's marks for token rewards, 0.5 right, -0.5 wrong: for ``import_rewards.py``."""
-    return [row | {f"{side}_token_rewards": [0.5 if right else -0.5 for right in marks(row, side)]
-                   for side in ("chosen", "rejected")}
-            | {f"{side}_token_ids": row[f"{side}_ids"] for side in ("chosen", "rejected")} for row in pairs]
+    return [
+        row
+        | {
+            f"{side}_token_rewards": [0.5 if right else -0.5 for right in marks(row, side)]
+            for side in ("chosen", "rejected")
+        }
+        | {f"{side}_token_ids": row[f"{side}_ids"] for side in ("chosen", "rejected")}
+        for row in pairs
+    ]
 
 
 def marks(row: dict[str, Any], side: str) -> list[bool]:

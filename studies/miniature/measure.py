@@ -11,11 +11,11 @@ import numpy as np
 
 from studies.miniature import data
 from studies.miniature.world import task_of, verify
-from treg_megatron.utils.files import atomic_write
-from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.data.labelled_pairs import SIDES, read_labelled
 from treg_megatron.labelling.scoring import ScoredSequence, sequences_of
 from treg_megatron.tokenizer.chat import load_tokenizer
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.utils.files import atomic_write
 
 CURVES = ("step", "loss/preference", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 
@@ -58,11 +58,15 @@ def implicit_rewards(policy: Path, labelled: Path, credit: dict[str, np.ndarray]
 
 def answers(samples: Path) -> dict[str, np.ndarray]:
     """Verdicts on sampled answers: score, length in tokens [P, S]; results, whether each item's is right [P, S, I]."""
-    verdicts = [[verify(task_of(row["messages"][-1]["content"]), response["text"]) for response in row["responses"]]
-                for row in _rows(samples)]
-    return {"score": np.array([[verdict.score for verdict in row] for row in verdicts]),
-            "length": np.array([[len(verdict.right) for verdict in row] for row in verdicts]),
-            "results": np.array([[verdict.results for verdict in row] for row in verdicts])}
+    verdicts = [
+        [verify(task_of(row["messages"][-1]["content"]), response["text"]) for response in row["responses"]]
+        for row in _rows(samples)
+    ]
+    return {
+        "score": np.array([[verdict.score for verdict in row] for row in verdicts]),
+        "length": np.array([[len(verdict.right) for verdict in row] for row in verdicts]),
+        "results": np.array([[verdict.results for verdict in row] for row in verdicts]),
+    }
 
 
 def divergence(policy: Path, reference: Path, samples: Path) -> np.ndarray:
@@ -73,8 +77,10 @@ def divergence(policy: Path, reference: Path, samples: Path) -> np.ndarray:
     for row in rows:
         prompt = tokenizer.encode_prompt([Message(**message) for message in row["messages"]])
         sequences += [ScoredSequence(prompt, response["ids"]) for response in row["responses"]]
-    ratios = [float(np.sum(ours - theirs, dtype=np.float64)) for ours, theirs in
-              zip(_scorer(policy).score(sequences), _scorer(reference).score(sequences), strict=True)]
+    ratios = [
+        float(np.sum(ours - theirs, dtype=np.float64))
+        for ours, theirs in zip(_scorer(policy).score(sequences), _scorer(reference).score(sequences), strict=True)
+    ]
     return np.array(ratios).reshape(len(rows), -1)
 
 

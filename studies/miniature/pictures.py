@@ -10,14 +10,18 @@ from studies.miniature.measure import load_arrays
 from studies.miniature.model import vocabulary
 from studies.miniature.pipeline import result_path
 from studies.miniature.results import Results
-from treg_megatron.utils.files import atomic_write
 from treg_megatron.data.labelled_pairs import SIDES, read_labelled
+from treg_megatron.utils.files import atomic_write
 
-CURVES = {"rewards/accuracies": "training pairs ordered rightly", "rewards/margins": "reward margin",
-          "logps/chosen": "log-prob of the chosen", "logps/rejected": "log-prob of the rejected"}
+CURVES = {
+    "rewards/accuracies": "training pairs ordered rightly",
+    "rewards/margins": "reward margin",
+    "logps/chosen": "log-prob of the chosen",
+    "logps/rejected": "log-prob of the rejected",
+}
 SMOOTHED_STEPS = 8
 EXAMPLES = 3
-WHOLE_COLOUR = 0.95         # quantile of a row's sizes that gets the full colour: each row has a scale of its own
+WHOLE_COLOUR = 0.95  # quantile of a row's sizes that gets the full colour: each row has a scale of its own
 
 
 def draw_all(results: Results, regularised: str, folder: Path) -> dict[str, str]:
@@ -25,8 +29,11 @@ def draw_all(results: Results, regularised: str, folder: Path) -> dict[str, str]
     import matplotlib
 
     matplotlib.use("agg")
-    figures = {"curves": learning_curves(results), "tokens": token_picture(results, regularised),
-               "search": search_picture(results.study)}
+    figures = {
+        "curves": learning_curves(results),
+        "tokens": token_picture(results, regularised),
+        "search": search_picture(results.study),
+    }
     for name, figure in figures.items():
         _save(figure, folder / f"{name}.png")
     return {name: f"{folder.name}/{name}.png" for name in figures}
@@ -41,11 +48,16 @@ def learning_curves(results: Results):
     for axis, (name, title) in zip(axes, CURVES.items()):
         for number, (method, runs) in enumerate(results.runs.items()):
             if name == "rewards/margins" and results.study.methods[method]["grid"] != "dpo":
-                continue                                    # in other units
+                continue  # in other units
             mean = np.mean([run[f"curve/{name}"] for run in runs], axis=0)
             window = min(SMOOTHED_STEPS, len(mean))
-            axis.plot(np.arange(window, len(mean) + 1), np.convolve(mean, np.full(window, 1 / window), "valid"),
-                      color=colours(number), label=method, linewidth=1.2)
+            axis.plot(
+                np.arange(window, len(mean) + 1),
+                np.convolve(mean, np.full(window, 1 / window), "valid"),
+                color=colours(number),
+                label=method,
+                linewidth=1.2,
+            )
         axis.set_title(title)
         axis.set_xlabel("step")
     axes[0].legend(fontsize=7)
@@ -80,8 +92,9 @@ def token_picture(results: Results, regularised: str):
         if method in results.runs:
             rows[method] = np.mean([run["implicit"] for run in results.runs[method]], axis=0)
     answers = _answers_with_errors(results)
-    figure, axes = pyplot.subplots(len(answers), 1, figsize=(16, 2.2 * len(answers)), layout="constrained",
-                                   squeeze=False)
+    figure, axes = pyplot.subplots(
+        len(answers), 1, figsize=(16, 2.2 * len(answers)), layout="constrained", squeeze=False
+    )
     for axis, (title, words, span) in zip(axes[:, 0], answers):
         values = np.stack([of[span] / np.quantile(np.abs(of), WHOLE_COLOUR) for of in rows.values()])
         axis.imshow(values, cmap=orange_to_blue, vmin=-1, vmax=1, aspect="auto")

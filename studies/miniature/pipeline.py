@@ -23,9 +23,12 @@ def write_world(study: Study) -> None:
     tasks = world.splits(settings["seed"], drawn, settings["shares"])
     for split, size in sizes.items():
         data.write_rows(study.run / "prompts" / f"{split}.jsonl", data.prompt_rows(split, tasks[split][:size]))
-    data.write_rows(study.run / REFERENCE / "rows.jsonl",
-                    data.reference_rows(tasks["train"][:reference["tasks"]], reference["examples"],
-                                        load_prompt_pair(PROMPT_PAIR), settings["seed"]))
+    data.write_rows(
+        study.run / REFERENCE / "rows.jsonl",
+        data.reference_rows(
+            tasks["train"][: reference["tasks"]], reference["examples"], load_prompt_pair(PROMPT_PAIR), settings["seed"]
+        ),
+    )
     model.write_model(study.run / REFERENCE / "random", **reference["model"])
 
 
@@ -35,16 +38,62 @@ def train_reference(study: Study) -> None:
     random, start, streams = folder / "random", folder / "random-megatron", folder / "streams"
     log = study.run / "logs" / f"{REFERENCE}.log"
     if not (folder / "hf").exists():
-        _unless(start, "tools/convert_checkpoint.py", "import", *_recipe(study),
-                "--hf", random, "--checkpoint", start, log=log)
-        _unless(streams.with_name("streams.manifest.json"), "tools/index_pairs.py", *_recipe(study),
-                "--labelled", folder / "rows.jsonl", "--output", streams, "--tokenizer", random, log=log)
-        _launch(study.reference["ranks"], ["-m", "treg_megatron.train", *_recipe(study), *_overrides({
-            "model.hf": random, "model.checkpoint": start, "data.train": streams, "train.output": folder / "train",
-            "objective.preference": "sft", "objective.alpha": 0.0, "train.save_every": 250,
-            **study.reference["settings"]})], log)
-        station("tools/convert_checkpoint.py", "export", *_recipe(study), "--checkpoint", folder / "train",
-                "--base", random, "--output", folder / "hf", log=log)
+        _unless(
+            start,
+            "tools/convert_checkpoint.py",
+            "import",
+            *_recipe(study),
+            "--hf",
+            random,
+            "--checkpoint",
+            start,
+            log=log,
+        )
+        _unless(
+            streams.with_name("streams.manifest.json"),
+            "tools/index_pairs.py",
+            *_recipe(study),
+            "--labelled",
+            folder / "rows.jsonl",
+            "--output",
+            streams,
+            "--tokenizer",
+            random,
+            log=log,
+        )
+        _launch(
+            study.reference["ranks"],
+            [
+                "-m",
+                "treg_megatron.train",
+                *_recipe(study),
+                *_overrides(
+                    {
+                        "model.hf": random,
+                        "model.checkpoint": start,
+                        "data.train": streams,
+                        "train.output": folder / "train",
+                        "objective.preference": "sft",
+                        "objective.alpha": 0.0,
+                        "train.save_every": 250,
+                        **study.reference["settings"],
+                    }
+                ),
+            ],
+            log,
+        )
+        station(
+            "tools/convert_checkpoint.py",
+            "export",
+            *_recipe(study),
+            "--checkpoint",
+            folder / "train",
+            "--base",
+            random,
+            "--output",
+            folder / "hf",
+            log=log,
+        )
     station("tools/convert_checkpoint.py", "import", *_recipe(study), log=log)
 
 
@@ -52,11 +101,27 @@ def make_pairs(study: Study, split: str) -> None:
     """On-policy pairs of a split with token rewards: sample, rank, label; and the tokens that credit is measured on."""
     run, log = study.run, study.run / "logs" / f"pairs-{split}.log"
     samples, pairs, labelled = run / "samples" / split, run / "pairs" / f"{split}.jsonl", run / "labelled" / split
-    _unless(samples / "manifest.json", "tools/sample_responses.py", *_recipe(study),
-            "--prompts", run / "prompts" / f"{split}.jsonl", "--output", samples, log=log)
+    _unless(
+        samples / "manifest.json",
+        "tools/sample_responses.py",
+        *_recipe(study),
+        "--prompts",
+        run / "prompts" / f"{split}.jsonl",
+        "--output",
+        samples,
+        log=log,
+    )
     _unless(pairs, "tools/rank_responses.py", *_recipe(study), "--samples", samples, "--output", pairs, log=log)
-    _unless(labelled / "manifest.json", "tools/label_tokens.py", *_recipe(study),
-            "--pairs", pairs, "--output", labelled, log=log)
+    _unless(
+        labelled / "manifest.json",
+        "tools/label_tokens.py",
+        *_recipe(study),
+        "--pairs",
+        pairs,
+        "--output",
+        labelled,
+        log=log,
+    )
     measure.save_arrays(run / "credit" / f"{split}.npz", measure.credit_set(labelled, pairs))
 
 
@@ -64,11 +129,27 @@ def index_training_pairs(study: Study) -> None:
     """Streams to train on: with the reference's token rewards, and with the verifier's marks in their place."""
     run, log = study.run, study.run / "logs" / "streams.log"
     data.write_rows(run / "pairs" / "truth.jsonl", data.truth_rows(data.read_rows(run / "pairs" / "train.jsonl")))
-    _unless(run / "labelled" / "truth.parquet", "tools/import_rewards.py", *_recipe(study),
-            "--pairs", run / "pairs" / "truth.jsonl", "--output", run / "labelled" / "truth.parquet", log=log)
+    _unless(
+        run / "labelled" / "truth.parquet",
+        "tools/import_rewards.py",
+        *_recipe(study),
+        "--pairs",
+        run / "pairs" / "truth.jsonl",
+        "--output",
+        run / "labelled" / "truth.parquet",
+        log=log,
+    )
     for streams, labelled in (("train", "train"), ("truth", "truth.parquet")):
-        _unless(run / "streams" / f"{streams}.manifest.json", "tools/index_pairs.py", *_recipe(study),
-                "--labelled", run / "labelled" / labelled, "--output", run / "streams" / streams, log=log)
+        _unless(
+            run / "streams" / f"{streams}.manifest.json",
+            "tools/index_pairs.py",
+            *_recipe(study),
+            "--labelled",
+            run / "labelled" / labelled,
+            "--output",
+            run / "streams" / streams,
+            log=log,
+        )
 
 
 def result_path(study: Study, name: str, split: str) -> Path:
@@ -80,10 +161,23 @@ def train_and_measure(study: Study, run: Run, split: str) -> None:
     """One run from the reference to its measures; checkpoints and answers are not kept."""
     folder, log = study.run / "runs" / run.name, study.run / "logs" / f"{run.name}.log"
     if not (folder / "hf").exists():
-        station("treg_megatron.train", *_recipe(study), *_overrides(run.overrides),
-                f"train.output={folder / 'train'}", log=log)
-        station("tools/convert_checkpoint.py", "export", *_recipe(study), "--checkpoint", folder / "train",
-                "--output", folder / "hf", log=log)
+        station(
+            "treg_megatron.train",
+            *_recipe(study),
+            *_overrides(run.overrides),
+            f"train.output={folder / 'train'}",
+            log=log,
+        )
+        station(
+            "tools/convert_checkpoint.py",
+            "export",
+            *_recipe(study),
+            "--checkpoint",
+            folder / "train",
+            "--output",
+            folder / "hf",
+            log=log,
+        )
     measure_policy(study, run.name, folder, folder / "hf", split, measure.curves(folder / "train" / "metrics.jsonl"))
     shutil.rmtree(folder)
 
@@ -99,8 +193,19 @@ def measure_policy(study: Study, name: str, folder: Path, hf: Path, split: str, 
     ways = {"greedy": {"sample.temperature": 0.0, "sample.seeds": [0]}, "sampled": study.measure["sampled"]}
     found: dict[str, Any] = dict(more)
     for way, settings in ways.items():
-        _unless(folder / way / "manifest.json", "tools/sample_responses.py", *_recipe(study), *_overrides(settings),
-                "--model", hf, "--prompts", prompts, "--output", folder / way, log=log)
+        _unless(
+            folder / way / "manifest.json",
+            "tools/sample_responses.py",
+            *_recipe(study),
+            *_overrides(settings),
+            "--model",
+            hf,
+            "--prompts",
+            prompts,
+            "--output",
+            folder / way,
+            log=log,
+        )
         found |= {f"{way}/{what}": values for what, values in measure.answers(folder / way).items()}
     labelled, credit = study.run / "labelled" / split, measure.load_arrays(study.run / "credit" / f"{split}.npz")
     found["kl"] = measure.divergence(hf, study.run / REFERENCE / "hf", folder / "sampled")
@@ -123,8 +228,14 @@ def _unless(output: Path, program: str, *arguments: object, log: Path) -> None:
 
 def _launch(ranks: int, arguments: list[str], log: Path) -> None:
     with open(log, "a", encoding="utf-8") as file:
-        code = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                               str(ranks), *arguments], cwd=ROOT, stdout=file, stderr=file).returncode
+        code = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments],
+            cwd=ROOT,
+            stdout=file,
+            stderr=file,
+        ).returncode
     if code:
-        raise UserError(f"the reference's training failed with exit code {code}, see the end of {log}; "
-                        "the same command goes on from here")
+        raise UserError(
+            f"the reference's training failed with exit code {code}, see the end of {log}; "
+            "the same command goes on from here"
+        )

@@ -26,8 +26,10 @@ PAPER_ORDER = (
     ("dpo", "dpo_sft", "47.0 > 46.0"),
     ("simpo_reg", "simpo", "74.5 > 73.5 (Gemma-2-9B)"),
 )
-EXTRA_ORDER = tuple((better, worse, "not in the paper") for better, worse in
-                    (("truth", "dpo"), ("truth", "dpo_reg"), ("dpo", "sft"), ("dpo", "simpo")))
+EXTRA_ORDER = tuple(
+    (better, worse, "not in the paper")
+    for better, worse in (("truth", "dpo"), ("truth", "dpo_reg"), ("dpo", "sft"), ("dpo", "simpo"))
+)
 REGULARISED = ("dpo_reg_0.1", "dpo_reg_0.25", "dpo_reg_0.5")
 
 
@@ -37,9 +39,15 @@ def write_report(study: Study, choice: dict[str, int]) -> Path:
     regularised = max((method for method in REGULARISED if method in search), key=lambda method: max(search[method]))
     files = pictures.draw_all(results, regularised, study.report.with_name(study.report.stem.lower()))
     lines = [
-        *introduction(study), *reference_section(study, results), *method_section(study),
-        *main_section(results, regularised, files), *order_section(results, regularised), *fact_section(results),
-        *search_section(study, choice, search, files), *token_section(files), *limits_section(study),
+        *introduction(study),
+        *reference_section(study, results),
+        *method_section(study),
+        *main_section(results, regularised, files),
+        *order_section(results, regularised),
+        *fact_section(results),
+        *search_section(study, choice, search, files),
+        *token_section(files),
+        *limits_section(study),
         *run_section(study, results),
     ]
     with atomic_write(study.report) as partial:
@@ -76,8 +84,10 @@ on-policy pairs of {world["prompts"]["train"]} prompts (5 samples, the verifier'
 def reference_section(study: Study, results: Results) -> Iterator[str]:
     """Whether token rewards see what surprisal does not."""
     yield from heading("Does the reference understand the two prompts?")
-    yield from table(("prompts", "tokens", "wrong", "AUROC of token rewards r_t", "AUROC of its plain log-prob"),
-                     [reference_row(study, split) for split in ("dev", "test")])
+    yield from table(
+        ("prompts", "tokens", "wrong", "AUROC of token rewards r_t", "AUROC of its plain log-prob"),
+        [reference_row(study, split) for split in ("dev", "test")],
+    )
     right, reward = results.credit["right"], results.credit["reward"]
     yield f"""
 AUROC of telling right from wrong tokens of the reference's own ranked answers; 0.5 is chance. The mean token reward on
@@ -87,17 +97,22 @@ test prompts is {reward[right].mean():+.3f} of right tokens and {reward[~right].
 def reference_row(study: Study, split: str) -> list[str]:
     credit = load_arrays(study.run / "credit" / f"{split}.npz")
     draw = Bootstrap(1, int(credit["pair"].max()) + 1, study.measure["resamples"])
-    rewards, plain = (shown(draw.auroc(credit[name][None], credit["right"], credit["pair"]))
-                      for name in ("reward", "ref_logp"))
+    rewards, plain = (
+        shown(draw.auroc(credit[name][None], credit["right"], credit["pair"])) for name in ("reward", "ref_logp")
+    )
     return [split, str(len(credit["right"])), f"{np.mean(~credit['right']):.1%}", rewards, plain]
 
 
 def method_section(study: Study) -> Iterator[str]:
     """What tells the methods apart."""
     yield from heading("The methods")
-    yield from table(("method", "sets"), [
-        [method, ", ".join(f"`{name}={value}`" for name, value in keys["settings"].items())]
-        for method, keys in study.methods.items()])
+    yield from table(
+        ("method", "sets"),
+        [
+            [method, ", ".join(f"`{name}={value}`" for name, value in keys["settings"].items())]
+            for method, keys in study.methods.items()
+        ],
+    )
     yield """
 `dpo_sft` is the paper's ablation "SFT on the chosen", in the place of the regulariser; `sft` trains on nothing else.
 `truth` is the upper bound: the verifier's marks (0.5 right, -0.5 wrong) in the place of r_t. Learning rate and beta are
@@ -109,12 +124,28 @@ def main_section(results: Results, regularised: str, files: dict[str, str]) -> I
     yield from heading("What the methods reach on test prompts")
     columns = ("method", "score, sampled", "score, greedy", "wins, sampled", "wins, greedy", "length", "KL", "credit")
     scores = ("sampled/score", "greedy/score")
-    rows = [[REFERENCE, *(shown(results.mean(REFERENCE, what)) for what in scores), "", "",
-             shown(results.mean(REFERENCE, "sampled/length"), 1), "0", ""]]
-    rows += [[method, *(shown(results.mean(method, what)) for what in scores),
-              *(shown(results.wins(method, way)) for way in ("sampled", "greedy")),
-              shown(results.mean(method, "sampled/length"), 1), shown(results.mean(method, "kl"), 2),
-              shown(results.credit_auroc(method))] for method in results.runs]
+    rows = [
+        [
+            REFERENCE,
+            *(shown(results.mean(REFERENCE, what)) for what in scores),
+            "",
+            "",
+            shown(results.mean(REFERENCE, "sampled/length"), 1),
+            "0",
+            "",
+        ]
+    ]
+    rows += [
+        [
+            method,
+            *(shown(results.mean(method, what)) for what in scores),
+            *(shown(results.wins(method, way)) for way in ("sampled", "greedy")),
+            shown(results.mean(method, "sampled/length"), 1),
+            shown(results.mean(method, "kl"), 2),
+            shown(results.credit_auroc(method)),
+        ]
+        for method in results.runs
+    ]
     yield from table(columns, rows)
     yield f"""
 Sampled at temperature 1; length in tokens. Wins: answers that score above the reference's, ties half. KL: from the
@@ -127,9 +158,13 @@ the verifier's marks. Of the three alphas of `dpo_reg`, development prompts chos
 def order_section(results: Results, regularised: str) -> Iterator[str]:
     """The paper's claims beside our differences."""
     yield from heading("The paper's order and ours")
-    yield from table(("the paper says", "its figures", "difference in score", "borne out?", "difference in credit"),
-                     [order_row(results, *(regularised if name == "dpo_reg" else name for name in names), told)
-                      for *names, told in (*PAPER_ORDER, *EXTRA_ORDER)])
+    yield from table(
+        ("the paper says", "its figures", "difference in score", "borne out?", "difference in credit"),
+        [
+            order_row(results, *(regularised if name == "dpo_reg" else name for name in names), told)
+            for *names, told in (*PAPER_ORDER, *EXTRA_ORDER)
+        ],
+    )
     yield """
 Differences of mean scores of sampled answers and of credit, the same seeds and prompts on both sides; an interval that
 holds 0 tells nothing apart. The paper's figures are AlpacaEval 2 length-controlled win rates, of Llama-3-8B where
@@ -145,9 +180,13 @@ def order_row(results: Results, better: str, worse: str, told: str) -> list[str]
 def fact_section(results: Results) -> Iterator[str]:
     """Which popular errors each method gets rid of."""
     yield from heading("Which errors go away")
-    yield from table(("method", *(f"{rate:.0%} wrong" for rate in ERROR_RATES)), [
-        [method, *(f"{results.right_results(method, rate):.3f}" for rate in ERROR_RATES)]
-        for method in (REFERENCE, *results.runs)])
+    yield from table(
+        ("method", *(f"{rate:.0%} wrong" for rate in ERROR_RATES)),
+        [
+            [method, *(f"{results.right_results(method, rate):.3f}" for rate in ERROR_RATES)]
+            for method in (REFERENCE, *results.runs)
+        ],
+    )
     yield """
 Share of right results in sampled answers, by how many everyday answers get the fact wrong. Best and worst of five
 samples mostly share the errors of the last column: there a pair's preference says little, and a token reward much."""
@@ -162,8 +201,9 @@ def search_scores(study: Study) -> dict[str, list[float]]:
     return found
 
 
-def search_section(study: Study, choice: dict[str, int], search: dict[str, list[float]],
-                   files: dict[str, str]) -> Iterator[str]:
+def search_section(
+    study: Study, choice: dict[str, int], search: dict[str, list[float]], files: dict[str, str]
+) -> Iterator[str]:
     """Every run of the search."""
     yield from heading("How settings were chosen")
     yield f"""\
@@ -171,10 +211,19 @@ Each setting of each method ran once with seed {study.search_seed}; the best mea
 {study.world["prompts"]["dev"]} development prompts was written down before a test prompt was answered. The ranges of
 the grids come from a handful of earlier runs of `dpo` on development prompts. All runs of the search:
 """
-    yield from table(("method", "setting", "score on development prompts", "chosen"), [
-        [method, ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in setting.items()),
-         f"{search[method][number]:.4f}", "yes" if choice[method] == number else ""]
-        for method, keys in study.methods.items() for number, setting in enumerate(study.grids[keys["grid"]])])
+    yield from table(
+        ("method", "setting", "score on development prompts", "chosen"),
+        [
+            [
+                method,
+                ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in setting.items()),
+                f"{search[method][number]:.4f}",
+                "yes" if choice[method] == number else "",
+            ]
+            for method, keys in study.methods.items()
+            for number, setting in enumerate(study.grids[keys["grid"]])
+        ],
+    )
     yield f"\n![score against distance from the reference, every run of the search]({files['search']})"
 
 
@@ -210,9 +259,18 @@ def limits_section(study: Study) -> Iterator[str]:
 def run_section(study: Study, results: Results) -> Iterator[str]:
     """Every final run."""
     yield from heading("Every run")
-    rows = [[method, str(seed), f"{run['sampled/score'].mean():.4f}", f"{run['greedy/score'].mean():.4f}",
-             f"{run['kl'].mean():.3f}", f"{credit:.4f}"] for method, runs in results.runs.items()
-            for seed, run, credit in zip(study.seeds, runs, results.credit_aurocs(method)[0], strict=True)]
+    rows = [
+        [
+            method,
+            str(seed),
+            f"{run['sampled/score'].mean():.4f}",
+            f"{run['greedy/score'].mean():.4f}",
+            f"{run['kl'].mean():.3f}",
+            f"{credit:.4f}",
+        ]
+        for method, runs in results.runs.items()
+        for seed, run, credit in zip(study.seeds, runs, results.credit_aurocs(method)[0], strict=True)
+    ]
     yield from table(("method", "seed", "score, sampled", "score, greedy", "KL", "credit"), rows)
     yield "\nTest prompts; the runs of the search stand above."
 

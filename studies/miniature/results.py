@@ -19,8 +19,13 @@ class Results:
         self.study = study
         self.credit = load_arrays(study.run / "credit" / "test.npz")
         self.reference = load_arrays(result_path(study, REFERENCE, "test"))
-        self.runs = {method: [load_arrays(result_path(study, study.of(method, choice[method], seed).name, "test"))
-                              for seed in study.seeds] for method in study.methods}
+        self.runs = {
+            method: [
+                load_arrays(result_path(study, study.of(method, choice[method], seed).name, "test"))
+                for seed in study.seeds
+            ]
+            for method in study.methods
+        }
         self.tasks = [task_of(row["prompt"]) for row in data.read_rows(study.run / "prompts" / "test.jsonl")]
         resamples = study.measure["resamples"]
         self.draw = Bootstrap(len(study.seeds), len(self.tasks), resamples)

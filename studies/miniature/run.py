@@ -34,8 +34,11 @@ from treg_megatron.utils.files import atomic_write  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m studies.miniature.run", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.miniature.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--study", type=Path, default=HERE / "study.yaml", metavar="YAML", help="another study.yaml")
     parser.add_argument("--smoke", action="store_true", help="the small study of smoke.yaml")
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier study wrote and start over")
@@ -80,15 +83,18 @@ def begin(study: Study) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"a study is at work in {study.run}, perhaps the last runs of one that was stopped: "
-                        "wait for it") from None
+        raise UserError(
+            f"a study is at work in {study.run}, perhaps the last runs of one that was stopped: wait for it"
+        ) from None
     path = study.run / "study.json"
     if not path.exists():
         with atomic_write(path) as partial:
             partial.write_text(json.dumps({"digest": study.digest}) + "\n", encoding="utf-8")
     elif json.loads(path.read_text(encoding="utf-8"))["digest"] != study.digest:
-        raise UserError(f"the world, the reference or the recipe changed since {study.run} was begun; start over with: "
-                        "make study ARGS=--fresh")
+        raise UserError(
+            f"the world, the reference or the recipe changed since {study.run} was begun; start over with: "
+            "make study ARGS=--fresh"
+        )
     return lock
 
 
@@ -98,10 +104,16 @@ def pair_jobs(study: Study, *splits: str) -> dict[str, Callable[[], None]]:
 
 def measure_all(study: Study, runs: list[Run], split: str, processes: int) -> None:
     """Every run that has no result yet, and the reference."""
-    jobs = {} if pipeline.result_path(study, pipeline.REFERENCE, split).exists() else {
-        pipeline.REFERENCE: functools.partial(pipeline.measure_reference, study, split)}
-    jobs |= {run.name: functools.partial(pipeline.train_and_measure, study, run, split) for run in runs
-             if not pipeline.result_path(study, run.name, split).exists()}
+    jobs = (
+        {}
+        if pipeline.result_path(study, pipeline.REFERENCE, split).exists()
+        else {pipeline.REFERENCE: functools.partial(pipeline.measure_reference, study, split)}
+    )
+    jobs |= {
+        run.name: functools.partial(pipeline.train_and_measure, study, run, split)
+        for run in runs
+        if not pipeline.result_path(study, run.name, split).exists()
+    }
     run_jobs(jobs, processes, "run")
 
 
@@ -114,8 +126,10 @@ def choose(study: Study) -> dict[str, int]:
             result = measure.load_arrays(pipeline.result_path(study, run.name, "dev"))
             scores.setdefault(run.method, {})[run.setting] = float(np.mean(result["sampled/score"]))
         with atomic_write(path) as partial:
-            partial.write_text(json.dumps({method: max(found, key=found.get) for method, found in scores.items()},
-                                          indent=2) + "\n", encoding="utf-8")
+            partial.write_text(
+                json.dumps({method: max(found, key=found.get) for method, found in scores.items()}, indent=2) + "\n",
+                encoding="utf-8",
+            )
     choice = json.loads(path.read_text(encoding="utf-8"))
     if set(choice) != set(study.methods):
         raise UserError(f"{path} was written for other methods; remove {study.run}, or set the methods back")

@@ -34,11 +34,11 @@ def warm_up() -> None:
     with heavy_imports():
         import transformers  # noqa: F401
 
-        import treg_megatron.training.build
         import treg_megatron.checkpoint.to_hf
-        import treg_megatron.training.data_module
         import treg_megatron.labelling.job
         import treg_megatron.sampling.huggingface  # noqa: F401
+        import treg_megatron.training.build
+        import treg_megatron.training.data_module
 
 
 def station(program: str, *arguments: object, log: Path) -> None:
@@ -55,8 +55,10 @@ def station(program: str, *arguments: object, log: Path) -> None:
     child.start()
     child.join()
     if child.exitcode:
-        raise UserError(f"{program} failed with exit code {child.exitcode}, see the end of {log}; "
-                        "the same command goes on from here")
+        raise UserError(
+            f"{program} failed with exit code {child.exitcode}, see the end of {log}; "
+            "the same command goes on from here"
+        )
 
 
 def run_jobs(jobs: dict[str, Callable[[], None]], processes: int, what: str) -> None:

@@ -23,8 +23,28 @@ CONNECTORS = ("so", "then", "next", "and", "also", "now")
 VERBS = ("makes", "gives", "is")
 FILLERS = ("um", "well", "hmm")
 DIGITS = tuple("0123456789")
-WORDS = ("cat", "dog", "sun", "hat", "pen", "cup", "map", "fox", "bed", "jar", "leg", "kit", "nut", "owl", "rib", "web",
-         "yam", "zip", "gum", "ivy")
+WORDS = (
+    "cat",
+    "dog",
+    "sun",
+    "hat",
+    "pen",
+    "cup",
+    "map",
+    "fox",
+    "bed",
+    "jar",
+    "leg",
+    "kit",
+    "nut",
+    "owl",
+    "rib",
+    "web",
+    "yam",
+    "zip",
+    "gum",
+    "ivy",
+)
 UNITS = {"weeks": 7, "feet": 12, "yards": 3, "hours": 60}
 LANGUAGES = ("elvish", "norse", "martian")
 DIRECTIONS = ("forwards", "backwards")
@@ -46,7 +66,7 @@ class Operation(NamedTuple):
     arguments: tuple[str, ...]
     items: tuple[str, ...]
     result: Callable[[str, str], tuple[str, ...]]
-    alphabet: Callable[[str], tuple[str, ...]]      # argument -> tokens that a result may hold
+    alphabet: Callable[[str], tuple[str, ...]]  # argument -> tokens that a result may hold
 
 
 def _foreign(language: str, word: str) -> str:
@@ -57,12 +77,18 @@ def _foreign(language: str, word: str) -> str:
 
 OPERATIONS = {
     "add": Operation(DIGITS[1:], DIGITS, lambda k, x: tuple(f"{int(k) + int(x):02d}"), lambda k: DIGITS),
-    "convert": Operation(tuple(UNITS), DIGITS, lambda unit, x: tuple(f"{UNITS[unit] * int(x):03d}"),
-                         lambda unit: DIGITS),
-    "spell": Operation(DIRECTIONS, WORDS, lambda way, word: tuple(word if way == "forwards" else word[::-1]),
-                       lambda way: LETTERS),
-    "say": Operation(LANGUAGES, WORDS, lambda language, word: (_foreign(language, word),),
-                     lambda language: tuple(_foreign(language, word) for word in WORDS)),
+    "convert": Operation(
+        tuple(UNITS), DIGITS, lambda unit, x: tuple(f"{UNITS[unit] * int(x):03d}"), lambda unit: DIGITS
+    ),
+    "spell": Operation(
+        DIRECTIONS, WORDS, lambda way, word: tuple(word if way == "forwards" else word[::-1]), lambda way: LETTERS
+    ),
+    "say": Operation(
+        LANGUAGES,
+        WORDS,
+        lambda language, word: (_foreign(language, word),),
+        lambda language: tuple(_foreign(language, word) for word in WORDS),
+    ),
 }
 
 
@@ -73,7 +99,7 @@ def fact(operation: str, argument: str, item: str) -> Fact:
     draw = random.Random(f"{operation} {argument} {item}")
     place = draw.randrange(len(right))
     wrong = draw.choice([token for token in op.alphabet(argument) if token != right[place]])
-    return Fact(right, (*right[:place], wrong, *right[place + 1:]), draw.choice(ERROR_RATES))
+    return Fact(right, (*right[:place], wrong, *right[place + 1 :]), draw.choice(ERROR_RATES))
 
 
 @dataclass(frozen=True)
@@ -152,6 +178,7 @@ def _split_of(content: str, shares: dict[str, float]) -> str:
 
 # -- the verifier ------------------------------------------------------------------------------------------------------
 
+
 class Verdict(NamedTuple):
     """Marks of an answer's tokens and of its end, whether each item's result is right in full; score in [0, 1]."""
 
@@ -176,14 +203,14 @@ def verify(task: Task, answer: str) -> Verdict:
         fits = bool(p and t) and tokens[t - 1] in accepted[p - 1]
         paired = p and t and edits[p][t] == edits[p - 1][t - 1] + (not fits)
         if not paired and t and edits[p][t] == edits[p][t - 1] + 1:
-            t -= 1                                              # a token too many
+            t -= 1  # a token too many
             continue
         p -= 1
         if paired:
             t -= 1
             right[t] = fits
         else:
-            end_is_right &= t < len(tokens)                     # a token is missing
+            end_is_right &= t < len(tokens)  # a token is missing
         if places[p].result_of is not None:
             results[places[p].result_of] &= bool(paired) and fits
     return Verdict(right, end_is_right, results, max(0.0, 1 - edits[-1][-1] / len(places)))
@@ -197,7 +224,7 @@ def scores(messages: list[dict[str, str]], responses: Sequence[str]) -> list[flo
 
 class _Place(NamedTuple):
     accepted: frozenset[str]
-    result_of: int | None           # the number of the item, where the place belongs to a result
+    result_of: int | None  # the number of the item, where the place belongs to a result
 
 
 def _places(task: Task) -> list[_Place]:

@@ -16,14 +16,14 @@ import pyarrow as pa
 import pytest
 
 from tests.unit.test_streams import THREE, pair
-from treg_megatron.errors import UserError
-from treg_megatron.data.labelled_pairs import LabelledPair, read_labelled, write_shard
 from treg_megatron.data.aligned import stream_paths
+from treg_megatron.data.labelled_pairs import LabelledPair, read_labelled, write_shard
 from treg_megatron.data.pairs import read_pairs
 from treg_megatron.data.records import read_rows
 from treg_megatron.data.streams import merge_streams, open_streams, split_streams, verify, write_streams
+from treg_megatron.errors import UserError
 
-SEEDS = range(250)                     # times four kinds of file
+SEEDS = range(250)  # times four kinds of file
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "pairs"
 PAIR_FILES = sorted(path for path in FOLDER.rglob("*") if path.is_file())
 
@@ -35,14 +35,17 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
     if kind == "cut":
         return content[:at]
     if kind == "flip":
-        return content[:at] + bytes(byte ^ (1 << chance.randrange(8)) for byte in content[at:at + length]) \
-            + content[at + length:]
+        return (
+            content[:at]
+            + bytes(byte ^ (1 << chance.randrange(8)) for byte in content[at : at + length])
+            + content[at + length :]
+        )
     if kind == "zero":
-        return content[:at] + bytes(len(content[at:at + length])) + content[at + length:]
+        return content[:at] + bytes(len(content[at : at + length])) + content[at + length :]
     if kind == "invalid":
-        return content[:at] + b"\xff" + content[at + 1:]                  # never part of UTF-8
+        return content[:at] + b"\xff" + content[at + 1 :]  # never part of UTF-8
     if kind == "double":
-        return content[:at] + content[at:at + length] + content[at:]
+        return content[:at] + content[at : at + length] + content[at:]
     return content[at:] + content[:at]
 
 
@@ -62,15 +65,15 @@ def test_pairs(tmp_path):
         chance = random.Random(seed)
         source = chance.choice(PAIR_FILES)
         path = tmp_path / source.name
-        if source.parent != FOLDER:                     # a file of a folder that datasets wrote
+        if source.parent != FOLDER:  # a file of a folder that datasets wrote
             path = tmp_path / source.parent.name
             shutil.copytree(source.parent, path, dirs_exist_ok=True)
         (path / source.name if path.is_dir() else path).write_bytes(damaged(source.read_bytes(), chance))
         read: list[bytes] = []
         outcomes.append(refused_or_read(lambda: read.extend(p.chosen.encode() for p in read_pairs(path)), path.name))
-        if outcomes[-1] and source.suffix in (".parquet", ".arrow"):      # these say how many rows they have
+        if outcomes[-1] and source.suffix in (".parquet", ".arrow"):  # these say how many rows they have
             assert len(read) == 6, seed
-    assert 0 < sum(outcomes) < len(SEEDS)       # flipped letters of a text are another text
+    assert 0 < sum(outcomes) < len(SEEDS)  # flipped letters of a text are another text
 
 
 def test_rows_are_not_lost_silently(tmp_path):
@@ -84,7 +87,11 @@ def test_rows_are_not_lost_silently(tmp_path):
         stream.write_batch(batch)
     arrow = sink.getvalue().to_pybytes()
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
-    for content, rows in ((arrow, 4), (arrow[:first], None), (arrow[:first + 4] + bytes(4) + arrow[first + 8:], None)):
+    for content, rows in (
+        (arrow, 4),
+        (arrow[:first], None),
+        (arrow[: first + 4] + bytes(4) + arrow[first + 8 :], None),
+    ):
         (tmp_path / "data.arrow").write_bytes(content)
         if rows:
             assert len(list(read_rows(tmp_path))) == rows
@@ -93,7 +100,7 @@ def test_rows_are_not_lost_silently(tmp_path):
                 list(read_rows(tmp_path))
     good, path = (FOLDER / "ultrafeedback.parquet").read_bytes(), tmp_path / "own.parquet"
     for at, bit in itertools.product(range(4, 24), range(8)):
-        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1:])
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
         read: list = []
         if refused_or_read(lambda: read.extend(read_rows(path)), "own.parquet"):
             assert len(read) == 6, (at, bit)
@@ -112,8 +119,14 @@ def test_labelled_pairs(tmp_path):
 
 def trained_on(pair: LabelledPair) -> list:
     """What training sees of a pair."""
-    return [pair.pair_id, *(getattr(pair, f"{side}_{name}").tolist() for side in ("chosen", "rejected")
-                            for name in ("tokens", "token_rewards", "ref_logprobs"))]
+    return [
+        pair.pair_id,
+        *(
+            getattr(pair, f"{side}_{name}").tolist()
+            for side in ("chosen", "rejected")
+            for name in ("tokens", "token_rewards", "ref_logprobs")
+        ),
+    ]
 
 
 def test_streams_are_read_as_written_or_refused(chatml, tmp_path):
@@ -215,10 +228,12 @@ def test_a_full_disk_is_told_and_leaves_nothing(chatml, tmp_path, write):
     write_streams(tmp_path / "in" / "whole", many, chatml)
     out = tmp_path / "out"
     with files_of_at_most(4096), pytest.raises(UserError, match="cannot write .*out.*File too large"):
-        {"streams": lambda: write_streams(out / "t", many, chatml),
-         "shard": lambda: write_shard(out / "t.parquet", many),
-         "merge": lambda: merge_streams(out / "t", [tmp_path / "in" / "whole"]),
-         "split": lambda: split_streams(open_streams(tmp_path / "in" / "whole"), (out / "a", out / "b"), 0.5)}[write]()
+        {
+            "streams": lambda: write_streams(out / "t", many, chatml),
+            "shard": lambda: write_shard(out / "t.parquet", many),
+            "merge": lambda: merge_streams(out / "t", [tmp_path / "in" / "whole"]),
+            "split": lambda: split_streams(open_streams(tmp_path / "in" / "whole"), (out / "a", out / "b"), 0.5),
+        }[write]()
     assert not [path for path in out.rglob("*") if path.is_file()]
 
 
@@ -239,15 +254,17 @@ def read_only(folder: Path):
 
 @pytest.mark.parametrize("write", ["streams", "shard", "merge", "split"])
 def test_a_read_only_folder_is_told_and_stays_as_it_was(chatml, write):
-    with tempfile.TemporaryDirectory() as name:             # pytest's own folders are closed to others
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
         folder = Path(name)
         write_streams(folder / "part", THREE, chatml)
         opened = open_streams(folder / "part")
-        writes = {"merge": lambda out: merge_streams(out / "t", [folder / "part"]),
-                  "streams": lambda out: write_streams(out / "t", THREE, chatml),
-                  "shard": lambda out: write_shard(out / "t.parquet", THREE),
-                  "split": lambda out: split_streams(opened, (out / "a", out / "b"), 0.5)}[write]
-        writes(folder / "writable")                         # imports what it needs: somebody else may not be able to
+        writes = {
+            "merge": lambda out: merge_streams(out / "t", [folder / "part"]),
+            "streams": lambda out: write_streams(out / "t", THREE, chatml),
+            "shard": lambda out: write_shard(out / "t.parquet", THREE),
+            "split": lambda out: split_streams(opened, (out / "a", out / "b"), 0.5),
+        }[write]
+        writes(folder / "writable")  # imports what it needs: somebody else may not be able to
         before = sorted(folder.iterdir())
         with read_only(folder), pytest.raises(UserError, match=f"cannot write {folder}.*Permission denied"):
             writes(folder)

@@ -12,37 +12,61 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from treg_megatron.sampling import rank as ranking
-from treg_megatron.errors import UserError
-from treg_megatron.tokenizer.conversation import Message
-from treg_megatron.data.pairs import read_pairs
-from treg_megatron.sampling.rank import best_and_worst, rank
 from treg_megatron.config.recipe import load_recipe, section
+from treg_megatron.data.pairs import read_pairs
+from treg_megatron.errors import UserError
+from treg_megatron.sampling import rank as ranking
 from treg_megatron.sampling import server
 from treg_megatron.sampling.huggingface import HuggingFaceSampler
+from treg_megatron.sampling.rank import best_and_worst, rank
 from treg_megatron.sampling.sample import sample
 from treg_megatron.tokenizer.chat import load_tokenizer
+from treg_megatron.tokenizer.conversation import Message
 
 
 @pytest.fixture
 def settings(tiny_folder, tmp_path):
     rows = [{"prompt_id": f"q{i}", "prompt": f"Question {i}?"} for i in range(5)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return section(load_recipe(overrides=[
-        f"model.hf={tiny_folder}", f"run={tmp_path}", f"sample.prompts={tmp_path}/prompts.jsonl",
-        "sample.dtype=float32", "sample.device=cpu", "sample.seeds=[1,2,3]", "sample.max_new_tokens=4",
-        "sample.shard_prompts=2", "sample.batch_prompts=2", "sample.tries=2"]), "sample")
+    return section(
+        load_recipe(
+            overrides=[
+                f"model.hf={tiny_folder}",
+                f"run={tmp_path}",
+                f"sample.prompts={tmp_path}/prompts.jsonl",
+                "sample.dtype=float32",
+                "sample.device=cpu",
+                "sample.seeds=[1,2,3]",
+                "sample.max_new_tokens=4",
+                "sample.shard_prompts=2",
+                "sample.batch_prompts=2",
+                "sample.tries=2",
+            ]
+        ),
+        "sample",
+    )
 
 
 def rank_settings(settings, **changes):
-    found = section(load_recipe(overrides=[f"rank.samples={settings.output}", f"model.hf={settings.model}",
-                                           f"rank.output={Path(settings.output).parent}/pairs.jsonl"]), "rank")
+    found = section(
+        load_recipe(
+            overrides=[
+                f"rank.samples={settings.output}",
+                f"model.hf={settings.model}",
+                f"rank.output={Path(settings.output).parent}/pairs.jsonl",
+            ]
+        ),
+        "rank",
+    )
     return dataclasses.replace(found, **changes)
 
 
 def rows_of(settings):
-    return [json.loads(line) for path in sorted(Path(settings.output).glob("*.jsonl"))
-            for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for path in sorted(Path(settings.output).glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
 
 
 class Counting:
@@ -74,8 +98,14 @@ def test_samples_carry_ids(settings, chatml):
 
 def test_a_prompt_is_sent_with_one_bos(settings, http, tokenizer_folders):
     """The template of this tokenizer begins with it, and a server that gets text would put another before it."""
-    sample(dataclasses.replace(settings, model=str(tokenizer_folders["headers"]), engine="server",
-                               server=f"http://127.0.0.1:{http.server_port}/v1"))
+    sample(
+        dataclasses.replace(
+            settings,
+            model=str(tokenizer_folders["headers"]),
+            engine="server",
+            server=f"http://127.0.0.1:{http.server_port}/v1",
+        )
+    )
     bos = load_tokenizer(tokenizer_folders["headers"]).encode_prompt((Message("user", "x"),))[0]
     assert len(http.asked) == 15
     assert all(asked["prompt"][0] == bos and asked["prompt"].count(bos) == 1 for asked in http.asked)
@@ -113,11 +143,14 @@ def test_a_stopped_job_goes_on_and_ends_the_same(settings, chatml, tmp_path):
         sample(dataclasses.replace(settings, temperature=1.0), goes_on)
 
 
-@pytest.mark.parametrize("scores, lengths, expected", [
-    ([1, 3, 2], [5, 5, 5], (1, 0)),
-    ([3, 3, 1], [9, 4, 5], (1, 2)),
-    ([3, 1, 1, 1], [6, 1, 7, 9], (0, 2)),
-])
+@pytest.mark.parametrize(
+    "scores, lengths, expected",
+    [
+        ([1, 3, 2], [5, 5, 5], (1, 0)),
+        ([3, 3, 1], [9, 4, 5], (1, 2)),
+        ([3, 1, 1, 1], [6, 1, 7, 9], (0, 2)),
+    ],
+)
 def test_best_and_worst_with_ties(scores, lengths, expected):
     assert best_and_worst(scores, lengths) == expected
 
@@ -163,9 +196,18 @@ def reward_model(settings, tmp_path) -> Path:
     """A random Llama that classifies into one class, with the chat template of the sampled model."""
     folder = tmp_path / "reward_model"
     torch.manual_seed(0)
-    LlamaForSequenceClassification(LlamaConfig(
-        vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=1,
-        pad_token_id=0, initializer_range=0.2)).save_pretrained(folder)
+    LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=384,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_labels=1,
+            pad_token_id=0,
+            initializer_range=0.2,
+        )
+    ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(settings.model).save_pretrained(folder)
     return folder
 
@@ -180,7 +222,7 @@ def test_a_reward_model_ranks(settings, chatml, reward_model):
         scores = {}
         for text in {response["text"] for response in responses[pair.pair_id]}:
             ids = chatml.encode_prompt(pair.messages) + chatml.encode_response(pair.messages, text)
-            whole = chatml.decode(ids) + "\n"           # what ChatML puts after the end of a turn
+            whole = chatml.decode(ids) + "\n"  # what ChatML puts after the end of a turn
             with torch.no_grad():
                 tokens = AutoTokenizer.from_pretrained(reward_model)(whole, return_tensors="pt").input_ids
                 scores[text] = model(tokens).logits.item()
@@ -206,6 +248,7 @@ def test_code_of_a_reward_model_needs_consent(settings, chatml, tmp_path):
 @pytest.fixture
 def http(chatml):
     """A server that answers as vLLM does; ``broken`` counts down answers with status 503, ``pause`` is before each."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.answer({"data": [{"id": "tiny"}]})
@@ -221,7 +264,7 @@ def http(chatml):
             self.answer({"choices": [{"text": "x", "finish_reason": "stop", "token_ids": asked["prompt"][-1:]}]})
 
         def answer(self, content):
-            with contextlib.suppress(BrokenPipeError):          # of a client that has stopped waiting
+            with contextlib.suppress(BrokenPipeError):  # of a client that has stopped waiting
                 self.send_response(200)
                 self.end_headers()
                 self.wfile.write(json.dumps(content).encode())
@@ -250,8 +293,9 @@ def test_a_server_gets_ids_and_is_asked_again(settings, http, monkeypatch, chatm
 
 def test_a_server_that_is_gone_stops_the_job_which_goes_on_later(settings, http, monkeypatch):
     monkeypatch.setattr(server, "_FIRST_PAUSE", 0.01)
-    served = dataclasses.replace(settings, engine="server", server=f"http://127.0.0.1:{http.server_port}/v1",
-                                 batch_prompts=1)
+    served = dataclasses.replace(
+        settings, engine="server", server=f"http://127.0.0.1:{http.server_port}/v1", batch_prompts=1
+    )
     real, calls = server.ServerSampler.sample, []
 
     def dies_later(self, prompts, seed):
@@ -275,7 +319,7 @@ def test_a_server_that_is_silent_or_gone_is_told(settings, http, monkeypatch):
     http.pause = 0.5
     with pytest.raises(UserError, match="completions gave no answer in 2 tries .the last: timed out."):
         sample(served)
-    assert len(http.asked) == 4                 # two prompts, each asked for again once
+    assert len(http.asked) == 4  # two prompts, each asked for again once
     nobody = dataclasses.replace(served, server="http://127.0.0.1:9/v1")
     with pytest.raises(UserError, match="127.0.0.1:9/v1/models gave no answer in 2 tries .the last: .*refused"):
         sample(nobody)
@@ -283,11 +327,16 @@ def test_a_server_that_is_silent_or_gone_is_told(settings, http, monkeypatch):
     assert sample(served)["prompts"] == 5
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"seeds": [1, 1]}, "one or more different numbers"), ({"seeds": []}, "one or more different numbers"),
-    ({"temperature": -0.1}, "must not be negative"),
-    ({"prompts": "absent.jsonl"}, "absent.jsonl"), ({"engine": "server"}, "sample.server has no value"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"seeds": [1, 1]}, "one or more different numbers"),
+        ({"seeds": []}, "one or more different numbers"),
+        ({"temperature": -0.1}, "must not be negative"),
+        ({"prompts": "absent.jsonl"}, "absent.jsonl"),
+        ({"engine": "server"}, "sample.server has no value"),
+    ],
+)
 def test_bad_settings(settings, change, message):
     with pytest.raises(UserError, match=message):
         sample(dataclasses.replace(settings, **change))

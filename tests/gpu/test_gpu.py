@@ -17,8 +17,13 @@ STEPS = 6
 
 def run(*arguments: object, cuda: bool) -> None:
     hidden = {} if cuda else {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)} | hidden)
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | hidden,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -27,7 +32,13 @@ def prepared(tiny_hf, tmp_path_factory) -> list[str]:
     """Labelled on the CPU, indexed and imported; the overrides of a recipe that trains from it."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
-    common = ["--recipe", "recipes/tiny.yaml", f"run={folder}", f"model.hf={tiny_hf}", f"label.pairs={folder}/pairs.jsonl"]
+    common = [
+        "--recipe",
+        "recipes/tiny.yaml",
+        f"run={folder}",
+        f"model.hf={tiny_hf}",
+        f"label.pairs={folder}/pairs.jsonl",
+    ]
     run("tools/label_tokens.py", *common, cuda=False)
     run("tools/index_pairs.py", *common, cuda=False)
     run("tools/convert_checkpoint.py", "import", *common, cuda=False)
@@ -35,8 +46,20 @@ def prepared(tiny_hf, tmp_path_factory) -> list[str]:
 
 
 def losses(prepared: list[str], output: Path, *overrides: str, cuda: bool) -> np.ndarray:
-    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "treg_megatron.train", *prepared,
-        f"train.output={output}", "data.epochs=10", f"train.max_steps={STEPS}", *overrides, cuda=cuda)
+    run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=1",
+        "-m",
+        "treg_megatron.train",
+        *prepared,
+        f"train.output={output}",
+        "data.epochs=10",
+        f"train.max_steps={STEPS}",
+        *overrides,
+        cuda=cuda,
+    )
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return np.array([line["loss"] for line in lines if "loss" in line])
 
@@ -49,8 +72,14 @@ def on_cpu(prepared, tmp_path_factory) -> np.ndarray:
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 1e-2)])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_training_has_the_losses_of_the_cpu(precision, tolerance, layout, prepared, on_cpu, tmp_path):
-    found = losses(prepared, tmp_path / "out", f"train.precision={precision}", f"data.layout={layout}",
-                   "train.first_loss_tolerance=0.02", cuda=True)
+    found = losses(
+        prepared,
+        tmp_path / "out",
+        f"train.precision={precision}",
+        f"data.layout={layout}",
+        "train.first_loss_tolerance=0.02",
+        cuda=True,
+    )
     assert len(found) == STEPS
     np.testing.assert_allclose(found, on_cpu, rtol=tolerance)
 
@@ -60,7 +89,9 @@ def test_token_rewards_are_those_of_the_cpu(prepared, tmp_path):
 
     run("tools/label_tokens.py", *prepared, f"label.output={tmp_path}/gpu", "label.dtype=float32", cuda=True)
     folder = next(o for o in prepared if o.startswith("run=")).removeprefix("run=")
-    for ours, theirs in zip(read_labelled(tmp_path / "gpu"), read_labelled(Path(folder) / "labelled" / "train"), strict=True):
+    for ours, theirs in zip(
+        read_labelled(tmp_path / "gpu"), read_labelled(Path(folder) / "labelled" / "train"), strict=True
+    ):
         assert ours.pair_id == theirs.pair_id
         np.testing.assert_allclose(ours.chosen_token_rewards, theirs.chosen_token_rewards, atol=1e-4)
         np.testing.assert_allclose(ours.rejected_ref_logprobs, theirs.rejected_ref_logprobs, atol=1e-3)

@@ -37,9 +37,9 @@ def write_pairs(path: Path, count: int) -> None:
 
 def make_run(folder: Path, tied: bool) -> TinyRun:
     from treg_megatron.checkpoint.from_hf import import_checkpoint
+    from treg_megatron.config.recipe import load_recipe, section
     from treg_megatron.labelling.indexing import index
     from treg_megatron.labelling.job import label
-    from treg_megatron.config.recipe import load_recipe, section
 
     hf = folder / "hf"
     vocab = tiny_tokenizer(hf)
@@ -47,8 +47,15 @@ def make_run(folder: Path, tied: bool) -> TinyRun:
     overrides = [f"run={folder}", f"model.hf={hf}", f"data.validation={folder}/streams/heldout"]
     for name, count in (("train", 22), ("heldout", 7)):
         write_pairs(folder / f"{name}.jsonl", count)
-        recipe = load_recipe(RECIPE, [*overrides, f"label.pairs={folder}/{name}.jsonl",
-                                      f"label.output={folder}/labelled/{name}", f"index.output={folder}/streams/{name}"])
+        recipe = load_recipe(
+            RECIPE,
+            [
+                *overrides,
+                f"label.pairs={folder}/{name}.jsonl",
+                f"label.output={folder}/labelled/{name}",
+                f"index.output={folder}/streams/{name}",
+            ],
+        )
         label(section(recipe, "label"))
         index(section(recipe, "index"))
     import_checkpoint(hf, folder / "megatron")

@@ -39,8 +39,13 @@ def warm_up() -> None:
         import treg_megatron.training.data_module  # noqa: F401
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, log: Path | None = None,
-              meanwhile: Callable[[], None] | None = None) -> list[Any]:
+def run_ranks(
+    size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    log: Path | None = None,
+    meanwhile: Callable[[], None] | None = None,
+) -> list[Any]:
     """Call ``function(*args)`` on every rank of a world of ``size``; the results by rank.
 
     Args:
@@ -77,7 +82,9 @@ def _collect(pipes: list, processes: list) -> list[Any]:
     deadline = time.time() + TIMEOUT_SECONDS
     while len(results) < len(pipes):
         assert time.time() < deadline, f"ranks {set(range(len(pipes))) - set(results)} hung"
-        ready = [r for r in range(len(pipes)) if r not in results and (pipes[r].poll(0.02) or not processes[r].is_alive())]
+        ready = [
+            r for r in range(len(pipes)) if r not in results and (pipes[r].poll(0.02) or not processes[r].is_alive())
+        ]
         for rank in ready:
             try:
                 ok, value = pickle.loads(pipes[rank].recv_bytes())
@@ -91,8 +98,16 @@ def _collect(pipes: list, processes: list) -> list[Any]:
 def _rank(rank: int, size: int, port: int, sender, log: Path | None, function: Callable[..., Any], args: tuple) -> None:
     os.setsid()
     tqdm.set_lock(threading.RLock())  # its own is shared with the parent: a rank killed inside would keep it for ever
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-                      GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        GROUP_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="test",
+    )
     if log is not None:
         descriptor = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)

@@ -17,11 +17,11 @@ def steps_on_this_rank(recipe: Path, overrides: list[str], objectives: list[dict
 
     Returns, on rank 0, for each: the loss, and the gradient of every parameter by its checkpoint key.
     """
-    from treg_megatron.models import policy as model
-    from treg_megatron.training import strategy
-    from treg_megatron.objective import Objective
     from treg_megatron.config.recipe import load_recipe
+    from treg_megatron.models import policy as model
+    from treg_megatron.objective import Objective
     from treg_megatron.train import train
+    from treg_megatron.training import strategy
 
     objectives = [Objective(**o) for o in objectives]
     steps: list[dict[str, Any]] = []
@@ -43,8 +43,18 @@ def steps_on_this_rank(recipe: Path, overrides: list[str], objectives: list[dict
 
     model.preference_loss, strategy.PolicyStrategy.optimizer_step = loss_of_this_step, capture
     try:
-        train(load_recipe(recipe, [*overrides, "optimizer.lr=0", "train.first_loss_tolerance=1e9",
-                                   "data.validation=null", f"data.epochs={len(objectives)}"]))
+        train(
+            load_recipe(
+                recipe,
+                [
+                    *overrides,
+                    "optimizer.lr=0",
+                    "train.first_loss_tolerance=1e9",
+                    "data.validation=null",
+                    f"data.epochs={len(objectives)}",
+                ],
+            )
+        )
     except Finished:
         return steps if dist.get_rank() == 0 else []
     raise AssertionError("training ended early")
@@ -52,8 +62,16 @@ def steps_on_this_rank(recipe: Path, overrides: list[str], objectives: list[dict
 
 def assert_gradient_identity_on(logps, ref_logps, rewards, lengths, o, *group) -> None:
     """dL/dlog pi = -beta w (1 + alpha r_t) on the chosen, +beta w (1 - alpha r_t) on the rejected response, to 1e-6."""
-    if not lengths or o.alpha == 0 or o.preference not in ("dpo", "dpo_norm", "simpo") or o.weight == "static" \
-            or o.label_smoothing or o.sft_weight or o.token_rewards != "contrastive" or (o.gamma and not o.weight_margin):
+    if (
+        not lengths
+        or o.alpha == 0
+        or o.preference not in ("dpo", "dpo_norm", "simpo")
+        or o.weight == "static"
+        or o.label_smoothing
+        or o.sft_weight
+        or o.token_rewards != "contrastive"
+        or (o.gamma and not o.weight_margin)
+    ):
         return
     whole = torch.tensor(lengths, dtype=torch.float64)
     ratio = logps.detach().double() - (0 if o.preference == "simpo" else ref_logps.double())
@@ -63,9 +81,12 @@ def assert_gradient_identity_on(logps, ref_logps, rewards, lengths, o, *group) -
     per_token = torch.full_like(whole, o.beta) if o.preference == "dpo" else o.beta / whole
     reward = per_token * sums
     weight = torch.sigmoid(reward[1::2] - reward[0::2] + o.gamma)
-    factors = [sign * beta * w * (1 - sign * o.alpha * r.double())
-               for beta, w, sign, r in zip(per_token, weight.repeat_interleave(2), [-1, 1] * len(weight),
-                                           rewards.split(lengths))]
+    factors = [
+        sign * beta * w * (1 - sign * o.alpha * r.double())
+        for beta, w, sign, r in zip(
+            per_token, weight.repeat_interleave(2), [-1, 1] * len(weight), rewards.split(lengths)
+        )
+    ]
     expected = torch.cat(factors)
 
     def check(grad):
@@ -85,15 +106,21 @@ def whole_gradients(megatron_parallel) -> dict[str, torch.Tensor]:
         for buffer in chunk.module.buffers + chunk.module.expert_parallel_buffers:
             for bucket in buffer.buckets:  # the distributed optimizer has reduced its own shard only
                 shards = bucket.grad_data.view(dist.get_world_size(buffer.data_parallel_group), -1)
-                dist.all_gather(list(shards.unbind()), shards[dist.get_rank(buffer.data_parallel_group)].clone(),
-                                group=buffer.data_parallel_group)
+                dist.all_gather(
+                    list(shards.unbind()),
+                    shards[dist.get_rank(buffer.data_parallel_group)].clone(),
+                    group=buffer.data_parallel_group,
+                )
         for parameter in chunk.parameters():
             weights[parameter] = parameter.data
             parameter.data = parameter.main_grad
     described = megatron_parallel.sharded_state_dict()
     apply_factories(described)
-    mine = [(t.key, t.global_shape, t.global_offset, t.data.detach().clone())
-            for t in nested_values(described) if isinstance(t, ShardedTensor)]
+    mine = [
+        (t.key, t.global_shape, t.global_offset, t.data.detach().clone())
+        for t in nested_values(described)
+        if isinstance(t, ShardedTensor)
+    ]
     for parameter, weight in weights.items():
         parameter.data = weight
     everyone = [None] * dist.get_world_size()

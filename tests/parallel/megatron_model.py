@@ -21,21 +21,46 @@ def build(fields: dict, tensor: int, pipeline: int, vocab_multiple: int):
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(tensor, pipeline)
     model_parallel_cuda_manual_seed(1)
-    taken = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-             "normalization", "layernorm_epsilon", "init_method_std", "gated_linear_unit", "add_bias_linear",
-             "attention_dropout", "hidden_dropout")
+    taken = (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "normalization",
+        "layernorm_epsilon",
+        "init_method_std",
+        "gated_linear_unit",
+        "add_bias_linear",
+        "attention_dropout",
+        "hidden_dropout",
+    )
     config = TransformerConfig(
-        **{name: fields[name] for name in taken}, activation_func=getattr(F, fields["activation"]),
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, pipeline_dtype=torch.float32,
-        use_cpu_initialization=True, persist_layer_norm=False, bias_dropout_fusion=False, masked_softmax_fusion=False,
-        apply_rope_fusion=False)
+        **{name: fields[name] for name in taken},
+        activation_func=getattr(F, fields["activation"]),
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        pipeline_dtype=torch.float32,
+        use_cpu_initialization=True,
+        persist_layer_norm=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
     return GPTModel(
-        config, get_gpt_layer_local_spec(normalization="RMSNorm"),
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
         vocab_size=-(-fields["vocab_size"] // vocab_multiple) * vocab_multiple,
-        max_sequence_length=fields["seq_length"], position_embedding_type="rope", rotary_base=fields["rotary_base"],
-        rope_scaling="scale_factor" in fields, rope_scaling_factor=fields.get("scale_factor", 1.0),
+        max_sequence_length=fields["seq_length"],
+        position_embedding_type="rope",
+        rotary_base=fields["rotary_base"],
+        rope_scaling="scale_factor" in fields,
+        rope_scaling_factor=fields.get("scale_factor", 1.0),
         share_embeddings_and_output_weights=fields["share_embeddings_and_output_weights"],
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage())
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
 
 
 def sharded_state_dict(model) -> dict:

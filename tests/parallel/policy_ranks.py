@@ -17,8 +17,13 @@ class Layout(NamedTuple):
         return self.tensor * self.pipeline * self.expert
 
 
-LAYOUTS = {"TP1": Layout(), "TP2": Layout(tensor=2), "PP2": Layout(pipeline=2), "TP2xPP2": Layout(2, 2),
-           "EP2": Layout(expert=2)}
+LAYOUTS = {
+    "TP1": Layout(),
+    "TP2": Layout(tensor=2),
+    "PP2": Layout(pipeline=2),
+    "TP2xPP2": Layout(2, 2),
+    "EP2": Layout(expert=2),
+}
 
 
 def load(checkpoint: Path, layout: Layout):
@@ -30,8 +35,7 @@ def load(checkpoint: Path, layout: Layout):
     from treg_megatron.checkpoint.policy import load_policy
 
     dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline,
-                                             expert_model_parallel_size=layout.expert)
+    parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline, expert_model_parallel_size=layout.expert)
     model_parallel_cuda_manual_seed(1)
     experts = "num_local_experts" in read_identity(checkpoint).hf_config
     return load_policy(checkpoint, *layout, sequence=experts and layout.tensor > 1)
@@ -47,8 +51,12 @@ def token_logprobs(policy, tokens: torch.Tensor, packed: bool) -> torch.Tensor |
     positions = torch.arange(length).expand(batch, -1)
     if packed:
         rows = torch.arange(batch)[:, None] * length + torch.arange(length - 1)
-        given = {"tokens": tokens.reshape(1, -1), "position_ids": positions.reshape(1, -1), "max_seqlen": length,
-                 "cu_seqlens": torch.arange(0, batch * length + 1, length, dtype=torch.int32)}
+        given = {
+            "tokens": tokens.reshape(1, -1),
+            "position_ids": positions.reshape(1, -1),
+            "max_seqlen": length,
+            "cu_seqlens": torch.arange(0, batch * length + 1, length, dtype=torch.int32),
+        }
     else:
         rows = torch.arange(length - 1) * batch + torch.arange(batch)[:, None]
         given = {"tokens": tokens, "position_ids": positions}

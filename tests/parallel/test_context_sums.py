@@ -16,7 +16,11 @@ LENGTHS = [6, 3, 1, 8]
 def tokens() -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(11)
     logps = -torch.rand(sum(LENGTHS), generator=generator) * 4
-    return logps, logps + torch.randn(len(logps), generator=generator), torch.rand(len(logps), generator=generator) - 0.5
+    return (
+        logps,
+        logps + torch.randn(len(logps), generator=generator),
+        torch.rand(len(logps), generator=generator) - 0.5,
+    )
 
 
 def part_of(rank: int, size: int) -> tuple[list[int], list[int]]:
@@ -36,9 +40,17 @@ def loss_on_this_rank(objective) -> tuple:
     return loss.detach(), {k: v.item() for k, v in sums.items()}, logps.grad
 
 
-@pytest.mark.parametrize("changes", [dict(alpha=0.5), dict(preference="simpo", beta=2.0, gamma=0.6, alpha=0.5),
-                                     dict(preference="dpo_norm", beta=2.0, alpha=0.5), dict(preference="ipo"),
-                                     dict(alpha=0.5, token_rewards="implicit")], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(alpha=0.5),
+        dict(preference="simpo", beta=2.0, gamma=0.6, alpha=0.5),
+        dict(preference="dpo_norm", beta=2.0, alpha=0.5),
+        dict(preference="ipo"),
+        dict(alpha=0.5, token_rewards="implicit"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_split_responses_equal_whole_ones(changes, ranks):
     objective = dataclasses.replace(PLAIN_DPO, **changes)

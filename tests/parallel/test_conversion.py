@@ -9,11 +9,11 @@ import torch
 from tests.parallel import megatron_model
 from tests.parallel.forked import run_ranks
 from tests.tiny import tiny_llama
-from treg_megatron.models.families import family_of, model_fields
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.checkpoint.layout import read_identity, write_identity
 from treg_megatron.checkpoint.safetensors_stream import tensors_in_folder
 from treg_megatron.checkpoint.to_hf import export_checkpoint
+from treg_megatron.models.families import family_of, model_fields
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 VOCAB = 389  # prime: padded at every tensor-parallel size
@@ -75,8 +75,13 @@ def test_llama3_rope_scaling_gives_the_logprobs_of_transformers(tmp_path):
     tokens = torch.randint(0, VOCAB, (1, 1500), generator=torch.Generator().manual_seed(1))
     unscaled = transformers_logprobs(tmp_path / "hf", tokens)
     config = config_of(tmp_path / "hf")
-    config["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                              "original_max_position_embeddings": 8192}
+    config["rope_scaling"] = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     import_checkpoint(tmp_path / "hf", tmp_path / "checkpoint")
     [actual] = run_ranks(1, load_and_score, config, tmp_path / "checkpoint", tokens, 1, 1)
@@ -91,8 +96,9 @@ def test_parameter_map_names_every_parameter_of_the_megatron_model(tmp_path, tie
     config = config_of(tmp_path)
     [(names, keys)] = run_ranks(1, parameter_names, config)
     parameters = family_of(config).parameters(model_fields(config))
-    assert names == {(p.local_name or p.name).format(layer=layer)
-                     for p in parameters for layer in range(2 if p.stacking else 1)}
+    assert names == {
+        (p.local_name or p.name).format(layer=layer) for p in parameters for layer in range(2 if p.stacking else 1)
+    }
     assert keys == {"module." + p.key for p in parameters}
 
 
@@ -116,16 +122,22 @@ def load_and_read_padding(config: dict, checkpoint: Path, tensor: int, pipeline:
     for parameter in model.parameters():
         torch.nn.init.ones_(parameter)
     megatron_model.load(model, str(checkpoint / "weights"))
-    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights \
+    weight = (
+        model.shared_embedding_or_output_weight()
+        if model.share_embeddings_and_output_weights
         else model.output_layer.weight
+    )
     first_row = parallel_state.get_tensor_model_parallel_rank() * len(weight)
-    return weight[max(0, VOCAB - first_row):].tolist()
+    return weight[max(0, VOCAB - first_row) :].tolist()
 
 
 def parameter_names(config: dict) -> tuple[set[str], set[str]]:
     model = megatron_model.build(model_fields(config), 1, 1, PADDED_TO)
-    keys = {entry.key for name, entry in megatron_model.sharded_state_dict(model).items()
-            if not name.endswith("_extra_state")}
+    keys = {
+        entry.key
+        for name, entry in megatron_model.sharded_state_dict(model).items()
+        if not name.endswith("_extra_state")
+    }
     return {name for name, _ in model.named_parameters()}, keys
 
 

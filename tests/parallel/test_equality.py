@@ -38,10 +38,20 @@ LAYOUTS = {
     "TP2+SP recompute": (2, ["parallel.tensor=2", "parallel.sequence=true", "train.recompute=full"]),
     "shared prompts": (1, ["data.share_prompts=true", "data.micro_batch_size=2"]),
     "shared prompts PP2 bins": (2, [*BINS, "data.share_prompts=true", "parallel.pipeline=2"]),
-    "shared prompts TP2xPP2+SP recompute": (4, ["data.share_prompts=true", "parallel.tensor=2", "parallel.sequence=true",
-                                                "parallel.pipeline=2", "train.recompute=full"]),
-    "shared prompts PP2+VPP2": (2, [*BINS, "data.share_prompts=true", "parallel.pipeline=2",
-                                    "parallel.virtual_pipeline=2"]),
+    "shared prompts TP2xPP2+SP recompute": (
+        4,
+        [
+            "data.share_prompts=true",
+            "parallel.tensor=2",
+            "parallel.sequence=true",
+            "parallel.pipeline=2",
+            "train.recompute=full",
+        ],
+    ),
+    "shared prompts PP2+VPP2": (
+        2,
+        [*BINS, "data.share_prompts=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    ),
 }
 EXPERTS = {
     "single": (1, []),
@@ -53,16 +63,22 @@ OBJECTIVES = [vars(PLAIN_DPO) | changes for changes in VARIANTS]
 def prepare(folder: Path, make: Callable[..., object]) -> list[str]:
     """Pairs labelled by a model, and the imported checkpoint of one near it; the recipe's overrides that name them."""
     from treg_megatron.checkpoint.from_hf import import_checkpoint
+    from treg_megatron.config.recipe import load_recipe, section
     from treg_megatron.labelling.indexing import index
     from treg_megatron.labelling.job import label
-    from treg_megatron.config.recipe import load_recipe, section
 
     for name in ("labeller", "hf"):
         make(folder / name, vocab=tiny_tokenizer(folder / name))
     perturb(folder / "hf")
     write_pairs(folder / "train.jsonl", PAIRS)
-    overrides = [f"run={folder}", f"model.hf={folder}/hf", f"data.global_batch_size={PAIRS}", "data.share_prompts=false",
-                 f"label.pairs={folder}/train.jsonl", f"label.model={folder}/labeller"]
+    overrides = [
+        f"run={folder}",
+        f"model.hf={folder}/hf",
+        f"data.global_batch_size={PAIRS}",
+        "data.share_prompts=false",
+        f"label.pairs={folder}/train.jsonl",
+        f"label.model={folder}/labeller",
+    ]
     recipe = load_recipe(RECIPE, overrides)
     label(section(recipe, "label"))
     index(section(recipe, "index"))
@@ -74,8 +90,14 @@ def perturb(hf: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     file, generator = hf / "model.safetensors", torch.Generator().manual_seed(3)
-    save_file({name: weight + 0.01 * torch.randn(weight.shape, generator=generator)
-               for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {
+            name: weight + 0.01 * torch.randn(weight.shape, generator=generator)
+            for name, weight in load_file(file).items()
+        },
+        file,
+        metadata={"format": "pt"},
+    )
 
 
 def expected_steps(folder: Path, overrides: list[str]) -> list[dict]:
@@ -119,8 +141,10 @@ def expected_step_with_balancing(folder: Path, overrides: list[str], coefficient
     total = main = 0.0
     for pair in (streams[i] for i in range(PAIRS)):
         loss = reference.pair_loss(reference.pair_logps(model, pair), pair, **OBJECTIVES[0]) / PAIRS
-        both = [model(input_ids=torch.tensor(tokens.tolist())[None], output_router_logits=True).router_logits
-                for tokens in (pair.chosen_tokens, pair.rejected_tokens)]
+        both = [
+            model(input_ids=torch.tensor(tokens.tolist())[None], output_router_logits=True).router_logits
+            for tokens in (pair.chosen_tokens, pair.rejected_tokens)
+        ]
         balancing = sum(balancing_loss(torch.cat(layer), model.config.num_experts_per_tok) for layer in zip(*both))
         main = main + loss.item()
         total = total + loss + coefficient * balancing / PAIRS
@@ -148,8 +172,9 @@ def in_megatron_form(model) -> dict[str, torch.Tensor]:
         for i, source in enumerate(parameter.sources):
             part = interleaving(parameter, fields).part(merged, i)
             part.copy_(gradients[source.at(place)].view(part.shape))
-        stacked = whole.setdefault("module." + parameter.key,
-                                   torch.empty(stacked_shape(parameter, fields), dtype=torch.float64))
+        stacked = whole.setdefault(
+            "module." + parameter.key, torch.empty(stacked_shape(parameter, fields), dtype=torch.float64)
+        )
         stacked[place] = merged
     return whole
 
@@ -161,7 +186,7 @@ def assert_equal_steps(found: list[dict], expected: list[dict]) -> None:
         assert ours["gradients"].keys() == theirs["gradients"].keys()
         for name, gradient in theirs["gradients"].items():
             rows = ours["gradients"][name].double()
-            rows = rows[:len(gradient)]  # a padded vocabulary
+            rows = rows[: len(gradient)]  # a padded vocabulary
             difference = (rows - gradient).norm() / gradient.norm()
             assert difference <= 1e-5, f"{name} differs by {difference:.1e} of its norm, {objective}"
 
@@ -182,8 +207,14 @@ def experts(tmp_path_factory):
 
 
 def run_layout(tmp_path: Path, overrides: list[str], size: int, layout: list[str]) -> list[dict]:
-    return run_ranks(size, steps_on_this_rank, RECIPE, [*overrides, f"train.output={tmp_path}/out", *layout], OBJECTIVES,
-                     log=tmp_path / "log")[0]
+    return run_ranks(
+        size,
+        steps_on_this_rank,
+        RECIPE,
+        [*overrides, f"train.output={tmp_path}/out", *layout],
+        OBJECTIVES,
+        log=tmp_path / "log",
+    )[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -202,9 +233,20 @@ def test_mixture_of_experts(layout, experts, tmp_path):
 def test_load_balancing_of_experts(layout, experts, tmp_path):
     overrides, _, folder = experts
     size, changes = EXPERTS[layout]
-    found = run_ranks(size, steps_on_this_rank, RECIPE, [
-        *overrides, f"train.output={tmp_path}/out", "data.pad_to_multiple_of=1", "optimizer.router_aux_loss=0.1", *changes],
-        OBJECTIVES[:1], log=tmp_path / "log")[0]
+    found = run_ranks(
+        size,
+        steps_on_this_rank,
+        RECIPE,
+        [
+            *overrides,
+            f"train.output={tmp_path}/out",
+            "data.pad_to_multiple_of=1",
+            "optimizer.router_aux_loss=0.1",
+            *changes,
+        ],
+        OBJECTIVES[:1],
+        log=tmp_path / "log",
+    )[0]
     expected = expected_step_with_balancing(folder, overrides, 0.1)
     assert_equal_steps(found, [expected])
     plain = experts[1][0]["gradients"]["module.decoder.layers.mlp.router.weight"]

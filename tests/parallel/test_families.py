@@ -10,10 +10,10 @@ from tests.parallel.forked import run_ranks
 from tests.parallel.policy_ranks import LAYOUTS, Layout
 from tests.parallel.test_conversion import assert_same_tensors, config_of
 from tests.tiny_families import SPECIAL, VOCAB, tiny_family, transformers_logprobs
-from treg_megatron.models.families import family_of, model_fields, name_at, places
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.checkpoint.layout import read_identity, write_identity
 from treg_megatron.checkpoint.to_hf import export_checkpoint
+from treg_megatron.models.families import family_of, model_fields, name_at, places
 
 CASES = [(family, layout) for family in SPECIAL for layout in LAYOUTS if layout != "EP2" or family == "Mixtral"]
 

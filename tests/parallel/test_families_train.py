@@ -30,16 +30,21 @@ LAYOUTS = {
 def prepare(folder: Path, family: str) -> list[str]:
     """A random model, labelled pairs, streams and the imported checkpoint; the recipe's overrides that name them."""
     from treg_megatron.checkpoint.from_hf import import_checkpoint
+    from treg_megatron.config.recipe import load_recipe, section
     from treg_megatron.labelling.indexing import index
     from treg_megatron.labelling.job import label
-    from treg_megatron.config.recipe import load_recipe, section
 
     hf = folder / "hf"
     # seed 1: of a model whose router is nowhere so undecided that rounding sends a token to another expert
     tiny_family(hf, family, tied=family in ("Gemma2", "Qwen3"), vocab=tiny_tokenizer(hf), seed=1)
     write_pairs(folder / "train.jsonl", 4 * STEPS)
-    overrides = [f"run={folder}", f"model.hf={hf}", f"label.pairs={folder}/train.jsonl", "data.validation=null",
-                 f"train.output={folder}/out"]
+    overrides = [
+        f"run={folder}",
+        f"model.hf={hf}",
+        f"label.pairs={folder}/train.jsonl",
+        "data.validation=null",
+        f"train.output={folder}/out",
+    ]
     recipe = load_recipe(RECIPE, overrides)
     label(section(recipe, "label"))
     index(section(recipe, "index"))
@@ -51,8 +56,8 @@ def prepare(folder: Path, family: str) -> list[str]:
 def test_training_and_export_equal_plain_pytorch(case, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from treg_megatron.data.sampler import MicrobatchOrder
     from treg_megatron.config.recipe import load_recipe, section
+    from treg_megatron.data.sampler import MicrobatchOrder
     from treg_megatron.data.streams import open_streams
 
     overrides = [*prepare(tmp_path, case.split()[0]), *LAYOUTS[case]]
@@ -63,19 +68,28 @@ def test_training_and_export_equal_plain_pytorch(case, tmp_path):
     order = MicrobatchOrder(len(streams), 1, data.global_batch_size, 0, 1, epochs=1, seed=data.seed)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").train()
     losses, norms = reference.train(
-        model, [[streams[i] for i in order.global_batch(step)] for step in range(STEPS)], beta=objective.beta,
-        alpha=objective.alpha, lr=optimizer.lr, warmup=round(optimizer.warmup_fraction * STEPS),
-        clip=optimizer.clip_grad, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
+        model,
+        [[streams[i] for i in order.global_batch(step)] for step in range(STEPS)],
+        beta=objective.beta,
+        alpha=objective.alpha,
+        lr=optimizer.lr,
+        warmup=round(optimizer.warmup_fraction * STEPS),
+        clip=optimizer.clip_grad,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+    )
     found = records(tmp_path / "out")
     assert len(found) == STEPS
     assert found[0]["loss/preference"] == pytest.approx(0.693147, abs=1e-5)
     assert_same([r["loss"] for r in found], losses, rtol=1e-5)
     assert_same([r["grad_norm"] for r in found], norms, rtol=1e-4)
     export_checkpoint(tmp_path / "out", tmp_path / "hf", tmp_path / "trained")
-    before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict()
-                     for folder in ("hf", "trained"))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict() for folder in ("hf", "trained")
+    )
     # over all weights: where a gradient is nearly 0, Adam makes a step of its rounding
     difference, movement = (
         torch.cat([(weights[name] - expected).flatten() for name, expected in model.state_dict().items()]).norm()
-        for weights in (after, before))
+        for weights in (after, before)
+    )
     assert difference <= 1e-3 * movement

@@ -6,9 +6,9 @@ import torch.distributed as dist
 
 from tests.parallel.conftest import RECIPE
 from tests.parallel.forked import run_ranks
+from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.models import head
 from treg_megatron.models.head import response_logps
-from treg_megatron.config.recipe import load_recipe, section
 
 WORDS, ROWS, HIDDEN = 30, 11, 8
 
@@ -36,15 +36,24 @@ def head_on_this_rank(vocabulary: int, chunk_bytes: int) -> list[tuple[torch.Ten
     upstream = torch.randn(ROWS, generator=generator)
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     mine = weight.chunk(size)[rank].clone().requires_grad_()
-    logps = response_logps(copy_to_tensor_model_parallel_region(hidden), mine, targets, WORDS,
-                           parallel_state.get_tensor_model_parallel_group(), block_words=4)
+    logps = response_logps(
+        copy_to_tensor_model_parallel_region(hidden),
+        mine,
+        targets,
+        WORDS,
+        parallel_state.get_tensor_model_parallel_group(),
+        block_words=4,
+    )
     (logps * upstream).sum().backward()
 
     whole_hidden, whole = hidden.detach().double().requires_grad_(), weight.double().requires_grad_()
     expected = (whole_hidden @ whole[:WORDS].T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     (expected * upstream).sum().backward()
-    return [(logps.detach(), expected.detach()), (hidden.grad, whole_hidden.grad),
-            (mine.grad, whole.grad.chunk(size)[rank])]
+    return [
+        (logps.detach(), expected.detach()),
+        (hidden.grad, whole_hidden.grad),
+        (mine.grad, whole.grad.chunk(size)[rank]),
+    ]
 
 
 @pytest.mark.parametrize("vocabulary", [30, 32, 60], ids=["exact", "padded", "a rank of padding only"])
@@ -65,8 +74,12 @@ def rotation_and_megatrons(dtype: torch.dtype) -> list[tuple[torch.Tensor, torch
         angles = torch.randn(7, 1, 1, channels // 2, generator=generator) * 100
         x = torch.randn(shape, generator=generator).to(dtype)
         upstream = torch.randn(shape, generator=generator).to(dtype)
-        for values in zip(*(_value_and_gradient(f, x, torch.cat((angles, angles), -1), upstream)
-                            for f in (rotary._apply, rotary._megatrons))):
+        for values in zip(
+            *(
+                _value_and_gradient(f, x, torch.cat((angles, angles), -1), upstream)
+                for f in (rotary._apply, rotary._megatrons)
+            )
+        ):
             results.append(values)
     return results
 
@@ -96,10 +109,24 @@ def block_outputs() -> dict[str, torch.Tensor]:
 
     megatron_world()
     config = TransformerConfig(
-        num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, gated_linear_unit=True,
-        add_bias_linear=False, normalization="RMSNorm", activation_func=torch.nn.functional.silu, attention_dropout=0.0,
-        hidden_dropout=0.0, bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False,
-        apply_rope_fusion=False, persist_layer_norm=False, gradient_accumulation_fusion=False)
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=2,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        activation_func=torch.nn.functional.silu,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+    )
     lengths = [5, 9]
     tokens = torch.randint(0, 40, (2, max(lengths)), generator=torch.Generator().manual_seed(2))
     specs = {"local": get_gpt_layer_local_spec(normalization="RMSNorm"), "native": torch_block_spec(config)}
@@ -109,21 +136,23 @@ def block_outputs() -> dict[str, torch.Tensor]:
         weights = weights or model.state_dict()
         model.load_state_dict(weights, strict=False)
         logits = model(tokens, torch.arange(9).expand(2, 9), None)
-        logits[0, :lengths[0]].square().sum().backward()
+        logits[0, : lengths[0]].square().sum().backward()
         outputs[name] = logits.detach()
         outputs[name + " gradient"] = model.embedding.word_embeddings.weight.grad
         if name == "native":
             boundaries = torch.tensor([0, 5, 14], dtype=torch.int32)
-            packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries,
-                                     max_seqlen_q=9, max_seqlen_kv=9)
+            packed = PackedSeqParams(
+                qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=9, max_seqlen_kv=9
+            )
             row = torch.cat([tokens[0, :5], tokens[1]])[None]
-            outputs["packed"] = model(row, torch.cat([torch.arange(5), torch.arange(9)])[None], None,
-                                      packed_seq_params=packed).detach()[0]
+            outputs["packed"] = model(
+                row, torch.cat([torch.arange(5), torch.arange(9)])[None], None, packed_seq_params=packed
+            ).detach()[0]
     return outputs
 
 
 def test_native_layers_equal_megatrons_and_packed_equals_padded():
-    outputs, = run_ranks(1, block_outputs)
+    (outputs,) = run_ranks(1, block_outputs)
     torch.testing.assert_close(outputs["native"], outputs["local"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(outputs["native gradient"], outputs["local gradient"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(outputs["packed"][:5], outputs["native"][0, :5], rtol=1e-5, atol=1e-5)
@@ -138,8 +167,12 @@ def attention_of_a_shared_row() -> list[list[torch.Tensor]]:
     from treg_megatron.models import layers
 
     megatron_world()
-    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0)
-    row = layers.SharedPrompts(qkv_format="thd", max_seqlen_q=9, max_seqlen_kv=9, pairs=[(2, 3, 7), (6, 1, 2), (1, 1, 1)])
+    config = TransformerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0
+    )
+    row = layers.SharedPrompts(
+        qkv_format="thd", max_seqlen_q=9, max_seqlen_kv=9, pairs=[(2, 3, 7), (6, 1, 2), (1, 1, 1)]
+    )
     generator = torch.Generator().manual_seed(6)
     tensors = [torch.randn(30, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]  # 24 and padding
     upstream = torch.randn(30, 32, generator=generator)
@@ -158,16 +191,20 @@ def test_a_shared_row_in_one_call_equals_span_by_span():
 
 
 def test_who_shares_prompts(monkeypatch):
-    from treg_megatron.training import build
-    from treg_megatron.models import policy as model
     from treg_megatron.errors import UserError
+    from treg_megatron.models import policy as model
+    from treg_megatron.training import build
 
     def shares(asked: bool | None, *overrides: str, experts: int | None = None) -> bool:
         recipe = load_recipe(RECIPE, [f"data.share_prompts={'null' if asked is None else asked}", *overrides])
         return build.shares_prompts({"num_moe_experts": experts}, section(recipe, "parallel"), section(recipe, "data"))
 
     assert shares(True) and shares(None) and not shares(False)
-    assert not shares(None, "data.layout=padded") and not shares(None, "parallel.context=2") and not shares(None, experts=8)
+    assert (
+        not shares(None, "data.layout=padded")
+        and not shares(None, "parallel.context=2")
+        and not shares(None, experts=8)
+    )
     with monkeypatch.context() as on_a_gpu:
         on_a_gpu.setattr(build, "is_cpu", lambda: False)
         assert shares(True) and not shares(None)
@@ -181,7 +218,8 @@ def test_transformer_engines_cross_entropy_is_refused():
     from treg_megatron.errors import UserError
     from treg_megatron.models.policy import LlamaPolicyConfig
 
-    config = LlamaPolicyConfig(num_layers=1, hidden_size=8, num_attention_heads=1, apply_rope_fusion=False,
-                               cross_entropy_fusion_impl="te")
+    config = LlamaPolicyConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=1, apply_rope_fusion=False, cross_entropy_fusion_impl="te"
+    )
     with pytest.raises(UserError, match="cross_entropy_fusion_impl=te: .* leave it at native"):
         config.configure_model(None)

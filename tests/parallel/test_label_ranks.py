@@ -11,10 +11,10 @@ import pytest
 from tests.parallel.conftest import RECIPE, write_pairs
 from tests.parallel.forked import run_ranks
 from tests.tiny import tiny_llama, tiny_tokenizer
-from treg_megatron.labelling.job import label
-from treg_megatron.data.labelled_pairs import MANIFEST_NAME
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.config.schema import LabelSection
+from treg_megatron.data.labelled_pairs import MANIFEST_NAME
+from treg_megatron.labelling.job import label
 
 KILLS = 20
 
@@ -25,8 +25,18 @@ def job(tmp_path_factory) -> LabelSection:
     folder = tmp_path_factory.mktemp("label")
     tiny_llama(folder / "hf", vocab=tiny_tokenizer(folder / "hf"))
     write_pairs(folder / "pairs.jsonl", 24)
-    return section(load_recipe(RECIPE, [f"model.hf={folder}/hf", f"label.pairs={folder}/pairs.jsonl",
-                                        f"label.output={folder}/whole", "label.shard_pairs=2"]), "label")
+    return section(
+        load_recipe(
+            RECIPE,
+            [
+                f"model.hf={folder}/hf",
+                f"label.pairs={folder}/pairs.jsonl",
+                f"label.output={folder}/whole",
+                "label.shard_pairs=2",
+            ],
+        ),
+        "label",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +85,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(job, whole, tmp_pa
     seconds = time.monotonic() - start
     shutil.rmtree(output)
     while kills < KILLS:
+
         def kill():
             time.sleep(chance.uniform(0.2, 1) * seconds)
             if not (output / MANIFEST_NAME).exists():

@@ -9,8 +9,8 @@ import torch
 
 from tests import reference
 from tests.parallel.test_training import STEPS, Killed, assert_same, kill_when, records, run
-from treg_megatron.errors import UserError
 from treg_megatron.config.schema import LoraSection
+from treg_megatron.errors import UserError
 
 LORA = ["lora.rank=4", "lora.alpha=16", "optimizer.lr=1e-2", "train.save_every=7"]
 LAYOUTS = {
@@ -75,14 +75,21 @@ def test_exports_are_the_trained_policy(tied_run, single, tmp_path):
     beta, streams = section(recipe, "objective").beta, open_streams(section(recipe, "data").validation)
     expected = records(single, validation=True)[-1]["validation/rewards/margins"]
     base = AutoModelForCausalLM.from_pretrained(tied_run.hf)
-    for model in (AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
-                  PeftModel.from_pretrained(base, tmp_path / "adapter")):
+    for model in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+        PeftModel.from_pretrained(base, tmp_path / "adapter"),
+    ):
         margins = []
         with torch.no_grad():
             for pair in (streams[i] for i in range(len(streams))):
                 chosen, rejected = reference.pair_logps(model, pair)
-                margins.append(beta * ((chosen - torch.tensor(pair.chosen_ref_logprobs)).sum()
-                                       - (rejected - torch.tensor(pair.rejected_ref_logprobs)).sum()))
+                margins.append(
+                    beta
+                    * (
+                        (chosen - torch.tensor(pair.chosen_ref_logprobs)).sum()
+                        - (rejected - torch.tensor(pair.rejected_ref_logprobs)).sum()
+                    )
+                )
         assert torch.stack(margins).mean().item() == pytest.approx(expected, rel=1e-4)
     assert abs(expected) > 0.5
 
@@ -95,13 +102,16 @@ def test_whole_weights_are_no_adapter(tied_run, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.parametrize("changes, fields, message", [
-    (dict(rank=0), {}, "rank is at least 1"),
-    (dict(targets=["q_proj"]), {}, "lora.targets names q_proj; choose among linear_qkv"),
-    (dict(targets=[]), {}, "lora.targets names nothing"),
-    ({}, {"num_moe_experts": 4}, "experts get no adapters"),
-    ({}, {"post_layer_norms": True}, "could not be merged"),
-])
+@pytest.mark.parametrize(
+    "changes, fields, message",
+    [
+        (dict(rank=0), {}, "rank is at least 1"),
+        (dict(targets=["q_proj"]), {}, "lora.targets names q_proj; choose among linear_qkv"),
+        (dict(targets=[]), {}, "lora.targets names nothing"),
+        ({}, {"num_moe_experts": 4}, "experts get no adapters"),
+        ({}, {"post_layer_norms": True}, "could not be merged"),
+    ],
+)
 def test_what_cannot_have_adapters_is_refused(changes, fields, message):
     from treg_megatron.models.lora import adapters
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.parallel.test_training import Killed, assert_same, kill_when, records, run
 
-BINS = ["data.layout=bins", "data.bin_size=180"]     # a pair has 43 to 121 tokens, a global batch 1 to 3 bins
+BINS = ["data.layout=bins", "data.bin_size=180"]  # a pair has 43 to 121 tokens, a global batch 1 to 3 bins
 LAYOUTS = {
     "one rank": (1, BINS),
     "one bin a step": (1, ["data.layout=bins"]),

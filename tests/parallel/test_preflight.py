@@ -12,8 +12,8 @@ from typing import NamedTuple
 import pytest
 
 from tests.parallel.forked import run_ranks
-from treg_megatron.errors import UserError
 from treg_megatron.config.recipe import load_recipe
+from treg_megatron.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PUBLISHED = {  # parameters, as counted from the safetensors files that the authors publish
@@ -35,15 +35,17 @@ class Done(NamedTuple):
     peak_gb: float
 
 
-def preflight_in_this_process(name: str, overrides: list[str], suggest: bool = False,
-                              picture: Path | None = None) -> Done:
+def preflight_in_this_process(
+    name: str, overrides: list[str], suggest: bool = False, picture: Path | None = None
+) -> Done:
     from treg_megatron.preflight.__main__ import preflight
 
     start, printed = time.monotonic(), io.StringIO()
     with contextlib.redirect_stdout(printed):
         code = preflight(load_recipe(RECIPES / f"{name}.yaml", overrides), suggest, picture)
-    return Done(code, printed.getvalue(), time.monotonic() - start,
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    return Done(
+        code, printed.getvalue(), time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    )
 
 
 def preflight(name: str, *overrides: str, **options) -> Done:
@@ -70,8 +72,10 @@ def test_a_recipe_fits_its_stated_cluster_and_has_the_published_parameters(name)
 def test_a_recipe_with_adapters_fits_and_trains_them_alone(name, whole):
     done = preflight(name)
     assert done.code == 0 and done.seconds < 60 and done.peak_gb < 2, done.printed
-    total, adapters = (int(count.replace(",", "")) for count in re.search(
-        r"([\d,]+) parameters, ([\d,]+) of them in adapters", done.printed).groups())
+    total, adapters = (
+        int(count.replace(",", ""))
+        for count in re.search(r"([\d,]+) parameters, ([\d,]+) of them in adapters", done.printed).groups()
+    )
     assert total - adapters == PUBLISHED[whole]
 
 
@@ -96,21 +100,32 @@ def test_more_nodes_than_one_needs_are_told_at_thousands_of_ranks():
     assert done.code == 0 and "data 32" in done.printed and done.seconds < 60
 
 
-@pytest.mark.parametrize("name, overrides, reason", [
-    ("llama3_70b", ["parallel.tensor=16"], "tensor=16 does not fit in a node of 8 ranks: .* 1, 2, 4, 8"),
-    ("llama3_70b", ["parallel.pipeline=3", "cluster.nodes=9"], "pipeline=3 does not divide the model's 80 layers; .* 4, 5"),
-    ("llama3_70b", ["data.global_batch_size=127"], "global_batch_size=127 is no multiple of .* 2 data-parallel ranks"),
-    ("llama3_70b", ["cluster.nodes=3"], "needs a multiple of 32 processes, 24 were started"),
-    ("llama3_8b", ["data.seq_length=16384"], "seq_length=16384 is longer than the 8192 positions"),
-    ("llama3_8b", ["data.layout=bins", "data.micro_batch_size=2"], "micro_batch_size=2 means nothing there"),
-    ("llama3_8b", ["objective.alpha=2.5"], "objective.alpha is 2.5: outside .* sign"),
-    ("qwen2.5_7b", ["parallel.tensor=8"], "tensor=8 does not divide the model's 28 attention heads; .* 1, 2, 4"),
-    ("mixtral_8x7b", ["parallel.expert=3"], "expert=3 does not divide the model's 8 experts; .* 1, 2, 4, 8"),
-    ("llama3_8b", ["parallel.expert=2"], "expert=2: the model has no experts"),
-    ("llama3_8b", ["cluster.pairs=100"], "100 pairs, fewer than data.global_batch_size=128"),
-    ("llama3_8b", ["model.architecture=llama3_9b"], "did you mean llama3_8b"),
-    ("llama3_8b", ["model.architecture=null"], "does not exist and model.architecture names no published one"),
-])
+@pytest.mark.parametrize(
+    "name, overrides, reason",
+    [
+        ("llama3_70b", ["parallel.tensor=16"], "tensor=16 does not fit in a node of 8 ranks: .* 1, 2, 4, 8"),
+        (
+            "llama3_70b",
+            ["parallel.pipeline=3", "cluster.nodes=9"],
+            "pipeline=3 does not divide the model's 80 layers; .* 4, 5",
+        ),
+        (
+            "llama3_70b",
+            ["data.global_batch_size=127"],
+            "global_batch_size=127 is no multiple of .* 2 data-parallel ranks",
+        ),
+        ("llama3_70b", ["cluster.nodes=3"], "needs a multiple of 32 processes, 24 were started"),
+        ("llama3_8b", ["data.seq_length=16384"], "seq_length=16384 is longer than the 8192 positions"),
+        ("llama3_8b", ["data.layout=bins", "data.micro_batch_size=2"], "micro_batch_size=2 means nothing there"),
+        ("llama3_8b", ["objective.alpha=2.5"], "objective.alpha is 2.5: outside .* sign"),
+        ("qwen2.5_7b", ["parallel.tensor=8"], "tensor=8 does not divide the model's 28 attention heads; .* 1, 2, 4"),
+        ("mixtral_8x7b", ["parallel.expert=3"], "expert=3 does not divide the model's 8 experts; .* 1, 2, 4, 8"),
+        ("llama3_8b", ["parallel.expert=2"], "expert=2: the model has no experts"),
+        ("llama3_8b", ["cluster.pairs=100"], "100 pairs, fewer than data.global_batch_size=128"),
+        ("llama3_8b", ["model.architecture=llama3_9b"], "did you mean llama3_8b"),
+        ("llama3_8b", ["model.architecture=null"], "does not exist and model.architecture names no published one"),
+    ],
+)
 def test_a_recipe_that_cannot_work_is_refused_with_a_reason(name, overrides, reason):
     assert re.search(reason, refusal(name, *overrides))
 

@@ -7,16 +7,44 @@ import pytest
 from tests.parallel.forked import run_ranks
 from treg_megatron.config.recipe import load_recipe
 
-LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-         "max_position_embeddings": 8192}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 8192,
+}
 MODELS = {
-    "tiny": LLAMA | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-                     "num_key_value_heads": 2, "vocab_size": 384, "tie_word_embeddings": True},
-    "56M": LLAMA | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
-                    "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False},
-    "SmolLM2-135M": LLAMA | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-                             "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
-                             "tie_word_embeddings": True},
+    "tiny": LLAMA
+    | {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 384,
+        "tie_word_embeddings": True,
+    },
+    "56M": LLAMA
+    | {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+    "SmolLM2-135M": LLAMA
+    | {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
 }
 LAYOUTS = {
     "TP1": (1, []),
@@ -25,7 +53,7 @@ LAYOUTS = {
     "PP2": (2, ["parallel.pipeline=2"]),
     "DP2": (2, []),
     "TP2xPP2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
-    "TP3": (3, ["parallel.tensor=3"]),                 # SmolLM2 has 9 heads
+    "TP3": (3, ["parallel.tensor=3"]),  # SmolLM2 has 9 heads
     "TP3xPP2": (6, ["parallel.tensor=3", "parallel.pipeline=2"]),
 }
 #: (tokens, response tokens) of chosen and rejected
@@ -45,16 +73,27 @@ def sections_for(layout: str, precision: str, recompute: str):
     from treg_megatron.preflight.plan import sections_of
 
     ranks, overrides = LAYOUTS[layout]
-    return sections_of(load_recipe("recipes/tiny.yaml", [
-        "model.hf=unused", "label.pairs=unused", f"train.precision={precision}", f"train.recompute={recompute}",
-        f"cluster.gpus_per_node={ranks}", *overrides]))
+    return sections_of(
+        load_recipe(
+            "recipes/tiny.yaml",
+            [
+                "model.hf=unused",
+                "label.pairs=unused",
+                f"train.precision={precision}",
+                f"train.recompute={recompute}",
+                f"cluster.gpus_per_node={ranks}",
+                *overrides,
+            ],
+        )
+    )
 
 
 def built(hf_config, sections):
     from treg_megatron.preflight.ranks import build_rank
 
-    return build_rank(hf_config, sections.parallel, sections.train, sections.objective, sections.optimizer,
-                      sections.lora, fused=False)
+    return build_rank(
+        hf_config, sections.parallel, sections.train, sections.objective, sections.optimizer, sections.lora, fused=False
+    )
 
 
 def measure_on_this_rank(hf_config, layout, precision, recompute) -> Bytes:
@@ -65,8 +104,8 @@ def measure_on_this_rank(hf_config, layout, precision, recompute) -> Bytes:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from treg_megatron.models import policy as policies
     from treg_megatron.data.collate import collate
+    from treg_megatron.models import policy as policies
     from treg_megatron.preflight.activations import pair_of
     from treg_megatron.preflight.live import LiveTensors
     from treg_megatron.preflight.ranks import bytes_at_rest
@@ -89,9 +128,14 @@ def measure_on_this_rank(hf_config, layout, precision, recompute) -> Bytes:
         live = LiveTensors(rank.tensors_at_rest())
         with live:
             get_forward_backward_func()(
-                forward_step_func=forward, data_iterator=iter([batch] * MICRO_BATCHES), model=rank.wrapped,
-                num_microbatches=MICRO_BATCHES, seq_length=batch["tokens"].shape[1], micro_batch_size=1,
-                forward_only=False)
+                forward_step_func=forward,
+                data_iterator=iter([batch] * MICRO_BATCHES),
+                model=rank.wrapped,
+                num_microbatches=MICRO_BATCHES,
+                seq_length=batch["tokens"].shape[1],
+                micro_batch_size=1,
+                forward_only=False,
+            )
             live.end_phase("step")
         for chunk in rank.wrapped:
             chunk.finish_grad_sync()
@@ -114,16 +158,25 @@ def predict_in_this_process(hf_config, layout, precision, recompute) -> list[Byt
             rank = built(hf_config, sections)
             batch = activations.micro_batch(sections.data, sections.parallel, SEQUENCES)
             run = activations.run_chunk(rank, 0, batch)
-            peak = activations.peak([run], schedule.events(stage, stages, 1, MICRO_BATCHES),
-                                    held=activations.hidden_bytes(batch, rank.config) if stage else 0)
+            peak = activations.peak(
+                [run],
+                schedule.events(stage, stages, 1, MICRO_BATCHES),
+                held=activations.hidden_bytes(batch, rank.config) if stage else 0,
+            )
             predicted.append(Bytes(*bytes_at_rest(rank.wrapped, rank.optimizer), peak.total))
     return predicted
 
 
-CASES = [("tiny", layout, "fp32", recompute)
-         for layout in LAYOUTS for recompute in ("none", "full") if "3" not in layout]
-CASES += [("56M", "TP1", "fp32", "none"), ("56M", "TP2xPP2", "fp32", "full"),
-          ("tiny", "PP2", "bf16", "none"), ("tiny", "TP2+SP", "bf16", "selective"), ("tiny", "TP1", "fp32", "selective")]
+CASES = [
+    ("tiny", layout, "fp32", recompute) for layout in LAYOUTS for recompute in ("none", "full") if "3" not in layout
+]
+CASES += [
+    ("56M", "TP1", "fp32", "none"),
+    ("56M", "TP2xPP2", "fp32", "full"),
+    ("tiny", "PP2", "bf16", "none"),
+    ("tiny", "TP2+SP", "bf16", "selective"),
+    ("tiny", "TP1", "fp32", "selective"),
+]
 
 
 @pytest.mark.parametrize("model, layout, precision, recompute", CASES, ids=lambda value: value)
@@ -149,9 +202,11 @@ def main() -> None:
                 measured = run_ranks(LAYOUTS[layout][0], measure_on_this_rank, *case)
                 predicted = run_ranks(1, predict_in_this_process, *case)[0]
                 for rank, (real, found) in enumerate(zip(measured, predicted, strict=True)):
-                    print(f"| {model} | {layout} | {recompute} | {rank} | {'yes' if real[:4] == found[:4] else 'NO'} | "
-                          f"{found.peak / 1e6:.2f} | {real.peak / 1e6:.2f} | {found.peak / real.peak - 1:+.1%} |",
-                          flush=True)
+                    print(
+                        f"| {model} | {layout} | {recompute} | {rank} | {'yes' if real[:4] == found[:4] else 'NO'} | "
+                        f"{found.peak / 1e6:.2f} | {real.peak / 1e6:.2f} | {found.peak / real.peak - 1:+.1%} |",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -9,15 +9,15 @@ import pytest
 from tests.parallel.forked import run_ranks
 from tests.tiny import tiny_llama
 from treg_megatron.checkpoint.from_hf import import_checkpoint
+from treg_megatron.config.recipe import load_recipe, section
+from treg_megatron.config.schema import LabelSection
+from treg_megatron.data.labelled_pairs import MANIFEST_NAME, SIDES, read_labelled
+from treg_megatron.distributed.launch import World
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.job import label
-from treg_megatron.data.labelled_pairs import MANIFEST_NAME, SIDES, read_labelled
-from treg_megatron.config.recipe import load_recipe, section
-from treg_megatron.distributed.launch import World
 from treg_megatron.labelling.scoring import ScoredSequence
 from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
 from treg_megatron.labelling.scoring.megatron import MegatronScorer, _require_same_model, replica
-from treg_megatron.config.schema import LabelSection
 
 LAYOUTS = {"TP1": (1, 1), "TP3": (3, 1), "PP2": (1, 2)}
 
@@ -25,8 +25,13 @@ LAYOUTS = {"TP1": (1, 1), "TP3": (3, 1), "PP2": (1, 2)}
 def some_sequences(vocab: int, count: int = 7) -> list[ScoredSequence]:
     random = np.random.default_rng(1)
     shared = random.integers(0, vocab, 20).tolist()
-    return [ScoredSequence(shared[:random.integers(1, 20)] + random.integers(0, vocab, 3).tolist(),
-                           random.integers(0, vocab, random.integers(1, 25)).tolist()) for _ in range(count)]
+    return [
+        ScoredSequence(
+            shared[: random.integers(1, 20)] + random.integers(0, vocab, 3).tolist(),
+            random.integers(0, vocab, random.integers(1, 25)).tolist(),
+        )
+        for _ in range(count)
+    ]
 
 
 def by_megatron(checkpoint: Path, tensor: int, pipeline: int, sequences: list[ScoredSequence]) -> list[np.ndarray]:
@@ -59,8 +64,9 @@ def test_engines_agree(tiny, layout):
 
 def test_a_real_model_in_bf16_is_known_and_near_its_fp32(smollm2):
     sequences = some_sequences(40_000)
-    fp32, bf16 = (np.concatenate(HuggingFaceScorer(smollm2, dtype, "cpu").score(sequences))
-                  for dtype in ("float32", "bfloat16"))
+    fp32, bf16 = (
+        np.concatenate(HuggingFaceScorer(smollm2, dtype, "cpu").score(sequences)) for dtype in ("float32", "bfloat16")
+    )
     assert 0 < np.median(np.abs(bf16 - fp32)) < 0.1
 
 
@@ -79,8 +85,14 @@ def test_engines_agree_on_a_real_model(real, layout):
 
 @pytest.fixture(scope="module")
 def job(tied_run, tmp_path_factory) -> LabelSection:
-    overrides = [*tied_run.overrides, f"label.pairs={tied_run.hf.parent}/train.jsonl", "label.engine=megatron",
-                 "label.batch_tokens=300", "label.shard_pairs=4", f"label.output={tmp_path_factory.mktemp('label')}"]
+    overrides = [
+        *tied_run.overrides,
+        f"label.pairs={tied_run.hf.parent}/train.jsonl",
+        "label.engine=megatron",
+        "label.batch_tokens=300",
+        "label.shard_pairs=4",
+        f"label.output={tmp_path_factory.mktemp('label')}",
+    ]
     return section(load_recipe(tied_run.recipe, overrides), "label")
 
 
@@ -147,5 +159,13 @@ def test_a_model_of_the_same_shape_is_another_model(tiny, tmp_path):
 
 def test_copies_of_the_model_share_out_the_ranks():
     ranks = [replica(World(rank, 8, rank, 8), tensor=2, pipeline=2) for rank in range(8)]
-    assert ranks == [(0, 2, True), (0, 2, False), (1, 2, True), (1, 2, False),
-                     (0, 2, False), (0, 2, False), (1, 2, False), (1, 2, False)]
+    assert ranks == [
+        (0, 2, True),
+        (0, 2, False),
+        (1, 2, True),
+        (1, 2, False),
+        (0, 2, False),
+        (0, 2, False),
+        (1, 2, False),
+        (1, 2, False),
+    ]

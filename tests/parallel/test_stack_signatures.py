@@ -23,8 +23,9 @@ def imported_names(tree: ast.AST) -> dict[str, object]:
             module = importlib.import_module(node.module)
             for alias in node.names:
                 found = getattr(module, alias.name, None)
-                names[alias.asname or alias.name] = found if found is not None else \
-                    importlib.import_module(f"{node.module}.{alias.name}")
+                names[alias.asname or alias.name] = (
+                    found if found is not None else importlib.import_module(f"{node.module}.{alias.name}")
+                )
     return names
 
 
@@ -66,10 +67,9 @@ def overrides() -> list:
     from nemo.lightning.megatron_parallel import MegatronLossReduction
     from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
-    from treg_megatron.training import data_module as data
-    from treg_megatron.models import layers
-    from treg_megatron.models import lora
+    from treg_megatron.models import layers, lora
     from treg_megatron.models import policy as model
+    from treg_megatron.training import data_module as data
     from treg_megatron.training import strategy
 
     return [
@@ -80,8 +80,11 @@ def overrides() -> list:
         (MegatronDataSampler, data.PairSampler, ["transform_dataloader"]),
         (llm.peft.LoRA, lora.PolicyLoRA, ["transform"]),
         (nl.MegatronStrategy, strategy.PolicyStrategy, ["setup_optimizers"]),
-        (DistributedOptimizer, strategy.TorchAdamDistributedOptimizer,
-         ["sharded_state_dict", "load_state_dict", "_set_main_param_and_optimizer_states"]),
+        (
+            DistributedOptimizer,
+            strategy.TorchAdamDistributedOptimizer,
+            ["sharded_state_dict", "load_state_dict", "_set_main_param_and_optimizer_states"],
+        ),
     ]
 
 
@@ -90,13 +93,18 @@ def test_override_takes_what_its_base_takes(base, ours, methods):
     for method in methods:
         theirs = inspect.signature(getattr(base, method))
         mine = inspect.signature(getattr(ours, method))
-        required = [p for p in theirs.parameters.values() if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL]
-        mine.bind(*(None for p in required if p.kind is not p.KEYWORD_ONLY),
-                  **{p.name: None for p in required if p.kind is p.KEYWORD_ONLY})
+        required = [
+            p for p in theirs.parameters.values() if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL
+        ]
+        mine.bind(
+            *(None for p in required if p.kind is not p.KEYWORD_ONLY),
+            **{p.name: None for p in required if p.kind is p.KEYWORD_ONLY},
+        )
 
 
-@pytest.mark.parametrize("owner, property_name", [("GPTModel", "training_loss_reduction"),
-                                                  ("GPTModel", "validation_loss_reduction")])
+@pytest.mark.parametrize(
+    "owner, property_name", [("GPTModel", "training_loss_reduction"), ("GPTModel", "validation_loss_reduction")]
+)
 def test_properties_that_we_replace_exist(owner, property_name):
     from nemo.collections import llm
 

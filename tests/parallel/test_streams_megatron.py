@@ -5,8 +5,8 @@ import pytest
 import torch
 from megatron.core.datasets import indexed_dataset as megatron
 
-from treg_megatron.data.indexed import DTYPE_CODES, IndexedReader, IndexedWriter
 from treg_megatron.data.aligned import PAIR_IDS, REF_LOGPROBS, TOKEN_REWARDS, TOKENS
+from treg_megatron.data.indexed import DTYPE_CODES, IndexedReader, IndexedWriter
 from treg_megatron.data.streams import open_streams
 
 

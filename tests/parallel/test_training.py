@@ -40,15 +40,21 @@ def records(output: Path, validation: bool = False) -> list[dict]:
 
 
 def run(files: TinyRun, output: Path, size: int, *overrides: str, meanwhile: Callable[[], None] | None = None) -> Path:
-    run_ranks(size, train_on_this_rank, files.recipe, files.sections(
-        output, "data.epochs=4", f"train.max_steps={STEPS}", *overrides), log=output.with_suffix(".log"),
-        meanwhile=meanwhile)
+    run_ranks(
+        size,
+        train_on_this_rank,
+        files.recipe,
+        files.sections(output, "data.epochs=4", f"train.max_steps={STEPS}", *overrides),
+        log=output.with_suffix(".log"),
+        meanwhile=meanwhile,
+    )
     return output
 
 
 def assert_same(found: list[float], expected: list[float], rtol: float) -> None:
-    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64),
-                               rtol=rtol, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), rtol=rtol, atol=0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +66,8 @@ def test_single_rank_equals_plain_pytorch(tied_run, single):
     """20 steps, tail batches and second epochs included, against Hugging Face and torch's AdamW."""
     from transformers import AutoModelForCausalLM
 
-    from treg_megatron.data.sampler import MicrobatchOrder
     from treg_megatron.config.recipe import load_recipe, section
+    from treg_megatron.data.sampler import MicrobatchOrder
     from treg_megatron.data.streams import open_streams
 
     recipe = load_recipe(tied_run.recipe, tied_run.overrides)
@@ -71,9 +77,16 @@ def test_single_rank_equals_plain_pytorch(tied_run, single):
     batches = [[streams[i] for i in order.global_batch(step)] for step in range(STEPS)]
     assert {len(batch) for batch in batches} == {4, 2}
     losses, norms = reference.train(
-        AutoModelForCausalLM.from_pretrained(tied_run.hf).train(), batches, beta=objective.beta, alpha=objective.alpha,
-        lr=optimizer.lr, warmup=round(optimizer.warmup_fraction * STEPS), clip=optimizer.clip_grad,
-        betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
+        AutoModelForCausalLM.from_pretrained(tied_run.hf).train(),
+        batches,
+        beta=objective.beta,
+        alpha=objective.alpha,
+        lr=optimizer.lr,
+        warmup=round(optimizer.warmup_fraction * STEPS),
+        clip=optimizer.clip_grad,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+    )
     found = records(single)
     assert found[0]["loss/preference"] == pytest.approx(0.693147, abs=1e-5)
     assert losses[-1] < 0.5 < losses[0], "the model must move for the comparison to mean something"
@@ -108,7 +121,9 @@ def test_alpha_zero_is_dpo_bit_for_bit(tied_run, tmp_path):
 def test_first_loss_guard_names_what_to_check(tied_run, untied_run, tmp_path):
     """Training starts from another model than the one that labelled."""
     other = Path(untied_run.hf).parent / "megatron"
-    with pytest.raises(AssertionError, match="first preference loss is .*check that model.checkpoint is the model that"):
+    with pytest.raises(
+        AssertionError, match="first preference loss is .*check that model.checkpoint is the model that"
+    ):
         run(tied_run, tmp_path / "out", 2, "parallel.pipeline=2", f"model.checkpoint={other}")
 
 
@@ -116,10 +131,10 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tied_run, tmp_path):
     """A poisoned reference log-prob of one pair: the pair is named, and the last checkpoint stays."""
     import numpy as np
 
-    from treg_megatron.utils.files import sha256_of
-    from treg_megatron.data.indexed import ends_of
     from treg_megatron.data.aligned import stream_paths
+    from treg_megatron.data.indexed import ends_of
     from treg_megatron.data.streams import open_streams
+    from treg_megatron.utils.files import sha256_of
 
     prefix = tmp_path / "streams" / "train"
     source = Path(next(o for o in tied_run.overrides if o.startswith("index.output=")).removeprefix("index.output="))
@@ -134,9 +149,19 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tied_run, tmp_path):
     content = json.loads(manifest.read_text())
     content["files"]["ref_logprobs.bin"] |= {"ends": ends_of(file), "sha256": sha256_of(file)}
     manifest.write_text(json.dumps(content))
-    with pytest.raises(AssertionError, match=f"the loss of step .* is nan, from the pairs .*{open_streams(prefix)[0].pair_id}"):
-        run(tied_run, tmp_path / "out", 2, "parallel.pipeline=2", f"data.train={prefix}", "train.save_every=1",
-            "data.validation=null", "train.first_loss_tolerance=10")
+    with pytest.raises(
+        AssertionError, match=f"the loss of step .* is nan, from the pairs .*{open_streams(prefix)[0].pair_id}"
+    ):
+        run(
+            tied_run,
+            tmp_path / "out",
+            2,
+            "parallel.pipeline=2",
+            f"data.train={prefix}",
+            "train.save_every=1",
+            "data.validation=null",
+            "train.first_loss_tolerance=10",
+        )
 
 
 class Killed(Exception):
@@ -158,14 +183,20 @@ def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(layout, moment,
     overrides = [*overrides, "train.save_every=3", "train.validate_every=4", "train.stuck_after=60"]
     whole = run(tied_run, tmp_path / "whole", size, *overrides)
     with pytest.raises(Killed):
-        run(tied_run, tmp_path / "killed", size, *overrides,
-            meanwhile=lambda: kill_when(tmp_path / "killed", f'"step": {moment}, "epoch"'))
+        run(
+            tied_run,
+            tmp_path / "killed",
+            size,
+            *overrides,
+            meanwhile=lambda: kill_when(tmp_path / "killed", f'"step": {moment}, "epoch"'),
+        )
     assert records(tmp_path / "killed")[-1]["step"] < STEPS
     again = run(tied_run, tmp_path / "killed", size, *overrides)
     assert "resuming from step_" in (tmp_path / "killed.log.0").read_text()
     for validation in (False, True):
-        found, expected = ([{k: v for k, v in r.items() if k != "seconds"} for r in records(out, validation)]
-                           for out in (again, whole))
+        found, expected = (
+            [{k: v for k, v in r.items() if k != "seconds"} for r in records(out, validation)] for out in (again, whole)
+        )
         assert found == expected
     assert not list((again / "checkpoints").glob("*-unfinished"))
 
@@ -175,8 +206,14 @@ def test_a_run_resumes_on_another_layout(before, after, tied_run, single, tmp_pa
     size, overrides = LAYOUTS[before]
     out = tmp_path / "out"
     with pytest.raises(Killed):
-        run(tied_run, out, size, "train.save_every=7", *overrides,
-            meanwhile=lambda: kill_when(out, '"step": 8, "epoch"'))
+        run(
+            tied_run,
+            out,
+            size,
+            "train.save_every=7",
+            *overrides,
+            meanwhile=lambda: kill_when(out, '"step": 8, "epoch"'),
+        )
     run(tied_run, out, LAYOUTS[after][0], "train.save_every=7", *LAYOUTS[after][1])
     assert "resuming from step_000007" in out.with_suffix(".log.0").read_text()
     assert_same([r["loss"] for r in records(out)], [r["loss"] for r in records(single)], rtol=1e-5)
@@ -184,7 +221,9 @@ def test_a_run_resumes_on_another_layout(before, after, tied_run, single, tmp_pa
 
 def test_bf16_trains_like_fp32_within_its_precision(tied_run, single, tmp_path):
     """bf16 weights and activations, fp32 main parameters, gradients and reductions."""
-    out = run(tied_run, tmp_path / "out", 2, "parallel.pipeline=2", "train.precision=bf16", "train.first_loss_tolerance=0.05")
+    out = run(
+        tied_run, tmp_path / "out", 2, "parallel.pipeline=2", "train.precision=bf16", "train.first_loss_tolerance=0.05"
+    )
     found, expected = ([r["loss"] for r in records(o)] for o in (out, single))
     assert found[0] == pytest.approx(expected[0], abs=0.05)
     assert found[-1] < 0.5 < found[0]

@@ -11,15 +11,30 @@ import pytest
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-PAIRS = [{"pair_id": f"p{i}", "prompt": f"{i}: say " + "paris " * (1 + i % 5), "chosen": "paris " * (1 + i % 3) + "is",
-          "rejected": "rome no " * (1 + i % 4)} for i in range(12)]
+PAIRS = [
+    {
+        "pair_id": f"p{i}",
+        "prompt": f"{i}: say " + "paris " * (1 + i % 5),
+        "chosen": "paris " * (1 + i % 3) + "is",
+        "rejected": "rome no " * (1 + i % 4),
+    }
+    for i in range(12)
+]
 
 
-def station(*arguments: str | Path, ranks: int = 0, cwd: Path = ROOT, timeout: int = 280) -> subprocess.CompletedProcess:
+def station(
+    *arguments: str | Path, ranks: int = 0, cwd: Path = ROOT, timeout: int = 280
+) -> subprocess.CompletedProcess:
     """Run ``tools/X.py ARGUMENTS``, or ``-m MODULE ARGUMENTS`` under torchrun where ``ranks`` is given."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    return subprocess.run([sys.executable, *launcher, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
 
 
 def assert_refused(result: subprocess.CompletedProcess, pattern: str) -> None:

@@ -10,8 +10,15 @@ from tests.pipeline.conftest import PAIRS, assert_refused, station
 from treg_megatron.data.aligned import stream_paths
 from treg_megatron.data.streams import open_streams
 
-REWARDED = [{**pair, "chosen_spans": [[0, len(pair["chosen"]), 0.25]], "rejected_token_texts": [pair["rejected"]],
-             "rejected_token_rewards": [-0.25]} for pair in PAIRS]
+REWARDED = [
+    {
+        **pair,
+        "chosen_spans": [[0, len(pair["chosen"]), 0.25]],
+        "rejected_token_texts": [pair["rejected"]],
+        "rejected_token_rewards": [-0.25],
+    }
+    for pair in PAIRS
+]
 
 
 def ok(*arguments) -> str:
@@ -26,11 +33,29 @@ def folder(tiny_hf, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for name, rows in (("a", REWARDED[:5]), ("b", REWARDED[5:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        told = ok("tools/import_rewards.py", "--recipe", "recipes/tiny.yaml", "--model", tiny_hf, "--pairs",
-                  folder / f"{name}.jsonl", "--output", folder / name, "--shard-pairs", "3")
+        told = ok(
+            "tools/import_rewards.py",
+            "--recipe",
+            "recipes/tiny.yaml",
+            "--model",
+            tiny_hf,
+            "--pairs",
+            folder / f"{name}.jsonl",
+            "--output",
+            folder / name,
+            "--shard-pairs",
+            "3",
+        )
         assert told == f"imported {len(rows)} pairs to {folder / name}.parquet (dropped: none)\n"
-        ok("tools/index_pairs.py", "--tokenizer", tiny_hf, "--labelled", folder / f"{name}.parquet",
-           "--output", folder / name)
+        ok(
+            "tools/index_pairs.py",
+            "--tokenizer",
+            tiny_hf,
+            "--labelled",
+            folder / f"{name}.parquet",
+            "--output",
+            folder / name,
+        )
     return folder
 
 
@@ -50,8 +75,17 @@ def test_imported_rewards_have_the_reference_log_probs_of_the_model(folder, tiny
 
 
 def test_text_goes_straight_to_streams_without_a_reference(folder, tiny_hf):
-    ok("tools/index_pairs.py", "--tokenizer", tiny_hf, "--labelled", folder / "a.jsonl", "--output", folder / "text",
-       "--workers", "2")
+    ok(
+        "tools/index_pairs.py",
+        "--tokenizer",
+        tiny_hf,
+        "--labelled",
+        folder / "a.jsonl",
+        "--output",
+        folder / "text",
+        "--workers",
+        "2",
+    )
     text, imported = open_streams(folder / "text"), open_streams(folder / "a")
     for i in range(len(imported)):
         for name, value in text[i]._asdict().items():
@@ -59,28 +93,53 @@ def test_text_goes_straight_to_streams_without_a_reference(folder, tiny_hf):
 
 
 def test_merge_split_info_verify(folder):
-    assert ok("tools/streams.py", "merge", folder / "whole", folder / "b", folder / "a") \
+    assert (
+        ok("tools/streams.py", "merge", folder / "whole", folder / "b", folder / "a")
         == f"merged 2 streams to {folder / 'whole'}: 12 pairs\n"
+    )
     whole = open_streams(folder / "whole")
     assert [whole.pair_id(i) for i in range(12)] == [pair["pair_id"] for pair in PAIRS[5:] + PAIRS[:5]]
-    ok("tools/streams.py", "split", folder / "whole", "--train", folder / "train", "--validation", folder / "held-out",
-       "--fraction", "0.3")
+    ok(
+        "tools/streams.py",
+        "split",
+        folder / "whole",
+        "--train",
+        folder / "train",
+        "--validation",
+        folder / "held-out",
+        "--fraction",
+        "0.3",
+    )
     sides = [open_streams(folder / name) for name in ("train", "held-out")]
     assert sorted(side.pair_id(i) for side in sides for i in range(len(side))) == sorted(p["pair_id"] for p in PAIRS)
     told = json.loads(ok("tools/streams.py", "info", folder / "whole"))
     assert told["pairs"] == 12 and told["reference_logprobs"] is True and "files" not in told
     assert ok("tools/streams.py", "verify", folder / "a", folder / "whole").splitlines() == [
         f"{folder / 'a'}: 5 pairs, every byte as it was written",
-        f"{folder / 'whole'}: 12 pairs, every byte as it was written"]
+        f"{folder / 'whole'}: 12 pairs, every byte as it was written",
+    ]
 
 
 def test_what_cannot_be_done_is_said(folder, tiny_hf, tmp_path):
-    assert_refused(station("tools/streams.py", "merge", folder / "twice", folder / "a", folder / "a"),
-                   "pair_id 'p0' of .*a is in an earlier part, too")
+    assert_refused(
+        station("tools/streams.py", "merge", folder / "twice", folder / "a", folder / "a"),
+        "pair_id 'p0' of .*a is in an earlier part, too",
+    )
     assert_refused(station("tools/streams.py", "info", folder / "absent"), "absent.manifest.json does not exist")
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
-    assert_refused(station("tools/import_rewards.py", "--model", tiny_hf, "--pairs", tmp_path / "plain.jsonl", "--output",
-                           tmp_path / "out", "--no-reference"), "plain.jsonl, pair p0: chosen has no token rewards")
+    assert_refused(
+        station(
+            "tools/import_rewards.py",
+            "--model",
+            tiny_hf,
+            "--pairs",
+            tmp_path / "plain.jsonl",
+            "--output",
+            tmp_path / "out",
+            "--no-reference",
+        ),
+        "plain.jsonl, pair p0: chosen has no token rewards",
+    )
     assert not list(folder.glob("twice*")) and not list(tmp_path.glob("out*"))
     path = stream_paths(folder / "b", "token_rewards")[0]
     content = bytearray(path.read_bytes())
@@ -96,7 +155,17 @@ def test_the_report_of_a_file(folder):
 
 
 def test_the_report_before_labelling(folder, tiny_hf, tmp_path):
-    told = ok("tools/label_tokens.py", "--pairs", folder / "a.jsonl", "--model", tiny_hf, "--max-length", "20",
-              "--output", tmp_path / "labelled", "--report")
+    told = ok(
+        "tools/label_tokens.py",
+        "--pairs",
+        folder / "a.jsonl",
+        "--model",
+        tiny_hf,
+        "--max-length",
+        "20",
+        "--output",
+        tmp_path / "labelled",
+        "--report",
+    )
     assert told.startswith("5 pairs, read as trl\n") and "tokens of prompt: minimum" in told
     assert "longer than the maximum length: " in told and not list(tmp_path.iterdir())

@@ -22,8 +22,20 @@ def folder(tiny_hf, tmp_path_factory) -> Path:
 
 
 def command(tiny_hf: Path, folder: Path, output: str, *more: str) -> list:
-    return ["tools/label_tokens.py", "--recipe", "recipes/tiny.yaml", "--model", tiny_hf, "--output", folder / output,
-            "--pairs", folder / "pairs.jsonl", "--shard-pairs", "2", *more]
+    return [
+        "tools/label_tokens.py",
+        "--recipe",
+        "recipes/tiny.yaml",
+        "--model",
+        tiny_hf,
+        "--output",
+        folder / output,
+        "--pairs",
+        folder / "pairs.jsonl",
+        "--shard-pairs",
+        "2",
+        *more,
+    ]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -45,10 +57,24 @@ def test_under_torchrun(tiny_hf, folder, alone):
 
 
 def test_under_srun(tiny_hf, folder, alone):
-    tasks = [subprocess.Popen(
-        [sys.executable, *map(str, command(tiny_hf, folder, "srun"))], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SLURM_NNODES": "1", "SLURM_NTASKS": "2",
-                          "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}) for rank in range(2)]
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command(tiny_hf, folder, "srun"))],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(ROOT),
+                "SLURM_NNODES": "1",
+                "SLURM_NTASKS": "2",
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+            },
+        )
+        for rank in range(2)
+    ]
     said = [task.communicate(timeout=200)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0] and "labelled 12 pairs" in "".join(said)
     assert contents(folder / "srun") == contents(alone)
@@ -64,8 +90,12 @@ def test_bad_input_is_told_once_under_torchrun(tiny_hf, folder):
 
 def test_by_megatron_split_in_two(tiny_hf, folder, alone):
     import_checkpoint(tiny_hf, folder / "megatron")
-    result = station(*command(tiny_hf, folder, "split", "--engine", "megatron", "--checkpoint", folder / "megatron",
-                              "--tensor", "2"), ranks=2)
+    result = station(
+        *command(
+            tiny_hf, folder, "split", "--engine", "megatron", "--checkpoint", folder / "megatron", "--tensor", "2"
+        ),
+        ranks=2,
+    )
     assert result.returncode == 0 and result.stdout.count("labelled 12 pairs") == 1, result.stderr
     for ours, theirs in zip(read_labelled(folder / "split"), read_labelled(alone), strict=True):
         assert ours.pair_id == theirs.pair_id

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from treg_megatron.labelling.contrastive import contrastive_rewards
-from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.labelling.prompt_pair import load_prompt_pair
 from treg_megatron.labelling.scoring import ScoredSequence
+from treg_megatron.tokenizer.conversation import Message
 
 ROOT = Path(__file__).resolve().parents[2]
 ITEMS = [json.loads(line) for line in (ROOT / "tests" / "data" / "planted_errors.jsonl").read_text().splitlines()]
@@ -25,7 +25,7 @@ class Scored(NamedTuple):
     """Values of an answer's tokens, its end-of-turn token left out."""
 
     first_error: int
-    good: np.ndarray                # [tokens] bool, outside of every error
+    good: np.ndarray  # [tokens] bool, outside of every error
     reference: np.ndarray
     few_shot: np.ndarray
     oracle: np.ndarray
@@ -46,17 +46,35 @@ def suite(smollm2) -> list[Scored]:
         response = tokenizer.encode_response(question, answer)
         encoded = offsets_of(answer, add_special_tokens=False, return_offsets_mapping=True)
         assert encoded.input_ids == response[:-1], item["id"]
-        marks.append(np.array([any(token_start < end and start < token_end for start, end in item["errors"])
-                               for token_start, token_end in encoded.offset_mapping]))
-        prompts = [question, few_shot.better(question, answer), few_shot.worse(question, answer),
-                   shown(item["question"], item["correct"]), shown(item["question"], answer)]
+        marks.append(
+            np.array(
+                [
+                    any(token_start < end and start < token_end for start, end in item["errors"])
+                    for token_start, token_end in encoded.offset_mapping
+                ]
+            )
+        )
+        prompts = [
+            question,
+            few_shot.better(question, answer),
+            few_shot.worse(question, answer),
+            shown(item["question"], item["correct"]),
+            shown(item["question"], answer),
+        ]
         sequences += [ScoredSequence(tokenizer.encode_prompt(prompt), response) for prompt in prompts]
     logps = iter(HuggingFaceScorer(smollm2, "float32", "cpu", 2048).score(sequences))
     suite = []
     for mark in marks:
         reference, better, worse, right, wrong = (next(logps)[:-1] for _ in range(5))
-        suite.append(Scored(int(mark.argmax()), ~mark, reference, contrastive_rewards(better, worse),
-                            contrastive_rewards(right, wrong)))
+        suite.append(
+            Scored(
+                int(mark.argmax()),
+                ~mark,
+                reference,
+                contrastive_rewards(better, worse),
+                contrastive_rewards(right, wrong),
+            )
+        )
     return suite
 
 
@@ -94,16 +112,20 @@ def test_auroc_by_hand():
 def test_planted_errors_are_found(suite):
     found = {name: separation(suite, name) for name in ("few_shot", "oracle", "reference")}
     better = " (which is the better one here)" if found["reference"] > found["few_shot"] else ""
-    print(f"\nAUROC, first error token against good tokens, {len(suite)} items: few_shot {found['few_shot']:.3f}, "
-          f"oracle {found['oracle']:.3f}, plain surprisal {found['reference']:.3f}{better}")
+    print(
+        f"\nAUROC, first error token against good tokens, {len(suite)} items: few_shot {found['few_shot']:.3f}, "
+        f"oracle {found['oracle']:.3f}, plain surprisal {found['reference']:.3f}{better}"
+    )
     assert found["few_shot"] >= 0.85
     assert found["oracle"] >= 0.93
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_a_shift_by_one_is_noticed(suite, shift):
-    shifted = [scored._replace(few_shot=np.roll(scored.few_shot, shift), oracle=np.roll(scored.oracle, shift))
-               for scored in suite]
+    shifted = [
+        scored._replace(few_shot=np.roll(scored.few_shot, shift), oracle=np.roll(scored.oracle, shift))
+        for scored in suite
+    ]
     assert separation(shifted, "few_shot") < 0.85 and separation(shifted, "oracle") < 0.93
 
 
@@ -111,6 +133,7 @@ def test_mixed_up_rows_are_noticed(suite):
     mixed = []
     for scored, other in zip(suite, [*suite[1:], suite[0]]):
         length = len(scored.good)
-        mixed.append(scored._replace(few_shot=np.resize(other.few_shot, length),
-                                     oracle=np.resize(other.oracle, length)))
+        mixed.append(
+            scored._replace(few_shot=np.resize(other.few_shot, length), oracle=np.resize(other.oracle, length))
+        )
     assert separation(mixed, "few_shot") < 0.85 and separation(mixed, "oracle") < 0.93

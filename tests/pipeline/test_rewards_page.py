@@ -22,15 +22,18 @@ def decode(ids) -> str:
 def labelled(pair_id: str, chosen: list[float], rejected: list[float]) -> LabelledPair:
     columns = {}
     for side, rewards in (("chosen", chosen), ("rejected", rejected)):
-        response = [1, 2, 3, 4 if side == "chosen" else 5, 8, 6][-len(rewards):]
+        response = [1, 2, 3, 4 if side == "chosen" else 5, 8, 6][-len(rewards) :]
         columns[f"{side}_tokens"] = np.array([7, *response], np.int32)
         columns[f"{side}_token_rewards"] = np.array(rewards, np.float32)
         columns[f"{side}_ref_logprobs"] = -np.arange(1, len(rewards) + 1, dtype=np.float32)
     return LabelledPair(pair_id, **columns, prompt=f"User: question {pair_id}?")
 
 
-PAIRS = [labelled("plain", [0.1, -0.2, 0.3], [-0.4, 0.0, 0.05]), labelled("long", [0.4] * 6, [0.2, -0.5, 0.5, 0, 0, 0]),
-         labelled("flat", [0.01, 0.01], [-0.01, -0.02])]
+PAIRS = [
+    labelled("plain", [0.1, -0.2, 0.3], [-0.4, 0.0, 0.05]),
+    labelled("long", [0.4] * 6, [0.2, -0.5, 0.5, 0, 0, 0]),
+    labelled("flat", [0.01, 0.01], [-0.01, -0.02]),
+]
 
 
 def test_figures_of_the_labels_by_hand():
@@ -59,8 +62,9 @@ def test_a_character_of_several_tokens_appears_with_its_last():
     assert "".join(texts) == "a\u00e4\U0001f680b" and texts[:3] == ["a", "", "\u00e4"]
 
 
-needs_chromium = pytest.mark.skipif(not (CHROMIUM and DRIVER),
-                                    reason="needs Chromium: apt-get install chromium chromium-driver")
+needs_chromium = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs Chromium: apt-get install chromium chromium-driver"
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +82,10 @@ def page(tmp_path_factory) -> str:
 
 def token(pair: int, side: int, number: int, column: int = 0) -> str:
     """CSS selector of a token; ``side`` 0 is chosen, ``column`` counts the rows of tokens of that side."""
-    return (f"#pair-{pair} .sides > div:nth-child({side + 1}) .tokens:nth-of-type({column + 1}) "
-            f"span:nth-child({number + 1})")
+    return (
+        f"#pair-{pair} .sides > div:nth-child({side + 1}) .tokens:nth-of-type({column + 1}) "
+        f"span:nth-child({number + 1})"
+    )
 
 
 def told(window) -> str:
@@ -108,9 +114,9 @@ def test_a_token_that_is_pointed_at_tells_its_value_and_has_its_colour(window, p
         assert f"reward {'+' if reward > 0 else MINUS}{abs(reward):.4f}" in told(window)
         assert background(window, one) == (colour, pytest.approx(0.75 * (abs(reward) / 0.5) ** 0.5, abs=5e-3))
     assert 'chosen token 3 "."' in told(window) and "surprisal 3.00" in told(window)
-    assert background(window, token(0, 1, 1))[1] == 0           # a reward of 0
+    assert background(window, token(0, 1, 1))[1] == 0  # a reward of 0
     window.point_at(token(1, 1, 1))
-    assert f"rejected token 2 \" sky\" \u00b7 reward {MINUS}0.5000" in told(window)
+    assert f'rejected token 2 " sky" \u00b7 reward {MINUS}0.5000' in told(window)
 
 
 @needs_chromium
@@ -121,16 +127,34 @@ def test_the_keyboard_walks_over_tokens_and_responses(window, page):
     for key in ("right", "right", "right", "left", "down", "down", "up", "up", "up", "left"):
         window.press(key)
         walked.append(re.match(r"(\w+ token \d)", told(window))[1])
-    assert walked == ["chosen token 2", "chosen token 3", "rejected token 1", "chosen token 3", "rejected token 1",
-                      "chosen token 1", "rejected token 1", "chosen token 1", "chosen token 1", "chosen token 1"]
+    assert walked == [
+        "chosen token 2",
+        "chosen token 3",
+        "rejected token 1",
+        "chosen token 3",
+        "rejected token 1",
+        "chosen token 1",
+        "rejected token 1",
+        "chosen token 1",
+        "chosen token 1",
+        "chosen token 1",
+    ]
     window.press("tab")
-    assert told(window).startswith("rejected token 1")          # one stop for each response, not for each token
+    assert told(window).startswith("rejected token 1")  # one stop for each response, not for each token
 
 
 @needs_chromium
 def test_views_sort_and_filter(window, page):
-    views = {"": [0, 1, 2], "#sort=length": [1, 0, 2], "#sort=mean": [0, 2, 1], "#sort=gap": [2, 0, 1],
-             "#spread=0.1": [0, 1], "#mean=0.1": [1], "#length=6": [0, 2], "#text=Question+FLAT": [2]}
+    views = {
+        "": [0, 1, 2],
+        "#sort=length": [1, 0, 2],
+        "#sort=mean": [0, 2, 1],
+        "#sort=gap": [2, 0, 1],
+        "#spread=0.1": [0, 1],
+        "#mean=0.1": [1],
+        "#length=6": [0, 2],
+        "#text=Question+FLAT": [2],
+    }
     for view, expected in views.items():
         window.open(page + view)
         assert shown(window) == expected, view
@@ -161,7 +185,7 @@ def test_it_can_be_photographed_and_names_no_other_address(window, page):
     picture = window.screenshot()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
     addresses = set(re.findall(r"https?://[^\s\"']+", Path(page.removeprefix("file://")).read_text(encoding="utf-8")))
-    assert addresses == {"http://www.w3.org/2000/svg"}          # the name of SVG's elements, which is not fetched
+    assert addresses == {"http://www.w3.org/2000/svg"}  # the name of SVG's elements, which is not fetched
 
 
 def test_the_terminal_shows_values_or_shades():

@@ -35,8 +35,18 @@ def run(tiny_hf, tmp_path_factory) -> Path:
 
 
 def train_command(run: Path, tiny_hf: Path, output: Path) -> list:
-    return ["-m", "treg_megatron.train", "--recipe", "recipes/tiny.yaml", f"run={run}", f"model.hf={tiny_hf}",
-            "parallel.pipeline=2", "data.epochs=4", "train.save_every=4", f"train.output={output}"]
+    return [
+        "-m",
+        "treg_megatron.train",
+        "--recipe",
+        "recipes/tiny.yaml",
+        f"run={run}",
+        f"model.hf={tiny_hf}",
+        "parallel.pipeline=2",
+        "data.epochs=4",
+        "train.save_every=4",
+        f"train.output={output}",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +64,38 @@ def test_a_run_leaves_what_it_should(trained):
     assert list(found) == list(range(1, 13))
     first = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss/preference"] == pytest.approx(0.693147, abs=1e-4)
-    assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "treg/weight",
-            "treg/token_reward_chosen", "loss/regularization", "grad_norm", "lr"} <= set(first)
+    assert {
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "treg/weight",
+        "treg/token_reward_chosen",
+        "loss/regularization",
+        "grad_norm",
+        "lr",
+    } <= set(first)
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["step_000008", "step_000012"]
     assert list((trained / "tensorboard").iterdir()) and (trained / "recipe.yaml").exists()
 
 
 def test_sigkill_of_all_processes_then_the_same_command(run, tiny_hf, trained):
     output = run / "killed"
-    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                            *map(str, train_command(run, tiny_hf, output))], cwd=ROOT, stderr=subprocess.DEVNULL,
-                           stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    job = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            *map(str, train_command(run, tiny_hf, output)),
+        ],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
     deadline = time.time() + 200
     while '"step": 6,' not in (output / "metrics.jsonl").read_text() if (output / "metrics.jsonl").exists() else True:
         assert time.time() < deadline and job.poll() is None, "the run ended before it could be killed"
@@ -88,25 +119,46 @@ def test_exported_model_has_the_log_probs_that_training_ended_with(run, tiny_hf,
 
     command = train_command(run, tiny_hf, run / "validated")
     ok(*command, f"data.validation={run}/streams/train", ranks=2)
-    last = [r for r in map(json.loads, (run / "validated" / "metrics.jsonl").read_text().splitlines())
-            if "validation/logps/chosen" in r][-1]
+    last = [
+        r
+        for r in map(json.loads, (run / "validated" / "metrics.jsonl").read_text().splitlines())
+        if "validation/logps/chosen" in r
+    ][-1]
     assert last["step"] == 12
-    ok("tools/convert_checkpoint.py", "export", "--recipe", "recipes/tiny.yaml", f"run={run}", f"model.hf={tiny_hf}",
-       f"train.output={run}/validated")
+    ok(
+        "tools/convert_checkpoint.py",
+        "export",
+        "--recipe",
+        "recipes/tiny.yaml",
+        f"run={run}",
+        f"model.hf={tiny_hf}",
+        f"train.output={run}/validated",
+    )
     model, info = AutoModelForCausalLM.from_pretrained(run / "hf", output_loading_info=True)
     assert not any(info.values())
     AutoTokenizer.from_pretrained(run / "hf")
     streams = open_streams(run / "streams" / "train")
     for side in ("chosen", "rejected"):
         with torch.no_grad():
-            sums = [reference.response_logps(model, getattr(pair, f"{side}_tokens"),
-                                             len(getattr(pair, f"{side}_token_rewards"))).sum().item()
-                    for pair in (streams[i] for i in range(len(streams)))]
+            sums = [
+                reference.response_logps(
+                    model, getattr(pair, f"{side}_tokens"), len(getattr(pair, f"{side}_token_rewards"))
+                )
+                .sum()
+                .item()
+                for pair in (streams[i] for i in range(len(streams)))
+            ]
         tokens = streams.response_lengths[:, 0 if side == "chosen" else 1].sum() / len(streams)
         assert abs(sum(sums) / len(sums) - last[f"validation/logps/{side}"]) / tokens < 1e-4
     card = (run / "hf" / "README.md").read_text()
-    for told in ("base_model: ", "after DPO with [T-REG]", "## Metrics of step 12", f"pairs: {len(streams)}",
-                 streams.manifest["files"]["tokens.bin"]["sha256"], "global_batch_size: "):
+    for told in (
+        "base_model: ",
+        "after DPO with [T-REG]",
+        "## Metrics of step 12",
+        f"pairs: {len(streams)}",
+        streams.manifest["files"]["tokens.bin"]["sha256"],
+        "global_batch_size: ",
+    ):
         assert told in card
     answer = model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False)
     assert answer.shape[1] > 2

@@ -20,16 +20,25 @@ PER_PROMPT = {"greedy/score": 1, "greedy/length": 1, "sampled/score": 2, "sample
 
 
 def conduct(path: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "studies.miniature.run", "--study", str(path)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=800, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        [sys.executable, "-m", "studies.miniature.run", "--study", str(path)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=800,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump({"defaults": str(SMOKE), "run": str(folder / "run"), "seeds": [1],
-                                    "report": str(folder / "STUDY.md")}))
+    path.write_text(
+        yaml.safe_dump(
+            {"defaults": str(SMOKE), "run": str(folder / "run"), "seeds": [1], "report": str(folder / "STUDY.md")}
+        )
+    )
     return path
 
 
@@ -42,14 +51,17 @@ def study(settings):
 
 def test_every_run_leaves_every_measure(study):
     choice = json.loads((study.run / "choice.json").read_text())
-    expected = {"dev": [REFERENCE, *(run.name for run in study.search_runs)],
-                "test": [REFERENCE, *(run.name for run in study.final_runs(choice))]}
+    expected = {
+        "dev": [REFERENCE, *(run.name for run in study.search_runs)],
+        "test": [REFERENCE, *(run.name for run in study.final_runs(choice))],
+    }
     for split, names in expected.items():
         prompts, right = study.world["prompts"][split], np.load(study.run / "credit" / f"{split}.npz")["right"]
         for name in names:
             with np.load(result_path(study, name, split)) as result:
-                assert {what: result[what].shape for what in PER_PROMPT} == \
-                    {what: (prompts, answers) for what, answers in PER_PROMPT.items()}, name
+                assert {what: result[what].shape for what in PER_PROMPT} == {
+                    what: (prompts, answers) for what, answers in PER_PROMPT.items()
+                }, name
                 assert result["sampled/results"].shape == (prompts, 2, 4) and result["implicit"].shape == right.shape
                 assert all(np.isfinite(result[what]).all() for what in result.files)
                 moved = np.abs(result["implicit"]).max()
@@ -61,7 +73,7 @@ def test_report_has_every_run_and_its_pictures(study):
     sections = text.split("\n## ")
     for method in study.methods:
         assert f"\n| {method} | 1 |" in sections[-1]
-        assert text.count(f"\n| {method} | ") >= 4                  # measures, error rates, search, runs
+        assert text.count(f"\n| {method} | ") >= 4  # measures, error rates, search, runs
     assert "nan" not in text and "not told apart" in text
     for name in ("curves", "tokens"):
         assert f"(study/{name}.png)" in text and (study.report.parent / "study" / f"{name}.png").stat().st_size > 5000

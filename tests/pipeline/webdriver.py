@@ -16,7 +16,7 @@ from typing import Any
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 KEYS = {"right": "\ue014", "left": "\ue012", "down": "\ue015", "up": "\ue013", "tab": "\ue004"}
-_ELEMENT = "element-6066-11e4-a52e-4f735466cecf"       # the protocol's name for a reference to an element
+_ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's name for a reference to an element
 
 
 class Browser:
@@ -37,8 +37,14 @@ class Browser:
     def point_at(self, selector: str) -> None:
         origin = {_ELEMENT: self._find(selector)}
         move = {"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": origin}
-        _ask(f"{self._session}/actions", {"actions": [
-            {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}]})
+        _ask(
+            f"{self._session}/actions",
+            {
+                "actions": [
+                    {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}
+                ]
+            },
+        )
 
     def press(self, *keys: str) -> None:
         """Type on whatever has the focus; names of :data:`KEYS` or characters."""
@@ -63,11 +69,24 @@ def browser(folder: Path) -> Iterator[Browser]:
     driver = subprocess.Popen([DRIVER, "--port=0", f"--log-path={folder / 'driver.log'}"], stdout=open(log, "w"))
     try:
         address = f"http://127.0.0.1:{_port(log)}/session"
-        options = {"binary": CHROMIUM, "args": [
-            "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,900",
-            "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}"]}
-        session = f"{address}/" + _ask(address, {"capabilities": {"alwaysMatch": {
-            "browserName": "chrome", "goog:chromeOptions": options}}})["sessionId"]
+        options = {
+            "binary": CHROMIUM,
+            "args": [
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--window-size=1200,900",
+                "--host-resolver-rules=MAP * ~NOTFOUND",
+                f"--user-data-dir={folder / 'profile'}",
+            ],
+        }
+        session = (
+            f"{address}/"
+            + _ask(
+                address, {"capabilities": {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}}
+            )["sessionId"]
+        )
         yield Browser(session)
         _ask(session, method="DELETE")
     finally:

@@ -61,10 +61,12 @@ PlugStackConfig={d}/etc/plugstack.conf
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
-NODE = "NodeName={name} NodeHostname=localhost NodeAddr={address} Port={port} CPUs=192 RealMemory=2000000 " \
-       "Gres=gpu:h100:8 State=UNKNOWN"
+NODE = (
+    "NodeName={name} NodeHostname=localhost NodeAddr={address} Port={port} CPUs=192 RealMemory=2000000 "
+    "Gres=gpu:h100:8 State=UNKNOWN"
+)
 START_SECONDS = 60
-SMALL_DISK = "5m"                       # room for one checkpoint of the tests' model, and not for two
+SMALL_DISK = "5m"  # room for one checkpoint of the tests' model, and not for two
 
 
 class Cluster:
@@ -85,9 +87,20 @@ class Cluster:
         self._write_files()
         self.small_disk = self.folder / "small"
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "none", self.small_disk], check=True)
-        self.munge = self._daemon("munged", "--foreground", "--key-file", self._path("etc/munge.key"), "--socket",
-                                  self._path("run/munge.sock"), "--pid-file", self._path("run/munged.pid"), "--log-file",
-                                  self._path("log/munged.log"), "--seed-file", self._path("run/munge.seed"))
+        self.munge = self._daemon(
+            "munged",
+            "--foreground",
+            "--key-file",
+            self._path("etc/munge.key"),
+            "--socket",
+            self._path("run/munge.sock"),
+            "--pid-file",
+            self._path("run/munged.pid"),
+            "--log-file",
+            self._path("log/munged.log"),
+            "--seed-file",
+            self._path("run/munge.seed"),
+        )
         _wait(lambda: (self.folder / "run" / "munge.sock").exists(), "munge")
         self.start_controller()
         self.nodes: dict[str, subprocess.Popen] = {}
@@ -109,8 +122,10 @@ class Cluster:
 
     def start_controller(self) -> None:
         self.controller = self._daemon("slurmctld", "-D")
-        _wait(lambda: subprocess.run(["scontrol", "ping"], env=self.environment, capture_output=True).returncode == 0,
-              "slurmctld")
+        _wait(
+            lambda: subprocess.run(["scontrol", "ping"], env=self.environment, capture_output=True).returncode == 0,
+            "slurmctld",
+        )
 
     def restart_controller(self) -> None:
         self.controller.terminate()
@@ -119,9 +134,19 @@ class Cluster:
 
     def start_node(self, name: str) -> None:
         self.nodes[name] = self._daemon(
-            "unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc", "--propagation",
-            "private", "sh", "-c",
-            f"mount --bind {self._path('etc/hosts')} /etc/hosts; hostname {name}; slurmd -D -N {name} & wait $!")
+            "unshare",
+            "--mount",
+            "--uts",
+            "--pid",
+            "--fork",
+            "--kill-child=SIGKILL",
+            "--mount-proc",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            f"mount --bind {self._path('etc/hosts')} /etc/hosts; hostname {name}; slurmd -D -N {name} & wait $!",
+        )
 
     def power_off(self, name: str) -> None:
         """Every process of a node ends at once; then the controller is told, which would find out by itself in 25 s."""
@@ -142,8 +167,9 @@ class Cluster:
     # -- jobs
 
     def run(self, *command: str | Path, check: bool = True, cwd: Path | None = None, **variables: str) -> str:
-        result = subprocess.run(list(map(str, command)), env=self.environment | variables, cwd=cwd, text=True,
-                                capture_output=True)
+        result = subprocess.run(
+            list(map(str, command)), env=self.environment | variables, cwd=cwd, text=True, capture_output=True
+        )
         assert not check or result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
         return result.stdout.strip()
 
@@ -161,10 +187,12 @@ class Cluster:
     def wait(self, job: str, *states: str, seconds: float = 420) -> str:
         """Until a job is in one of ``states``."""
         ended = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
+
         def there() -> bool:
             state = self.state(job)
             assert state in states or state not in ended, f"job {job} is {state}, not {states}"
             return state in states
+
         _wait(there, f"job {job} in {states}", seconds)
         return self.state(job)
 
@@ -187,8 +215,10 @@ class Cluster:
         for folder in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if all(word in line for word in words) and \
-                        f"SLURM_CONF={self.environment['SLURM_CONF']}" in (folder / "environ").read_bytes().decode():
+                if (
+                    all(word in line for word in words)
+                    and f"SLURM_CONF={self.environment['SLURM_CONF']}" in (folder / "environ").read_bytes().decode()
+                ):
                     found.append(int(folder.name))
         return found
 
@@ -201,22 +231,35 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
         addresses = {name: f"127.0.1.{i}" for i, name in enumerate(self.names, 1)}
-        (self.folder / "etc" / "hosts").write_text("127.0.0.1 localhost\n" + "".join(
-            f"{address} {name}\n" for name, address in addresses.items()))
+        (self.folder / "etc" / "hosts").write_text(
+            "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in addresses.items())
+        )
         for i in range(8):  # any character device will do: no program opens it
             os.mknod(self.folder / "dev" / f"nvidia{i}", 0o666 | 0o020000, os.makedev(1, 3))
         (self.folder / "etc" / "gres.conf").write_text(f"Name=gpu Type=h100 File={self.folder}/dev/nvidia[0-7]\n")
         (self.folder / "etc" / "plugstack.conf").touch()
-        (self.folder / "etc" / "slurm.conf").write_text(SLURM_CONF.format(
-            d=self.folder, controller_port=self._ports[0], nodes="\n".join(
-                NODE.format(name=name, address=addresses[name], port=port)
-                for name, port in zip(self.names, self._ports[1:], strict=True))))
+        (self.folder / "etc" / "slurm.conf").write_text(
+            SLURM_CONF.format(
+                d=self.folder,
+                controller_port=self._ports[0],
+                nodes="\n".join(
+                    NODE.format(name=name, address=addresses[name], port=port)
+                    for name, port in zip(self.names, self._ports[1:], strict=True)
+                ),
+            )
+        )
 
     def _daemon(self, *command: str) -> subprocess.Popen:
         # if the tests are killed, the kernel ends the daemons, and they their nodes
         log = open(self.folder / "log" / "daemons.log", "ab")
-        return subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "--", *command], env=self.environment, stdout=log,
-                                stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        return subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", "--", *command],
+            env=self.environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def _path(self, name: str) -> str:
         return str(self.folder / name)

@@ -11,12 +11,12 @@ import pytest
 
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.tiny import tiny_llama, tiny_pair, tiny_tokenizer
-from treg_megatron.data.sampler import MicrobatchOrder, recorded_pairs
 from treg_megatron.config.recipe import load_recipe, section
+from treg_megatron.data.sampler import MicrobatchOrder, recorded_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if "#SBATCH" in path.read_text())
-PAIRS = 58                              # the last global batch of an epoch is short
+PAIRS = 58  # the last global batch of an epoch is short
 
 
 class Run(NamedTuple):
@@ -54,7 +54,9 @@ class Files(NamedTuple):
             f"rank:\n  scores: function\n  function: lengths:scores\n"
             f"label:\n  pairs: {self.folder}/pairs.jsonl\n  engine: megatron\n  tensor: 2\n  shard_pairs: 16\n"
             f"data:\n  global_batch_size: 8\n  epochs: 5\nparallel:\n  pipeline: 2\ntrain:\n"
-            + "".join(f"  {key}: {value}\n" for key, value in keys.items()) + f"export:\n  output: {self.folder}/{name}-hf\n")
+            + "".join(f"  {key}: {value}\n" for key, value in keys.items())
+            + f"export:\n  output: {self.folder}/{name}-hf\n"
+        )
         return Run(self.folder / name, recipe)
 
 
@@ -64,15 +66,43 @@ def cluster():
         if os.environ.get("CI") == "true":
             pytest.fail(f"not installed: {', '.join(missing)}; .ci/run installs them")
         pytest.skip(f"needs {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge")
-    if os.geteuid() or subprocess.run(["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "sh", "-c",
-                                       "mount -t tmpfs none /mnt && hostname node"], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            [
+                "unshare",
+                "--mount",
+                "--uts",
+                "--pid",
+                "--fork",
+                "--mount-proc",
+                "sh",
+                "-c",
+                "mount -t tmpfs none /mnt && hostname node",
+            ],
+            capture_output=True,
+        ).returncode
+    ):
         pytest.skip("a node is a set of namespaces, which only root makes, and not in every container")
-    largest = max(int(line.split("=")[1]) for script in SCRIPTS for line in script.read_text().splitlines()
-                  if line.startswith("#SBATCH --nodes="))
+    largest = max(
+        int(line.split("=")[1])
+        for script in SCRIPTS
+        for line in script.read_text().splitlines()
+        if line.startswith("#SBATCH --nodes=")
+    )
     python_path = str(Path(sys.executable).parent)
-    started = Cluster(largest + 1, {
-        "PATH": f"{python_path}:{os.environ['PATH']}:/usr/sbin:/sbin", "HOME": os.environ.get("HOME", "/root"),
-        "TREG": str(ROOT), "PYTHON": sys.executable, "NODES": "2", "RANKS": "1", "OMP_NUM_THREADS": "1"})
+    started = Cluster(
+        largest + 1,
+        {
+            "PATH": f"{python_path}:{os.environ['PATH']}:/usr/sbin:/sbin",
+            "HOME": os.environ.get("HOME", "/root"),
+            "TREG": str(ROOT),
+            "PYTHON": sys.executable,
+            "NODES": "2",
+            "RANKS": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+    )
     yield started
     started.down()
 
@@ -90,12 +120,22 @@ def files(tmp_path_factory) -> Files:
     folder = tmp_path_factory.mktemp("files")
     tiny_llama(folder / "hf", layers=4, vocab=tiny_tokenizer(folder / "hf"))
     (folder / "pairs.jsonl").write_text("".join(json.dumps(tiny_pair(i, f"p{i}")) + "\n" for i in range(PAIRS)))
-    (folder / "lengths.py").write_text("def scores(messages, responses):\n    return [float(len(r)) for r in responses]\n")
+    (folder / "lengths.py").write_text(
+        "def scores(messages, responses):\n    return [float(len(r)) for r in responses]\n"
+    )
     made = Files(folder)
-    for command in (["tools/convert_checkpoint.py", "import"], ["tools/label_tokens.py", "label.engine=huggingface"],
-                    ["tools/index_pairs.py"]):
-        subprocess.run([sys.executable, *command, "--recipe", str(made.run("made").recipe)], cwd=ROOT, check=True,
-                       env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True)
+    for command in (
+        ["tools/convert_checkpoint.py", "import"],
+        ["tools/label_tokens.py", "label.engine=huggingface"],
+        ["tools/index_pairs.py"],
+    ):
+        subprocess.run(
+            [sys.executable, *command, "--recipe", str(made.run("made").recipe)],
+            cwd=ROOT,
+            check=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+        )
     return made
 
 

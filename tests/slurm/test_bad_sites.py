@@ -25,8 +25,13 @@ def test_a_node_without_the_shared_folder(slurm, files):
     shared = str(files.folder / "shared")
     slurm.inside("node2", "mount", "-t", "tmpfs", "none", shared)
     try:
-        refused(slurm, files, files.run("unshared"), f"node2 does not see data.train={shared}/streams/train; "
-                                                     f"node2 does not see model.checkpoint={shared}/megatron")
+        refused(
+            slurm,
+            files,
+            files.run("unshared"),
+            f"node2 does not see data.train={shared}/streams/train; "
+            f"node2 does not see model.checkpoint={shared}/megatron",
+        )
     finally:
         slurm.inside("node2", "umount", "--lazy", shared)
 
@@ -65,8 +70,13 @@ def test_a_port_that_is_taken(slurm, files):
 def test_a_disk_that_fills_up_while_saving(slurm, files, uninterrupted):
     """The second checkpoint does not fit: it goes, the first stays, and with more room the same job ends as ever."""
     run = files.run("full", output=slurm.small_disk / "run")._replace(folder=slurm.small_disk / "run")
-    refused(slurm, files, run, r"step_000010 could not be written: No space left on device; step_000005 is whole: make room",
-            CHECKS="")
+    refused(
+        slurm,
+        files,
+        run,
+        r"step_000010 could not be written: No space left on device; step_000005 is whole: make room",
+        CHECKS="",
+    )
     assert run.checkpoints() == ["step_000005"]
     subprocess.run(["mount", "-o", "remount,size=200m", slurm.small_disk], check=True)
     job = slurm.submit(SCRIPT, cwd=files.folder, RECIPE=str(run.recipe), CHECKS="")

@@ -15,39 +15,55 @@ SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_sbatch_accepts_the_script_unmodified(script, cluster, tmp_path):
-    result = subprocess.run(["sbatch", "--test-only", script], env=cluster.environment, cwd=tmp_path, capture_output=True,
-                            text=True)
+    result = subprocess.run(
+        ["sbatch", "--test-only", script], env=cluster.environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 0 and "to start at" in result.stderr, result.stderr
 
 
 def test_shellcheck():
     assert SHELLCHECK, "install the dev extra, or apt-get install shellcheck"
-    result = subprocess.run([SHELLCHECK, "-x", "-P", ".", *(ROOT / "slurm").glob("*.sh")], cwd=ROOT, capture_output=True,
-                            text=True)
+    result = subprocess.run(
+        [SHELLCHECK, "-x", "-P", ".", *(ROOT / "slurm").glob("*.sh")], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout
 
 
 def test_no_directive_asks_for_a_container():
     for script in SCRIPTS:
-        assert not [line for line in script.read_text().splitlines() if line.startswith("#SBATCH") and "container" in line]
+        assert not [
+            line for line in script.read_text().splitlines() if line.startswith("#SBATCH") and "container" in line
+        ]
 
 
 def test_treg_70b_runs_to_its_end(slurm, files, uninterrupted):
     assert_equal(uninterrupted, uninterrupted)
     assert uninterrupted.checkpoints() == ["step_000035", "step_000040"]
-    job_log = next(path for path in files.folder.glob("treg_70b-*.log")
-                   if f"metrics.jsonl in {uninterrupted.folder}\n" in path.read_text())
+    job_log = next(
+        path
+        for path in files.folder.glob("treg_70b-*.log")
+        if f"metrics.jsonl in {uninterrupted.folder}\n" in path.read_text()
+    )
     assert "nodes: 2 with 1 ranks each, the same packages, all folders visible; all-reduce of" in job_log.read_text()
-    assert (job_log.with_suffix(".recipe.yaml")).read_text().count("uninterrupted") and \
-        "megatron-core==0.15" in job_log.with_suffix(".packages").read_text().replace("_", "-") and \
-        len(job_log.with_suffix(".commit").read_text()) >= 40
+    assert (
+        (job_log.with_suffix(".recipe.yaml")).read_text().count("uninterrupted")
+        and "megatron-core==0.15" in job_log.with_suffix(".packages").read_text().replace("_", "-")
+        and len(job_log.with_suffix(".commit").read_text()) >= 40
+    )
 
 
 def test_label_index_train_and_export_as_one_chain(slurm, files, uninterrupted):
     """pipeline_70b.sh: label_70b.sh with a model split over both nodes, index.sh, treg_70b.sh, convert.sh."""
     run = files.run("chain")
-    said = slurm.run("bash", ROOT / "slurm" / "pipeline_70b.sh", f"run={files.folder}/chain-made",
-                     f"model.checkpoint={files.folder}/shared/megatron", cwd=files.folder, RECIPE=str(run.recipe), CHECKS="")
+    said = slurm.run(
+        "bash",
+        ROOT / "slurm" / "pipeline_70b.sh",
+        f"run={files.folder}/chain-made",
+        f"model.checkpoint={files.folder}/shared/megatron",
+        cwd=files.folder,
+        RECIPE=str(run.recipe),
+        CHECKS="",
+    )
     jobs = dict(word.split() for word in said.split(", "))
     for station in ("label", "index", "train", "export"):
         slurm.wait(jobs[station], "COMPLETED")
@@ -64,8 +80,15 @@ def assert_equal_but_for_rounding(found, expected):
 
 
 def test_when_a_station_fails_the_rest_of_the_chain_is_cancelled(slurm, files):
-    said = slurm.run("bash", ROOT / "slurm" / "pipeline_70b.sh", f"run={files.folder}/broken",
-                     "label.pairs=nowhere.jsonl", cwd=files.folder, RECIPE=str(files.run("broken").recipe), CHECKS="")
+    said = slurm.run(
+        "bash",
+        ROOT / "slurm" / "pipeline_70b.sh",
+        f"run={files.folder}/broken",
+        "label.pairs=nowhere.jsonl",
+        cwd=files.folder,
+        RECIPE=str(files.run("broken").recipe),
+        CHECKS="",
+    )
     jobs = dict(word.split() for word in said.split(", "))
     slurm.wait(jobs["label"], "FAILED")
     assert "error: pairs file nowhere.jsonl cannot be read" in log(files, jobs["label"])
@@ -78,22 +101,40 @@ def test_training_scripts_run_to_their_ends(script, nodes, slurm, files):
     """The 8B job has one node: it runs two ranks there."""
     run = files.run(script, max_steps=6)
     shape = {"NODES": "1", "RANKS": "2"} if nodes == 1 else {}
-    job = slurm.submit(ROOT / "slurm" / f"{script}.sh", "parallel.pipeline=1", "parallel.tensor=2", cwd=files.folder,
-                       RECIPE=str(run.recipe), CHECKS="", **shape)
+    job = slurm.submit(
+        ROOT / "slurm" / f"{script}.sh",
+        "parallel.pipeline=1",
+        "parallel.tensor=2",
+        cwd=files.folder,
+        RECIPE=str(run.recipe),
+        CHECKS="",
+        **shape,
+    )
     slurm.wait(job, "COMPLETED")
     assert run.step() == 6 and slurm.field(job, "NumNodes") == str(nodes)
 
 
 def test_sample_8b_runs_to_its_end(slurm, files):
-    job = slurm.submit(ROOT / "slurm" / "sample_8b.sh", f"run={files.folder}/sampled", cwd=files.folder, NODES="1",
-                       RECIPE=str(files.run("sample").recipe), PYTHONPATH=str(files.folder))
+    job = slurm.submit(
+        ROOT / "slurm" / "sample_8b.sh",
+        f"run={files.folder}/sampled",
+        cwd=files.folder,
+        NODES="1",
+        RECIPE=str(files.run("sample").recipe),
+        PYTHONPATH=str(files.folder),
+    )
     slurm.wait(job, "COMPLETED")
     assert (files.folder / "sampled" / "pairs.jsonl").read_text().count("\n") > 10
 
 
 def test_convert_imports(slurm, files):
     checkpoint = files.folder / "imported"
-    job = slurm.submit(ROOT / "slurm" / "convert.sh", "import", f"model.checkpoint={checkpoint}", cwd=files.folder,
-                       RECIPE=str(files.run("import").recipe))
+    job = slurm.submit(
+        ROOT / "slurm" / "convert.sh",
+        "import",
+        f"model.checkpoint={checkpoint}",
+        cwd=files.folder,
+        RECIPE=str(files.run("import").recipe),
+    )
     slurm.wait(job, "COMPLETED")
     assert (checkpoint / "treg.json").exists()

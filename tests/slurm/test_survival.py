@@ -36,7 +36,9 @@ def ranks_of(slurm) -> list[int]:
     for pid in slurm.processes("treg_megatron.train", "--recipe"):
         parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
         if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
-            variables = dict(entry.split("=", 1) for entry in Path(f"/proc/{pid}/environ").read_text().split("\0") if entry)
+            variables = dict(
+                entry.split("=", 1) for entry in Path(f"/proc/{pid}/environ").read_text().split("\0") if entry
+            )
             found[int(variables["SLURM_PROCID"])] = pid
     return [found[rank] for rank in sorted(found)]
 
@@ -79,8 +81,15 @@ def test_a_warning_before_the_time_limit_then_a_preemption(slurm, files, uninter
     assert 6 <= int(first[-6:]) < 40
     slurm.wait(job, "RUNNING")
     wait_for_step(run, int(first[-6:]) + 4)
-    urgent = slurm.run("sbatch", "--parsable", "--partition=high", f"--nodes={len(slurm.names)}", "--exclusive",
-                       "--wrap=sleep 3", "--output=/dev/null")
+    urgent = slurm.run(
+        "sbatch",
+        "--parsable",
+        "--partition=high",
+        f"--nodes={len(slurm.names)}",
+        "--exclusive",
+        "--wrap=sleep 3",
+        "--output=/dev/null",
+    )
     slurm.wait(urgent, "COMPLETED")
     slurm.wait(job, "COMPLETED")
     text = log(files, job)
@@ -123,7 +132,9 @@ def test_a_rank_that_hangs_is_named_shown_and_ended(slurm, files, uninterrupted)
     os.kill(ranks_of(slurm)[-1], signal.SIGSTOP)
     slurm.wait(job, "COMPLETED")
     text = log(files, job)
-    assert re.search(r"heartbeat: no step for \d+ s; 1 of 2 ranks are in .*; rank 1 on node2: no sign of life for", text)
+    assert re.search(
+        r"heartbeat: no step for \d+ s; 1 of 2 ranks are in .*; rank 1 on node2: no sign of life for", text
+    )
     assert "Timeout (0:00:20)!" in text and "most recent call first" in text
     assert re.fullmatch(r"resuming from step_0000(05|10)", starts(text)[1])
     assert_equal(run, uninterrupted)

@@ -23,13 +23,18 @@ def plain(query, key, value, tokens_before=None, softcap=None):
     return scores.softmax(-1) @ value
 
 
-@pytest.mark.parametrize("options", [{}, {"tokens_before": 3}, {"tokens_before": 40}, {"softcap": 2.0},
-                                     {"softcap": 2.0, "tokens_before": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tokens_before": 3}, {"tokens_before": 40}, {"softcap": 2.0}, {"softcap": 2.0, "tokens_before": 3}],
+    ids=str,
+)
 @pytest.mark.parametrize("queries, length", [(9, 9), (8, 9), (5, 9), (4, 9), (1, 9), (1, 1)])
 def test_equals_the_whole_score_matrix(queries, length, options):
     generator = torch.Generator().manual_seed(queries)
-    tensors = [torch.randn(2, n, s, CHANNELS, generator=generator).requires_grad_()
-               for n, s in ((HEADS, queries), (GROUPS, length), (GROUPS, length))]
+    tensors = [
+        torch.randn(2, n, s, CHANNELS, generator=generator).requires_grad_()
+        for n, s in ((HEADS, queries), (GROUPS, length), (GROUPS, length))
+    ]
     upstream = torch.randn(2, HEADS, queries, CHANNELS, generator=generator)
     results = []
     for attention in (lambda *x: causal_attention(*x, scale=SCALE, **options), lambda *x: plain(*x, **options)):

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from treg_megatron.checkpoint.layout import Identity, damage, fingerprints, newest_checkpoint, write_identity
+from treg_megatron.config.recipe import described, trace_recipe, value
+from treg_megatron.data.sampler import recorded_pairs
+from treg_megatron.distributed.launch import World, world
 from treg_megatron.errors import UserError
 from treg_megatron.preflight.nodes import verdict
-from treg_megatron.data.sampler import recorded_pairs
-from treg_megatron.config.recipe import described, trace_recipe, value
-from treg_megatron.distributed.launch import World, world
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NNODES": "2"}
@@ -44,27 +44,37 @@ def test_uneven_nodes_are_refused(launched):
 
 
 def node(name: str, **differs) -> dict:
-    return {"node": name, "packages": {"python": "3.11.7", "torch": "2.13.0"}, "inputs": {"data.train=s": "aa"},
-            "probe": True, "free": 10**12} | differs
+    return {
+        "node": name,
+        "packages": {"python": "3.11.7", "torch": "2.13.0"},
+        "inputs": {"data.train=s": "aa"},
+        "probe": True,
+        "free": 10**12,
+    } | differs
 
 
-@pytest.mark.parametrize("second, pattern", [
-    ({}, "^$"),
-    ({"packages": {"python": "3.11.7", "torch": "2.12.0"}}, "^n2 has torch 2.12.0, others have 2.13.0"),
-    ({"packages": {"python": "3.11.7"}}, "^n2 has torch not installed, others have 2.13.0"),
-    ({"inputs": {"data.train=s": None}}, "^n2 does not see data.train=s"),
-    ({"inputs": {"data.train=s": "bb"}}, "^n2 sees another file than others as data.train=s"),
-    ({"probe": False}, r"^n2 does not see /out \(train.output\) as n1 does"),
-    ({"free": 10**9}, r"^n2 has 1.0 GB free in /out \(train.output\), the checkpoints take 5.0 GB"),
-    ({"silent": True}, "^n2 did not answer"),
-])
+@pytest.mark.parametrize(
+    "second, pattern",
+    [
+        ({}, "^$"),
+        ({"packages": {"python": "3.11.7", "torch": "2.12.0"}}, "^n2 has torch 2.12.0, others have 2.13.0"),
+        ({"packages": {"python": "3.11.7"}}, "^n2 has torch not installed, others have 2.13.0"),
+        ({"inputs": {"data.train=s": None}}, "^n2 does not see data.train=s"),
+        ({"inputs": {"data.train=s": "bb"}}, "^n2 sees another file than others as data.train=s"),
+        ({"probe": False}, r"^n2 does not see /out \(train.output\) as n1 does"),
+        ({"free": 10**9}, r"^n2 has 1.0 GB free in /out \(train.output\), the checkpoints take 5.0 GB"),
+        ({"silent": True}, "^n2 did not answer"),
+    ],
+)
 def test_the_odd_node_out_is_named(second, pattern):
     assert re.search(pattern, verdict([node("n1"), node("n2", **second), node("n3")], 5 * 10**9, Path("/out")))
 
 
 def test_an_input_that_no_node_sees():
     nodes = [node(name, inputs={"data.train=s": None}) for name in ("n1", "n2")]
-    assert verdict(nodes, 0, Path("/out")).startswith("n1 does not see data.train=s; n2 does not see data.train=s. Mend")
+    assert verdict(nodes, 0, Path("/out")).startswith(
+        "n1 does not see data.train=s; n2 does not see data.train=s. Mend"
+    )
 
 
 def checkpoint(run: Path, step: int, size: int) -> Path:
@@ -77,8 +87,15 @@ def checkpoint(run: Path, step: int, size: int) -> Path:
 
 
 @pytest.mark.parametrize("size", [1000, 9_000_000])
-@pytest.mark.parametrize("wound, wrong", [("end", "not what was written"), ("cut", "not what was written"),
-                                          ("gone", "missing"), ("start", "not what was written")])
+@pytest.mark.parametrize(
+    "wound, wrong",
+    [
+        ("end", "not what was written"),
+        ("cut", "not what was written"),
+        ("gone", "missing"),
+        ("start", "not what was written"),
+    ],
+)
 def test_a_damaged_newest_checkpoint_is_passed_over(wound, wrong, size, tmp_path, capsys):
     checkpoint(tmp_path, 5, size)
     newest = checkpoint(tmp_path, 10, size)
@@ -105,14 +122,19 @@ def test_values_of_a_recipe_and_all_of_it():
 
 def test_the_record_of_pairs_over_ranks(tmp_path):
     (tmp_path / "pairs").mkdir()
-    for rank, lines in enumerate(['{"step": 1, "pairs": ["a"]}\n{"step": 2, "pairs": ["b"]}\n',
-                                  '{"step": 1, "pairs": ["c"]}\n']):
+    for rank, lines in enumerate(
+        ['{"step": 1, "pairs": ["a"]}\n{"step": 2, "pairs": ["b"]}\n', '{"step": 1, "pairs": ["c"]}\n']
+    ):
         (tmp_path / "pairs" / f"rank_{rank:05d}.jsonl").write_text(lines)
     assert recorded_pairs(tmp_path) == {1: ["a", "c"], 2: ["b"]}
 
 
 def test_an_error_of_one_rank_alone_is_told_by_that_rank():
-    program = "from treg_megatron.utils import entry\nentry.RANK_ZERO_SECONDS = 0\n" \
-              "def main(): raise entry.UserError('no folder')\nentry.run(main)"
-    result = subprocess.run([sys.executable, "-c", program], env=os.environ | {"RANK": "3"}, capture_output=True, text=True)
+    program = (
+        "from treg_megatron.utils import entry\nentry.RANK_ZERO_SECONDS = 0\n"
+        "def main(): raise entry.UserError('no folder')\nentry.run(main)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"RANK": "3"}, capture_output=True, text=True
+    )
     assert result.returncode == 2 and result.stderr == "error on rank 3: no folder\n"

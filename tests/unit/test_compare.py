@@ -91,8 +91,11 @@ def test_precisions_of_folders_differ_but_a_checkpoint_compares_as_it_would_be_e
 def test_what_is_no_model_is_refused(hf, checkpoint, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "unfinished" / "weights").mkdir(parents=True)
-    for other, said in ((tmp_path / "none", "does not exist"), (tmp_path / "empty", "no model.safetensors"),
-                        (tmp_path / "unfinished", "not a complete checkpoint")):
+    for other, said in (
+        (tmp_path / "none", "does not exist"),
+        (tmp_path / "empty", "no model.safetensors"),
+        (tmp_path / "unfinished", "not a complete checkpoint"),
+    ):
         for known in (hf, checkpoint):
             with pytest.raises(UserError, match=said):
                 compare(known, other)
@@ -108,9 +111,22 @@ def test_command_line_says_a_verdict_and_exits_with_it(hf, changed, same, code, 
 
 
 def test_shard_size_is_a_flag_of_export(hf, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [
-        "convert_checkpoint.py", "export", "--checkpoint", str(checkpoint), "--base", str(hf),
-        "--output", str(tmp_path / "back"), "--shard-size", "2e-5"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "convert_checkpoint.py",
+            "export",
+            "--checkpoint",
+            str(checkpoint),
+            "--base",
+            str(hf),
+            "--output",
+            str(tmp_path / "back"),
+            "--shard-size",
+            "2e-5",
+        ],
+    )
     runpy.run_path(str(TOOL), run_name="__main__")
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from treg_megatron.distributed.context_parallel import WHOLE, ContextPart
-from treg_megatron.data.collate import collate
 from treg_megatron.data.aligned import PairRecord
+from treg_megatron.data.collate import collate
+from treg_megatron.distributed.context_parallel import WHOLE, ContextPart
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -25,9 +25,17 @@ def test_every_token_lies_on_one_rank(ranks, length):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_parts_make_the_whole_again(ranks):
     sequence = torch.arange(16 * 3).view(16, 3)
-    assert torch.equal(ContextPart(0, ranks).whole(torch.stack(
-        [torch.stack([ContextPart(rank, ranks).of(column) for column in sequence.T], dim=1) for rank in range(ranks)])),
-        sequence)
+    assert torch.equal(
+        ContextPart(0, ranks).whole(
+            torch.stack(
+                [
+                    torch.stack([ContextPart(rank, ranks).of(column) for column in sequence.T], dim=1)
+                    for rank in range(ranks)
+                ]
+            )
+        ),
+        sequence,
+    )
 
 
 def test_first_and_last_piece_go_together():

@@ -18,16 +18,24 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from treg_megatron.checkpoint import layout
-from treg_megatron.models.families import family_of, in_model_order, model_fields, source_shape
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.checkpoint.to_hf import export_checkpoint
 from treg_megatron.errors import UserError
+from treg_megatron.models.families import family_of, in_model_order, model_fields, source_shape
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3, "vocab_size": 101,
-    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "max_position_embeddings": 64,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "vocab_size": 101,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "max_position_embeddings": 64,
 }
 
 
@@ -36,7 +44,8 @@ def random_tensors(config: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         source.at(place): torch.randn(source_shape(source, fields), generator=generator).to(dtype)
-        for parameter, place in in_model_order(family_of(config), fields) for source in parameter.sources
+        for parameter, place in in_model_order(family_of(config), fields)
+        for source in parameter.sources
     }
 
 
@@ -129,8 +138,11 @@ def test_export_in_another_precision(hf, checkpoint, tmp_path):
 def test_a_second_copy_of_tied_weights_is_left_out(tmp_path):
     hf = hf_folder(tmp_path / "hf", CONFIG | {"tie_word_embeddings": True})
     tensors = read_tensors(hf)
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, hf / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        hf / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     import_checkpoint(hf, tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", hf, tmp_path / "back")
     assert_equal(read_tensors(tmp_path / "back"), tensors)
@@ -147,16 +159,23 @@ def test_rotary_buffers_of_old_folders_are_left_out(tmp_path):
 
 def test_the_model_card_tells_the_run(hf, checkpoint, tmp_path):
     objective = {"preference": "dpo", "alpha": 0.25, "token_rewards": "contrastive"}
-    run = {"recipe": {"name": "mine", "objective": objective},
-           "data": {"pairs": 64}, "step": 20, "metrics": {"rewards/margins": 0.5}}
+    run = {
+        "recipe": {"name": "mine", "objective": objective},
+        "data": {"pairs": 64},
+        "step": 20,
+        "metrics": {"rewards/margins": 0.5},
+    }
     export_checkpoint(checkpoint, hf, tmp_path / "back", run=run)
     header, card = (tmp_path / "back" / "README.md").read_text().removeprefix("---\n").split("---\n", 1)
     assert yaml.safe_load(header)["base_model"] == "hf"
     assert card.startswith("\n# hf, after DPO with [T-REG](")
     sections = dict(re.findall(r"^## (.+?)\n\n```yaml\n(.*?)```", card, re.MULTILINE | re.DOTALL))
     assert {title: yaml.safe_load(content) for title, content in sections.items()} == {
-        "Objective": objective, "Metrics of step 20": run["metrics"], "Training data": run["data"],
-        "Recipe": run["recipe"]}
+        "Objective": objective,
+        "Metrics of step 20": run["metrics"],
+        "Training data": run["data"],
+        "Recipe": run["recipe"],
+    }
     objective["alpha"] = 0
     export_checkpoint(checkpoint, hf, tmp_path / "plain", run=run)
     assert "# hf, after DPO\n" in (tmp_path / "plain" / "README.md").read_text()
@@ -216,26 +235,30 @@ def pickled_only(hf: Path) -> None:
 def other_config(change: dict):
     def write(hf: Path) -> None:
         (hf / "config.json").write_text(json.dumps(CONFIG | change))
+
     return write
 
 
-@pytest.mark.parametrize("damage, said", [
-    (truncated, "is truncated: .* bytes of"),
-    (cut_in_header, "truncated or no safetensors file"),
-    (without_tensor, "lacks tensor model.layers.1.mlp.up_proj.weight"),
-    (with_extra_tensor, "has tensor model.layers.0.self_attn.q_proj.bias, which is not part of a Llama"),
-    (with_two_precisions, "mixes BF16 and F32"),
-    (with_integers, "has I8 weights"),
-    (pickled_only, "only pickled weights \\(pytorch_model.bin\\)"),
-    (other_config({"intermediate_size": 64}), "has shape \\[48, 32\\], config.json says \\[64, 32\\]"),
-    (other_config({"num_hidden_layers": 4}), "lacks tensor model.layers.3."),
-    (other_config({"num_hidden_layers": 2}), "has tensor model.layers.2."),
-    (other_config({"architectures": ["MambaForCausalLM"]}), "known: LlamaForCausalLM"),
-    (lambda hf: (hf / "config.json").write_text("{"), "not valid JSON"),
-    (lambda hf: (hf / "config.json").unlink(), "config.json does not exist"),
-    (lambda hf: (hf / "model.safetensors").unlink(), "no model.safetensors"),
-    (shutil.rmtree, "does not exist"),
-])
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (truncated, "is truncated: .* bytes of"),
+        (cut_in_header, "truncated or no safetensors file"),
+        (without_tensor, "lacks tensor model.layers.1.mlp.up_proj.weight"),
+        (with_extra_tensor, "has tensor model.layers.0.self_attn.q_proj.bias, which is not part of a Llama"),
+        (with_two_precisions, "mixes BF16 and F32"),
+        (with_integers, "has I8 weights"),
+        (pickled_only, "only pickled weights \\(pytorch_model.bin\\)"),
+        (other_config({"intermediate_size": 64}), "has shape \\[48, 32\\], config.json says \\[64, 32\\]"),
+        (other_config({"num_hidden_layers": 4}), "lacks tensor model.layers.3."),
+        (other_config({"num_hidden_layers": 2}), "has tensor model.layers.2."),
+        (other_config({"architectures": ["MambaForCausalLM"]}), "known: LlamaForCausalLM"),
+        (lambda hf: (hf / "config.json").write_text("{"), "not valid JSON"),
+        (lambda hf: (hf / "config.json").unlink(), "config.json does not exist"),
+        (lambda hf: (hf / "model.safetensors").unlink(), "no model.safetensors"),
+        (shutil.rmtree, "does not exist"),
+    ],
+)
 def test_import_of_a_bad_folder_is_refused_and_leaves_nothing(tmp_path, damage, said):
     hf = hf_folder(tmp_path / "hf")
     damage(hf)
@@ -264,7 +287,8 @@ def test_an_index_that_places_a_tensor_elsewhere_is_refused(tmp_path):
     hf = hf_folder(tmp_path / "hf", shards=2)
     index = json.loads((hf / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.norm.weight"] = next(
-        name for name in index["weight_map"].values() if name != index["weight_map"]["model.norm.weight"])
+        name for name in index["weight_map"].values() if name != index["weight_map"]["model.norm.weight"]
+    )
     (hf / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="lacks tensor model.norm.weight, which model.safetensors.index.json places"):
         import_checkpoint(hf, tmp_path / "checkpoint")
@@ -272,8 +296,10 @@ def test_an_index_that_places_a_tensor_elsewhere_is_refused(tmp_path):
 
 def test_too_little_disk_is_refused_before_anything_is_written(hf, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - 1000, 1000))
-    for convert, output in ((import_checkpoint, tmp_path / "checkpoint"),
-                            (lambda hf, output: export_checkpoint(checkpoint, hf, output), tmp_path / "back")):
+    for convert, output in (
+        (import_checkpoint, tmp_path / "checkpoint"),
+        (lambda hf, output: export_checkpoint(checkpoint, hf, output), tmp_path / "back"),
+    ):
         with pytest.raises(UserError, match="not enough disk space for .*: it needs 0.0 GB, 0.0 GB are free"):
             convert(hf, output)
     assert list(tmp_path.iterdir()) == []
@@ -332,17 +358,20 @@ def cut_data(checkpoint: Path) -> None:
     path.write_bytes(path.read_bytes()[:20_000])
 
 
-@pytest.mark.parametrize("damage, said", [
-    (unfinished, "is unfinished"),
-    (lambda c: (c / "treg.json").unlink(), "is not a complete checkpoint"),
-    (lambda c: (c / "treg.json").write_text('{"schema": 99}'), "schema 99"),
-    (lambda c: (c / "treg.json").write_text('{"schema": 1}'), "does not fit its schema"),
-    (lambda c: shutil.rmtree(c / "weights"), "not a readable Megatron checkpoint"),
-    (lambda c: (c / "weights" / ".metadata").write_bytes(b"cposix\nsystem\n(S'echo'\ntR."), "posix.system"),
-    (cut_data, "cannot be read|truncated"),
-    (lambda c: (c / "weights" / "__0_0.distcp").unlink(), "cannot be read"),
-    (shutil.rmtree, "does not exist"),
-])
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (unfinished, "is unfinished"),
+        (lambda c: (c / "treg.json").unlink(), "is not a complete checkpoint"),
+        (lambda c: (c / "treg.json").write_text('{"schema": 99}'), "schema 99"),
+        (lambda c: (c / "treg.json").write_text('{"schema": 1}'), "does not fit its schema"),
+        (lambda c: shutil.rmtree(c / "weights"), "not a readable Megatron checkpoint"),
+        (lambda c: (c / "weights" / ".metadata").write_bytes(b"cposix\nsystem\n(S'echo'\ntR."), "posix.system"),
+        (cut_data, "cannot be read|truncated"),
+        (lambda c: (c / "weights" / "__0_0.distcp").unlink(), "cannot be read"),
+        (shutil.rmtree, "does not exist"),
+    ],
+)
 def test_export_of_a_bad_checkpoint_is_refused_and_leaves_nothing(hf, checkpoint, tmp_path, damage, said):
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
     damage(tmp_path / "checkpoint")
@@ -351,11 +380,14 @@ def test_export_of_a_bad_checkpoint_is_refused_and_leaves_nothing(hf, checkpoint
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("back")]
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"hidden_size": 64}, "hidden_size is 32 and 64"),
-    ({"rope_theta": 5e5}, "rotary_base"),
-    ({"architectures": ["MambaForCausalLM"]}, "known: LlamaForCausalLM"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"hidden_size": 64}, "hidden_size is 32 and 64"),
+        ({"rope_theta": 5e5}, "rotary_base"),
+        ({"architectures": ["MambaForCausalLM"]}, "known: LlamaForCausalLM"),
+    ],
+)
 def test_a_base_of_another_model_is_refused(checkpoint, tmp_path, change, said):
     hf = hf_folder(tmp_path / "hf", CONFIG | change) if "architectures" not in change else hf_folder(tmp_path / "hf")
     (hf / "config.json").write_text(json.dumps(CONFIG | change))
@@ -363,13 +395,16 @@ def test_a_base_of_another_model_is_refused(checkpoint, tmp_path, change, said):
         export_checkpoint(checkpoint, hf, tmp_path / "back")
 
 
-@pytest.mark.parametrize("tied, change, said", [
-    (False, {"num_hidden_layers": 4}, r"linear_qkv.layer_norm_weight has shape \[3, 32\], .* says \[4, 32\]"),
-    (False, {"num_hidden_layers": 2}, r"linear_qkv.layer_norm_weight has shape \[3, 32\], .* says \[2, 32\]"),
-    (False, {"vocab_size": 102}, r"word_embeddings.weight has shape \[101, 32\], .* says \[102, 32\]"),
-    (False, {"tie_word_embeddings": True}, "has module.output_layer.weight, which is not part"),
-    (True, {"tie_word_embeddings": False}, "lacks module.output_layer.weight"),
-])
+@pytest.mark.parametrize(
+    "tied, change, said",
+    [
+        (False, {"num_hidden_layers": 4}, r"linear_qkv.layer_norm_weight has shape \[3, 32\], .* says \[4, 32\]"),
+        (False, {"num_hidden_layers": 2}, r"linear_qkv.layer_norm_weight has shape \[3, 32\], .* says \[2, 32\]"),
+        (False, {"vocab_size": 102}, r"word_embeddings.weight has shape \[101, 32\], .* says \[102, 32\]"),
+        (False, {"tie_word_embeddings": True}, "has module.output_layer.weight, which is not part"),
+        (True, {"tie_word_embeddings": False}, "lacks module.output_layer.weight"),
+    ],
+)
 def test_a_checkpoint_that_disagrees_with_its_config_is_refused(tmp_path, tied, change, said):
     hf = hf_folder(tmp_path / "hf", CONFIG | {"tie_word_embeddings": tied})
     identity = import_checkpoint(hf, tmp_path / "checkpoint")
@@ -381,8 +416,11 @@ def test_a_checkpoint_that_disagrees_with_its_config_is_refused(tmp_path, tied, 
 
 
 def test_command_line_prints_one_line_and_exits_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", "import", "--hf", str(tmp_path / "none"),
-                                      "--checkpoint", str(tmp_path / "out")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["convert_checkpoint.py", "import", "--hf", str(tmp_path / "none"), "--checkpoint", str(tmp_path / "out")],
+    )
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(str(TOOL), run_name="__main__")
     assert exit.value.code == 2
@@ -390,9 +428,10 @@ def test_command_line_prints_one_line_and_exits_2(tmp_path, monkeypatch, capsys)
 
 
 def test_command_line_goes_there_and_back(hf, tmp_path, monkeypatch, capsys):
-    for argv in (["import", "--hf", str(hf), "--checkpoint", str(tmp_path / "checkpoint")],
-                 ["export", "--checkpoint", str(tmp_path / "checkpoint"), "--base", str(hf), "--output",
-                  str(tmp_path / "back")]):
+    for argv in (
+        ["import", "--hf", str(hf), "--checkpoint", str(tmp_path / "checkpoint")],
+        ["export", "--checkpoint", str(tmp_path / "checkpoint"), "--base", str(hf), "--output", str(tmp_path / "back")],
+    ):
         monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *argv])
         runpy.run_path(str(TOOL), run_name="__main__")
     assert_equal(read_tensors(tmp_path / "back"), read_tensors(hf))
@@ -402,9 +441,11 @@ def test_command_line_goes_there_and_back(hf, tmp_path, monkeypatch, capsys):
 
 
 def test_help_imports_nothing_heavy():
-    code = ("import sys, runpy; sys.argv = ['x', 'export', '--help']\n"
-            f"try: runpy.run_path({str(TOOL)!r}, run_name='__main__')\n"
-            "except SystemExit: sys.exit('torch' in sys.modules)")
+    code = (
+        "import sys, runpy; sys.argv = ['x', 'export', '--help']\n"
+        f"try: runpy.run_path({str(TOOL)!r}, run_name='__main__')\n"
+        "except SystemExit: sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 

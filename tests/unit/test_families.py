@@ -3,20 +3,43 @@
 import pytest
 import torch
 
-from treg_megatron.models.families import FAMILIES, Interleaving, model_fields, nemo_config_class, parameter_shape
 from treg_megatron.errors import UserError
+from treg_megatron.models.families import FAMILIES, Interleaving, model_fields, nemo_config_class, parameter_shape
 
 LLAMA_3_1_8B = {
-    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 4096,
-    "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False,
-    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
-    "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                     "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-    "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 128256,
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
 }
 LLAMA_2_7B = {
-    "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
-    "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "rms_norm_eps": 1e-05,
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-05,
     "vocab_size": 32000,
 }
 
@@ -59,8 +82,12 @@ def test_fields_of_llama_3_1():
     assert fields["vocab_size"] == 128256
     assert fields["share_embeddings_and_output_weights"] is False
     assert (fields["rotary_base"], type(fields["rotary_base"])) == (500000, int)
-    assert [fields[k] for k in ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")] \
-        == [8.0, 1.0, 4.0, 8192]
+    assert [fields[k] for k in ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")] == [
+        8.0,
+        1.0,
+        4.0,
+        8192,
+    ]
 
 
 def test_fields_of_llama_2_take_transformers_defaults():
@@ -90,16 +117,19 @@ def test_a_tied_model_has_no_output_layer():
     assert "output_layer.weight" not in {p.key for p in family.parameters(fields)}
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported; known: LlamaForCausalLM"),
-    ({"architectures": None}, "known: LlamaForCausalLM"),
-    ({"attention_bias": True}, "attention_bias"),
-    ({"mlp_bias": True}, "mlp_bias"),
-    ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "lacks 'low_freq_factor'"),
-    ({"quantization_config": {"bits": 4}}, "quantized"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported; known: LlamaForCausalLM"),
+        ({"architectures": None}, "known: LlamaForCausalLM"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "lacks 'low_freq_factor'"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+    ],
+)
 def test_what_is_not_supported_is_refused(change, said):
     with pytest.raises(UserError, match=said):
         model_fields(LLAMA_3_1_8B | change)

@@ -3,7 +3,14 @@
 import pytest
 
 from treg_megatron.errors import UserError
-from treg_megatron.utils.files import atomic_write, atomic_write_all, read_manifest, sha256_of, sha256_of_json, write_manifest
+from treg_megatron.utils.files import (
+    atomic_write,
+    atomic_write_all,
+    read_manifest,
+    sha256_of,
+    sha256_of_json,
+    write_manifest,
+)
 
 
 def test_a_file_appears_when_its_block_ends(tmp_path):

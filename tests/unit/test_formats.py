@@ -10,20 +10,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from treg_megatron.errors import UserError
-from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.data.formats import FORMATS
 from treg_megatron.data.inspection import as_text, inspect_pairs
 from treg_megatron.data.pairs import EQUAL_SCORES, read_pairs
 from treg_megatron.data.records import read_rows, source_identity
+from treg_megatron.errors import UserError
+from treg_megatron.tokenizer.conversation import Message
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "pairs"
 FILES = {  # kind, and how many of the six pairs it can hold: plain text has no turns, HH no system message
-    "trl_text.jsonl": ("trl", 4), "trl_messages.jsonl.gz": ("trl", 6),
+    "trl_text.jsonl": ("trl", 4),
+    "trl_messages.jsonl.gz": ("trl", 6),
     "trl_implicit_text.jsonl": ("trl_implicit_text", 4),
-    "trl_implicit_messages.json": ("trl_implicit", 6), "ultrafeedback.parquet": ("ultrafeedback", 6),
-    "simpo.jsonl.zst": ("simpo", 4), "nemo_rl.jsonl": ("nemo_rl", 6), "nemo_aligner.jsonl": ("nemo_aligner", 4),
-    "swift.jsonl": ("swift", 6), "sharegpt.json": ("sharegpt", 6), "hh.jsonl": ("hh", 5), "arrow": ("trl", 6),
+    "trl_implicit_messages.json": ("trl_implicit", 6),
+    "ultrafeedback.parquet": ("ultrafeedback", 6),
+    "simpo.jsonl.zst": ("simpo", 4),
+    "nemo_rl.jsonl": ("nemo_rl", 6),
+    "nemo_aligner.jsonl": ("nemo_aligner", 4),
+    "swift.jsonl": ("swift", 6),
+    "sharegpt.json": ("sharegpt", 6),
+    "hh.jsonl": ("hh", 5),
+    "arrow": ("trl", 6),
 }
 
 
@@ -80,8 +87,11 @@ def test_every_format_has_a_file():
 
 
 def test_scores_are_kept_under_the_names_of_each_format():
-    for name, scores in (("ultrafeedback.parquet", (8.0, 2.0)), ("simpo.jsonl.zst", (0.9, -0.3)),
-                         ("nemo_aligner.jsonl", (5.0, 1.0))):
+    for name, scores in (
+        ("ultrafeedback.parquet", (8.0, 2.0)),
+        ("simpo.jsonl.zst", (0.9, -0.3)),
+        ("nemo_aligner.jsonl", (5.0, 1.0)),
+    ):
         first = next(read_pairs(FOLDER / name))
         assert (first.chosen_score, first.rejected_score) == scores
 
@@ -94,18 +104,24 @@ def jsonl(path, *rows):
 CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
 
-@pytest.mark.parametrize("row, message", [
-    ({"chosen": "good", "rejected": "bad"}, "no beginning in common"),
-    ({"chosen": CHAT, "rejected": [{"role": "user", "content": "other"}, CHAT[1]]}, "the same conversation up to"),
-    ({"chosen": CHAT[:1], "rejected": CHAT[:1]}, "chosen must end with a turn of the assistant"),
-    ({"prompt": "other", "chosen": CHAT, "rejected": CHAT}, "prompt is no user turn of chosen"),
-    ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "up to the last `Ass"),
-    ({"prompt": "a", "all_generated_responses": ["x"], "all_rm_scores": [1, 2]}, "lists of the same length"),
-    ({"prompt": "a", "all_generated_responses": ["x", "y"], "all_rm_scores": [1, "2"]}, "must hold numbers"),
-    ({"context": CHAT[:1], "completions": [{"rank": 0, "completion": "x"}]}, "at least two, each with an integer rank"),
-    ({"prompt": "<extra_id_1>User", "chosen_response": "x", "rejected_response": "y"}, "already carries a chat"),
-    ({"messages": CHAT, "rejected_messages": CHAT[:1]}, "the same conversation up to the last turn"),
-])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"chosen": "good", "rejected": "bad"}, "no beginning in common"),
+        ({"chosen": CHAT, "rejected": [{"role": "user", "content": "other"}, CHAT[1]]}, "the same conversation up to"),
+        ({"chosen": CHAT[:1], "rejected": CHAT[:1]}, "chosen must end with a turn of the assistant"),
+        ({"prompt": "other", "chosen": CHAT, "rejected": CHAT}, "prompt is no user turn of chosen"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "up to the last `Ass"),
+        ({"prompt": "a", "all_generated_responses": ["x"], "all_rm_scores": [1, 2]}, "lists of the same length"),
+        ({"prompt": "a", "all_generated_responses": ["x", "y"], "all_rm_scores": [1, "2"]}, "must hold numbers"),
+        (
+            {"context": CHAT[:1], "completions": [{"rank": 0, "completion": "x"}]},
+            "at least two, each with an integer rank",
+        ),
+        ({"prompt": "<extra_id_1>User", "chosen_response": "x", "rejected_response": "y"}, "already carries a chat"),
+        ({"messages": CHAT, "rejected_messages": CHAT[:1]}, "the same conversation up to the last turn"),
+    ],
+)
 def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
     path = jsonl(tmp_path / "p.jsonl", row)
     with pytest.raises(UserError, match="p.jsonl row 1: ") as error:
@@ -125,8 +141,11 @@ def test_text_with_a_common_beginning_is_cut_between_words(tmp_path):
 
 
 def test_the_report_counts_what_cannot_be_used_and_goes_on(tmp_path, chatml):
-    rows = [{"prompt": "a", "chosen": "b", "rejected": ""}, {"prompt": "a", "chosen": "b", "rejected": "b"},
-            {"prompt": "a", "chosen": "good", "rejected": "bad", "chosen_score": 1, "rejected_score": 2}]
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": ""},
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+        {"prompt": "a", "chosen": "good", "rejected": "bad", "chosen_score": 1, "rejected_score": 2},
+    ]
     report = inspect_pairs(jsonl(tmp_path / "p", *rows, rows[2]), tokenizer=chatml, max_length=3)
     assert (report["pairs"], report["unusable"], report["chosen_scored_lower"], report["too_long"]) == (1, 1, 1, 1)
     text = as_text(report)
@@ -138,8 +157,10 @@ def test_the_report_counts_what_cannot_be_used_and_goes_on(tmp_path, chatml):
 
 def test_folders_of_parquet_count_rows_through_their_files(tmp_path):
     for number, prompt in ((10, ""), (2, "b"), (1, "a")):
-        pq.write_table(pa.table({"prompt": [prompt or 3.5], "chosen": ["x"], "rejected": ["y"]}),
-                       tmp_path / f"part-{number}.parquet")
+        pq.write_table(
+            pa.table({"prompt": [prompt or 3.5], "chosen": ["x"], "rejected": ["y"]}),
+            tmp_path / f"part-{number}.parquet",
+        )
     assert [number for number, _ in read_rows(tmp_path)] == [1, 2, 3]
     with pytest.raises(UserError, match="row 3: prompt must be a list of messages, got float"):
         list(read_pairs(tmp_path))

@@ -32,8 +32,10 @@ def plain(hidden, weight, targets, softcap=None):
 def test_equals_log_softmax_with_a_gradient_for_each_token(block_words, padding, softcap, chunk_bytes, monkeypatch):
     monkeypatch.setattr(head, "CHUNK_BYTES", chunk_bytes)
     results = []
-    for f in (lambda h, w, t: response_logps(h, w, t, WORDS, logit_softcap=softcap, block_words=block_words),
-              lambda h, w, t: plain(h, w, t, softcap)):
+    for f in (
+        lambda h, w, t: response_logps(h, w, t, WORDS, logit_softcap=softcap, block_words=block_words),
+        lambda h, w, t: plain(h, w, t, softcap),
+    ):
         hidden, weight, targets, upstream = problem(WORDS + padding)
         logps = f(hidden, weight, targets)
         (logps * upstream).sum().backward()
@@ -74,8 +76,9 @@ def test_logits_are_kept_in_one_chunk_or_not_at_all(monkeypatch):
 def test_a_second_backward_pass_gives_the_same():
     hidden, weight, targets, upstream = problem()
     loss = (response_logps(hidden, weight, targets, WORDS, block_words=4) * upstream).sum()
-    for first, second in zip(torch.autograd.grad(loss, (hidden, weight), retain_graph=True),
-                             torch.autograd.grad(loss, (hidden, weight))):
+    for first, second in zip(
+        torch.autograd.grad(loss, (hidden, weight), retain_graph=True), torch.autograd.grad(loss, (hidden, weight))
+    ):
         torch.testing.assert_close(first, second)
 
 

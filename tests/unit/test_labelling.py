@@ -13,22 +13,29 @@ import numpy as np
 import pytest
 import yaml
 
-from treg_megatron.labelling import job as labelling
-from treg_megatron.errors import UserError
-from treg_megatron.labelling.indexing import index
-from treg_megatron.labelling.contrastive import contrastive_rewards
-from treg_megatron.labelling.job import label
+from treg_megatron.config.schema import IndexSection, LabelSection
 from treg_megatron.data.labelled_pairs import labelling_run, read_labelled
-from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.data.pairs import IDENTICAL_RESPONSES, REPEATED_PAIR
+from treg_megatron.data.streams import open_streams
+from treg_megatron.errors import UserError
+from treg_megatron.labelling import job as labelling
+from treg_megatron.labelling.contrastive import contrastive_rewards
+from treg_megatron.labelling.indexing import index
+from treg_megatron.labelling.job import label
 from treg_megatron.labelling.prompt_pair import FOLDER, load_prompt_pair
 from treg_megatron.labelling.scoring import ScoredSequence
-from treg_megatron.config.schema import IndexSection, LabelSection
-from treg_megatron.data.streams import open_streams
+from treg_megatron.tokenizer.conversation import Message
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-ROWS = [{"pair_id": f"pair {i}", "prompt": f"Question {i}?", "chosen": "It is so." + " Indeed." * i,
-         "rejected": "It is not."} for i in range(7)]
+ROWS = [
+    {
+        "pair_id": f"pair {i}",
+        "prompt": f"Question {i}?",
+        "chosen": "It is so." + " Indeed." * i,
+        "rejected": "It is not.",
+    }
+    for i in range(7)
+]
 
 
 class ArithmeticScorer:
@@ -49,17 +56,30 @@ class ArithmeticScorer:
     @staticmethod
     def logps(sequence):
         ids = np.array([*sequence.prompt_ids, *sequence.response_ids], dtype=np.float64)
-        before = np.cumsum(ids)[len(sequence.prompt_ids) - 1:-1]
-        return -(np.modf((before + 1) * (ids[len(sequence.prompt_ids):] + 1) * 0.618)[0] * 5).astype(np.float32)
+        before = np.cumsum(ids)[len(sequence.prompt_ids) - 1 : -1]
+        return -(np.modf((before + 1) * (ids[len(sequence.prompt_ids) :] + 1) * 0.618)[0] * 5).astype(np.float32)
 
 
 @pytest.fixture
 def section(tiny_folder, tmp_path):
-    return LabelSection(model=str(tiny_folder), pairs=str(jsonl(tmp_path / "pairs.jsonl", ROWS)), format="auto",
-                        output=str(tmp_path / "labelled"), prompt_pair="few_shot", max_length=512,
-                        max_revision_length=None, engine="huggingface", checkpoint="", tensor=1, pipeline=1,
-                        batch_tokens=2048, dtype="float32", device="cpu",
-                        reward_eot=True, shard_pairs=3)
+    return LabelSection(
+        model=str(tiny_folder),
+        pairs=str(jsonl(tmp_path / "pairs.jsonl", ROWS)),
+        format="auto",
+        output=str(tmp_path / "labelled"),
+        prompt_pair="few_shot",
+        max_length=512,
+        max_revision_length=None,
+        engine="huggingface",
+        checkpoint="",
+        tensor=1,
+        pipeline=1,
+        batch_tokens=2048,
+        dtype="float32",
+        device="cpu",
+        reward_eot=True,
+        shard_pairs=3,
+    )
 
 
 def jsonl(path, rows):
@@ -99,10 +119,12 @@ def test_values_belong_to_the_response_tokens(section, chatml):
             def logps(prompt_ids):
                 return ArithmeticScorer.logps(ScoredSequence(prompt_ids, response_ids)).astype(np.float64)
 
-            better, worse = (logps(chatml.encode_prompt(side_of(messages, row[side])))
-                             for side_of in (prompts.better, prompts.worse))
-            np.testing.assert_allclose(getattr(pair, f"{side}_token_rewards"), 1 / (1 + np.exp(worse - better)) - 0.5,
-                                       atol=1e-6)
+            better, worse = (
+                logps(chatml.encode_prompt(side_of(messages, row[side]))) for side_of in (prompts.better, prompts.worse)
+            )
+            np.testing.assert_allclose(
+                getattr(pair, f"{side}_token_rewards"), 1 / (1 + np.exp(worse - better)) - 0.5, atol=1e-6
+            )
             np.testing.assert_allclose(getattr(pair, f"{side}_ref_logprobs"), logps(chatml.encode_prompt(messages)))
 
 
@@ -114,7 +136,7 @@ def test_swapped_prompts_give_exactly_the_negative(section, tmp_path, name):
     swapped = dataclasses.replace(section, prompt_pair=str(tmp_path / "swapped.yaml"), output=str(tmp_path / "swapped"))
     section.prompt_pair = name
     for one in (section, swapped):
-        label(one)                                      # by the tiny model itself
+        label(one)  # by the tiny model itself
     sizes = []
     for straight, turned in zip(read_labelled(section.output), read_labelled(swapped.output), strict=True):
         for column in ("chosen_token_rewards", "rejected_token_rewards"):
@@ -136,17 +158,29 @@ def test_the_end_of_turn_token_can_go_unrewarded(section, tmp_path):
 def test_what_does_not_fit_is_dropped_whole_and_counted(section, chatml, tmp_path):
     def rendered(prompt, response=""):
         return len(chatml.encode_prompt((Message("user", prompt),))) + (
-            len(chatml.encode_response((Message("user", prompt),), response)) if response else 0)
+            len(chatml.encode_response((Message("user", prompt),), response)) if response else 0
+        )
 
     section.prompt_pair, section.max_length, section.max_revision_length = "revise", 400, 500
     fitting = {"prompt": "Q?", "chosen": "yes", "rejected": "no"}
-    rows = [fitting, {**fitting, "prompt": "x" * 400}, {**fitting, "chosen": "z" * 390},
-            {**fitting, "chosen": "z" * 300}, {**fitting, "chosen": "no"}, fitting]
+    rows = [
+        fitting,
+        {**fitting, "prompt": "x" * 400},
+        {**fitting, "chosen": "z" * 390},
+        {**fitting, "chosen": "z" * 300},
+        {**fitting, "chosen": "no"},
+        fitting,
+    ]
     assert rendered("Q?", "z" * 300) < 400 < rendered("Q?", "z" * 390)
     section.pairs = str(jsonl(tmp_path / "some.jsonl", rows))
     manifest = label(section, ArithmeticScorer())
-    reasons = (labelling.PROMPT_FILLS_CONTEXT, labelling.TOO_LONG, labelling.REVISION_TOO_LONG, IDENTICAL_RESPONSES,
-               REPEATED_PAIR)
+    reasons = (
+        labelling.PROMPT_FILLS_CONTEXT,
+        labelling.TOO_LONG,
+        labelling.REVISION_TOO_LONG,
+        IDENTICAL_RESPONSES,
+        REPEATED_PAIR,
+    )
     assert manifest["drops"] == {reason: 1 for reason in reasons}
     assert manifest["pairs"] == 1
     (pair,) = read_labelled(section.output)
@@ -160,9 +194,18 @@ def test_a_template_that_cannot_render_is_told_with_the_pair(section, tiny_folde
     for path in tokenizer_folders["turns"].iterdir():
         shutil.copy(path, folder)
     twice = [{"role": "user", "content": "Q?"}, {"role": "user", "content": "Well?"}]
-    section.model, section.pairs = str(folder), str(jsonl(tmp_path / "turns.jsonl", [
-        {"pair_id": "fits", "prompt": "Q?", "chosen": "yes", "rejected": "no"},
-        {"pair_id": "twice", "prompt": twice, "chosen": "yes", "rejected": "no"}]))
+    section.model, section.pairs = (
+        str(folder),
+        str(
+            jsonl(
+                tmp_path / "turns.jsonl",
+                [
+                    {"pair_id": "fits", "prompt": "Q?", "chosen": "yes", "rejected": "no"},
+                    {"pair_id": "twice", "prompt": twice, "chosen": "yes", "rejected": "no"},
+                ],
+            )
+        ),
+    )
     with pytest.raises(UserError, match="turns.jsonl, pair twice: the chat template of .* refuses a conversation"):
         label(section, ArithmeticScorer())
     assert not Path(section.output).exists()
@@ -174,18 +217,27 @@ def test_a_template_that_cannot_render_is_told_with_the_pair(section, tiny_folde
 def test_sampled_ids_are_used_as_they_are(section, chatml, tmp_path):
     """Even where tokenising their text gives other ids, and where the model did not end its turn."""
     sampled = [chatml.encode_response((Message("user", "Q?"),), letter)[0] for letter in "It is"]
-    row = {"prompt": "Q?", "chosen": "It is", "rejected": "no", "chosen_ids": sampled,
-           "rejected_ids": chatml.encode_response((Message("user", "Q?"),), "no"), "tokenizer": chatml.sha256}
+    row = {
+        "prompt": "Q?",
+        "chosen": "It is",
+        "rejected": "no",
+        "chosen_ids": sampled,
+        "rejected_ids": chatml.encode_response((Message("user", "Q?"),), "no"),
+        "tokenizer": chatml.sha256,
+    }
     assert sampled != chatml.encode_response((Message("user", "Q?"),), "It is")
     section.pairs = str(jsonl(tmp_path / "sampled.jsonl", [row]))
     label(section, ArithmeticScorer())
     (pair,) = read_labelled(section.output)
-    assert pair.chosen_tokens.tolist()[-len(sampled):] == sampled
+    assert pair.chosen_tokens.tolist()[-len(sampled) :] == sampled
     assert len(pair.chosen_token_rewards) == len(sampled)
     section.output = str(tmp_path / "other")
-    for change, message in (({"tokenizer": "other"}, "sampled with another tokenizer"),
-                            ({"chosen_ids": [10**6]}, "chosen_ids holds 1000000"),
-                            ({"chosen_ids": None}, "go together"), ({"chosen_ids": ["a"]}, "a list of token ids")):
+    for change, message in (
+        ({"tokenizer": "other"}, "sampled with another tokenizer"),
+        ({"chosen_ids": [10**6]}, "chosen_ids holds 1000000"),
+        ({"chosen_ids": None}, "go together"),
+        ({"chosen_ids": ["a"]}, "a list of token ids"),
+    ):
         section.pairs = str(jsonl(tmp_path / "sampled.jsonl", [row | change]))
         with pytest.raises(UserError, match=message):
             label(section, ArithmeticScorer())
@@ -220,9 +272,13 @@ def test_another_run_in_the_folder_is_refused(section, finished):
     if not finished:
         (Path(section.output) / "manifest.json").unlink()
     before = contents(section.output)
-    for change, name in (({"prompt_pair": "revise"}, "prompt_pair"), ({"max_length": 511}, "max_length"),
-                         ({"max_revision_length": 512}, "max_revision_length"),
-                         ({"dtype": "bfloat16"}, "reference"), ({"reward_eot": False}, "reward_eot")):
+    for change, name in (
+        ({"prompt_pair": "revise"}, "prompt_pair"),
+        ({"max_length": 511}, "max_length"),
+        ({"max_revision_length": 512}, "max_revision_length"),
+        ({"dtype": "bfloat16"}, "reference"),
+        ({"reward_eot": False}, "reward_eot"),
+    ):
         with pytest.raises(UserError, match=f"is a run with another {name}; name another label.output"):
             label(dataclasses.replace(section, **change), ArithmeticScorer())
     assert contents(section.output) == before
@@ -237,15 +293,18 @@ def test_foreign_files_in_the_folder_are_refused(section):
         label(section, ArithmeticScorer())
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"pairs": "absent.json"}, "absent.json cannot be read"),
-    ({"model": "absent"}, "tokenizer folder absent does not exist"),
-    ({"prompt_pair": "absent"}, "prompt pair absent is neither a built-in one"),
-    ({"max_length": 4096}, "label.max_length=4096 is more than the 1024 positions"),
-    ({"max_revision_length": 4096}, "label.max_revision_length=4096 is more than the 1024 positions"),
-    ({"shard_pairs": 0}, "label.shard_pairs=0 must be at least 1"),
-    ({"engine": "megatron", "tensor": 2}, "label.tensor=2 x label.pipeline=1 does not divide 1 processes; start a"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"pairs": "absent.json"}, "absent.json cannot be read"),
+        ({"model": "absent"}, "tokenizer folder absent does not exist"),
+        ({"prompt_pair": "absent"}, "prompt pair absent is neither a built-in one"),
+        ({"max_length": 4096}, "label.max_length=4096 is more than the 1024 positions"),
+        ({"max_revision_length": 4096}, "label.max_revision_length=4096 is more than the 1024 positions"),
+        ({"shard_pairs": 0}, "label.shard_pairs=0 must be at least 1"),
+        ({"engine": "megatron", "tensor": 2}, "label.tensor=2 x label.pipeline=1 does not divide 1 processes; start a"),
+    ],
+)
 def test_bad_settings(section, change, message):
     with pytest.raises(UserError, match=message):
         label(dataclasses.replace(section, **change), ArithmeticScorer())
@@ -273,12 +332,33 @@ def run_tool(monkeypatch, name, *arguments) -> int:
 
 
 def test_from_pairs_to_streams_by_the_tools(section, tmp_path, monkeypatch, capsys):
-    arguments = ["--model", section.model, "--output", section.output, "--dtype", "float32", "--max-length", "512",
-                 "--prompt-pair", "few_shot"]
+    arguments = [
+        "--model",
+        section.model,
+        "--output",
+        section.output,
+        "--dtype",
+        "float32",
+        "--max-length",
+        "512",
+        "--prompt-pair",
+        "few_shot",
+    ]
     assert run_tool(monkeypatch, "label_tokens.py", "--pairs", section.pairs, *arguments) == 0
     prefix = str(tmp_path / "streams" / "train")
-    assert run_tool(monkeypatch, "index_pairs.py", "--labelled", section.output, "--output", prefix,
-                    "--tokenizer", section.model) == 0
+    assert (
+        run_tool(
+            monkeypatch,
+            "index_pairs.py",
+            "--labelled",
+            section.output,
+            "--output",
+            prefix,
+            "--tokenizer",
+            section.model,
+        )
+        == 0
+    )
     labelled, indexed = capsys.readouterr().out.splitlines()
     assert labelled.startswith("labelled 7 pairs to ") and indexed.startswith("indexed 7 pairs, ")
     streams = open_streams(prefix)
@@ -288,11 +368,14 @@ def test_from_pairs_to_streams_by_the_tools(section, tmp_path, monkeypatch, caps
             np.testing.assert_array_equal(value, getattr(pair, name))
 
 
-@pytest.mark.parametrize("name, arguments, message", [
-    ("label_tokens.py", ["--pairs", "absent.json"], "pairs file absent.json cannot be read"),
-    ("label_tokens.py", [], "label.pairs has no value"),
-    ("index_pairs.py", ["--labelled", "absent", "--output", "x"], "labelled pairs absent do not exist"),
-])
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("label_tokens.py", ["--pairs", "absent.json"], "pairs file absent.json cannot be read"),
+        ("label_tokens.py", [], "label.pairs has no value"),
+        ("index_pairs.py", ["--labelled", "absent", "--output", "x"], "labelled pairs absent do not exist"),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_code_2(section, tmp_path, monkeypatch, capsys, name, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert run_tool(monkeypatch, name, *arguments, f"model.hf={section.model}", "run=out") == 2
@@ -308,8 +391,9 @@ def test_unfinished_labels_are_not_indexed(section, tmp_path):
         index(IndexSection(section.output, str(tmp_path / "t"), section.model, workers=1, validation_fraction=0.0))
 
 
-@pytest.mark.parametrize("tool", ["label_tokens.py", "index_pairs.py", "sample_responses.py", "rank_responses.py",
-                                  "show_rewards.py"])
+@pytest.mark.parametrize(
+    "tool", ["label_tokens.py", "index_pairs.py", "sample_responses.py", "rank_responses.py", "show_rewards.py"]
+)
 def test_help_needs_nothing_heavy(tool):
     code = textwrap.dedent(f"""\
         import runpy, sys

@@ -7,9 +7,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from treg_megatron.data.labelled_pairs import (
+    MANIFEST_FORMAT,
+    LabelledPair,
+    labelled_files,
+    labelling_run,
+    read_labelled,
+    read_shard_metadata,
+    write_shard,
+)
 from treg_megatron.errors import UserError
-from treg_megatron.data.labelled_pairs import (MANIFEST_FORMAT, LabelledPair, labelled_files, labelling_run, read_labelled,
-                                  read_shard_metadata, write_shard)
 from treg_megatron.utils.files import write_manifest
 
 GOOD = {
@@ -33,14 +40,33 @@ def write(path, columns, **types):
 
 
 def as_lists(pair: LabelledPair) -> dict:
-    return {f.name: v.tolist() if isinstance(v := getattr(pair, f.name), np.ndarray) else v
-            for f in dataclasses.fields(pair)}
+    return {
+        f.name: v.tolist() if isinstance(v := getattr(pair, f.name), np.ndarray) else v
+        for f in dataclasses.fields(pair)
+    }
 
 
 def test_what_is_written_is_read(tmp_path):
-    pairs = [LabelledPair("a", *(np.array(v, dtype=t) for v, t in (
-        ([1, 2, 3], np.int32), ([1, 4], np.int32), ([0.5, -0.25], np.float32), ([0.125], np.float32),
-        ([-1, -2], np.float32), ([-3], np.float32))), chosen_score=1.5, prompt="Q", chosen="x", rejected="\u00e9")]
+    pairs = [
+        LabelledPair(
+            "a",
+            *(
+                np.array(v, dtype=t)
+                for v, t in (
+                    ([1, 2, 3], np.int32),
+                    ([1, 4], np.int32),
+                    ([0.5, -0.25], np.float32),
+                    ([0.125], np.float32),
+                    ([-1, -2], np.float32),
+                    ([-3], np.float32),
+                )
+            ),
+            chosen_score=1.5,
+            prompt="Q",
+            chosen="x",
+            rejected="\u00e9",
+        )
+    ]
     write_shard(tmp_path / "s.parquet", pairs, {"run": {"x": 1}})
     (read,) = read_labelled(tmp_path)
     assert as_lists(read) == as_lists(pairs[0])
@@ -49,8 +75,12 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_wider_types_and_missing_reference_are_accepted(tmp_path):
-    path = write(tmp_path / "own.parquet", changed(chosen_ref_logprobs=None, rejected_ref_logprobs=None),
-                 chosen_tokens=pa.large_list(pa.int64()), chosen_token_rewards=pa.list_(pa.float64()))
+    path = write(
+        tmp_path / "own.parquet",
+        changed(chosen_ref_logprobs=None, rejected_ref_logprobs=None),
+        chosen_tokens=pa.large_list(pa.int64()),
+        chosen_token_rewards=pa.list_(pa.float64()),
+    )
     first, second = read_labelled(path)
     assert first.chosen_tokens.tolist() == [1, 2, 3, 4] and first.chosen_tokens.dtype == np.int32
     assert second.chosen_token_rewards.tolist() == [0.5] and second.chosen_ref_logprobs is None
@@ -62,32 +92,48 @@ def test_an_empty_shard_is_read(tmp_path):
     assert list(read_labelled(tmp_path / "s.parquet")) == []
 
 
-@pytest.mark.parametrize("columns, message", [
-    ({"chosen_tokens": None}, "lacks column chosen_tokens"),
-    ({"pair_id": None}, "lacks column pair_id"),
-    ({"chosen_ref_logprobs": None}, "has only one of the columns chosen_ref_logprobs, rejected_ref_logprobs"),
-    ({"chosen_tokens": [[1.0, 2.0], [3.0, 4.0]]}, "column chosen_tokens must hold lists of integers"),
-    ({"chosen_token_rewards": ["x", "y"]}, "column chosen_token_rewards must hold lists of floating-point numbers"),
-    ({"pair_id": [1, 2]}, "column pair_id must hold text"),
-    ({"pair_id": ["a", None]}, "row 2: pair_id is empty"),
-    ({"chosen_tokens": [[1, 2, 3, 4], None]}, "row 2 (pair_id 'b'): chosen_tokens is null"),
-    ({"chosen_tokens": [[1, 2, 3, 4], [5, None]]}, "row 2 (pair_id 'b'): chosen_tokens holds a null"),
-    ({"rejected_tokens": [[1, 2, -9], [5, 7, 8]]}, "row 1 (pair_id 'a'): rejected_tokens holds a negative id"),
-    ({"chosen_tokens": [[1, 2, 3, 4], [5, 1 << 40]]}, "chosen_tokens, in this row or one of the 1 after it"),
-    ({"chosen_token_rewards": [[0.1, -0.5], []]}, "row 2 (pair_id 'b'): chosen_token_rewards is empty"),
-    ({"chosen_token_rewards": [[0.1, -0.5], [0.1, 0.2]]},
-     "row 2 (pair_id 'b'): chosen_token_rewards has 2 values for 2 tokens"),
-    ({"chosen_token_rewards": [[0.1, -0.6], [0.5]]}, "row 1 (pair_id 'a'): chosen_token_rewards holds a value outside"),
-    ({"rejected_token_rewards": [[0.0], [0.25, float("nan")]]},
-     "row 2 (pair_id 'b'): rejected_token_rewards holds a value outside"),
-    ({"rejected_ref_logprobs": [[-3.0], [-4.0]]},
-     "row 2 (pair_id 'b'): rejected_ref_logprobs has 1 values, rejected_token_rewards 2"),
-    ({"rejected_ref_logprobs": [[3.0], [-4.0, -5.0]]},
-     "row 1 (pair_id 'a'): rejected_ref_logprobs holds a value that is no finite log-prob"),
-    ({"rejected_ref_logprobs": [[-float("inf")], [-4.0, -5.0]]},
-     "row 1 (pair_id 'a'): rejected_ref_logprobs holds a value that is no finite log-prob"),
-    ({"rejected_tokens": [[1, 7, 9], [5, 7, 8]]}, "row 1 (pair_id 'a'): what precedes the responses differs"),
-])
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"chosen_tokens": None}, "lacks column chosen_tokens"),
+        ({"pair_id": None}, "lacks column pair_id"),
+        ({"chosen_ref_logprobs": None}, "has only one of the columns chosen_ref_logprobs, rejected_ref_logprobs"),
+        ({"chosen_tokens": [[1.0, 2.0], [3.0, 4.0]]}, "column chosen_tokens must hold lists of integers"),
+        ({"chosen_token_rewards": ["x", "y"]}, "column chosen_token_rewards must hold lists of floating-point numbers"),
+        ({"pair_id": [1, 2]}, "column pair_id must hold text"),
+        ({"pair_id": ["a", None]}, "row 2: pair_id is empty"),
+        ({"chosen_tokens": [[1, 2, 3, 4], None]}, "row 2 (pair_id 'b'): chosen_tokens is null"),
+        ({"chosen_tokens": [[1, 2, 3, 4], [5, None]]}, "row 2 (pair_id 'b'): chosen_tokens holds a null"),
+        ({"rejected_tokens": [[1, 2, -9], [5, 7, 8]]}, "row 1 (pair_id 'a'): rejected_tokens holds a negative id"),
+        ({"chosen_tokens": [[1, 2, 3, 4], [5, 1 << 40]]}, "chosen_tokens, in this row or one of the 1 after it"),
+        ({"chosen_token_rewards": [[0.1, -0.5], []]}, "row 2 (pair_id 'b'): chosen_token_rewards is empty"),
+        (
+            {"chosen_token_rewards": [[0.1, -0.5], [0.1, 0.2]]},
+            "row 2 (pair_id 'b'): chosen_token_rewards has 2 values for 2 tokens",
+        ),
+        (
+            {"chosen_token_rewards": [[0.1, -0.6], [0.5]]},
+            "row 1 (pair_id 'a'): chosen_token_rewards holds a value outside",
+        ),
+        (
+            {"rejected_token_rewards": [[0.0], [0.25, float("nan")]]},
+            "row 2 (pair_id 'b'): rejected_token_rewards holds a value outside",
+        ),
+        (
+            {"rejected_ref_logprobs": [[-3.0], [-4.0]]},
+            "row 2 (pair_id 'b'): rejected_ref_logprobs has 1 values, rejected_token_rewards 2",
+        ),
+        (
+            {"rejected_ref_logprobs": [[3.0], [-4.0, -5.0]]},
+            "row 1 (pair_id 'a'): rejected_ref_logprobs holds a value that is no finite log-prob",
+        ),
+        (
+            {"rejected_ref_logprobs": [[-float("inf")], [-4.0, -5.0]]},
+            "row 1 (pair_id 'a'): rejected_ref_logprobs holds a value that is no finite log-prob",
+        ),
+        ({"rejected_tokens": [[1, 7, 9], [5, 7, 8]]}, "row 1 (pair_id 'a'): what precedes the responses differs"),
+    ],
+)
 def test_broken_promises_are_named(tmp_path, columns, message):
     path = write(tmp_path / "own.parquet", changed(**columns))
     with pytest.raises(UserError) as error:
@@ -127,8 +173,11 @@ def test_a_run_is_believed_only_when_it_is_complete(tmp_path):
     with pytest.raises(UserError, match="its labelling job is unfinished"):
         labelling_run(tmp_path)
     shard = {"file": "shard-00000.parquet", "pairs": 0}
-    for shards, message in (([shard, {"file": "shard-00001.parquet", "pairs": 0}], "shard-00001.parquet is missing"),
-                            ([], "shard-00000.parquet is not listed"), ([{**shard, "pairs": 5}], "manifest says 5")):
+    for shards, message in (
+        ([shard, {"file": "shard-00001.parquet", "pairs": 0}], "shard-00001.parquet is missing"),
+        ([], "shard-00000.parquet is not listed"),
+        ([{**shard, "pairs": 5}], "manifest says 5"),
+    ):
         write_manifest(tmp_path / "manifest.json", MANIFEST_FORMAT, 1, {"run": {"x": 1}, "shards": shards})
         with pytest.raises(UserError, match=message):
             labelling_run(tmp_path)

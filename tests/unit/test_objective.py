@@ -9,8 +9,17 @@ import torch
 from treg_megatron.errors import UserError
 from treg_megatron.objective import Objective, means, preference_loss
 
-PLAIN_DPO = Objective(preference="dpo", beta=0.1, gamma=0.0, label_smoothing=0.0, alpha=0.0, weight="dynamic",
-                      weight_margin=True, token_rewards="contrastive", sft_weight=0.0)
+PLAIN_DPO = Objective(
+    preference="dpo",
+    beta=0.1,
+    gamma=0.0,
+    label_smoothing=0.0,
+    alpha=0.0,
+    weight="dynamic",
+    weight_margin=True,
+    token_rewards="contrastive",
+    sft_weight=0.0,
+)
 LENGTHS = [3, 5, 7, 2, 1, 1]
 
 
@@ -35,15 +44,21 @@ def formula(o: Objective, logps, ref_logps, rewards) -> float:
     total, at = 0.0, 0
     for pair in range(len(LENGTHS) // 2):
         sides = []
-        for n in LENGTHS[2 * pair:2 * pair + 2]:
-            lp, ref, r = (x[at:at + n].double().tolist() for x in (logps, ref_logps, rewards))
+        for n in LENGTHS[2 * pair : 2 * pair + 2]:
+            lp, ref, r = (x[at : at + n].double().tolist() for x in (logps, ref_logps, rewards))
             at += n
             beta = o.beta / n if o.preference in ("simpo", "dpo_norm") else o.beta
             ratio = lp if o.preference in ("simpo", "sft") else [a - b for a, b in zip(lp, ref)]
             if o.token_rewards == "implicit":
                 r = [sigmoid(x) - 0.5 for x in ratio]
-            sides.append({"reward": beta * sum(ratio), "reg": -beta * sum(a * b for a, b in zip(r, lp)),
-                          "mean_ratio": sum(ratio) / n, "logp": sum(lp)})
+            sides.append(
+                {
+                    "reward": beta * sum(ratio),
+                    "reg": -beta * sum(a * b for a, b in zip(r, lp)),
+                    "mean_ratio": sum(ratio) / n,
+                    "logp": sum(lp),
+                }
+            )
         w, l = sides
         margin = w["reward"] - l["reward"]
         if o.preference == "ipo":
@@ -88,12 +103,13 @@ def test_gradient_identity(tokens, preference, beta, gamma):
     logps, ref_logps, rewards = tokens
     logps = logps.requires_grad_()
     alpha = 0.5
-    preference_loss(logps, ref_logps, rewards, LENGTHS,
-                    objective(preference=preference, beta=beta, gamma=gamma, alpha=alpha))[0].backward()
+    preference_loss(
+        logps, ref_logps, rewards, LENGTHS, objective(preference=preference, beta=beta, gamma=gamma, alpha=alpha)
+    )[0].backward()
     at = 0
     for pair in range(len(LENGTHS) // 2):
         spans, reward = [], []
-        for n in LENGTHS[2 * pair:2 * pair + 2]:
+        for n in LENGTHS[2 * pair : 2 * pair + 2]:
             span = slice(at, at + n)
             at += n
             per_token = beta if preference == "dpo" else beta / n
@@ -110,8 +126,10 @@ def test_gradient_identity(tokens, preference, beta, gamma):
 def test_without_alpha_or_rewards_it_is_dpo_bit_for_bit(tokens, nothing):
     logps, ref_logps, rewards = tokens
     results = []
-    for o, r in ((objective(token_rewards="none"), None),
-                 (objective(**nothing), rewards if nothing["alpha"] == 0 else torch.zeros_like(rewards))):
+    for o, r in (
+        (objective(token_rewards="none"), None),
+        (objective(**nothing), rewards if nothing["alpha"] == 0 else torch.zeros_like(rewards)),
+    ):
         leaf = logps.clone().requires_grad_()
         loss, _ = preference_loss(leaf, ref_logps, r, LENGTHS, o)
         loss.backward()
@@ -123,19 +141,26 @@ def test_without_alpha_or_rewards_it_is_dpo_bit_for_bit(tokens, nothing):
 def test_a_pair_has_the_same_bits_in_any_company(tokens):
     logps, ref_logps, rewards = tokens
     o = objective(alpha=0.5)
-    alone = [preference_loss(*(x[a:b] for x in tokens), LENGTHS[i:i + 2], o)[0]
-             for i, (a, b) in zip((0, 2, 4), ((0, 8), (8, 17), (17, 19)))]
+    alone = [
+        preference_loss(*(x[a:b] for x in tokens), LENGTHS[i : i + 2], o)[0]
+        for i, (a, b) in zip((0, 2, 4), ((0, 8), (8, 17), (17, 19)))
+    ]
     together, _ = preference_loss(logps, ref_logps, rewards, LENGTHS, o)
     assert torch.equal(torch.stack(alone).sum(), together)
 
 
 def test_a_policy_that_is_its_reference_has_the_known_loss(tokens):
     logps, _, rewards = tokens
-    for o in (objective(alpha=0.5), objective(label_smoothing=0.2), objective(preference="dpo_norm"),
-              objective(preference="ipo")):
+    for o in (
+        objective(alpha=0.5),
+        objective(label_smoothing=0.2),
+        objective(preference="dpo_norm"),
+        objective(preference="ipo"),
+    ):
         _, sums = preference_loss(logps, logps, rewards, LENGTHS, o)
         assert means({k: v.item() for k, v in sums.items()})["loss/preference"] == pytest.approx(
-            o.first_preference_loss, abs=1e-6)
+            o.first_preference_loss, abs=1e-6
+        )
 
 
 def test_no_pairs_give_no_loss_and_a_gradient_of_zero():
@@ -151,15 +176,30 @@ def test_metrics_count_tokens_where_they_are_about_tokens(tokens):
     rewards = tokens[2].split(LENGTHS)
     assert metrics["treg/token_reward_chosen"] == pytest.approx(torch.cat(rewards[0::2]).mean().item(), rel=1e-5)
     assert metrics["treg/factor_outside_quarter"] == pytest.approx((tokens[2].abs() > 0.125).float().mean().item())
-    assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"], rel=1e-4)
+    assert metrics["rewards/margins"] == pytest.approx(
+        metrics["rewards/chosen"] - metrics["rewards/rejected"], rel=1e-4
+    )
 
 
-@pytest.mark.parametrize("changes", [
-    dict(beta=0.0), dict(gamma=0.5), dict(label_smoothing=0.5), dict(alpha=2.1), dict(alpha=-0.1), dict(sft_weight=-1.0),
-    dict(preference="ipo", alpha=0.5), dict(preference="ipo", label_smoothing=0.1), dict(alpha=0.5, token_rewards="none"),
-    dict(preference="simpo", token_rewards="implicit"), dict(preference="sft", alpha=0.5),
-    dict(preference="sft", sft_weight=0.1), dict(preference="sft", label_smoothing=0.1),
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(beta=0.0),
+        dict(gamma=0.5),
+        dict(label_smoothing=0.5),
+        dict(alpha=2.1),
+        dict(alpha=-0.1),
+        dict(sft_weight=-1.0),
+        dict(preference="ipo", alpha=0.5),
+        dict(preference="ipo", label_smoothing=0.1),
+        dict(alpha=0.5, token_rewards="none"),
+        dict(preference="simpo", token_rewards="implicit"),
+        dict(preference="sft", alpha=0.5),
+        dict(preference="sft", sft_weight=0.1),
+        dict(preference="sft", label_smoothing=0.1),
+    ],
+    ids=str,
+)
 def test_meaningless_settings_are_refused(changes):
     with pytest.raises(UserError, match="objective."):
         objective(**changes)

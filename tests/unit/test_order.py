@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from treg_megatron.data.sampler import MicrobatchOrder
 
-seeds = st.none() | st.integers(0, 9)        # None: the order of the file, as in validation
+seeds = st.none() | st.integers(0, 9)  # None: the order of the file, as in validation
 layouts = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))  # micro-batch, ranks, micro-batches
 
 
@@ -18,7 +18,7 @@ def walk(pairs: int, layout: tuple[int, int, int], **order) -> list[list[int]]:
         sampler = MicrobatchOrder(pairs, micro, micro * ranks * micro_batches, rank, ranks, **order)
         batches = list(sampler)
         assert all(len(batch) <= micro for batch in batches)
-        mine = [sum(batches[i:i + micro_batches], []) for i in range(0, len(batches), micro_batches)]
+        mine = [sum(batches[i : i + micro_batches], []) for i in range(0, len(batches), micro_batches)]
         steps = mine if steps is None else [a + b for a, b in zip(steps, mine, strict=True)]
     return steps
 
@@ -28,7 +28,7 @@ def test_every_pair_once_an_epoch(pairs, layout, epochs, seed):
     steps = walk(pairs, layout, epochs=epochs, seed=seed)
     per_epoch = len(steps) // epochs
     for epoch in range(epochs):
-        seen = sum(steps[epoch * per_epoch:(epoch + 1) * per_epoch], [])
+        seen = sum(steps[epoch * per_epoch : (epoch + 1) * per_epoch], [])
         assert sorted(seen) == list(range(pairs))
 
 

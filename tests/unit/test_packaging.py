@@ -13,15 +13,19 @@ SETUP = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
 
 
 def constant(name):
-    value = next(node.value for node in SETUP.body
-                 if isinstance(node, ast.Assign) and [target.id for target in node.targets] == [name])
+    value = next(
+        node.value
+        for node in SETUP.body
+        if isinstance(node, ast.Assign) and [target.id for target in node.targets] == [name]
+    )
     return ast.literal_eval(value)
 
 
 REQUIRED = [Requirement(line) for line in constant("REQUIRED")]
 EXTRAS = {extra: [Requirement(line) for line in lines] for extra, lines in constant("EXTRAS").items()}
-PIN_LINES = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-             if not line.startswith("#")]
+PIN_LINES = [
+    line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
+]
 PINS = {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in PIN_LINES)}
 
 

@@ -8,15 +8,19 @@ from tests.unit.test_attention import CHANNELS, GROUPS, HEADS, SCALE, plain
 from treg_megatron.kernels.packed_attention import Span, packed_attention
 
 sequences = st.builds(lambda n: [Span(n)], st.integers(1, 9))
-pairs = st.builds(lambda prompt, chosen, rejected: [Span(prompt + chosen), Span(rejected, prompt)],
-                  st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
+pairs = st.builds(
+    lambda prompt, chosen, rejected: [Span(prompt + chosen), Span(rejected, prompt)],
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 9),
+)
 
 
 def one_by_one(query, key, value, spans):
     parts, start, before = [], 0, 0
     for tokens, prompt in spans:
         own = slice(start, start + tokens)
-        k, v = (torch.cat([x[before:before + prompt], x[own]]) for x in (key, value))
+        k, v = (torch.cat([x[before : before + prompt], x[own]]) for x in (key, value))
         parts.append(plain(*(x.transpose(0, 1)[None] for x in (query[own], k, v)))[0].transpose(0, 1))
         before, start = start, start + tokens
     return torch.cat(parts)

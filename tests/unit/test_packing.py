@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treg_megatron.errors import UserError
 from treg_megatron.data.packing import BinOrder, micro_batches, most_bins, pack, pair_lengths
+from treg_megatron.errors import UserError
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=40).map(np.array)
 
@@ -25,16 +25,21 @@ def walk(lengths, ranks, count, first_step=0, **order):
     for rank in range(ranks):
         bins = list(BinOrder(lengths, 60, 6, rank, ranks, micro_batches=count, first_step=first_step, **order))
         assert all(lengths[bin].sum() <= 60 for bin in bins)
-        steps.append([bins[i:i + count] for i in range(0, len(bins), count)])
+        steps.append([bins[i : i + count] for i in range(0, len(bins), count)])
     return [sorted(filter(None, sum(of_ranks, []))) for of_ranks in zip(*steps, strict=True)]
 
 
-@given(lengths=lengths, ranks=st.integers(1, 3), others=st.integers(1, 3), seed=st.none() | st.integers(0, 9),
-       data=st.data())
+@given(
+    lengths=lengths,
+    ranks=st.integers(1, 3),
+    others=st.integers(1, 3),
+    seed=st.none() | st.integers(0, 9),
+    data=st.data(),
+)
 def test_every_pair_once_an_epoch_whatever_the_ranks_and_the_interruption(lengths, ranks, others, seed, data):
     most = most_bins(lengths, 60, 6, epochs=2, seed=seed)
     steps = walk(lengths, ranks, micro_batches(most, ranks), epochs=2, seed=seed)
-    for epoch in (steps[:len(steps) // 2], steps[len(steps) // 2:]):
+    for epoch in (steps[: len(steps) // 2], steps[len(steps) // 2 :]):
         assert sorted(pair for step in epoch for bin in step for pair in bin) == list(range(len(lengths)))
     stop = data.draw(st.integers(0, len(steps)))
     assert walk(lengths, others, micro_batches(most, others), stop, epochs=2, seed=seed) == steps[stop:]

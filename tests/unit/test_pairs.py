@@ -9,25 +9,39 @@ from hypothesis import strategies as st
 
 from treg_megatron.data import pairs
 from treg_megatron.data import records as rows
+from treg_megatron.data.pairs import read_pairs
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.conversation import Message
-from treg_megatron.data.pairs import read_pairs
 
 EXPECTED = (Message("user", "Hi?"), Message("assistant", "Yes?"), Message("user", "Why?"))
 SAME_PAIR = {
     "trl messages": {
-        "prompt": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes?"},
-                   {"role": "user", "content": "Why?"}],
+        "prompt": [
+            {"role": "user", "content": "Hi?"},
+            {"role": "assistant", "content": "Yes?"},
+            {"role": "user", "content": "Why?"},
+        ],
         "chosen": [{"role": "assistant", "content": "Because."}],
-        "rejected": [{"role": "assistant", "content": "No."}]},
+        "rejected": [{"role": "assistant", "content": "No."}],
+    },
     "trl messages, text answers": {
-        "prompt": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes?"},
-                   {"role": "user", "content": "Why?"}],
-        "chosen": "Because.", "rejected": "No."},
+        "prompt": [
+            {"role": "user", "content": "Hi?"},
+            {"role": "assistant", "content": "Yes?"},
+            {"role": "user", "content": "Why?"},
+        ],
+        "chosen": "Because.",
+        "rejected": "No.",
+    },
     "sharegpt": {
-        "conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes?"},
-                          {"from": "human", "value": "Why?"}],
-        "chosen": {"from": "gpt", "value": "Because."}, "rejected": {"from": "gpt", "value": "No."}},
+        "conversations": [
+            {"from": "human", "value": "Hi?"},
+            {"from": "gpt", "value": "Yes?"},
+            {"from": "human", "value": "Why?"},
+        ],
+        "chosen": {"from": "gpt", "value": "Because."},
+        "rejected": {"from": "gpt", "value": "No."},
+    },
 }
 
 
@@ -78,31 +92,37 @@ def test_identical_responses_and_repeated_rows_are_counted(tmp_path):
 GOOD = json.dumps(row("first"))
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "holds no pairs"),
-    ("[]", "holds no pairs"),
-    (GOOD + "\n{\"prompt\": \n", "row 2 does not parse as JSON"),
-    (f"[{GOOD}, {{\"prompt\": nope}}, {GOOD}]", "row 2 does not parse as JSON"),
-    (f"[{GOOD}, {GOOD[:-4]}", "row 2 does not parse as JSON"),
-    (f"[{GOOD}", "row 1 is not followed by ',' or ']' but by the end of the file"),
-    (f"[{GOOD} {GOOD}]", "row 1 is not followed by ',' or ']'"),
-    (f"[{GOOD},]", "row 2 does not parse as JSON"),
-    (f"[{GOOD}] x", "'x' follows the closing ']'"),
-    (GOOD + "\n[1]\n", "row 2: expected a JSON object, got list"),
-    ("[" * 100_000, "row 1 does not parse as JSON"),
-    (json.dumps({"question": "?"}), "row 1: keys 'question' are no known kind of preference pair"),
-    (GOOD + "\n" + json.dumps({"prompt": "Q", "chosen": "a"}), "row 2: key 'rejected' is missing"),
-    (json.dumps(row(chosen=" \n")), "row 1: chosen is an empty response"),
-    (json.dumps(row(rejected=3)), "row 1: rejected must be a list of messages, got int"),
-    (json.dumps(row(prompt=[{"role": "user"}])), "each message of prompt must be an object with 'role' and 'content'"),
-    (json.dumps(row(prompt=[{"role": "robot", "content": ""}])), "unknown role 'robot' in prompt"),
-    (json.dumps(row(prompt=[{"role": "assistant", "content": "x"}])), "must end with a user turn"),
-    (json.dumps(row(prompt=[])), "must end with a user turn"),
-    (json.dumps(row(chosen_score=float("nan"))), "chosen_score must be a finite number"),
-    (json.dumps(row(pair_id=["a"])), "the pair's id must be a text or an integer"),
-    ("\n".join(json.dumps(row(q, id="a")) for q in "xy"), "row 2: pair_id 'a' already belongs to an earlier row"),
-    (json.dumps(row("\ud800")), "row 1: text with half of a surrogate pair"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "holds no pairs"),
+        ("[]", "holds no pairs"),
+        (GOOD + '\n{"prompt": \n', "row 2 does not parse as JSON"),
+        (f'[{GOOD}, {{"prompt": nope}}, {GOOD}]', "row 2 does not parse as JSON"),
+        (f"[{GOOD}, {GOOD[:-4]}", "row 2 does not parse as JSON"),
+        (f"[{GOOD}", "row 1 is not followed by ',' or ']' but by the end of the file"),
+        (f"[{GOOD} {GOOD}]", "row 1 is not followed by ',' or ']'"),
+        (f"[{GOOD},]", "row 2 does not parse as JSON"),
+        (f"[{GOOD}] x", "'x' follows the closing ']'"),
+        (GOOD + "\n[1]\n", "row 2: expected a JSON object, got list"),
+        ("[" * 100_000, "row 1 does not parse as JSON"),
+        (json.dumps({"question": "?"}), "row 1: keys 'question' are no known kind of preference pair"),
+        (GOOD + "\n" + json.dumps({"prompt": "Q", "chosen": "a"}), "row 2: key 'rejected' is missing"),
+        (json.dumps(row(chosen=" \n")), "row 1: chosen is an empty response"),
+        (json.dumps(row(rejected=3)), "row 1: rejected must be a list of messages, got int"),
+        (
+            json.dumps(row(prompt=[{"role": "user"}])),
+            "each message of prompt must be an object with 'role' and 'content'",
+        ),
+        (json.dumps(row(prompt=[{"role": "robot", "content": ""}])), "unknown role 'robot' in prompt"),
+        (json.dumps(row(prompt=[{"role": "assistant", "content": "x"}])), "must end with a user turn"),
+        (json.dumps(row(prompt=[])), "must end with a user turn"),
+        (json.dumps(row(chosen_score=float("nan"))), "chosen_score must be a finite number"),
+        (json.dumps(row(pair_id=["a"])), "the pair's id must be a text or an integer"),
+        ("\n".join(json.dumps(row(q, id="a")) for q in "xy"), "row 2: pair_id 'a' already belongs to an earlier row"),
+        (json.dumps(row("\ud800")), "row 1: text with half of a surrogate pair"),
+    ],
+)
 def test_bad_input_is_named(tmp_path, text, message):
     path = write(tmp_path / "pairs.json", text)
     with pytest.raises(UserError) as error:
@@ -119,8 +139,12 @@ def test_missing_file_and_broken_utf8(tmp_path):
         list(read_pairs(tmp_path / "latin1"))
 
 
-@given(contents=st.lists(st.text(st.characters(codec="utf-8"), max_size=60), min_size=1, max_size=8, unique=True),
-       chunk=st.integers(1, 40), indent=st.sampled_from([None, 1]), ascii=st.booleans())
+@given(
+    contents=st.lists(st.text(st.characters(codec="utf-8"), max_size=60), min_size=1, max_size=8, unique=True),
+    chunk=st.integers(1, 40),
+    indent=st.sampled_from([None, 1]),
+    ascii=st.booleans(),
+)
 def test_arrays_are_read_the_same_whatever_the_chunks(tmp_path_factory, contents, chunk, indent, ascii):
     path = tmp_path_factory.getbasetemp() / "chunks.json"
     write(path, json.dumps([row(text, number=-1.5e-7) for text in contents], indent=indent, ensure_ascii=ascii))

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from treg_megatron.models.families import model_fields
-from treg_megatron.utils.files import read_json
+from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.errors import UserError
+from treg_megatron.models.families import model_fields
 from treg_megatron.preflight import costs
 from treg_megatron.preflight.schedule import BACKWARD, FORWARD, events
-from treg_megatron.config.recipe import load_recipe, section
+from treg_megatron.utils.files import read_json
 
 ARCHITECTURES = Path(__file__).resolve().parents[2] / "treg_megatron" / "models" / "architectures"
 
@@ -28,8 +28,9 @@ def in_flight(stage: int, stages: int, chunks: int, micro_batches: int) -> int:
     return most
 
 
-@pytest.mark.parametrize("stages, chunks, micro_batches", [
-    (1, 1, 5), (4, 1, 16), (4, 1, 2), (4, 2, 8), (2, 3, 4), (18, 7, 72)])
+@pytest.mark.parametrize(
+    "stages, chunks, micro_batches", [(1, 1, 5), (4, 1, 16), (4, 1, 2), (4, 2, 8), (2, 3, 4), (18, 7, 72)]
+)
 def test_every_micro_batch_goes_forward_and_back_through_every_chunk(stages, chunks, micro_batches):
     for stage in range(stages):
         run = events(stage, stages, chunks, micro_batches)
@@ -58,7 +59,7 @@ def test_forward_flops_are_two_for_each_weight_and_token_and_attention_by_hand()
     norms, embedding = 65 * 4096, 128256 * 4096
     assert work.layers == 2 * 1000 * (8_030_261_248 - 2 * embedding - norms)
     assert work.head == 2 * 100 * embedding
-    assert work.attention == 4 * 32 * 128 * 32 * 1000 ** 2 / 2
+    assert work.attention == 4 * 32 * 128 * 32 * 1000**2 / 2
 
 
 def test_an_expert_computes_only_what_is_sent_to_it():
@@ -72,8 +73,10 @@ def test_a_window_bounds_what_a_query_sees():
     fields = fields_of("gemma2_9b")
     short, long = (costs.forward_flops(fields, tokens, 0).attention for tokens in (4096, 8192))
     assert long < 4 * short
-    assert costs.forward_flops(fields | {"window_size": None, "window_attn_skip_freq": None}, 8192, 0).attention \
-        == 4 * 16 * 256 * 42 * 8192 ** 2 / 2
+    assert (
+        costs.forward_flops(fields | {"window_size": None, "window_attn_skip_freq": None}, 8192, 0).attention
+        == 4 * 16 * 256 * 42 * 8192**2 / 2
+    )
 
 
 def test_a_checkpoint_holds_weights_and_three_fp32_values_of_what_trains():

@@ -4,11 +4,15 @@ import pytest
 import yaml
 
 from treg_megatron.errors import UserError
-from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.labelling.prompt_pair import FOLDER, load_prompt_pair
+from treg_megatron.tokenizer.conversation import Message
 
-CONVERSATION = (Message("system", "Be kind."), Message("user", "Hi?"), Message("assistant", "Yes?"),
-                Message("user", "Why?"))
+CONVERSATION = (
+    Message("system", "Be kind."),
+    Message("user", "Hi?"),
+    Message("assistant", "Yes?"),
+    Message("user", "Why?"),
+)
 BUILT_IN = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
@@ -76,25 +80,40 @@ def test_hash_covers_the_text_and_not_the_comments(tmp_path):
     assert own(tmp_path, [user("{conversation} {wish}")], {"wish": "good"}, {"wish": "worse"}).sha256 != first.sha256
 
 
-@pytest.mark.parametrize("turns, better, worse, message", [
-    ([user("{conversation} {wish}")], {"wish": "good"}, {"hope": "bad"},
-     "must have the same keys; only one has {hope}, {wish}"),
-    ([user("{conversation} {wish}")], {"wish": "x"}, {"wish": "x"}, "are equal: every token reward would be 0"),
-    ([user("{conversation} {wish} {x}")], {"wish": "a"}, {"wish": "b"}, "no fill for placeholder {x}"),
-    ([user("{conversation}")], {"wish": "a"}, {"wish": "b"}, "no turn has placeholder {wish}"),
-    ([user("{response} {wish}")], {"wish": "a"}, {"wish": "b"}, "neither a turn `conversation`"),
-    ([user("{wish}"), "conversation"], {"wish": "a"}, {"wish": "b"},
-     "turn 2 is the user's where the assistant's is due"),
-    (["conversation", {"role": "assistant", "content": "{wish}"}], {"wish": "a"}, {"wish": "b"},
-     "last turn must be the user's"),
-    ([{"role": "system", "content": "{wish}"}, "conversation"], {"wish": "a"}, {"wish": "b"}, "has role 'system'"),
-    ([user(3)], {"wish": "a"}, {"wish": "b"}, "turn 1 must be {role, content}"),
-    (["chat"], {"wish": "a"}, {"wish": "b"}, "turn 1 must be {role, content}"),
-    ([], {"wish": "a"}, {"wish": "b"}, "`turns` must be a list"),
-    ([user("{conversation} {wish}")], {"wish": 1}, {"wish": "b"}, "`fill.better` must map placeholders to texts"),
-    ([user("{conversation} {wish}")], {}, {}, "`fill.better` must map placeholders to texts"),
-    ([user("{conversation}")], {"response": "a"}, {"response": "b"}, "redefines {response}"),
-])
+@pytest.mark.parametrize(
+    "turns, better, worse, message",
+    [
+        (
+            [user("{conversation} {wish}")],
+            {"wish": "good"},
+            {"hope": "bad"},
+            "must have the same keys; only one has {hope}, {wish}",
+        ),
+        ([user("{conversation} {wish}")], {"wish": "x"}, {"wish": "x"}, "are equal: every token reward would be 0"),
+        ([user("{conversation} {wish} {x}")], {"wish": "a"}, {"wish": "b"}, "no fill for placeholder {x}"),
+        ([user("{conversation}")], {"wish": "a"}, {"wish": "b"}, "no turn has placeholder {wish}"),
+        ([user("{response} {wish}")], {"wish": "a"}, {"wish": "b"}, "neither a turn `conversation`"),
+        (
+            [user("{wish}"), "conversation"],
+            {"wish": "a"},
+            {"wish": "b"},
+            "turn 2 is the user's where the assistant's is due",
+        ),
+        (
+            ["conversation", {"role": "assistant", "content": "{wish}"}],
+            {"wish": "a"},
+            {"wish": "b"},
+            "last turn must be the user's",
+        ),
+        ([{"role": "system", "content": "{wish}"}, "conversation"], {"wish": "a"}, {"wish": "b"}, "has role 'system'"),
+        ([user(3)], {"wish": "a"}, {"wish": "b"}, "turn 1 must be {role, content}"),
+        (["chat"], {"wish": "a"}, {"wish": "b"}, "turn 1 must be {role, content}"),
+        ([], {"wish": "a"}, {"wish": "b"}, "`turns` must be a list"),
+        ([user("{conversation} {wish}")], {"wish": 1}, {"wish": "b"}, "`fill.better` must map placeholders to texts"),
+        ([user("{conversation} {wish}")], {}, {}, "`fill.better` must map placeholders to texts"),
+        ([user("{conversation}")], {"response": "a"}, {"response": "b"}, "redefines {response}"),
+    ],
+)
 def test_pairs_that_do_not_fit_together_are_refused(tmp_path, turns, better, worse, message):
     with pytest.raises(UserError) as error:
         own(tmp_path, turns, better, worse)
@@ -102,11 +121,14 @@ def test_pairs_that_do_not_fit_together_are_refused(tmp_path, turns, better, wor
     assert "own.yaml" in str(error.value)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("turns: [", "is not valid YAML"),
-    ("just text", "must be a mapping with the keys `turns` and `fill`"),
-    ("{turns: [conversation], fill: {better: {a: b}}}", "`fill` must have exactly the keys"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("turns: [", "is not valid YAML"),
+        ("just text", "must be a mapping with the keys `turns` and `fill`"),
+        ("{turns: [conversation], fill: {better: {a: b}}}", "`fill` must have exactly the keys"),
+    ],
+)
 def test_files_of_another_form_are_refused(tmp_path, text, message):
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(UserError, match=message):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from treg_megatron.errors import UserError
 from treg_megatron.models.architecture import PUBLISHED
 from treg_megatron.models.families import (
     FAMILIES,
@@ -15,46 +16,93 @@ from treg_megatron.models.families import (
     stacked_shape,
 )
 from treg_megatron.utils.files import read_json
-from treg_megatron.errors import UserError
 
 MISTRAL_7B_V1 = {
-    "architectures": ["MistralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
-    "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
+    "architectures": ["MistralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
     "vocab_size": 32000,
 }
 MISTRAL_NEMO_12B = MISTRAL_7B_V1 | {
-    "head_dim": 128, "hidden_size": 5120, "max_position_embeddings": 1024000, "num_hidden_layers": 40,
-    "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 131072,
+    "head_dim": 128,
+    "hidden_size": 5120,
+    "max_position_embeddings": 1024000,
+    "num_hidden_layers": 40,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "vocab_size": 131072,
 }
 QWEN25_HALF_B = {
-    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 896,
-    "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24, "num_attention_heads": 14,
-    "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
-    "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 24,
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
 }
 QWEN3_8B = {
-    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_act": "silu",
-    "hidden_size": 4096, "intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36,
-    "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
-    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
-    "use_sliding_window": False, "vocab_size": 151936,
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
 }
 GEMMA2_9B, MIXTRAL_8X7B, LLAMA3_70B, LLAMA31_405B = (
-    read_json(PUBLISHED / f"{name}.json") for name in ("gemma2_9b", "mixtral_8x7b", "llama3_70b", "llama3.1_405b"))
+    read_json(PUBLISHED / f"{name}.json") for name in ("gemma2_9b", "mixtral_8x7b", "llama3_70b", "llama3.1_405b")
+)
 # as counted from the safetensors files that their authors publish
 PARAMETERS = [
-    (MISTRAL_7B_V1, 7_241_732_096), (MISTRAL_NEMO_12B, 12_247_782_400), (QWEN25_HALF_B, 494_032_768),
-    (QWEN3_8B, 8_190_735_360), (GEMMA2_9B, 9_241_705_984), (MIXTRAL_8X7B, 46_702_792_704),
-    (LLAMA3_70B, 70_553_706_496), (LLAMA31_405B, 405_853_388_800),
+    (MISTRAL_7B_V1, 7_241_732_096),
+    (MISTRAL_NEMO_12B, 12_247_782_400),
+    (QWEN25_HALF_B, 494_032_768),
+    (QWEN3_8B, 8_190_735_360),
+    (GEMMA2_9B, 9_241_705_984),
+    (MIXTRAL_8X7B, 46_702_792_704),
+    (LLAMA3_70B, 70_553_706_496),
+    (LLAMA31_405B, 405_853_388_800),
 ]
 
 
 @pytest.mark.parametrize("config, parameters", PARAMETERS, ids=[c["architectures"][0] for c, _ in PARAMETERS])
 def test_the_map_holds_every_parameter_of_the_published_model(config, parameters):
     family, fields = family_of(config), model_fields(config)
-    in_folder = sum(math.prod(source_shape(source, fields))
-                    for parameter, _ in in_model_order(family, fields) for source in parameter.sources)
+    in_folder = sum(
+        math.prod(source_shape(source, fields))
+        for parameter, _ in in_model_order(family, fields)
+        for source in parameter.sources
+    )
     in_checkpoint = sum(math.prod(stacked_shape(parameter, fields)) for parameter in family.parameters(fields))
     assert in_folder == in_checkpoint == parameters
 
@@ -82,8 +130,11 @@ def test_gemma_2_fields():
     assert fields["share_embeddings_and_output_weights"] is True
     assert (fields["activation"], fields["kv_channels"]) == ("gelu_pytorch_tanh", 256)
     assert fields["layernorm_zero_centered_gamma"] is True
-    assert [fields[k] for k in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")] \
-        == [256, 50.0, 30.0]
+    assert [fields[k] for k in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")] == [
+        256,
+        50.0,
+        30.0,
+    ]
 
 
 def test_qwen_slides_from_max_window_layers_on_where_it_slides():
@@ -100,29 +151,51 @@ def test_experts_are_stacked_behind_layers():
     assert shapes["decoder.layers.pre_mlp_layernorm.weight"] == (32, 4096)
 
 
-@pytest.mark.parametrize("config, name", [
-    (MISTRAL_7B_V1, "MistralConfig7B"), (QWEN25_HALF_B, "Qwen2Config"), (QWEN3_8B, "Qwen3Config"),
-    (GEMMA2_9B, "Gemma2Config"), (MIXTRAL_8X7B, "MixtralConfig"),
-])
+@pytest.mark.parametrize(
+    "config, name",
+    [
+        (MISTRAL_7B_V1, "MistralConfig7B"),
+        (QWEN25_HALF_B, "Qwen2Config"),
+        (QWEN3_8B, "Qwen3Config"),
+        (GEMMA2_9B, "Gemma2Config"),
+        (MIXTRAL_8X7B, "MixtralConfig"),
+    ],
+)
 def test_nemo_config_classes(config, name):
     assert nemo_config_class(config) == name
 
 
-@pytest.mark.parametrize("config, change, said", [
-    (QWEN25_HALF_B, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn' is not supported for Qwen2ForCausalLM"),
-    (QWEN3_8B, {"attention_bias": True}, "attention_bias: true is not supported for Qwen3ForCausalLM"),
-    (GEMMA2_9B, {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported"),
-    (MIXTRAL_8X7B, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported for MixtralForCausalLM; known: silu"),
-])
+@pytest.mark.parametrize(
+    "config, change, said",
+    [
+        (
+            QWEN25_HALF_B,
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "'yarn' is not supported for Qwen2ForCausalLM",
+        ),
+        (QWEN3_8B, {"attention_bias": True}, "attention_bias: true is not supported for Qwen3ForCausalLM"),
+        (GEMMA2_9B, {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported"),
+        (
+            MIXTRAL_8X7B,
+            {"hidden_act": "gelu"},
+            "hidden_act 'gelu' is not supported for MixtralForCausalLM; known: silu",
+        ),
+    ],
+)
 def test_what_is_not_supported_is_refused(config, change, said):
     with pytest.raises(UserError, match=said):
         model_fields(config | change)
 
 
-@pytest.mark.parametrize("config, key", [
-    (GEMMA2_9B, "query_pre_attn_scalar"), (GEMMA2_9B, "head_dim"), (QWEN3_8B, "head_dim"),
-    (MIXTRAL_8X7B, "num_local_experts"),
-])
+@pytest.mark.parametrize(
+    "config, key",
+    [
+        (GEMMA2_9B, "query_pre_attn_scalar"),
+        (GEMMA2_9B, "head_dim"),
+        (QWEN3_8B, "head_dim"),
+        (MIXTRAL_8X7B, "num_local_experts"),
+    ],
+)
 def test_a_size_that_config_json_lacks_is_named(config, key):
     with pytest.raises(UserError, match=f"config.json of a {config['architectures'][0]} lacks '{key}'"):
         model_fields({k: v for k, v in config.items() if k != key})

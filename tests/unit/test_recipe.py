@@ -9,10 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from treg_megatron.checkpoint.layout import Identity, write_identity
-from treg_megatron.errors import UserError
-from treg_megatron.config.recipe import described, load_recipe, section, trace_recipe
 from treg_megatron.cli.arguments import recipe_at
+from treg_megatron.config.recipe import described, load_recipe, section, trace_recipe
 from treg_megatron.config.schema import SECTIONS
+from treg_megatron.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.name != "base.yaml")
@@ -38,20 +38,24 @@ def test_a_recipe_repeats_no_default(path):
     own = OmegaConf.to_container(OmegaConf.load(path))
     parent = OmegaConf.to_container(load_recipe(path.parent / own.pop("defaults")))
     own.pop("name")
-    repeated = [f"{name}.{key}" for name, keys in own.items() for key, value in keys.items()
-                if value == parent[name][key]]
+    repeated = [
+        f"{name}.{key}" for name, keys in own.items() for key, value in keys.items() if value == parent[name][key]
+    ]
     assert repeated == []
 
 
-@pytest.mark.parametrize("override, message", [
-    ("data.seq_lenght=3", "the command line: unknown recipe key data.seq_lenght; did you mean data.seq_length?"),
-    ("train.lr=1", "unknown recipe key train.lr; did you mean optimizer.lr?"),
-    ("dta.seed=1", "unknown recipe key dta; did you mean data?"),
-    ("data.seq_length=long", "the command line: data.seq_length: Value 'long'"),
-    ("data.seq_length", "not of the form section.key=value"),
-    ("data=3", "data must be a mapping of keys"),
-    ("data.packing=true", "set data.layout=packed or data.layout=bins"),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("data.seq_lenght=3", "the command line: unknown recipe key data.seq_lenght; did you mean data.seq_length?"),
+        ("train.lr=1", "unknown recipe key train.lr; did you mean optimizer.lr?"),
+        ("dta.seed=1", "unknown recipe key dta; did you mean data?"),
+        ("data.seq_length=long", "the command line: data.seq_length: Value 'long'"),
+        ("data.seq_length", "not of the form section.key=value"),
+        ("data=3", "data must be a mapping of keys"),
+        ("data.packing=true", "set data.layout=packed or data.layout=bins"),
+    ],
+)
 def test_a_wrong_override_names_the_right_one(override, message):
     with pytest.raises(UserError) as error:
         load_recipe(ROOT / "recipes" / "tiny.yaml", [override])
@@ -108,14 +112,27 @@ def test_the_recipe_of_a_checkpoint_can_be_launched_as_it_is(tmp_path):
         load_recipe(recipe_at(checkpoint))
 
 
-@pytest.mark.parametrize("command", [
-    ["-m", "treg_megatron.train"], ["-m", "treg_megatron.preflight"], ["tools/label_tokens.py"],
-    ["tools/index_pairs.py"], ["tools/convert_checkpoint.py", "export"], ["tools/sample_responses.py"],
-    ["tools/rank_responses.py"], ["tools/import_rewards.py"],
-], ids=lambda command: command[-1])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "treg_megatron.train"],
+        ["-m", "treg_megatron.preflight"],
+        ["tools/label_tokens.py"],
+        ["tools/index_pairs.py"],
+        ["tools/convert_checkpoint.py", "export"],
+        ["tools/sample_responses.py"],
+        ["tools/rank_responses.py"],
+        ["tools/import_rewards.py"],
+    ],
+    ids=lambda command: command[-1],
+)
 def test_every_entry_point_prints_the_recipe(command):
-    done = subprocess.run([sys.executable, *command, "--recipe", "recipes/tiny.yaml", "data.seed=7", "--print"],
-                          cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command, "--recipe", "recipes/tiny.yaml", "data.seed=7", "--print"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "seed: 7" in done.stdout and "# the command line" in done.stdout and "# recipes/base.yaml" in done.stdout
 

@@ -11,8 +11,17 @@ from treg_megatron.kernels.rms_norm import RMSNorm
 @pytest.mark.parametrize("zero_centered", [False, True], ids=["gamma", "1 + gamma"])
 def test_equals_the_formula(dtype, tolerance, zero_centered):
     generator = torch.Generator().manual_seed(0)
-    norm = RMSNorm(TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=1, params_dtype=dtype,
-                                     layernorm_zero_centered_gamma=zero_centered), 64, eps=1e-3)
+    norm = RMSNorm(
+        TransformerConfig(
+            num_layers=1,
+            hidden_size=64,
+            num_attention_heads=1,
+            params_dtype=dtype,
+            layernorm_zero_centered_gamma=zero_centered,
+        ),
+        64,
+        eps=1e-3,
+    )
     norm.weight.data = torch.randn(64, generator=generator).to(dtype)
     x = (3 * torch.randn(5, 2, 64, generator=generator)).to(dtype).requires_grad_()
     upstream = torch.randn(5, 2, 64, generator=generator).to(dtype)
@@ -20,6 +29,8 @@ def test_equals_the_formula(dtype, tolerance, zero_centered):
     wide, weight = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
     expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt() * (weight + zero_centered)
     assert found.dtype == dtype
-    for ours, theirs in zip((found, *torch.autograd.grad(found, (x, norm.weight), upstream)),
-                            (expected, *torch.autograd.grad(expected, (wide, weight), upstream.double()))):
+    for ours, theirs in zip(
+        (found, *torch.autograd.grad(found, (x, norm.weight), upstream)),
+        (expected, *torch.autograd.grad(expected, (wide, weight), upstream.double())),
+    ):
         assert (ours - theirs).norm() < tolerance * theirs.norm()

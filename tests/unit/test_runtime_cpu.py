@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from treg_megatron.kernels import onednn
 from treg_megatron.distributed.cpu_redirect import _unless_in_place
+from treg_megatron.kernels import onednn
 
 LARGE = (2, 130, 257)  # [..., k]; with 300 columns it is worth a kernel
 
@@ -46,8 +46,11 @@ def test_linear_layer_equals_torchs(bias, slow_mkl):
 def test_products_left_to_mkl(slow_mkl, monkeypatch):
     a, b = torch.zeros(512, 512), torch.zeros(512, 512)
     others = {
-        "small": (a[:10], b), "bf16": (a.bfloat16(), b.bfloat16()), "transposed, as of a weight's gradient": (a.t(), b),
-        "batched": (a[None], b[None]), "a vector": (a, b[0]),
+        "small": (a[:10], b),
+        "bf16": (a.bfloat16(), b.bfloat16()),
+        "transposed, as of a weight's gradient": (a.t(), b),
+        "batched": (a[None], b[None]),
+        "a vector": (a, b[0]),
     }
     with torch.no_grad():
         assert onednn.product_of(torch.mm, (a, b), {}) is not None
@@ -66,6 +69,6 @@ def test_a_lone_rank_copies_nothing_to_itself():
     collective = _unless_in_place(lambda output, input, *args, **kwargs: calls.append((output, input, args, kwargs)))
     buffer = torch.zeros(8)
     assert collective(buffer, buffer.view(-1), "group", async_op=True) is None and not calls
-    collective(buffer, buffer[:4], "group", async_op=True)                       # one of two ranks
-    collective(buffer, torch.zeros(8), "group", async_op=True)                   # elsewhere
+    collective(buffer, buffer[:4], "group", async_op=True)  # one of two ranks
+    collective(buffer, torch.zeros(8), "group", async_op=True)  # elsewhere
     assert len(calls) == 2 and calls[0][2:] == (("group",), {"async_op": True})

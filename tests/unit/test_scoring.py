@@ -5,24 +5,45 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from treg_megatron.data.alignment import score_positions
 from treg_megatron.errors import UserError
 from treg_megatron.kernels import onednn
 from treg_megatron.labelling.scoring import ScoredSequence, huggingface, shared_prefixes
-from treg_megatron.models.huggingface import model_identity
 from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
+from treg_megatron.models.huggingface import model_identity
 
-TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=128, initializer_range=0.2)
+TINY = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+    initializer_range=0.2,
+)
 
 
 def some_sequences(vocab: int, count: int = 9) -> list[ScoredSequence]:
     random = np.random.default_rng(0)
-    return [ScoredSequence(random.integers(0, vocab, random.integers(1, 30)).tolist(),
-                           random.integers(0, vocab, random.integers(1, 40)).tolist()) for _ in range(count)]
+    return [
+        ScoredSequence(
+            random.integers(0, vocab, random.integers(1, 30)).tolist(),
+            random.integers(0, vocab, random.integers(1, 40)).tolist(),
+        )
+        for _ in range(count)
+    ]
 
 
 def plain_logps(folder, sequence: ScoredSequence) -> np.ndarray:
@@ -49,18 +70,27 @@ def related_sequences(vocab: int) -> list[ScoredSequence]:
     """Shared prompts, prompts that are the beginning of others, equal sequences, and one with nothing in common."""
     random = np.random.default_rng(1)
     trunk, branch, leaf = (random.integers(1, vocab, length).tolist() for length in (30, 20, 12))
-    return [ScoredSequence(trunk + branch, leaf), ScoredSequence(trunk, leaf),
-            ScoredSequence(trunk + branch, leaf[:5] + [3]),
-            ScoredSequence(trunk, branch + leaf), ScoredSequence([0, *leaf], trunk), ScoredSequence(trunk, leaf),
-            ScoredSequence(trunk + branch[:3], [7]), ScoredSequence(trunk[:2], trunk[2:9])]
+    return [
+        ScoredSequence(trunk + branch, leaf),
+        ScoredSequence(trunk, leaf),
+        ScoredSequence(trunk + branch, leaf[:5] + [3]),
+        ScoredSequence(trunk, branch + leaf),
+        ScoredSequence([0, *leaf], trunk),
+        ScoredSequence(trunk, leaf),
+        ScoredSequence(trunk + branch[:3], [7]),
+        ScoredSequence(trunk[:2], trunk[2:9]),
+    ]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 70, 100_000])
 @pytest.mark.parametrize("window", [None, 11])
 def test_sharing_prefixes_changes_nothing(tmp_path, batch_tokens, window):
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**TINY)) if window is None else Gemma2ForCausalLM(
-        Gemma2Config(**TINY, sliding_window=window))
+    model = (
+        LlamaForCausalLM(LlamaConfig(**TINY))
+        if window is None
+        else Gemma2ForCausalLM(Gemma2Config(**TINY, sliding_window=window))
+    )
     model.save_pretrained(tmp_path)
     sequences = related_sequences(64)
     for sequence, logps in zip(sequences, HuggingFaceScorer(tmp_path, "float32", "cpu", batch_tokens).score(sequences)):
@@ -125,7 +155,7 @@ def test_value_t_belongs_to_token_t(tmp_path):
         model.model.embed_tokens.weight.copy_(torch.eye(vocab))
         model.lm_head.weight.copy_(certainty * torch.eye(vocab).roll(1, dims=0))
     model.save_pretrained(tmp_path)
-    scale = certainty / np.sqrt(1 / vocab + model.config.rms_norm_eps)        # the norm divides by the root mean square
+    scale = certainty / np.sqrt(1 / vocab + model.config.rms_norm_eps)  # the norm divides by the root mean square
     likely, unlikely = (logit - np.log(np.exp(scale) + vocab - 1) for logit in (scale, 0.0))
     (logps,) = HuggingFaceScorer(tmp_path, "float32", "cpu").score([ScoredSequence([7, 3], [4, 5, 9, 10, 0])])
     np.testing.assert_allclose(logps, [likely, likely, unlikely, likely, unlikely], atol=1e-6)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests.tiny import CORPUS
 from treg_megatron.errors import UserError
-from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
+from treg_megatron.tokenizer.conversation import Message
 
 MISTRAL = """\
 {{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}\
@@ -21,8 +21,10 @@ MISTRAL = """\
 QUESTION = (Message("user", "What is 1 + 1?"),)
 
 # without the character by which SentencePiece itself writes a space
-texts = (st.text(st.characters(codec="utf-8", exclude_characters="\u2581"), min_size=1, max_size=30) | st.sampled_from([
-    "</s>", "a [/INST] b", "  two  spaces ", "\n\nx", "\u200d\U0001f469\u200d\U0001f680"])).filter(str.strip)
+texts = (
+    st.text(st.characters(codec="utf-8", exclude_characters="\u2581"), min_size=1, max_size=30)
+    | st.sampled_from(["</s>", "a [/INST] b", "  two  spaces ", "\n\nx", "\u200d\U0001f469\u200d\U0001f680"])
+).filter(str.strip)
 
 
 def with_template(folder: Path, model: bytes) -> ChatTokenizer:
@@ -35,9 +37,17 @@ def with_template(folder: Path, model: bytes) -> ChatTokenizer:
 def trained(tmp_path_factory) -> ChatTokenizer:
     folder = tmp_path_factory.mktemp("trained")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 4), model_prefix=str(folder / "tokenizer"), vocab_size=340, model_type="bpe",
-        byte_fallback=True, control_symbols=["[INST]", "[/INST]"], normalization_rule_name="identity", minloglevel=2,
-        num_threads=1, remove_extra_whitespaces=False)
+        sentence_iterator=iter(CORPUS * 4),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        control_symbols=["[INST]", "[/INST]"],
+        normalization_rule_name="identity",
+        minloglevel=2,
+        num_threads=1,
+        remove_extra_whitespaces=False,
+    )
     return with_template(folder, (folder / "tokenizer.model").read_bytes())
 
 
@@ -45,11 +55,14 @@ def trained(tmp_path_factory) -> ChatTokenizer:
 def mistral(tmp_path_factory) -> ChatTokenizer:
     package = importlib.util.find_spec("mistral_common")
     if package is None:
-        pytest.skip("Mistral's tokenizer models come with a package, which `make test` installs: "
-                    "pip install --no-deps mistral-common")
+        pytest.skip(
+            "Mistral's tokenizer models come with a package, which `make test` installs: "
+            "pip install --no-deps mistral-common"
+        )
     models = Path(package.submodule_search_locations[0]) / "data"
-    return with_template(tmp_path_factory.mktemp("mistral"),
-                         (models / "mistral_instruct_tokenizer_240323.model.v3").read_bytes())
+    return with_template(
+        tmp_path_factory.mktemp("mistral"), (models / "mistral_instruct_tokenizer_240323.model.v3").read_bytes()
+    )
 
 
 @pytest.mark.parametrize("name", ["trained", "mistral"])
@@ -60,8 +73,16 @@ def test_ids_are_those_of_the_model_between_control_tokens(name, request):
     control = pieces.piece_to_id
     messages = (*QUESTION, Message("assistant", "It is 2."), Message("user", "Sure?"))
     assert tokenizer.encode_prompt(messages) == [
-        control("<s>"), control("[INST]"), *pieces.encode("What is 1 + 1?"), control("[/INST]"),
-        *pieces.encode("It is 2."), control("</s>"), control("[INST]"), *pieces.encode("Sure?"), control("[/INST]")]
+        control("<s>"),
+        control("[INST]"),
+        *pieces.encode("What is 1 + 1?"),
+        control("[/INST]"),
+        *pieces.encode("It is 2."),
+        control("</s>"),
+        control("[INST]"),
+        *pieces.encode("Sure?"),
+        control("[/INST]"),
+    ]
     assert tokenizer.encode_response(messages, "Yes, 2.") == [*pieces.encode("Yes, 2."), control("</s>")]
     assert tokenizer.vocab_size == pieces.vocab_size()
 
@@ -97,7 +118,12 @@ def test_unusable_models(trained, tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="needs a chat template beside it"):
         load_tokenizer(tmp_path)
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_prefix=str(tmp_path / "tokenizer"),
-                                             vocab_size=60, minloglevel=2, num_threads=1)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=60,
+        minloglevel=2,
+        num_threads=1,
+    )
     with pytest.raises(UserError, match="rewrites text before it encodes it"):
         load_tokenizer(tmp_path)

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treg_megatron.data.checks import require_layout
-from treg_megatron.errors import UserError
-from treg_megatron.data.collate import collate
-from treg_megatron.data.aligned import PairRecord
 from treg_megatron.config.recipe import load_recipe, section
+from treg_megatron.data.aligned import PairRecord
+from treg_megatron.data.checks import require_layout
+from treg_megatron.data.collate import collate
+from treg_megatron.errors import UserError
 
 FIELDS = {"num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 8, "num_layers": 4, "seq_length": 512}
 
@@ -35,11 +35,14 @@ def test_rows_point_at_the_token_before_each_response_token(shapes, multiple):
     assert shared["pairs"] == shapes and shared["lengths"] == packed["lengths"]
     tokens = sum(map(sum, shapes))
     assert tokens <= shared["tokens"].shape[1] < max(tokens, 1) + multiple
-    assert shared["tokens"].shape == shared["position_ids"].shape and shared["max_seqlen"] > shared["position_ids"].max()
+    assert (
+        shared["tokens"].shape == shared["position_ids"].shape and shared["max_seqlen"] > shared["position_ids"].max()
+    )
 
 
-@pytest.mark.parametrize("overrides, experts", [
-    (["data.layout=padded"], None), (["parallel.context=2"], None), ([], 8)])
+@pytest.mark.parametrize(
+    "overrides, experts", [(["data.layout=padded"], None), (["parallel.context=2"], None), ([], 8)]
+)
 def test_where_prompts_cannot_be_shared(overrides, experts):
     recipe = load_recipe("recipes/tiny.yaml", ["data.share_prompts=true", *overrides])
     with pytest.raises(UserError, match="data.share_prompts computes a prompt once in a packed row"):

@@ -8,15 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treg_megatron.errors import UserError
-from treg_megatron.data.indexed import IndexedWriter
-from treg_megatron.labelling.indexing import index
-from treg_megatron.data.labelled_pairs import LabelledPair, write_shard
-from treg_megatron.data.aligned import PairRecord, stream_paths
 from treg_megatron.config.recipe import load_recipe
 from treg_megatron.config.schema import IndexSection
-from treg_megatron.data.streams import (in_validation, merge_streams, open_streams, require_same_tokenizer, split_streams, verify,
-                                   write_streams)
+from treg_megatron.data.aligned import PairRecord, stream_paths
+from treg_megatron.data.indexed import IndexedWriter
+from treg_megatron.data.labelled_pairs import LabelledPair, write_shard
+from treg_megatron.data.streams import (
+    in_validation,
+    merge_streams,
+    open_streams,
+    require_same_tokenizer,
+    split_streams,
+    verify,
+    write_streams,
+)
+from treg_megatron.errors import UserError
+from treg_megatron.labelling.indexing import index
 
 
 def pair(name: str, prompt: int, chosen: int, rejected: int, reference: bool = True, vocab: int = 384) -> LabelledPair:
@@ -58,13 +65,20 @@ def test_streams_equal_what_was_written(chatml, tmp_path_factory, lengths, refer
 def test_manifest_says_what_made_the_streams(chatml, tmp_path):
     write_streams(tmp_path / "t", THREE, chatml, {"prompt_pair": {"name": "revise"}})
     manifest = json.loads((tmp_path / "t.manifest.json").read_text())
-    assert manifest["tokenizer"] == {"sha256": chatml.sha256, "chat_template_sha256": chatml.template_sha256,
-                                     "vocab_size": chatml.vocab_size}
+    assert manifest["tokenizer"] == {
+        "sha256": chatml.sha256,
+        "chat_template_sha256": chatml.template_sha256,
+        "vocab_size": chatml.vocab_size,
+    }
     assert manifest["labels"] == {"prompt_pair": {"name": "revise"}}
     assert manifest["token_dtype"] == "uint16" and manifest["reference_logprobs"] is True
     assert manifest["alignment"].startswith("value t belongs to response token t")
-    assert (manifest["pairs"], manifest["tokens"], manifest["response_tokens"], manifest["longest_sequence"]) \
-        == (3, 7 + 8 + 2 + 8 + 8 + 8, 21, 8)
+    assert (manifest["pairs"], manifest["tokens"], manifest["response_tokens"], manifest["longest_sequence"]) == (
+        3,
+        7 + 8 + 2 + 8 + 8 + 8,
+        21,
+        8,
+    )
 
 
 def test_large_vocabularies_take_four_bytes(chatml, tmp_path, monkeypatch):
@@ -91,13 +105,16 @@ def test_replaced_streams_leave_nothing_behind(chatml, tmp_path):
     assert not any(path.exists() for path in stream_paths(tmp_path / "t", "ref_logprobs"))
 
 
-@pytest.mark.parametrize("pairs, message", [
-    ([], "there are no pairs"),
-    ([*THREE, THREE[0]], "pair_id 'a' comes twice"),
-    ([pair("a", 3, 4, 5, vocab=10_000)], "holds a token id that the tokenizer of"),
-    ([THREE[0], pair("b", 1, 2, 3, reference=False)], "pair b lacks reference log-probs"),
-    ([pair("b", 1, 2, 3, reference=False), THREE[0]], "pair a has reference log-probs"),
-])
+@pytest.mark.parametrize(
+    "pairs, message",
+    [
+        ([], "there are no pairs"),
+        ([*THREE, THREE[0]], "pair_id 'a' comes twice"),
+        ([pair("a", 3, 4, 5, vocab=10_000)], "holds a token id that the tokenizer of"),
+        ([THREE[0], pair("b", 1, 2, 3, reference=False)], "pair b lacks reference log-probs"),
+        ([pair("b", 1, 2, 3, reference=False), THREE[0]], "pair a has reference log-probs"),
+    ],
+)
 def test_bad_pairs_leave_no_files(chatml, tmp_path, pairs, message):
     with pytest.raises(UserError) as error:
         write_streams(tmp_path / "t", pairs, chatml)
@@ -133,18 +150,37 @@ def rewards(*lengths):
     return [np.zeros(n, np.float32) for n in lengths]
 
 
-@pytest.mark.parametrize("name, dtype, documents, message", [
-    ("token_rewards", np.float32, [rewards(4, 5), rewards(1, 6), rewards(2, 2)],
-     r"disagree: pair 1 \(b, rejected\): ref_logprobs has 7 values where token_rewards has 6"),
-    ("token_rewards", np.float32, [rewards(7, 5), rewards(1, 7), rewards(2, 2)],
-     r"disagree: pair 0 \(a, chosen\): token_rewards has 7 values for 7 tokens"),
-    ("token_rewards", np.float32, [rewards(4, 5), rewards(1, 7), rewards(0, 2)],
-     r"disagree: pair 2 \(\u03b3 3, chosen\): an empty response"),
-    ("token_rewards", np.float32, [rewards(4, 5), rewards(1, 7)], "does not hold 3 documents of 2 sequences"),
-    ("token_rewards", np.float32, [rewards(4), rewards(5, 1, 7), rewards(2, 2)], "does not hold 3 documents of 2"),
-    ("token_rewards", np.float64, [rewards(4, 5), rewards(1, 7), rewards(2, 2)],
-     "holds float64 numbers instead of float32"),
-])
+@pytest.mark.parametrize(
+    "name, dtype, documents, message",
+    [
+        (
+            "token_rewards",
+            np.float32,
+            [rewards(4, 5), rewards(1, 6), rewards(2, 2)],
+            r"disagree: pair 1 \(b, rejected\): ref_logprobs has 7 values where token_rewards has 6",
+        ),
+        (
+            "token_rewards",
+            np.float32,
+            [rewards(7, 5), rewards(1, 7), rewards(2, 2)],
+            r"disagree: pair 0 \(a, chosen\): token_rewards has 7 values for 7 tokens",
+        ),
+        (
+            "token_rewards",
+            np.float32,
+            [rewards(4, 5), rewards(1, 7), rewards(0, 2)],
+            r"disagree: pair 2 \(\u03b3 3, chosen\): an empty response",
+        ),
+        ("token_rewards", np.float32, [rewards(4, 5), rewards(1, 7)], "does not hold 3 documents of 2 sequences"),
+        ("token_rewards", np.float32, [rewards(4), rewards(5, 1, 7), rewards(2, 2)], "does not hold 3 documents of 2"),
+        (
+            "token_rewards",
+            np.float64,
+            [rewards(4, 5), rewards(1, 7), rewards(2, 2)],
+            "holds float64 numbers instead of float32",
+        ),
+    ],
+)
 def test_streams_that_disagree_are_not_opened(chatml, tmp_path, name, dtype, documents, message):
     write_streams(tmp_path / "t", THREE, chatml)
     replace_stream(tmp_path / "t", name, dtype, documents)
@@ -183,8 +219,13 @@ def test_damaged_files_are_not_opened(chatml, tmp_path):
 def test_index_station(chatml, tokenizer_folders, tmp_path):
     run = {"tokenizer": {"sha256": chatml.sha256}, "prompt_pair": {"name": "few_shot"}}
     write_shard(tmp_path / "own.parquet", THREE, {"run": run})
-    section = IndexSection(str(tmp_path / "own.parquet"), str(tmp_path / "streams" / "train"),
-                           str(tokenizer_folders["chatml"]), workers=1, validation_fraction=0.0)
+    section = IndexSection(
+        str(tmp_path / "own.parquet"),
+        str(tmp_path / "streams" / "train"),
+        str(tokenizer_folders["chatml"]),
+        workers=1,
+        validation_fraction=0.0,
+    )
     assert index(section)["labels"] == run
     streams = open_streams(section.output)
     assert [streams[i].pair_id for i in range(3)] == ["a", "b", "\u03b3 3"]
@@ -200,8 +241,11 @@ MANY = [pair(f"p{i}", 1 + i % 5, 1 + i % 7, 1 + i % 3) for i in range(40)]
 
 
 def bytes_of(prefix):
-    return {path.name.removeprefix(prefix.name): path.read_bytes() for path in prefix.parent.glob(f"{prefix.name}[._]*")
-            if path.is_file()}
+    return {
+        path.name.removeprefix(prefix.name): path.read_bytes()
+        for path in prefix.parent.glob(f"{prefix.name}[._]*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("workers", [3])
@@ -209,21 +253,47 @@ def test_streams_are_the_same_whatever_the_number_of_workers(chatml, tokenizer_f
     for i, part in enumerate((MANY[:25], MANY[25:])):
         write_shard(tmp_path / "labelled" / f"part-{i}.parquet", part)
     for name, count in (("one", 1), ("several", workers)):
-        index(IndexSection(str(tmp_path / "labelled"), str(tmp_path / name), str(tokenizer_folders["chatml"]),
-                           workers=count, validation_fraction=0.0))
+        index(
+            IndexSection(
+                str(tmp_path / "labelled"),
+                str(tmp_path / name),
+                str(tokenizer_folders["chatml"]),
+                workers=count,
+                validation_fraction=0.0,
+            )
+        )
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "several")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["labelled"]
 
 
 def test_text_with_rewards_is_indexed_by_workers_in_its_order(tokenizer_folders, tmp_path):
     text = tmp_path / "own.jsonl"
-    text.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"{i}?", "chosen": "yes",
-                                        "rejected": "no " * (1 + i % 3), "chosen_spans": [[0, 3, i / 400]],
-                                        "rejected_spans": []}) + "\n"
-                            for i in range(150)))
+    text.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "id": f"p{i}",
+                    "prompt": f"{i}?",
+                    "chosen": "yes",
+                    "rejected": "no " * (1 + i % 3),
+                    "chosen_spans": [[0, 3, i / 400]],
+                    "rejected_spans": [],
+                }
+            )
+            + "\n"
+            for i in range(150)
+        )
+    )
     for name, workers in (("one", 1), ("two", 2)):
-        index(IndexSection(str(text), str(tmp_path / name), str(tokenizer_folders["chatml"]), workers=workers,
-                           validation_fraction=0.0))
+        index(
+            IndexSection(
+                str(text),
+                str(tmp_path / name),
+                str(tokenizer_folders["chatml"]),
+                workers=workers,
+                validation_fraction=0.0,
+            )
+        )
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
     streams = open_streams(tmp_path / "two")
     assert [streams.pair_id(i) for i in range(150)] == [f"p{i}" for i in range(150)]
@@ -247,8 +317,15 @@ def test_merging_keeps_the_order_named(chatml, tmp_path):
 
 def test_splitting_by_hash_loses_nothing_and_keeps_pairs_on_their_side(chatml, tokenizer_folders, tmp_path):
     write_shard(tmp_path / "own.parquet", MANY)
-    index(IndexSection(str(tmp_path / "own.parquet"), str(tmp_path / "t"), str(tokenizer_folders["chatml"]), workers=1,
-                       validation_fraction=0.25))
+    index(
+        IndexSection(
+            str(tmp_path / "own.parquet"),
+            str(tmp_path / "t"),
+            str(tokenizer_folders["chatml"]),
+            workers=1,
+            validation_fraction=0.25,
+        )
+    )
     sides = [verify(tmp_path / "t"), verify(tmp_path / "t_validation")]
     ids = [[side.pair_id(i) for i in range(len(side))] for side in sides]
     assert sorted(ids[0] + ids[1]) == sorted(p.pair_id for p in MANY)
@@ -281,15 +358,20 @@ def test_blends_leave_no_pair_out_and_keep_the_shares(chatml, tmp_path):
     blend = open_streams(f"0.5 {tmp_path}/a 0.5 {tmp_path}/b")
     ids = [blend[i].pair_id for i in range(len(blend))]
     assert len(ids) == 60 and set(ids) == {p.pair_id for p in MANY} and ids.count("p0") == 3 and ids.count("p39") == 1
-    assert blend.sequence_lengths.tolist() == [[len(blend[i].chosen_tokens), len(blend[i].rejected_tokens)]
-                                               for i in range(60)]
-    (tmp_path / "recipe.yaml").write_text(f"data:\n  train: >-\n    0.5 {tmp_path}/a\n    0.5 {tmp_path}/b\n"
-                                          "model: {hf: x}\n")
+    assert blend.sequence_lengths.tolist() == [
+        [len(blend[i].chosen_tokens), len(blend[i].rejected_tokens)] for i in range(60)
+    ]
+    (tmp_path / "recipe.yaml").write_text(
+        f"data:\n  train: >-\n    0.5 {tmp_path}/a\n    0.5 {tmp_path}/b\nmodel: {{hf: x}}\n"
+    )
     written = load_recipe(tmp_path / "recipe.yaml").data.train
     assert [open_streams(written)[i].pair_id for i in range(60)] == ids
     together = open_streams(f"{tmp_path}/a {tmp_path}/b")
     assert [together.pair_id(i) for i in range(40)] == [p.pair_id for p in MANY]
-    for written, message in ((f"0.5 {tmp_path}/a {tmp_path}/b", "is no blend"), (f"-1 {tmp_path}/a", "positive"),
-                             (f"1e-9 {tmp_path}/a 1 {tmp_path}/b", "give the larger streams more weight")):
+    for written, message in (
+        (f"0.5 {tmp_path}/a {tmp_path}/b", "is no blend"),
+        (f"-1 {tmp_path}/a", "positive"),
+        (f"1e-9 {tmp_path}/a 1 {tmp_path}/b", "give the larger streams more weight"),
+    ):
         with pytest.raises(UserError, match=message):
             open_streams(written)

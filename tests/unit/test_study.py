@@ -23,17 +23,20 @@ def wrong(answer: str) -> tuple[list[int], bool]:
     return [i for i, right in enumerate(verdict.right) if not right], verdict.end_is_right
 
 
-@pytest.mark.parametrize("answer, tokens, end, results, edits", [
-    (RIGHT, [], True, [True] * 4, 0),
-    (RIGHT.replace("so", "now").replace("makes", "is"), [], True, [True] * 4, 0),      # free choices
-    (RIGHT.replace("1 6", "1 8"), [9], True, [True, False, True, True], 1),
-    ("um " + RIGHT, [0], True, [True] * 4, 1),
-    (RIGHT.replace("then", "well then"), [5], True, [True] * 4, 1),
-    (RIGHT + " um", [20], True, [True] * 4, 1),
-    (RIGHT.removesuffix(" 1 2"), [], False, [True, True, True, False], 2),
-    (RIGHT.replace("then 9 gives 1 6 ", ""), [], True, [True, False, True, True], 5),
-    ("", [], False, [False] * 4, 20),
-])
+@pytest.mark.parametrize(
+    "answer, tokens, end, results, edits",
+    [
+        (RIGHT, [], True, [True] * 4, 0),
+        (RIGHT.replace("so", "now").replace("makes", "is"), [], True, [True] * 4, 0),  # free choices
+        (RIGHT.replace("1 6", "1 8"), [9], True, [True, False, True, True], 1),
+        ("um " + RIGHT, [0], True, [True] * 4, 1),
+        (RIGHT.replace("then", "well then"), [5], True, [True] * 4, 1),
+        (RIGHT + " um", [20], True, [True] * 4, 1),
+        (RIGHT.removesuffix(" 1 2"), [], False, [True, True, True, False], 2),
+        (RIGHT.replace("then 9 gives 1 6 ", ""), [], True, [True, False, True, True], 5),
+        ("", [], False, [False] * 4, 20),
+    ],
+)
 def test_verifier_by_hand(answer, tokens, end, results, edits):
     assert wrong(answer) == (tokens, end)
     verdict = verify(ADD, answer)
@@ -84,10 +87,15 @@ def test_the_reference_reads_the_prompts_that_label_it():
 
 def test_marks_of_sampled_ids():
     ids = [vocabulary().index(word) for word in ("um " + RIGHT + " <end>").split()]
-    row = {"prompt": [{"role": "user", "content": ADD.prompt}], "chosen": "um " + RIGHT, "chosen_ids": ids,
-           "rejected": RIGHT, "rejected_ids": ids[1:-3]}
+    row = {
+        "prompt": [{"role": "user", "content": ADD.prompt}],
+        "chosen": "um " + RIGHT,
+        "chosen_ids": ids,
+        "rejected": RIGHT,
+        "rejected_ids": ids[1:-3],
+    }
     assert data.marks(row, "chosen") == [False] + [True] * 21
-    assert data.marks(row, "rejected") == [True] * 18                   # cut off: no end to mark
+    assert data.marks(row, "rejected") == [True] * 18  # cut off: no end to mark
     truth = data.truth_rows([row])[0]
     assert truth["chosen_token_rewards"] == [-0.5] + [0.5] * 21 and truth["chosen_token_ids"] == ids
 
@@ -97,8 +105,10 @@ def test_auroc_is_the_share_of_ordered_pairs():
     scores, positive = generator.integers(0, 6, (3, 60)).astype(float), generator.random(60) < 0.4
     prompt = np.repeat(np.arange(6), 10)
     found = Bootstrap(3, 6, 200).auroc(scores, positive, prompt)
-    by_hand = [np.mean((row[positive][:, None] > row[~positive]) + (row[positive][:, None] == row[~positive]) / 2)
-               for row in scores]
+    by_hand = [
+        np.mean((row[positive][:, None] > row[~positive]) + (row[positive][:, None] == row[~positive]) / 2)
+        for row in scores
+    ]
     assert found.value == pytest.approx(np.mean(by_hand)) and found.low < found.value < found.high
     perfect = Bootstrap(1, 6, 20).auroc(positive[None] * 1.0, positive, prompt)
     assert perfect == (1, 1, 1)

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treg_megatron.errors import UserError
-from treg_megatron.labelling.indexing import index
-from treg_megatron.data.labelled_pairs import read_labelled
-from treg_megatron.tokenizer.conversation import Message
-from treg_megatron.data.pairs import Pair
 from treg_megatron.config.recipe import load_recipe, section
+from treg_megatron.data.labelled_pairs import read_labelled
+from treg_megatron.data.pairs import Pair
 from treg_megatron.data.streams import open_streams
+from treg_megatron.errors import UserError
 from treg_megatron.labelling.import_rewards import import_token_rewards, response_rewards
+from treg_megatron.labelling.indexing import index
+from treg_megatron.tokenizer.conversation import Message
 
 QUESTION = (Message("user", "What is 1 + 1?"),)
 ANSWER = "It is two, \U0001f469\u200d\U0001f680!"
@@ -66,19 +66,22 @@ def test_what_no_span_covers_is_worth_nothing(chatml):
     assert values == [0.5, 0.5, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("row, message", [
-    ({}, "chosen has no token rewards"),
-    ({"chosen_token_ids": [1], "chosen_token_rewards": [0.0]}, "they differ at token 0"),
-    (own(["It is"], [0.1]), "in a row are not the chosen response"),
-    (own([ANSWER], [0.1, 0.2]), "has 2 values for 1 texts"),
-    (own([ANSWER], [0.7]), "a token reward of 0.7, outside [-0.5, 0.5]"),
-    (own([ANSWER], [float("nan")]), "must be a list of finite numbers"),
-    (own(ANSWER, [0.1]), "must be a list of texts"),
-    ({"chosen_spans": [[4, 7, 0.1]]}, "do not line up with our tokens"),
-    ({"chosen_spans": [[0, 99, 0.1]]}, "spans must follow one another inside"),
-    ({"chosen_spans": [[3, 5, 0.1], [0, 2, 0.1]]}, "spans must follow one another inside"),
-    ({"chosen_spans": [[0, 2]]}, "which is not [first character"),
-])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({}, "chosen has no token rewards"),
+        ({"chosen_token_ids": [1], "chosen_token_rewards": [0.0]}, "they differ at token 0"),
+        (own(["It is"], [0.1]), "in a row are not the chosen response"),
+        (own([ANSWER], [0.1, 0.2]), "has 2 values for 1 texts"),
+        (own([ANSWER], [0.7]), "a token reward of 0.7, outside [-0.5, 0.5]"),
+        (own([ANSWER], [float("nan")]), "must be a list of finite numbers"),
+        (own(ANSWER, [0.1]), "must be a list of texts"),
+        ({"chosen_spans": [[4, 7, 0.1]]}, "do not line up with our tokens"),
+        ({"chosen_spans": [[0, 99, 0.1]]}, "spans must follow one another inside"),
+        ({"chosen_spans": [[3, 5, 0.1], [0, 2, 0.1]]}, "spans must follow one another inside"),
+        ({"chosen_spans": [[0, 2]]}, "which is not [first character"),
+    ],
+)
 def test_what_does_not_line_up_is_refused(chatml, row, message):
     with pytest.raises(ValueError) as error:
         rewards(chatml, row)
@@ -86,14 +89,30 @@ def test_what_does_not_line_up_is_refused(chatml, row, message):
 
 
 def test_from_a_file_of_rewards_to_streams(tokenizer_folders, chatml, tmp_path):
-    rows = [{"prompt": f"{i}?", "chosen": "Paris", "rejected": "It is", "chosen_spans": [[0, 5, 0.25]],
-             "rejected_token_texts": ["It is"], "rejected_token_rewards": [-0.25]} for i in range(3)]
+    rows = [
+        {
+            "prompt": f"{i}?",
+            "chosen": "Paris",
+            "rejected": "It is",
+            "chosen_spans": [[0, 5, 0.25]],
+            "rejected_token_texts": ["It is"],
+            "rejected_token_rewards": [-0.25],
+        }
+        for i in range(3)
+    ]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = [f"model.hf={tokenizer_folders['chatml']}", f"label.pairs={tmp_path}/own.jsonl",
-                 f"label.output={tmp_path}/own.parquet", f"index.output={tmp_path}/train"]
+    overrides = [
+        f"model.hf={tokenizer_folders['chatml']}",
+        f"label.pairs={tmp_path}/own.jsonl",
+        f"label.output={tmp_path}/own.parquet",
+        f"index.output={tmp_path}/train",
+    ]
     recipe = load_recipe(overrides=overrides)
     assert import_token_rewards(section(recipe, "label"), scorer=None) == {
-        "file": f"{tmp_path}/own.parquet", "pairs": 3, "drops": {}}
+        "file": f"{tmp_path}/own.parquet",
+        "pairs": 3,
+        "drops": {},
+    }
     assert [pair.chosen for pair in read_labelled(tmp_path / "own.parquet")] == ["Paris"] * 3
     index(section(recipe, "index"))
     record = open_streams(tmp_path / "train")[2]
@@ -103,8 +122,13 @@ def test_from_a_file_of_rewards_to_streams(tokenizer_folders, chatml, tmp_path):
 
 def test_a_row_without_rewards_is_named(tokenizer_folders, tmp_path):
     (tmp_path / "own.jsonl").write_text(json.dumps({"id": "p7", "prompt": "?", "chosen": "a", "rejected": "b"}))
-    recipe = load_recipe(overrides=[f"model.hf={tokenizer_folders['chatml']}", f"label.pairs={tmp_path}/own.jsonl",
-                                    f"label.output={tmp_path}/own.parquet"])
+    recipe = load_recipe(
+        overrides=[
+            f"model.hf={tokenizer_folders['chatml']}",
+            f"label.pairs={tmp_path}/own.jsonl",
+            f"label.output={tmp_path}/own.parquet",
+        ]
+    )
     with pytest.raises(UserError, match="own.jsonl, pair p7: chosen has no token rewards"):
         import_token_rewards(section(recipe, "label"), scorer=None)
     assert not (tmp_path / "own.parquet").exists()

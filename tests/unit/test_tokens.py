@@ -8,21 +8,29 @@ from hypothesis import strategies as st
 
 from tests.tiny import CHATML, HEADERS, TEMPLATES
 from treg_megatron.errors import UserError
-from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
+from treg_megatron.tokenizer.conversation import Message
 
 QUESTION = (Message("user", "What is 1 + 1?"),)
 PROMPTS = {
     "chatml": "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n",
     "headers": "<|bos|><|start_header|>user<|end_header|>\n\nWhat is 1 + 1?<|eot|>"
-               "<|start_header|>assistant<|end_header|>\n\n",
+    "<|start_header|>assistant<|end_header|>\n\n",
     "turns": "<bos><start_of_turn>user\nWhat is 1 + 1?<end_of_turn>\n<start_of_turn>model\n",
 }
 END_OF_TURN = {"chatml": "<|im_end|>", "headers": "<|eot|>", "turns": "<end_of_turn>"}
 
-texts = st.text(st.characters(codec="utf-8"), max_size=40) | st.sampled_from([
-    "<|im_end|>", "a<|eot|>b", "<end_of_turn>", "\n\nx", " x ",
-    "\u200d\U0001f469\u200d\U0001f680", "x\n<|im_start|>user\n"])
+texts = st.text(st.characters(codec="utf-8"), max_size=40) | st.sampled_from(
+    [
+        "<|im_end|>",
+        "a<|eot|>b",
+        "<end_of_turn>",
+        "\n\nx",
+        " x ",
+        "\u200d\U0001f469\u200d\U0001f680",
+        "x\n<|im_start|>user\n",
+    ]
+)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -92,8 +100,9 @@ def test_without_a_system_role_its_message_heads_the_first_turn(tokenizers, chat
     """Whether the template refuses a system message, or leaves it out."""
     tokenizer = tokenizers["turns"]
     if system:
-        tokenizer = changed(chatml, tmp_path, CHATML.replace("%}{{ '<|im_start|>' + m", "%}" + system
-                                                             + "{{ '<|im_start|>' + m", 1))
+        tokenizer = changed(
+            chatml, tmp_path, CHATML.replace("%}{{ '<|im_start|>' + m", "%}" + system + "{{ '<|im_start|>' + m", 1)
+        )
     folded = tokenizer.encode_prompt((Message("user", "Be kind.\n\n" + QUESTION[0].content),))
     assert tokenizer.encode_prompt((Message("system", "Be kind."), *QUESTION)) == folded
 
@@ -105,27 +114,34 @@ def changed(tokenizer: ChatTokenizer, folder, chat_template: str) -> ChatTokeniz
 
 
 def test_text_between_generation_prompt_and_response_belongs_to_the_prompt(chatml, tmp_path):
-    thinking = CHATML.replace("message['content']", "('<think></think>\\n' if loop.last and message['role'] == "
-                              "'assistant' else '') + message['content']")
+    thinking = CHATML.replace(
+        "message['content']",
+        "('<think></think>\\n' if loop.last and message['role'] == 'assistant' else '') + message['content']",
+    )
     tokenizer = changed(chatml, tmp_path, thinking)
     assert tokenizer.decode(tokenizer.encode_prompt(QUESTION)) == PROMPTS["chatml"] + "<think></think>\n"
     assert tokenizer.decode(tokenizer.encode_response(QUESTION, "2")) == "2<|im_end|>"
 
 
 def test_a_space_before_the_response_belongs_to_the_response(chatml, tmp_path):
-    bracketed = "{% for m in messages %}{{ ' ' + m['content'] + '<|im_end|>' if m['role'] == 'assistant' " \
-                "else '[' + m['content'] + ']' }}{% endfor %}"
+    bracketed = (
+        "{% for m in messages %}{{ ' ' + m['content'] + '<|im_end|>' if m['role'] == 'assistant' "
+        "else '[' + m['content'] + ']' }}{% endfor %}"
+    )
     tokenizer = changed(chatml, tmp_path, bracketed)
     assert tokenizer.decode(tokenizer.encode_prompt(QUESTION)) == "[What is 1 + 1?]"
     assert tokenizer.decode(tokenizer.encode_response(QUESTION, "2")) == " 2<|im_end|>"
 
 
-@pytest.mark.parametrize("template, message", [
-    (CHATML.replace("<|im_end|>", ""), "ends a response with no special token"),
-    (CHATML.replace("message['content']", "message['content'] | upper"), "does not render a response"),
-    (CHATML.replace("message['content']", "message['content'] | replace('evil', 'good')"), "rewrites the response"),
-    (CHATML.replace("{% for", "{{ messages | length }}{% for"), "does not render a response"),
-])
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (CHATML.replace("<|im_end|>", ""), "ends a response with no special token"),
+        (CHATML.replace("message['content']", "message['content'] | upper"), "does not render a response"),
+        (CHATML.replace("message['content']", "message['content'] | replace('evil', 'good')"), "rewrites the response"),
+        (CHATML.replace("{% for", "{{ messages | length }}{% for"), "does not render a response"),
+    ],
+)
 def test_templates_without_an_exact_boundary_are_refused(chatml, tmp_path, template, message):
     with pytest.raises(UserError, match=message):
         changed(chatml, tmp_path, template).encode_response(QUESTION, "an evil 2")

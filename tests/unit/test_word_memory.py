@@ -9,15 +9,19 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import CHATML, CORPUS, SPECIAL_TOKENS
 from treg_megatron.tokenizer import word_cache as word_memory
-from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.tokenizer.chat import load_tokenizer
+from treg_megatron.tokenizer.conversation import Message
 
 LLAMA_3, QWEN = sorted(word_memory._EXPRESSIONS, key=len, reverse=True)
 
 
 def split(expression):
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(expression), "isolated"),
-                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(expression), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 KINDS = {
@@ -28,9 +32,46 @@ KINDS = {
 }
 
 # The edges of the expressions: spaces of all kinds, marks, contractions, pieces of special tokens.
-edges = st.sampled_from([" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2028", "\x1c", "\x85", "a", "It", "the", "x9",
-                         "12", "3", "'s", "'LL", "'", ",", ".", "(", "_", "<", "|", ">", "<|im_end|>", "im_end",
-                         "\u0301", "\u0338", "=", "\u00e9", "\u212a", "\u4e2d", "\U0001f469\u200d\U0001f680", "\u037e", "\u0661"])
+edges = st.sampled_from(
+    [
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "\u00a0",
+        "\u2028",
+        "\x1c",
+        "\x85",
+        "a",
+        "It",
+        "the",
+        "x9",
+        "12",
+        "3",
+        "'s",
+        "'LL",
+        "'",
+        ",",
+        ".",
+        "(",
+        "_",
+        "<",
+        "|",
+        ">",
+        "<|im_end|>",
+        "im_end",
+        "\u0301",
+        "\u0338",
+        "=",
+        "\u00e9",
+        "\u212a",
+        "\u4e2d",
+        "\U0001f469\u200d\U0001f680",
+        "\u037e",
+        "\u0661",
+    ]
+)
 texts = st.lists(edges | st.characters(codec="utf-8"), min_size=1, max_size=30).map("".join).filter(str.strip)
 
 
@@ -39,9 +80,15 @@ def tokenizer_with(folder, pre_tokenizer, special=SPECIAL_TOKENS["chatml"]):
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
     if "qwen" in str(folder):
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.train_from_iterator([*CORPUS, "a.\n\n(x) it's, 12, 345 = x9; the\u00e9 \n\n"] * 4, trainers.BpeTrainer(
-        vocab_size=420, special_tokens=special, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tokenizer.train_from_iterator(
+        [*CORPUS, "a.\n\n(x) it's, 12, 345 = x9; the\u00e9 \n\n"] * 4,
+        trainers.BpeTrainer(
+            vocab_size=420,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
     fast.chat_template = CHATML
     fast.save_pretrained(str(folder))
@@ -84,7 +131,9 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(words=st.lists(st.text(LETTERS, min_size=1, max_size=60), min_size=1, max_size=9), before=st.sampled_from(["", " "]))
+@given(
+    words=st.lists(st.text(LETTERS, min_size=1, max_size=60), min_size=1, max_size=9), before=st.sampled_from(["", " "])
+)
 def test_words_of_letters_take_the_model_alone(both, kind, words, before):
     engine, text = both[kind][0]._engine, before + " ".join(words)
     assert word_memory.known_cuts(engine._backend).word_model is not None
@@ -94,18 +143,22 @@ def test_words_of_letters_take_the_model_alone(both, kind, words, before):
 def test_a_letter_that_the_vocabulary_lacks():
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "\u0120": 1, "<unk>": 2}, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = KINDS["gpt2"]
-    memory = word_memory.WordMemory(lambda text: tokenizer.encode(text, add_special_tokens=False),
-                                    word_memory.known_cuts(tokenizer))
+    memory = word_memory.WordMemory(
+        lambda text: tokenizer.encode(text, add_special_tokens=False), word_memory.known_cuts(tokenizer)
+    )
     for text in ("aza a", "zaz", "z z a"):
         ids, spans = memory.encode_with_spans(text)
         assert ids == tokenizer.encode(text).ids and spans.tolist() == list(map(list, tokenizer.encode(text).offsets))
 
 
-@pytest.mark.parametrize("model, added", [
-    (models.WordLevel({"a": 0}, "a"), []),
-    (models.BPE(vocab={"a": 0, "b</w>": 1}, merges=[], end_of_word_suffix="</w>"), []),
-    (models.BPE(), ["word"]),
-])
+@pytest.mark.parametrize(
+    "model, added",
+    [
+        (models.WordLevel({"a": 0}, "a"), []),
+        (models.BPE(vocab={"a": 0, "b</w>": 1}, merges=[], end_of_word_suffix="</w>"), []),
+        (models.BPE(), ["word"]),
+    ],
+)
 def test_words_that_more_than_the_model_decides_about(model, added):
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = KINDS["gpt2"]
@@ -123,15 +176,18 @@ def test_memory_is_bounded(both, monkeypatch):
     assert len(known) <= 10 and not any("long" in part for part in known)
 
 
-@pytest.mark.parametrize("pre_tokenizer, added", [
-    (pre_tokenizers.ByteLevel(add_prefix_space=True), []),
-    (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), []),
-    (pre_tokenizers.Metaspace(), []),
-    (split(r"\S+|\s+"), []),
-    (KINDS["gpt2"], [AddedToken("<|im_end|>", rstrip=True)]),
-    (KINDS["gpt2"], [AddedToken("two words")]),
-    (KINDS["gpt2"], [AddedToken("word", single_word=True)]),
-])
+@pytest.mark.parametrize(
+    "pre_tokenizer, added",
+    [
+        (pre_tokenizers.ByteLevel(add_prefix_space=True), []),
+        (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), []),
+        (pre_tokenizers.Metaspace(), []),
+        (split(r"\S+|\s+"), []),
+        (KINDS["gpt2"], [AddedToken("<|im_end|>", rstrip=True)]),
+        (KINDS["gpt2"], [AddedToken("two words")]),
+        (KINDS["gpt2"], [AddedToken("word", single_word=True)]),
+    ],
+)
 def test_tokenizers_without_known_cuts_have_no_memory(pre_tokenizer, added):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 
 from treg_megatron.checkpoint.buffers import Scratch, as_bytes
+from treg_megatron.checkpoint.layout import MODEL_PREFIX, Identity
+from treg_megatron.checkpoint.safetensors_stream import DTYPES, StoredTensor
+from treg_megatron.checkpoint.torch_dist import TorchDistReader
+from treg_megatron.errors import UserError
 from treg_megatron.models.families import (
     Family,
     Parameter,
@@ -20,10 +24,6 @@ from treg_megatron.models.families import (
     parameter_shape,
     source_shape,
 )
-from treg_megatron.checkpoint.layout import MODEL_PREFIX, Identity
-from treg_megatron.checkpoint.safetensors_stream import DTYPES, StoredTensor
-from treg_megatron.checkpoint.torch_dist import TorchDistReader
-from treg_megatron.errors import UserError
 
 ADAPTER = ".adapter."
 
@@ -41,8 +41,9 @@ class Adapters:
     def of(self, parameter: Parameter, place: tuple[int, ...]) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
         """A, and for each of the parameter's Hugging Face tensors its B; None where it has no adapter."""
         module = parameter.name.removesuffix(".weight")
-        inward, outward = (f"{MODEL_PREFIX}{checkpoint_key(module)}{ADAPTER}{name}.weight" for name in
-                           ("linear_in", "linear_out"))
+        inward, outward = (
+            f"{MODEL_PREFIX}{checkpoint_key(module)}{ADAPTER}{name}.weight" for name in ("linear_in", "linear_out")
+        )
         if inward not in self._reader.tensors:
             return None
         rank = self._lora["rank"]
@@ -88,14 +89,22 @@ class Adapters:
         """adapter_config.json on top of the Hugging Face folder ``base``."""
         modules = {name.split(".")[-3] for name in self.peft_tensors()}
         return {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-            "r": self._lora["rank"], "lora_alpha": self._lora["alpha"], "lora_dropout": self._lora["dropout"],
-            "target_modules": sorted(modules), "bias": "none", "fan_in_fan_out": False,
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "inference_mode": True,
+            "r": self._lora["rank"],
+            "lora_alpha": self._lora["alpha"],
+            "lora_dropout": self._lora["dropout"],
+            "target_modules": sorted(modules),
+            "bias": "none",
+            "fan_in_fan_out": False,
         }
 
 
-def adapters_of(reader: TorchDistReader, identity: Identity, family: Family, fields: dict[str, Any],
-                checkpoint: Path) -> Adapters | None:
+def adapters_of(
+    reader: TorchDistReader, identity: Identity, family: Family, fields: dict[str, Any], checkpoint: Path
+) -> Adapters | None:
     """The adapters of a checkpoint, or None where it holds whole weights.
 
     Raises:

@@ -58,7 +58,7 @@ class OutputFile(io.FileIO):
         view = memoryview(data).cast("B")
         written = 0
         while written < len(view):
-            written += super().write(view[written:written + PIECE_BYTES])
+            written += super().write(view[written : written + PIECE_BYTES])
         return written
 
     def copy(self, stretch: Stretch) -> int:
@@ -71,8 +71,12 @@ class OutputFile(io.FileIO):
         with open(stretch.path, "rb", buffering=0) as source:
             while copied < stretch.nbytes:
                 try:
-                    count = os.copy_file_range(source.fileno(), self.fileno(),
-                                               min(PIECE_BYTES, stretch.nbytes - copied), stretch.start + copied)
+                    count = os.copy_file_range(
+                        source.fileno(),
+                        self.fileno(),
+                        min(PIECE_BYTES, stretch.nbytes - copied),
+                        stretch.start + copied,
+                    )
                 except OSError as error:
                     if error.errno not in CANNOT_COPY_INSIDE:
                         raise

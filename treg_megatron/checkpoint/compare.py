@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from treg_megatron.checkpoint.buffers import Scratch, Stretch, as_bytes, read_into
-from treg_megatron.models.families import family_of, model_fields
 from treg_megatron.checkpoint.layout import WEIGHTS, find_checkpoint, is_checkpoint, read_identity
-from treg_megatron.utils.files import read_json
 from treg_megatron.checkpoint.safetensors_stream import DTYPES, PlannedTensor, StoredTensor, tensors_in_folder
 from treg_megatron.checkpoint.to_hf import check_tensors, exported_tensors, planned_tensors
 from treg_megatron.checkpoint.torch_dist import TorchDistReader
 from treg_megatron.errors import UserError
+from treg_megatron.models.families import family_of, model_fields
+from treg_megatron.utils.files import read_json
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def _filled(scratch: Scratch, pieces: list[memoryview | Stretch], nbytes: int) -
     for piece in pieces:
         length = piece.nbytes
         if isinstance(piece, Stretch):
-            read_into(piece.path, piece.start, whole[at:at + length])
+            read_into(piece.path, piece.start, whole[at : at + length])
         else:
-            as_bytes(whole)[at:at + length] = piece
+            as_bytes(whole)[at : at + length] = piece
         at += length
     return whole

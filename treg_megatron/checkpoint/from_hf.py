@@ -7,6 +7,11 @@ import torch
 from tqdm import tqdm
 
 import treg_megatron
+from treg_megatron.checkpoint.buffers import Scratch
+from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, Identity, write_identity, written_whole
+from treg_megatron.checkpoint.safetensors_stream import DTYPES, StoredTensor, tensors_in_folder
+from treg_megatron.checkpoint.torch_dist import TorchDistWriter
+from treg_megatron.errors import UserError
 from treg_megatron.models.families import (
     OUTPUT_LAYER,
     Family,
@@ -22,12 +27,7 @@ from treg_megatron.models.families import (
     stacked_shape,
     stacking,
 )
-from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, Identity, write_identity, written_whole
 from treg_megatron.utils.files import read_json
-from treg_megatron.checkpoint.safetensors_stream import DTYPES, StoredTensor, tensors_in_folder
-from treg_megatron.checkpoint.buffers import Scratch
-from treg_megatron.checkpoint.torch_dist import TorchDistWriter
-from treg_megatron.errors import UserError
 
 
 def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False) -> Identity:
@@ -47,15 +47,21 @@ def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False
     stored = model_tensors(tensors_in_folder(hf), family, fields, hf)
     dtype = common_dtype(stored, hf)
     identity = Identity(
-        family=family.architecture, hf_config=hf_config, dtype=str(dtype).removeprefix("torch."),
-        source=str(hf.resolve()), written_by=f"treg-megatron {treg_megatron.__version__} import")
+        family=family.architecture,
+        hf_config=hf_config,
+        dtype=str(dtype).removeprefix("torch."),
+        source=str(hf.resolve()),
+        written_by=f"treg-megatron {treg_megatron.__version__} import",
+    )
 
     nbytes = sum(tensor.nbytes for tensor in stored.values())
     with written_whole(output, nbytes) as folder:
         weights = folder / WEIGHTS
         weights.mkdir()
-        with TorchDistWriter(weights) as writer, tqdm(total=nbytes, desc="import", unit="B", unit_scale=True,
-                                                      disable=not progress) as bar:
+        with (
+            TorchDistWriter(weights) as writer,
+            tqdm(total=nbytes, desc="import", unit="B", unit_scale=True, disable=not progress) as bar,
+        ):
             copier = _ParameterCopier(stored, dtype, fields, writer, bar)
             for parameter, place in in_model_order(family, fields):
                 copier.copy(parameter, place)
@@ -67,8 +73,14 @@ def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False
 class _ParameterCopier:
     """Copies one parameter after another from a Hugging Face folder into a checkpoint."""
 
-    def __init__(self, stored: dict[str, StoredTensor], dtype: torch.dtype, fields: dict[str, Any],
-                 writer: TorchDistWriter, bar: tqdm) -> None:
+    def __init__(
+        self,
+        stored: dict[str, StoredTensor],
+        dtype: torch.dtype,
+        fields: dict[str, Any],
+        writer: TorchDistWriter,
+        bar: tqdm,
+    ) -> None:
         self._stored, self._dtype, self._fields, self._writer, self._bar = stored, dtype, fields, writer, bar
         self._source, self._merged = Scratch(), Scratch()
 
@@ -96,8 +108,12 @@ class _ParameterCopier:
 
     def _write(self, parameter: Parameter, chunk: torch.Tensor, row: int, place: tuple[int, ...]) -> None:
         offsets = (*place, row, *(0 for _ in chunk.shape[1:]))
-        self._writer.write_chunk(MODEL_PREFIX + parameter.key, chunk.view(*(1 for _ in place), *chunk.shape), offsets,
-                                 stacked_shape(parameter, self._fields))
+        self._writer.write_chunk(
+            MODEL_PREFIX + parameter.key,
+            chunk.view(*(1 for _ in place), *chunk.shape),
+            offsets,
+            stacked_shape(parameter, self._fields),
+        )
 
 
 def _write_extra_state(writer: TorchDistWriter, family: Family, fields: dict[str, Any]) -> None:
@@ -108,15 +124,19 @@ def _write_extra_state(writer: TorchDistWriter, family: Family, fields: dict[str
             writer.write_object(key, None, place or (0,), shape or (1,))
 
 
-def model_tensors(stored: dict[str, StoredTensor], family: Family, fields: dict[str, Any],
-                  folder: Path) -> dict[str, StoredTensor]:
+def model_tensors(
+    stored: dict[str, StoredTensor], family: Family, fields: dict[str, Any], folder: Path
+) -> dict[str, StoredTensor]:
     """The tensors of a folder that are the model's weights, checked against its config.json.
 
     Raises:
         UserError: a tensor is missing, has another shape, or is not part of the architecture.
     """
-    expected = {source.at(place): source_shape(source, fields)
-                for parameter, place in in_model_order(family, fields) for source in parameter.sources}
+    expected = {
+        source.at(place): source_shape(source, fields)
+        for parameter, place in in_model_order(family, fields)
+        for source in parameter.sources
+    }
     for name, shape in expected.items():
         if name not in stored:
             raise UserError(f"{folder} lacks tensor {name}, which its config.json calls for")
@@ -124,11 +144,15 @@ def model_tensors(stored: dict[str, StoredTensor], family: Family, fields: dict[
             raise UserError(f"{folder}: {name} has shape {list(stored[name].shape)}, config.json says {list(shape)}")
     # a tied model may store its output layer a second time: transformers ignores it, and so do we
     ignored = {s.name for s in OUTPUT_LAYER.sources} if fields["share_embeddings_and_output_weights"] else set()
-    extra = [name for name in stored
-             if name not in expected and name not in ignored and not name.endswith(family.ignored_suffixes)]
+    extra = [
+        name
+        for name in stored
+        if name not in expected and name not in ignored and not name.endswith(family.ignored_suffixes)
+    ]
     if extra:
-        raise UserError(f"{folder} has tensor {extra[0]}, which is not part of a {family.architecture} "
-                        "with this config.json")
+        raise UserError(
+            f"{folder} has tensor {extra[0]}, which is not part of a {family.architecture} with this config.json"
+        )
     return {name: stored[name] for name in expected}
 
 

@@ -1,9 +1,9 @@
 """A checkpoint on disk, and how to tell a whole one from a half-written one.
 
-    CHECKPOINT/weights/     megatron-core distributed checkpoint (torch_dist), as NeMo loads and saves it
-    CHECKPOINT/treg.json    what the weights are; written last, so that its presence says that the rest is there
-    RUN/checkpoints/step_000020/ ...                   the checkpoints of a training run
-    RUN/checkpoints/step_000020-unfinished             NeMo's marker beside a checkpoint that is being written
+CHECKPOINT/weights/     megatron-core distributed checkpoint (torch_dist), as NeMo loads and saves it
+CHECKPOINT/treg.json    what the weights are; written last, so that its presence says that the rest is there
+RUN/checkpoints/step_000020/ ...                   the checkpoints of a training run
+RUN/checkpoints/step_000020-unfinished             NeMo's marker beside a checkpoint that is being written
 """
 
 import contextlib
@@ -75,8 +75,9 @@ def read_identity(checkpoint: Path) -> Identity:
     if not checkpoint.is_dir():
         raise UserError(f"checkpoint {checkpoint} does not exist")
     if _marker(checkpoint).exists():
-        raise UserError(f"checkpoint {checkpoint} is unfinished ({_marker(checkpoint).name} is beside it); "
-                        "use an earlier one")
+        raise UserError(
+            f"checkpoint {checkpoint} is unfinished ({_marker(checkpoint).name} is beside it); use an earlier one"
+        )
     path = checkpoint / IDENTITY
     if not path.is_file():
         raise UserError(f"{checkpoint} is not a complete checkpoint: it has no {IDENTITY}")
@@ -103,8 +104,11 @@ def newest_checkpoint(run: Path, passed_over: Callable[[str], None] | None = Non
     folder = Path(run) / CHECKPOINTS
     if not folder.is_dir():
         return None
-    steps = {int(match[1]): path for path in folder.iterdir()
-             if (match := re.fullmatch(r"step_(\d+)", path.name)) and path.is_dir() and is_complete(path)}
+    steps = {
+        int(match[1]): path
+        for path in folder.iterdir()
+        if (match := re.fullmatch(r"step_(\d+)", path.name)) and path.is_dir() and is_complete(path)
+    }
     for step in sorted(steps, reverse=True):
         wrong = damage(steps[step])
         if wrong is None:
@@ -116,8 +120,11 @@ def newest_checkpoint(run: Path, passed_over: Callable[[str], None] | None = Non
 
 def fingerprints(checkpoint: Path) -> dict[str, str]:
     """Size and digest of each file of a checkpoint but treg.json, by its path in it."""
-    return {path.relative_to(checkpoint).as_posix(): _fingerprint(path)
-            for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != IDENTITY}
+    return {
+        path.relative_to(checkpoint).as_posix(): _fingerprint(path)
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != IDENTITY
+    }
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -183,8 +190,9 @@ def written_whole(output: Path, nbytes: int) -> Iterator[Path]:
             shutil.rmtree(unfinished)
         free = shutil.disk_usage(output.parent).free
         if nbytes > free:
-            raise UserError(f"not enough disk space for {output}: it needs {nbytes / 1e9:.1f} GB, "
-                            f"{free / 1e9:.1f} GB are free")
+            raise UserError(
+                f"not enough disk space for {output}: it needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            )
         unfinished.mkdir()
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}") from None

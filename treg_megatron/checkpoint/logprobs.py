@@ -79,8 +79,12 @@ def _megatron_logprobs(checkpoint: Path, ids: list[torch.Tensor]) -> list[torch.
 
 def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """One sequence, every token but the first scored."""
-    return {"tokens": ids[None], "position_ids": torch.arange(len(ids))[None], "rows": torch.arange(len(ids) - 1),
-            "targets": ids[1:]}
+    return {
+        "tokens": ids[None],
+        "position_ids": torch.arange(len(ids))[None],
+        "rows": torch.arange(len(ids) - 1),
+        "targets": ids[1:],
+    }
 
 
 def _transformers_logprobs(hf: Path, ids: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -89,8 +93,13 @@ def _transformers_logprobs(hf: Path, ids: list[torch.Tensor]) -> list[torch.Tens
     try:
         # eager: the model's own attention, of which other implementations leave things out (Gemma 2's soft-cap)
         model = AutoModelForCausalLM.from_pretrained(
-            hf, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False,
-            attn_implementation="eager").eval()
+            hf,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="eager",
+        ).eval()
     except Exception as error:
         raise UserError(f"the model of {hf} does not load: {error}") from None
     with torch.no_grad():

@@ -22,18 +22,29 @@ def model_card(identity: Identity, run: dict[str, Any]) -> str:
     base = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else Path(identity.source).name
     header = {"base_model": base, "library_name": "transformers", "pipeline_tag": "text-generation"}
     if not run:
-        return (f"{_front_matter(header)}# {base}\n\n"
-                f"{base}, converted from a Megatron checkpoint and not trained further.\n")
+        return (
+            f"{_front_matter(header)}# {base}\n\n"
+            f"{base}, converted from a Megatron checkpoint and not trained further.\n"
+        )
     objective = run.get("recipe", {}).get("objective", {})
     method = _method(objective)
     step = f" of step {run['step']}" if "step" in run else ""
-    sections = {"Objective": objective, f"Metrics{step}": run.get("metrics"), "Training data": run.get("data"),
-                "Recipe": run.get("recipe"),
-                **{key: value for key, value in run.items() if key not in ("metrics", "data", "recipe", "step")}}
-    return (_front_matter({**header, "tags": ["preference-optimization", "treg-megatron"]})
-            + f"# {base}, after {method}\n\n{base} after training with the objective {method} by treg-megatron.\n\n"
-            + "\n".join(f"## {title}\n\n```yaml\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}```\n"
-                        for title, content in sections.items() if content))
+    sections = {
+        "Objective": objective,
+        f"Metrics{step}": run.get("metrics"),
+        "Training data": run.get("data"),
+        "Recipe": run.get("recipe"),
+        **{key: value for key, value in run.items() if key not in ("metrics", "data", "recipe", "step")},
+    }
+    return (
+        _front_matter({**header, "tags": ["preference-optimization", "treg-megatron"]})
+        + f"# {base}, after {method}\n\n{base} after training with the objective {method} by treg-megatron.\n\n"
+        + "\n".join(
+            f"## {title}\n\n```yaml\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}```\n"
+            for title, content in sections.items()
+            if content
+        )
+    )
 
 
 def _method(objective: dict[str, Any]) -> str:

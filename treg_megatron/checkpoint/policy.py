@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
-from treg_megatron.models.families import model_fields, nemo_config_class
 from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, read_identity
 from treg_megatron.checkpoint.torch_dist import CONTENT_METADATA
 from treg_megatron.config.recipe import load_recipe, section
+from treg_megatron.models.families import model_fields, nemo_config_class
 
 
-def load_policy(checkpoint: Path, tensor: int = 1, pipeline: int = 1, expert: int = 1,
-                sequence: bool = False) -> "treg_megatron.models.policy.Policy":
+def load_policy(
+    checkpoint: Path, tensor: int = 1, pipeline: int = 1, expert: int = 1, sequence: bool = False
+) -> "treg_megatron.models.policy.Policy":
     """The policy of a checkpoint in fp32, evaluating; its ``module`` is this rank's part of Megatron's model.
 
     ``treg_megatron.training.build`` gives the model and Megatron-core loads it, as for training. The process group exists and is
@@ -25,15 +26,21 @@ def load_policy(checkpoint: Path, tensor: int = 1, pipeline: int = 1, expert: in
     """
     from megatron.core import dist_checkpointing
 
-    from treg_megatron.training import build
     from treg_megatron.objective import Objective
+    from treg_megatron.training import build
 
     hf_config = read_identity(checkpoint).hf_config
-    recipe = load_recipe(overrides=[
-        "train.precision=fp32", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}",
-        f"parallel.sequence={sequence}"])
-    config = build.policy_config(nemo_config_class(hf_config), model_fields(hf_config), section(recipe, "parallel"),
-                                 section(recipe, "train"))
+    recipe = load_recipe(
+        overrides=[
+            "train.precision=fp32",
+            f"parallel.tensor={tensor}",
+            f"parallel.pipeline={pipeline}",
+            f"parallel.sequence={sequence}",
+        ]
+    )
+    config = build.policy_config(
+        nemo_config_class(hf_config), model_fields(hf_config), section(recipe, "parallel"), section(recipe, "train")
+    )
     # what NeMo's strategy fills in
     config.tensor_model_parallel_size = config.expert_tensor_parallel_size = tensor
     config.pipeline_model_parallel_size, config.pipeline_dtype = pipeline, torch.float32

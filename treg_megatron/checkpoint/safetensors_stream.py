@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from treg_megatron.utils.files import read_json
 from treg_megatron.checkpoint.buffers import OutputFile, Stretch, read_into
 from treg_megatron.errors import UserError
+from treg_megatron.utils.files import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -73,8 +73,10 @@ def tensors_in_folder(folder: Path) -> dict[str, StoredTensor]:
         return tensors_in_file(folder / SINGLE_FILE)
     pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if pickled:
-        raise UserError(f"{folder} has only pickled weights ({pickled[0].name}), which can run code when loaded; "
-                        "save the model as safetensors first")
+        raise UserError(
+            f"{folder} has only pickled weights ({pickled[0].name}), which can run code when loaded; "
+            "save the model as safetensors first"
+        )
     raise UserError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}")
 
 
@@ -95,9 +97,15 @@ def tensors_in_file(path: Path) -> dict[str, StoredTensor]:
         try:
             header = json.loads(file.read(header_bytes))
             tensors = {
-                name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0],
-                                   entry["data_offsets"][1] - entry["data_offsets"][0])
-                for name, entry in header.items() if name != "__metadata__"
+                name: StoredTensor(
+                    path,
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    start + entry["data_offsets"][0],
+                    entry["data_offsets"][1] - entry["data_offsets"][0],
+                )
+                for name, entry in header.items()
+                if name != "__metadata__"
             }
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is no safetensors file (bad header); download it again") from None
@@ -143,8 +151,11 @@ class ShardWriter:
         header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
         offset = 0
         for tensor in tensors:
-            header[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape),
-                                   "data_offsets": [offset, offset + tensor.nbytes]}
+            header[tensor.name] = {
+                "dtype": _CODES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + tensor.nbytes],
+            }
             offset += tensor.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -162,7 +173,8 @@ class ShardWriter:
     def write(self, name: str, pieces: Iterable[memoryview | Stretch]) -> None:
         """Append the bytes of the next tensor."""
         planned = self._remaining.pop()
-        written = sum(self._file.copy(piece) if isinstance(piece, Stretch) else self._file.write(piece)
-                      for piece in pieces)
+        written = sum(
+            self._file.copy(piece) if isinstance(piece, Stretch) else self._file.write(piece) for piece in pieces
+        )
         if (name, written) != (planned.name, planned.nbytes):
             raise RuntimeError(f"planned {planned}, got {written} bytes of {name}")

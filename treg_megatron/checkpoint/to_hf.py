@@ -14,6 +14,27 @@ from tqdm import tqdm
 
 from treg_megatron.checkpoint.adapters import adapters_of
 from treg_megatron.checkpoint.buffers import Scratch, Stretch, as_bytes
+from treg_megatron.checkpoint.from_hf import model_tensors
+from treg_megatron.checkpoint.layout import (
+    MODEL_PREFIX,
+    WEIGHTS,
+    Identity,
+    find_checkpoint,
+    read_identity,
+    refuse_existing,
+    written_whole,
+)
+from treg_megatron.checkpoint.model_card import model_card
+from treg_megatron.checkpoint.safetensors_stream import (
+    INDEX_FILE,
+    PlannedTensor,
+    ShardWriter,
+    index_of,
+    plan_shards,
+    tensors_in_folder,
+)
+from treg_megatron.checkpoint.torch_dist import TorchDistReader
+from treg_megatron.errors import UserError
 from treg_megatron.models.families import (
     FREE_FIELDS,
     Family,
@@ -25,35 +46,23 @@ from treg_megatron.models.families import (
     source_shape,
     stacked_shape,
 )
-from treg_megatron.checkpoint.layout import (
-    MODEL_PREFIX,
-    WEIGHTS,
-    Identity,
-    find_checkpoint,
-    read_identity,
-    refuse_existing,
-    written_whole,
-)
-from treg_megatron.checkpoint.model_card import model_card
-from treg_megatron.checkpoint.from_hf import model_tensors
-from treg_megatron.checkpoint.safetensors_stream import (
-    INDEX_FILE,
-    PlannedTensor,
-    ShardWriter,
-    index_of,
-    plan_shards,
-    tensors_in_folder,
-)
-from treg_megatron.checkpoint.torch_dist import TorchDistReader
-from treg_megatron.errors import UserError
 from treg_megatron.utils.files import read_json
 
 SHARD_BYTES = 5_000_000_000  # Hugging Face's own default
 
 # What a folder needs besides weights and config.json, copied from the base model as it is.
 COPIED = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "chat_template*", "additional_chat_templates", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
 
 
@@ -67,9 +76,15 @@ class Exported:
     files: int
 
 
-def export_checkpoint(checkpoint: str | Path, base: str | Path, output: str | Path, dtype: str = "auto",
-                      run: dict[str, Any] | None = None, shard_bytes: int = SHARD_BYTES,
-                      progress: bool = False) -> Exported:
+def export_checkpoint(
+    checkpoint: str | Path,
+    base: str | Path,
+    output: str | Path,
+    dtype: str = "auto",
+    run: dict[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: bool = False,
+) -> Exported:
     """Write a checkpoint as a Hugging Face folder that transformers loads.
 
     Args:
@@ -103,8 +118,11 @@ def export_checkpoint(checkpoint: str | Path, base: str | Path, output: str | Pa
     nbytes = sum(tensor.nbytes for tensor in planned)
     with written_whole(output, nbytes) as folder:
         with tqdm(total=nbytes, desc="export", unit="B", unit_scale=True, disable=not progress) as bar:
-            sources = exported_tensors(reader, family, fields, target_dtype) if low_rank is None else \
-                low_rank.merged_tensors(model_tensors(tensors_in_folder(base), family, fields, base), target_dtype)
+            sources = (
+                exported_tensors(reader, family, fields, target_dtype)
+                if low_rank is None
+                else low_rank.merged_tensors(model_tensors(tensors_in_folder(base), family, fields, base), target_dtype)
+            )
             for name, shard in shards.items():
                 with ShardWriter(folder / name, shard) as writer:
                     for tensor in shard:
@@ -129,9 +147,13 @@ def export_adapter(checkpoint: str | Path, base: str | Path, output: str | Path)
     checkpoint = find_checkpoint(Path(checkpoint))
     identity = read_identity(checkpoint)
     fields = _common_fields(identity, checkpoint, read_json(base / "config.json"), base)
-    low_rank = adapters_of(TorchDistReader(checkpoint / WEIGHTS), identity, family_of(identity.hf_config), fields, checkpoint)
+    low_rank = adapters_of(
+        TorchDistReader(checkpoint / WEIGHTS), identity, family_of(identity.hf_config), fields, checkpoint
+    )
     if low_rank is None:
-        raise UserError(f"checkpoint {checkpoint} has no adapters: every weight was trained; export it with export.lora=merged")
+        raise UserError(
+            f"checkpoint {checkpoint} has no adapters: every weight was trained; export it with export.lora=merged"
+        )
     tensors = low_rank.peft_tensors()
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     with written_whole(output, nbytes) as folder:
@@ -157,12 +179,15 @@ def check_tensors(reader: TorchDistReader, family: Family, fields: dict[str, Any
         shape = stacked_shape(parameter, fields)
         padded = parameter.sources[0].dims.startswith("vocab") and stored[0] >= shape[0] and stored[1:] == shape[1:]
         if stored != shape and not padded:
-            raise UserError(f"checkpoint {checkpoint}: {key} has shape {list(stored)}, the model's config.json says "
-                            f"{list(shape)}")
+            raise UserError(
+                f"checkpoint {checkpoint}: {key} has shape {list(stored)}, the model's config.json says {list(shape)}"
+            )
     extra = sorted(key for key in reader.tensors if key.startswith(MODEL_PREFIX) and key not in expected)
     if extra:
-        raise UserError(f"checkpoint {checkpoint} has {extra[0]}, which is not part of a {family.architecture} "
-                        "with this config.json")
+        raise UserError(
+            f"checkpoint {checkpoint} has {extra[0]}, which is not part of a {family.architecture} "
+            "with this config.json"
+        )
 
 
 def _common_fields(identity: Identity, checkpoint: Path, base_config: dict, base: Path) -> dict[str, Any]:
@@ -170,19 +195,25 @@ def _common_fields(identity: Identity, checkpoint: Path, base_config: dict, base
     theirs = {"architecture": family_of(base_config).architecture, **model_fields(base_config)}
     for name in sorted((ours.keys() | theirs.keys()) - FREE_FIELDS):
         if ours.get(name) != theirs.get(name):
-            raise UserError(f"checkpoint {checkpoint} is not of the model in {base}: {name} is {ours.get(name)!r} "
-                            f"and {theirs.get(name)!r}")
+            raise UserError(
+                f"checkpoint {checkpoint} is not of the model in {base}: {name} is {ours.get(name)!r} "
+                f"and {theirs.get(name)!r}"
+            )
     return ours
 
 
 def planned_tensors(family: Family, fields: dict[str, Any], dtype: torch.dtype) -> list[PlannedTensor]:
     """The Hugging Face tensors of a model with these fields, in the order of :func:`exported_tensors`."""
-    return [PlannedTensor(source.at(place), source_shape(source, fields), dtype)
-            for parameter, place in in_model_order(family, fields) for source in parameter.sources]
+    return [
+        PlannedTensor(source.at(place), source_shape(source, fields), dtype)
+        for parameter, place in in_model_order(family, fields)
+        for source in parameter.sources
+    ]
 
 
-def exported_tensors(reader: TorchDistReader, family: Family, fields: dict[str, Any],
-                     dtype: torch.dtype) -> Iterator[list[memoryview | Stretch]]:
+def exported_tensors(
+    reader: TorchDistReader, family: Family, fields: dict[str, Any], dtype: torch.dtype
+) -> Iterator[list[memoryview | Stretch]]:
     """The bytes of each Hugging Face tensor in ``dtype``, in memory (until the next is asked for) or in the checkpoint's
     files."""
     whole, part = Scratch(), Scratch()

@@ -31,8 +31,12 @@ from treg_megatron.errors import UserError
 METADATA = ".metadata"
 COMMON = "common.pt"
 FORMAT = "metadata.json"
-TORCH_DIST = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
-              "common_backend": "torch", "common_backend_version": 1}
+TORCH_DIST = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 # What NeMo passes as the content metadata of its own checkpoints: layers stacked along axis 0, and no optimizer.
 CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
@@ -70,7 +74,8 @@ class TorchDistWriter:
         ``chunk`` is contiguous and owns exactly its storage.
         """
         entry = self._metadata.state_dict_metadata.setdefault(
-            key, TensorStorageMetadata(TensorProperties(chunk.dtype), torch.Size(shape), []))
+            key, TensorStorageMetadata(TensorProperties(chunk.dtype), torch.Size(shape), [])
+        )
         entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), chunk.shape))
         self._append(MetadataIndex(key, torch.Size(offsets)), chunk)
 
@@ -89,7 +94,8 @@ class TorchDistWriter:
         start = self._file.tell()
         torch.save(value, self._file)
         self._metadata.storage_data[index] = _StorageInfo(
-            os.path.basename(self._file.name), start, self._file.tell() - start)
+            os.path.basename(self._file.name), start, self._file.tell() - start
+        )
 
 
 class TorchDistReader:
@@ -112,8 +118,10 @@ class TorchDistReader:
             raise UserError(f"{folder} has format {backend}; only torch_dist can be read")
         self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self.tensors: dict[str, TensorStorageMetadata] = {
-            key: entry for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)}
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
         self._scratch = Scratch()
 
     def read_into(self, key: str, target: torch.Tensor, place: tuple[int, ...] = ()) -> None:
@@ -134,8 +142,9 @@ class TorchDistReader:
             if not in_place:
                 piece.copy_(block[(slice(None), *part.in_chunk[1:])])
 
-    def rows_in_files(self, key: str, place: tuple[int, ...], first_row: int,
-                      shape: tuple[int, ...]) -> list[Stretch] | None:
+    def rows_in_files(
+        self, key: str, place: tuple[int, ...], first_row: int, shape: tuple[int, ...]
+    ) -> list[Stretch] | None:
         """Where ``shape[0]`` rows of a tensor (at a place of it) lie, in order.
 
         None if some chunk holds less than whole rows, so that the rows are nowhere in one stretch.
@@ -158,14 +167,19 @@ class TorchDistReader:
         for chunk in self.tensors[key].chunks:
             if not all(o <= i < o + s for i, o, s in zip(place, chunk.offsets, chunk.sizes)):
                 continue
-            offsets, sizes = chunk.offsets[len(place):], chunk.sizes[len(place):]
+            offsets, sizes = chunk.offsets[len(place) :], chunk.sizes[len(place) :]
             offsets = (offsets[0] - first_row, *offsets[1:])
             ranges = [(max(0, o), min(n, o + s)) for o, s, n in zip(offsets, sizes, shape)]
             if all(start < stop for start, stop in ranges):
-                parts.append(_Part(
-                    key, chunk, tuple(i - o for i, o in zip(place, chunk.offsets)),
-                    tuple(slice(start - o, stop - o) for (start, stop), o in zip(ranges, offsets)),
-                    tuple(slice(start, stop) for start, stop in ranges)))
+                parts.append(
+                    _Part(
+                        key,
+                        chunk,
+                        tuple(i - o for i, o in zip(place, chunk.offsets)),
+                        tuple(slice(start - o, stop - o) for (start, stop), o in zip(ranges, offsets)),
+                        tuple(slice(start, stop) for start, stop in ranges),
+                    )
+                )
         covered = sum(math.prod(s.stop - s.start for s in part.in_target) for part in parts)
         if covered != math.prod(shape):
             raise UserError(f"{self._folder}: {key} is incomplete: {covered} of {math.prod(shape)} values are there")
@@ -180,8 +194,9 @@ class TorchDistReader:
         try:
             with open(path, "rb") as file:
                 # on the meta device torch.load reads where the values lie and not the values
-                stored = torch.load(_create_file_view(file, info.offset, info.length), map_location="meta",
-                                    weights_only=True)
+                stored = torch.load(
+                    _create_file_view(file, info.offset, info.length), map_location="meta", weights_only=True
+                )
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
         if not stored.is_contiguous():
@@ -207,8 +222,12 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Reads ``.metadata`` without running or importing anything but the plain data classes it is made of."""
 
     SAFE = {
-        ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set"),
-        ("pathlib", "PosixPath"), ("pathlib", "Path"),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("collections", "OrderedDict"),
+        ("builtins", "set"),
+        ("pathlib", "PosixPath"),
+        ("pathlib", "Path"),
     }
 
     def find_class(self, module: str, name: str) -> Any:

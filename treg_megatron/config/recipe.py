@@ -15,8 +15,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from treg_megatron.errors import UserError
 from treg_megatron.config.schema import SECTIONS, Recipe
+from treg_megatron.errors import UserError
 
 BASE_RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "base.yaml"
 COMMAND_LINE = "the command line"
@@ -56,8 +56,7 @@ def load_recipe(path: str | Path | RecordedRecipe = BASE_RECIPE, overrides: list
     return trace_recipe(path, overrides)[0]
 
 
-def trace_recipe(path: str | Path | RecordedRecipe,
-                 overrides: list[str] = ()) -> tuple[DictConfig, dict[str, str]]:
+def trace_recipe(path: str | Path | RecordedRecipe, overrides: list[str] = ()) -> tuple[DictConfig, dict[str, str]]:
     """:func:`load_recipe`, and where each value comes from: a file or the command line, by ``section.key``."""
     config = OmegaConf.structured(Recipe)
     OmegaConf.set_struct(config, True)
@@ -97,8 +96,10 @@ def section(recipe: DictConfig, name: str) -> Any:
     node = recipe[name]
     missing = [k for k in node if OmegaConf.is_missing(node, k)]
     if missing:
-        raise UserError(f"recipe {recipe.get('name', '?')}: {name}.{missing[0]} has no value; "
-                        f"set it in the recipe or pass {name}.{missing[0]}=VALUE ({_help(name, missing[0])})")
+        raise UserError(
+            f"recipe {recipe.get('name', '?')}: {name}.{missing[0]} has no value; "
+            f"set it in the recipe or pass {name}.{missing[0]}=VALUE ({_help(name, missing[0])})"
+        )
     try:
         values = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
@@ -106,7 +107,9 @@ def section(recipe: DictConfig, name: str) -> Any:
     for field in dataclasses.fields(values):
         choices = field.metadata.get("choices")
         if choices and getattr(values, field.name) not in choices:
-            raise UserError(f"{name}.{field.name} is {getattr(values, field.name)!r}; choose one of {', '.join(choices)}")
+            raise UserError(
+                f"{name}.{field.name} is {getattr(values, field.name)!r}; choose one of {', '.join(choices)}"
+            )
     return values
 
 

@@ -18,8 +18,10 @@ class ModelSection:
     """The model to align."""
 
     hf: str = key("Hugging Face folder of the model: config.json, tokenizer and, for import, safetensors weights")
-    architecture: str | None = key("name of a published config.json under treg_megatron/models/architectures, or the path of "
-                                   "one: what preflight builds where hf is not on disk; null: hf must be")
+    architecture: str | None = key(
+        "name of a published config.json under treg_megatron/models/architectures, or the path of "
+        "one: what preflight builds where hf is not on disk; null: hf must be"
+    )
     checkpoint: str = key("Megatron checkpoint of the same model, as convert_checkpoint.py import writes it")
 
 
@@ -30,8 +32,10 @@ class SampleSection:
     model: str = key("Hugging Face folder of the model that is sampled: tokenizer, and weights where it runs here")
     prompts: str = key("prompts to answer, a JSON or JSONL file; of preference pairs, their prompts")
     output: str = key("folder for the samples (JSONL) and their manifest")
-    engine: str = key("what generates: this process, a server that speaks OpenAI's completions protocol, or vLLM",
-                      choices=("huggingface", "server", "vllm"))
+    engine: str = key(
+        "what generates: this process, a server that speaks OpenAI's completions protocol, or vLLM",
+        choices=("huggingface", "server", "vllm"),
+    )
     server: str | None = key("engine server: its address up to and with /v1")
     server_model: str | None = key("engine server: name of the model there; null asks the server for its first")
     timeout: float = key("engine server: seconds that an answer may take before it is asked for again")
@@ -53,8 +57,10 @@ class RankSection:
 
     samples: str = key("folder that sample_responses wrote")
     output: str = key("preference pairs to write, a JSONL file")
-    scores: str = key("where scores come from: a reward model, a key of each sampled response, or your own function",
-                      choices=("reward_model", "column", "function"))
+    scores: str = key(
+        "where scores come from: a reward model, a key of each sampled response, or your own function",
+        choices=("reward_model", "column", "function"),
+    )
     reward_model: str | None = key("Hugging Face folder of a sequence-classification model")
     column: str | None = key("key of each response in the samples that holds its score")
     function: str | None = key("MODULE:NAME of a function (messages, responses) -> scores")
@@ -74,10 +80,14 @@ class LabelSection:
     output: str = key("folder for the labelled pairs (Parquet) and their manifest")
     prompt_pair: str = key("name of a built-in better/worse prompt pair, or the path of your own YAML file")
     max_length: int = key("tokens that the prompt with its response may have: what training sees")
-    max_revision_length: int | None = key("tokens that a better or worse prompt with the response may have; "
-                                          "null: as many as the reference model has positions")
-    engine: str = key("what holds the reference model: each process whole, or Megatron split over ranks",
-                      choices=("huggingface", "megatron"))
+    max_revision_length: int | None = key(
+        "tokens that a better or worse prompt with the response may have; "
+        "null: as many as the reference model has positions"
+    )
+    engine: str = key(
+        "what holds the reference model: each process whole, or Megatron split over ranks",
+        choices=("huggingface", "megatron"),
+    )
     checkpoint: str = key("engine megatron: Megatron checkpoint of the reference model")
     tensor: int = key("engine megatron: tensor-parallel size")
     pipeline: int = key("engine megatron: pipeline-parallel size")
@@ -96,16 +106,20 @@ class IndexSection:
     output: str = key("PREFIX of the streams: PREFIX_tokens.bin, PREFIX_tokens.idx, ...")
     tokenizer: str = key("Hugging Face folder of the tokenizer that the training model uses")
     workers: int = key("processes that write a shard each; the streams are the same whatever their number")
-    validation_fraction: float = key("share of the pairs, chosen by a hash of pair_id, that goes to "
-                                     "PREFIX_validation instead; 0 makes none")
+    validation_fraction: float = key(
+        "share of the pairs, chosen by a hash of pair_id, that goes to PREFIX_validation instead; 0 makes none"
+    )
 
 
 @dataclass
 class ObjectiveSection:
     """What is minimised: docs/METHOD.md has the formulas."""
 
-    preference: str = key("preference loss; dpo_norm is DPO with rewards averaged over a response's tokens, sft maximum "
-                          "likelihood of the chosen responses", choices=("dpo", "dpo_norm", "ipo", "simpo", "sft"))
+    preference: str = key(
+        "preference loss; dpo_norm is DPO with rewards averaged over a response's tokens, sft maximum "
+        "likelihood of the chosen responses",
+        choices=("dpo", "dpo_norm", "ipo", "simpo", "sft"),
+    )
     beta: float = key("KL strength of DPO and IPO, reward scale of SimPO; > 0")
     gamma: float = key("SimPO's target margin, in units of the reward (the paper states gamma / beta); >= 0")
     label_smoothing: float = key("cDPO: share of pairs whose preference is assumed to be flipped, in [0, 0.5)")
@@ -128,14 +142,19 @@ class DataSection:
     seq_length: int = key("longest sequence (prompt + response) in tokens; longer pairs are refused")
     micro_batch_size: int = key("pairs in one forward pass of one data-parallel rank")
     global_batch_size: int = key("pairs in one optimizer step over all ranks")
-    layout: str = key("sequences of a micro-batch: one after the other in one row, or one a row, padded; bins: packed, "
-                      "and as many pairs as fit bin_size instead of micro_batch_size", choices=("packed", "padded", "bins"))
-    bin_size: int | None = key("layout bins: tokens of a micro-batch, both sequences of its pairs; "
-                               "null: 2 x seq_length, which holds any pair")
+    layout: str = key(
+        "sequences of a micro-batch: one after the other in one row, or one a row, padded; bins: packed, "
+        "and as many pairs as fit bin_size instead of micro_batch_size",
+        choices=("packed", "padded", "bins"),
+    )
+    bin_size: int | None = key(
+        "layout bins: tokens of a micro-batch, both sequences of its pairs; null: 2 x seq_length, which holds any pair"
+    )
     share_prompts: bool | None = key(
         "whether the two sequences of a pair share the computation of their prompt: the same loss and gradients of fewer "
         "tokens; layouts packed and bins, without Transformer Engine, context parallelism or experts; null: on a CPU, "
-        "where these allow it")
+        "where these allow it"
+    )
     pad_to_multiple_of: int = key("rows are padded to a multiple of this many tokens")
     epochs: int = key("passes over the training pairs")
     seed: int = key("seed of the order of the pairs")
@@ -178,8 +197,10 @@ class OptimizerSection:
     beta1: float = key("Adam beta1")
     beta2: float = key("Adam beta2")
     eps: float = key("Adam epsilon")
-    router_aux_loss: float = key("mixture of experts: coefficient of the load-balancing loss, a mean over micro-batches "
-                                 "beside the mean over pairs; 0 leaves it out")
+    router_aux_loss: float = key(
+        "mixture of experts: coefficient of the load-balancing loss, a mean over micro-batches "
+        "beside the mean over pairs; 0 leaves it out"
+    )
     clip_grad: float = key("largest global gradient norm; 0 turns clipping off")
 
 
@@ -196,10 +217,14 @@ class TrainSection:
     validate_every: int = key("optimizer steps between validations; also run before the first step and after the last")
     recompute: str = key("activation recompute", choices=("none", "selective", "full"))
     seed: int = key("seed of everything random in the model (dropout; initialisation where no checkpoint is given)")
-    stuck_after: float = key("seconds without a step (or a micro-batch of validation, or a checkpoint) after which every "
-                             "rank prints its stack and ends")
+    stuck_after: float = key(
+        "seconds without a step (or a micro-batch of validation, or a checkpoint) after which every "
+        "rank prints its stack and ends"
+    )
     record_pairs: bool = key("whether RUN/pairs/ records the pairs that each step trained on")
-    first_loss_tolerance: float = key("how far the first preference loss may be from its known value, e.g. ln 2 for DPO")
+    first_loss_tolerance: float = key(
+        "how far the first preference loss may be from its known value, e.g. ln 2 for DPO"
+    )
 
 
 @dataclass
@@ -209,10 +234,14 @@ class ExportSection:
     checkpoint: str = key("training checkpoint, or a run's folder for its newest one")
     base: str = key("Hugging Face folder that gives config.json and the tokenizer")
     output: str = key("Hugging Face folder to write")
-    dtype: str = key("precision of the written weights; auto keeps the base model's",
-                     choices=("auto", "float32", "bfloat16", "float16"))
-    lora: str = key("what a run with adapters becomes: the base model with them merged in, or a folder that peft loads",
-                    choices=("merged", "adapter"))
+    dtype: str = key(
+        "precision of the written weights; auto keeps the base model's",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    lora: str = key(
+        "what a run with adapters becomes: the base model with them merged in, or a folder that peft loads",
+        choices=("merged", "adapter"),
+    )
     shard_size: float = key("largest weight file in GB (10^9 bytes); larger models are split and get an index")
 
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from treg_megatron.data.indexed import IndexedReader, ends_of
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import read_manifest, sha256_of
-from treg_megatron.data.indexed import IndexedReader, ends_of
 
 MANIFEST_FORMAT, MANIFEST_VERSION = "treg-megatron streams", 1
 ALIGNMENT = "value t belongs to response token t; the response is the suffix of the tokens"
@@ -69,18 +69,24 @@ class PairStreams:
         if not 0 <= pair < len(self):
             raise IndexError(f"pair {pair} of {len(self)}")
         chosen, rejected, reference = 2 * pair, 2 * pair + 1, self._reference
-        return PairRecord(self.pair_id(pair), self._tokens[chosen], self._tokens[rejected],
-                          self._rewards[chosen], self._rewards[rejected],
-                          None if reference is None else reference[chosen],
-                          None if reference is None else reference[rejected])
+        return PairRecord(
+            self.pair_id(pair),
+            self._tokens[chosen],
+            self._tokens[rejected],
+            self._rewards[chosen],
+            self._rewards[rejected],
+            None if reference is None else reference[chosen],
+            None if reference is None else reference[rejected],
+        )
 
     def __reduce__(self):
         return PairStreams, (self.prefix,)
 
     def reader(self, name: str) -> IndexedReader:
         """One stream as it lies on disk; REF_LOGPROBS must be there."""
-        return {TOKENS: self._tokens, TOKEN_REWARDS: self._rewards, REF_LOGPROBS: self._reference,
-                PAIR_IDS: self._ids}[name]
+        return {TOKENS: self._tokens, TOKEN_REWARDS: self._rewards, REF_LOGPROBS: self._reference, PAIR_IDS: self._ids}[
+            name
+        ]
 
     def pair_id(self, pair: int) -> str:
         """The name of a pair, as the file that it comes from gives it."""
@@ -100,28 +106,42 @@ class PairStreams:
         pairs = self.manifest["pairs"]
         if pairs < 1:
             raise UserError(f"streams {self.prefix} hold no pairs; index again")
-        readers = {TOKENS: self._tokens, TOKEN_REWARDS: self._rewards, REF_LOGPROBS: self._reference,
-                   PAIR_IDS: self._ids}
+        readers = {
+            TOKENS: self._tokens,
+            TOKEN_REWARDS: self._rewards,
+            REF_LOGPROBS: self._reference,
+            PAIR_IDS: self._ids,
+        }
         for name, reader in readers.items():
             sequences = 1 if name == PAIR_IDS else 2
-            if reader is not None and (len(reader.document_starts) != pairs + 1 or not np.array_equal(
-                    reader.document_starts, np.arange(pairs + 1) * sequences)):
-                raise UserError(f"{self.prefix}_{name} does not hold {pairs} documents of {sequences} sequences, as "
-                                "the manifest says; index again")
+            if reader is not None and (
+                len(reader.document_starts) != pairs + 1
+                or not np.array_equal(reader.document_starts, np.arange(pairs + 1) * sequences)
+            ):
+                raise UserError(
+                    f"{self.prefix}_{name} does not hold {pairs} documents of {sequences} sequences, as "
+                    "the manifest says; index again"
+                )
         self._refuse(self._rewards.lengths < 1, "{pair}: an empty response")
-        self._refuse(self._rewards.lengths >= self._tokens.lengths,
-                     f"{{pair}}: {TOKEN_REWARDS} has {{rewards}} values for {{tokens}} tokens")
+        self._refuse(
+            self._rewards.lengths >= self._tokens.lengths,
+            f"{{pair}}: {TOKEN_REWARDS} has {{rewards}} values for {{tokens}} tokens",
+        )
         if self._reference is not None:
-            self._refuse(self._reference.lengths != self._rewards.lengths,
-                         f"{{pair}}: {REF_LOGPROBS} has {{reference}} values where {TOKEN_REWARDS} has {{rewards}}")
+            self._refuse(
+                self._reference.lengths != self._rewards.lengths,
+                f"{{pair}}: {REF_LOGPROBS} has {{reference}} values where {TOKEN_REWARDS} has {{rewards}}",
+            )
 
     def _refuse(self, wrong_sequences: np.ndarray, message: str) -> None:
         if wrong_sequences.any():
             i = int(wrong_sequences.argmax())
             told = message.format(
                 pair=f"pair {i // 2} ({self.pair_id(i // 2)}, {'rejected' if i % 2 else 'chosen'})",
-                tokens=self._tokens.lengths[i], rewards=self._rewards.lengths[i],
-                reference=None if self._reference is None else self._reference.lengths[i])
+                tokens=self._tokens.lengths[i],
+                rewards=self._rewards.lengths[i],
+                reference=None if self._reference is None else self._reference.lengths[i],
+            )
             raise UserError(f"streams {self.prefix} disagree: {told}; index again")
 
 
@@ -135,8 +155,17 @@ def manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.manifest.json")
 
 
-_MANIFEST_KEYS = {"pairs": int, "tokens": int, "response_tokens": int, "longest_sequence": int, "alignment": str,
-                  "token_dtype": str, "reference_logprobs": bool, "tokenizer": dict, "files": dict}
+_MANIFEST_KEYS = {
+    "pairs": int,
+    "tokens": int,
+    "response_tokens": int,
+    "longest_sequence": int,
+    "alignment": str,
+    "token_dtype": str,
+    "reference_logprobs": bool,
+    "tokenizer": dict,
+    "files": dict,
+}
 _FILE_KEYS = {"bytes": int, "sha256": str, "ends": str}
 _TOKENIZER_KEYS = {"sha256": str, "chat_template_sha256": str, "vocab_size": int}
 
@@ -166,15 +195,19 @@ def _require_keys(found: dict[str, Any], expected: dict[str, type], path: Path, 
     for key, type in expected.items():
         value = found.get(key)
         if not isinstance(value, type) or (type is int and (isinstance(value, bool) or value < 0)):
-            raise UserError(f"{path}: {where}{key} is {'missing' if key not in found else repr(value)[:60]}, where "
-                            f"{type.__name__} is due; index again")
+            raise UserError(
+                f"{path}: {where}{key} is {'missing' if key not in found else repr(value)[:60]}, where "
+                f"{type.__name__} is due; index again"
+            )
 
 
 def _open(prefix: str | Path, name: str, dtypes: tuple[type, ...]) -> IndexedReader:
     reader = IndexedReader(*stream_paths(prefix, name))
     if reader.dtype not in dtypes:
-        raise UserError(f"{prefix}_{name} holds {reader.dtype} numbers instead of "
-                        f"{' or '.join(np.dtype(dtype).name for dtype in dtypes)}; index again")
+        raise UserError(
+            f"{prefix}_{name} holds {reader.dtype} numbers instead of "
+            f"{' or '.join(np.dtype(dtype).name for dtype in dtypes)}; index again"
+        )
     return reader
 
 
@@ -183,13 +216,17 @@ def _check_sizes(prefix: Path, manifest: dict[str, Any]) -> None:
         if not path.is_file():
             raise UserError(f"{path} does not exist, but {manifest_path(prefix)} lists it; index again")
         if path.stat().st_size != file["bytes"]:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, its manifest says {file['bytes']}: it was cut, "
-                            "or belongs to other streams; index again")
+            raise UserError(
+                f"{path} has {path.stat().st_size} bytes, its manifest says {file['bytes']}: it was cut, "
+                "or belongs to other streams; index again"
+            )
 
 
 def _changed(path: Path) -> UserError:
-    return UserError(f"{path} has changed since it was written, or belongs to other streams: its hash is not the "
-                     "manifest's; index again")
+    return UserError(
+        f"{path} has changed since it was written, or belongs to other streams: its hash is not the "
+        "manifest's; index again"
+    )
 
 
 def _files(prefix: Path, manifest: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:

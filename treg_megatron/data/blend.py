@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from treg_megatron.errors import UserError
 from treg_megatron.data.aligned import PairRecord, PairStreams
+from treg_megatron.errors import UserError
 
-_LONGEST = 100                # times the pairs that there are; more is a slip of the pen in the weights
+_LONGEST = 100  # times the pairs that there are; more is a slip of the pen in the weights
 
 
 class BlendedStreams:
@@ -26,18 +26,26 @@ class BlendedStreams:
         counts = _counts([len(part) for part in parts], weights)
         self._part = np.repeat(np.arange(len(parts)), counts)
         self._pair = np.concatenate([np.arange(count) % len(part) for part, count in zip(parts, counts)])
-        self.sequence_lengths = np.concatenate([p.sequence_lengths[self._pair[self._part == i]]
-                                                for i, p in enumerate(parts)])
-        self.response_lengths = np.concatenate([p.response_lengths[self._pair[self._part == i]]
-                                                for i, p in enumerate(parts)])
+        self.sequence_lengths = np.concatenate(
+            [p.sequence_lengths[self._pair[self._part == i]] for i, p in enumerate(parts)]
+        )
+        self.response_lengths = np.concatenate(
+            [p.response_lengths[self._pair[self._part == i]] for i, p in enumerate(parts)]
+        )
         self.manifest: dict[str, Any] = {
             **parts[0].manifest,
-            "pairs": len(self), "tokens": int(self.sequence_lengths.sum()),
+            "pairs": len(self),
+            "tokens": int(self.sequence_lengths.sum()),
             "response_tokens": int(self.response_lengths.sum()),
             "longest_sequence": int(self.sequence_lengths.max()),
             "reference_logprobs": all(part.manifest["reference_logprobs"] for part in parts),
-            "files": {}, "labels": {"blend": [{"prefix": str(part.prefix), "pairs": int(count),
-                                               "manifest": part.manifest} for part, count in zip(parts, counts)]},
+            "files": {},
+            "labels": {
+                "blend": [
+                    {"prefix": str(part.prefix), "pairs": int(count), "manifest": part.manifest}
+                    for part, count in zip(parts, counts)
+                ]
+            },
         }
 
     def __len__(self) -> int:
@@ -85,9 +93,11 @@ def _counts(pairs: list[int], weights: list[float] | None) -> list[int]:
     shares = [weight / sum(weights) for weight in weights]
     epoch = max(count / share for count, share in zip(pairs, shares))
     if epoch > _LONGEST * sum(pairs):
-        raise UserError(f"with shares {', '.join(f'{share:.2g}' for share in shares)} an epoch that leaves no pair out "
-                        f"has {epoch:.3g} pairs where the streams have {sum(pairs)}: give the "
-                        "larger streams more weight")
+        raise UserError(
+            f"with shares {', '.join(f'{share:.2g}' for share in shares)} an epoch that leaves no pair out "
+            f"has {epoch:.3g} pairs where the streams have {sum(pairs)}: give the "
+            "larger streams more weight"
+        )
     return [max(count, round(share * epoch)) for count, share in zip(pairs, shares)]
 
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
+from treg_megatron.config.schema import DataSection, ParallelSection
+from treg_megatron.data.aligned import PairStreams
 from treg_megatron.errors import UserError
 from treg_megatron.objective import Objective
-from treg_megatron.data.aligned import PairStreams
-from treg_megatron.config.schema import DataSection, ParallelSection
 
 
 def data_parallel_size(parallel: ParallelSection, ranks: int) -> int:
@@ -19,9 +19,11 @@ def data_parallel_size(parallel: ParallelSection, ranks: int) -> int:
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     if ranks % model_ranks:
         context = f" x parallel.context={parallel.context}" if parallel.context > 1 else ""
-        raise UserError(f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}{context} needs a "
-                        f"multiple of {model_ranks} processes, {ranks} were started: "
-                        f"torchrun --nproc-per-node {model_ranks}")
+        raise UserError(
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}{context} needs a "
+            f"multiple of {model_ranks} processes, {ranks} were started: "
+            f"torchrun --nproc-per-node {model_ranks}"
+        )
     return ranks // model_ranks
 
 
@@ -56,15 +58,25 @@ def require_split(fields: dict[str, Any], tensor: int, pipeline: int, section: s
         UserError: one of them does not divide it, with the values that would.
     """
     heads, groups = fields["num_attention_heads"], fields["num_query_groups"]
-    for name, size in (("attention heads", heads), ("key-value heads", groups), ("ffn_hidden_size", fields["ffn_hidden_size"])):
+    for name, size in (
+        ("attention heads", heads),
+        ("key-value heads", groups),
+        ("ffn_hidden_size", fields["ffn_hidden_size"]),
+    ):
         if size % tensor:
-            fitting = [n for n in range(1, groups + 1) if not (heads % n or groups % n or fields["ffn_hidden_size"] % n)]
-            raise UserError(f"{section}.tensor={tensor} does not divide the model's {size} {name}; "
-                            f"tensor sizes that do: {', '.join(map(str, fitting))}")
+            fitting = [
+                n for n in range(1, groups + 1) if not (heads % n or groups % n or fields["ffn_hidden_size"] % n)
+            ]
+            raise UserError(
+                f"{section}.tensor={tensor} does not divide the model's {size} {name}; "
+                f"tensor sizes that do: {', '.join(map(str, fitting))}"
+            )
     if fields["num_layers"] % pipeline:
         fitting = [n for n in range(1, fields["num_layers"] + 1) if fields["num_layers"] % n == 0]
-        raise UserError(f"{section}.pipeline={pipeline} does not divide the model's {fields['num_layers']} layers; "
-                        f"pipeline sizes that do: {', '.join(map(str, fitting))}")
+        raise UserError(
+            f"{section}.pipeline={pipeline} does not divide the model's {fields['num_layers']} layers; "
+            f"pipeline sizes that do: {', '.join(map(str, fitting))}"
+        )
 
 
 def require_divisible(fields: dict[str, Any], parallel: ParallelSection, data: DataSection, ranks: int) -> None:
@@ -82,24 +94,34 @@ def require_divisible(fields: dict[str, Any], parallel: ParallelSection, data: D
         if parallel.pipeline == 1:
             raise UserError("parallel.virtual_pipeline interleaves pipeline stages: it needs parallel.pipeline > 1")
         if fields["num_layers"] % chunks:
-            raise UserError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} x parallel.pipeline="
-                            f"{parallel.pipeline} does not divide the model's {fields['num_layers']} layers")
+            raise UserError(
+                f"parallel.virtual_pipeline={parallel.virtual_pipeline} x parallel.pipeline="
+                f"{parallel.pipeline} does not divide the model's {fields['num_layers']} layers"
+            )
         if data.layout != "bins":
             raise UserError(f"parallel.virtual_pipeline needs rows of one length: data.layout=bins, not {data.layout}")
     if parallel.context > 1 and data.layout == "padded":
         raise UserError("parallel.context splits packed sequences: data.layout=packed or bins, not padded")
     if data.share_prompts and not can_share_prompts(fields, parallel, data):
-        raise UserError("data.share_prompts computes a prompt once in a packed row: it needs data.layout=packed or bins, "
-                        "parallel.context=1 and a model without experts; set it to false")
+        raise UserError(
+            "data.share_prompts computes a prompt once in a packed row: it needs data.layout=packed or bins, "
+            "parallel.context=1 and a model without experts; set it to false"
+        )
     if parallel.sequence and parallel.tensor == 1:
-        raise UserError("parallel.sequence splits the sequence over the tensor-parallel group: it needs parallel.tensor > 1")
+        raise UserError(
+            "parallel.sequence splits the sequence over the tensor-parallel group: it needs parallel.tensor > 1"
+        )
     per_pass = data.micro_batch_size * data_parallel_size(parallel, ranks)
     if data.global_batch_size % per_pass:
-        raise UserError(f"data.global_batch_size={data.global_batch_size} is no multiple of data.micro_batch_size="
-                        f"{data.micro_batch_size} x {per_pass // data.micro_batch_size} data-parallel ranks = {per_pass}")
+        raise UserError(
+            f"data.global_batch_size={data.global_batch_size} is no multiple of data.micro_batch_size="
+            f"{data.micro_batch_size} x {per_pass // data.micro_batch_size} data-parallel ranks = {per_pass}"
+        )
     if data.seq_length > fields["seq_length"]:
-        raise UserError(f"data.seq_length={data.seq_length} is longer than the {fields['seq_length']} positions that the "
-                        f"model was trained for")
+        raise UserError(
+            f"data.seq_length={data.seq_length} is longer than the {fields['seq_length']} positions that the "
+            f"model was trained for"
+        )
 
 
 def require_tensor_inside_node(parallel: ParallelSection, ranks_per_node: int) -> None:
@@ -112,8 +134,10 @@ def require_tensor_inside_node(parallel: ParallelSection, ranks_per_node: int) -
     """
     if ranks_per_node % parallel.tensor:
         fitting = [n for n in range(1, ranks_per_node + 1) if ranks_per_node % n == 0]
-        raise UserError(f"parallel.tensor={parallel.tensor} does not fit in a node of {ranks_per_node} ranks: tensor sizes "
-                        f"that do: {', '.join(map(str, fitting))}; raise parallel.pipeline instead")
+        raise UserError(
+            f"parallel.tensor={parallel.tensor} does not fit in a node of {ranks_per_node} ranks: tensor sizes "
+            f"that do: {', '.join(map(str, fitting))}; raise parallel.pipeline instead"
+        )
 
 
 def require_experts_divide(fields: dict[str, Any], parallel: ParallelSection, ranks: int) -> None:
@@ -129,11 +153,15 @@ def require_experts_divide(fields: dict[str, Any], parallel: ParallelSection, ra
         raise UserError(f"parallel.expert={parallel.expert}: the model has no experts; set it to 1")
     if experts % parallel.expert:
         fitting = [n for n in range(1, experts + 1) if experts % n == 0]
-        raise UserError(f"parallel.expert={parallel.expert} does not divide the model's {experts} experts; "
-                        f"expert sizes that do: {', '.join(map(str, fitting))}")
+        raise UserError(
+            f"parallel.expert={parallel.expert} does not divide the model's {experts} experts; "
+            f"expert sizes that do: {', '.join(map(str, fitting))}"
+        )
     if data_ranks % parallel.expert:
-        raise UserError(f"parallel.expert={parallel.expert} shares experts out among data-parallel ranks, of which there "
-                        f"are {data_ranks}: it must divide them")
+        raise UserError(
+            f"parallel.expert={parallel.expert} shares experts out among data-parallel ranks, of which there "
+            f"are {data_ranks}: it must divide them"
+        )
 
 
 def require_batch(data: DataSection) -> None:
@@ -146,9 +174,11 @@ def require_batch(data: DataSection) -> None:
         if getattr(data, name) < 1:
             raise UserError(f"data.{name}={getattr(data, name)} must be at least 1")
     if data.layout == "bins" and data.micro_batch_size != 1:
-        raise UserError(f"data.layout=bins packs as many pairs as fit data.bin_size into a micro-batch: "
-                        f"data.micro_batch_size={data.micro_batch_size} means nothing there, set it to 1 and choose "
-                        "data.bin_size")
+        raise UserError(
+            f"data.layout=bins packs as many pairs as fit data.bin_size into a micro-batch: "
+            f"data.micro_batch_size={data.micro_batch_size} means nothing there, set it to 1 and choose "
+            "data.bin_size"
+        )
 
 
 def require_enough(pairs: int, data: DataSection, where: str) -> None:
@@ -158,8 +188,10 @@ def require_enough(pairs: int, data: DataSection, where: str) -> None:
         UserError: there is not.
     """
     if pairs < data.global_batch_size:
-        raise UserError(f"{where} has {pairs} pairs, fewer than data.global_batch_size={data.global_batch_size}: lower it "
-                        "or add pairs")
+        raise UserError(
+            f"{where} has {pairs} pairs, fewer than data.global_batch_size={data.global_batch_size}: lower it "
+            "or add pairs"
+        )
 
 
 def require_trainable(streams: PairStreams, data: DataSection, objective: Objective) -> None:
@@ -173,9 +205,13 @@ def require_trainable(streams: PairStreams, data: DataSection, objective: Object
     longest = streams.sequence_lengths.max(axis=1)
     too_long = np.flatnonzero(longest > data.seq_length)
     if len(too_long):
-        raise UserError(f"{streams.prefix}: {len(too_long)} pairs are longer than data.seq_length={data.seq_length}, the "
-                        f"first is {streams.pair_id(int(too_long[0]))} with {longest[too_long[0]]} tokens: raise "
-                        f"data.seq_length, or label again with a smaller label.max_length")
+        raise UserError(
+            f"{streams.prefix}: {len(too_long)} pairs are longer than data.seq_length={data.seq_length}, the "
+            f"first is {streams.pair_id(int(too_long[0]))} with {longest[too_long[0]]} tokens: raise "
+            f"data.seq_length, or label again with a smaller label.max_length"
+        )
     if objective.needs_reference and not streams.manifest["reference_logprobs"]:
-        raise UserError(f"{streams.prefix} has no reference log-probs, which objective.preference={objective.preference} "
-                        f"needs: label with a reference model, or use simpo or sft")
+        raise UserError(
+            f"{streams.prefix} has no reference log-probs, which objective.preference={objective.preference} "
+            f"needs: label with a reference model, or use simpo or sft"
+        )

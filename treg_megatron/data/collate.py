@@ -12,16 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from treg_megatron.config.schema import DataSection, ParallelSection
+from treg_megatron.data.aligned import PairRecord
 from treg_megatron.data.alignment import score_positions
 from treg_megatron.distributed.context_parallel import WHOLE, ContextPart
-from treg_megatron.data.aligned import PairRecord
-from treg_megatron.config.schema import DataSection, ParallelSection
 
 PADDING_TOKEN = 0  # never scored, never attended to by a scored token
 
 
-def collate(records: Sequence[PairRecord], layout: str, pad_to_multiple_of: int = 1,
-            context: ContextPart = WHOLE, share_prompts: bool = False) -> dict[str, Any]:
+def collate(
+    records: Sequence[PairRecord],
+    layout: str,
+    pad_to_multiple_of: int = 1,
+    context: ContextPart = WHOLE,
+    share_prompts: bool = False,
+) -> dict[str, Any]:
     """One micro-batch of 0 or more pairs; without pairs it is a row of padding whose loss is 0.
 
     Args:
@@ -55,7 +60,7 @@ def collate(records: Sequence[PairRecord], layout: str, pad_to_multiple_of: int 
         batch = packed_row(tokens, positions, pad_to_multiple_of, context)
     else:
         batch = _padded(tokens, positions, pad_to_multiple_of)
-    batch["targets"] = flat([s[len(s) - n:] for s, n in zip(sequences, responses)], np.int64)
+    batch["targets"] = flat([s[len(s) - n :] for s, n in zip(sequences, responses)], np.int64)
     batch["lengths"] = [len(p) for p in positions]
     batch["pair_ids"] = [r.pair_id for r in records]
     batch["token_rewards"] = flat([x for r in records for x in (r.chosen_token_rewards, r.rejected_token_rewards)])
@@ -70,8 +75,9 @@ def row_multiple(data: DataSection, parallel: ParallelSection) -> int:
     return math.lcm(data.pad_to_multiple_of, divisor * (parallel.tensor if parallel.sequence else 1))
 
 
-def packed_row(sequences: list[torch.Tensor], positions: list[np.ndarray], multiple: int = 1,
-               context: ContextPart = WHOLE) -> dict[str, Any]:
+def packed_row(
+    sequences: list[torch.Tensor], positions: list[np.ndarray], multiple: int = 1, context: ContextPart = WHOLE
+) -> dict[str, Any]:
     """Sequences in one row, one after the other: tokens, position_ids, cu_seqlens, max_seqlen, rows of :func:`collate`.
 
     Args:
@@ -94,8 +100,9 @@ def packed_row(sequences: list[torch.Tensor], positions: list[np.ndarray], multi
     }
 
 
-def shared_row(sequences: list[torch.Tensor], positions: list[np.ndarray], responses: list[int],
-               multiple: int = 1) -> dict[str, Any]:
+def shared_row(
+    sequences: list[torch.Tensor], positions: list[np.ndarray], responses: list[int], multiple: int = 1
+) -> dict[str, Any]:
     """Pairs in one row, their prompt once: prompt, chosen, rejected of each; tokens, position_ids, pairs, max_seqlen and
     rows of :func:`collate`.
 
@@ -106,7 +113,7 @@ def shared_row(sequences: list[torch.Tensor], positions: list[np.ndarray], respo
     """
     parts, places, rows, pairs, start = [], [], [], [], 0
     for first in range(0, len(sequences), 2):
-        (chosen, rejected), (of_chosen, of_rejected) = sequences[first:first + 2], positions[first:first + 2]
+        (chosen, rejected), (of_chosen, of_rejected) = sequences[first : first + 2], positions[first : first + 2]
         prompt = len(chosen) - responses[first]
         parts += [chosen, rejected[prompt:]]
         places += [torch.arange(len(chosen)), torch.arange(prompt, len(rejected))]
@@ -128,7 +135,7 @@ def _padded(sequences: list[torch.Tensor], positions: list[np.ndarray], multiple
     width = _round_up(max([len(s) for s in sequences], default=1), multiple)
     tokens = torch.full((max(len(sequences), 1), width), PADDING_TOKEN)
     for row, sequence in enumerate(sequences):
-        tokens[row, :len(sequence)] = sequence
+        tokens[row, : len(sequence)] = sequence
     return {
         "tokens": tokens,
         "position_ids": torch.arange(width).expand_as(tokens),
@@ -142,8 +149,11 @@ def _lengthened(sequence: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _flat(parts: Sequence[np.ndarray], dtype: type = np.float32) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([np.asarray(p, dtype=dtype) for p in parts])) if len(parts) else \
-        torch.from_numpy(np.zeros(0, dtype=dtype))
+    return (
+        torch.from_numpy(np.concatenate([np.asarray(p, dtype=dtype) for p in parts]))
+        if len(parts)
+        else torch.from_numpy(np.zeros(0, dtype=dtype))
+    )
 
 
 def _round_up(length: int, multiple: int) -> int:

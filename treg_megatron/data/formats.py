@@ -65,7 +65,7 @@ def _common_beginning(row: dict) -> Answered:
         raise ValueError("chosen and rejected have no beginning in common that could be the prompt")
     start, end = spaces[-1]
     while rejected[start:end] != chosen[start:end]:
-        end -= 1                                    # the answers themselves begin with different white space
+        end -= 1  # the answers themselves begin with different white space
     return Answered((Message("user", chosen[:start]),), chosen[end:], rejected[end:], *_scores(row))
 
 
@@ -96,9 +96,12 @@ def _simpo(row: dict) -> Answered:
     best, worst = scores.index(max(scores)), scores.index(min(scores))
     if scores[best] == scores[worst]:
         raise NoPreference
-    return Answered(_prompt(_required(row, "prompt")),
-                    *(_text(responses[i], "all_generated_responses") for i in (best, worst)),
-                    scores[best], scores[worst])
+    return Answered(
+        _prompt(_required(row, "prompt")),
+        *(_text(responses[i], "all_generated_responses") for i in (best, worst)),
+        scores[best],
+        scores[worst],
+    )
 
 
 def _nemo_rl(row: dict) -> Answered:
@@ -111,15 +114,18 @@ def _nemo_rl(row: dict) -> Answered:
     best, worst = (completions[ranks.index(extreme(ranks))] for extreme in (min, max))
     if best["rank"] == worst["rank"]:
         raise NoPreference
-    return Answered(_prompt(_required(row, "context"), "context"),
-                    *(_completion(c, "completion") for c in (best, worst)))
+    return Answered(
+        _prompt(_required(row, "context"), "context"), *(_completion(c, "completion") for c in (best, worst))
+    )
 
 
 def _nemo_aligner(row: dict) -> Answered:
     prompt = _required(row, "prompt")
     if isinstance(prompt, str) and "<extra_id_" in prompt:
-        raise ValueError("prompt already carries a chat template (<extra_id_...>), which would be applied twice: give "
-                         "the bare text or a list of messages")
+        raise ValueError(
+            "prompt already carries a chat template (<extra_id_...>), which would be applied twice: give "
+            "the bare text or a list of messages"
+        )
     responses = [_text(_required(row, name), name) for name in ("chosen_response", "rejected_response")]
     return Answered(_prompt(prompt), *responses, *_scores(row, "chosen_reward", "rejected_reward"))
 
@@ -140,8 +146,9 @@ def _sharegpt(row: dict) -> Answered:
     messages = _messages(_required(row, "conversations"), "conversations", _SHAREGPT)
     if row.get("system"):
         messages = (Message("system", _text(row["system"], "system")), *messages)
-    return Answered(messages, *(_answer(_messages([_required(row, name)], name, _SHAREGPT), name) for name in _SIDES),
-                    *_scores(row))
+    return Answered(
+        messages, *(_answer(_messages([_required(row, name)], name, _SHAREGPT), name) for name in _SIDES), *_scores(row)
+    )
 
 
 class _Keys(NamedTuple):
@@ -157,24 +164,53 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 #: Order matters: the first that matches the first row is taken, so a format stands before one whose keys it extends.
 FORMATS = (
-    PairFormat("sharegpt", "conversations, chosen, rejected",
-               lambda row: _has(row, "conversations", *_SIDES), _sharegpt),
-    PairFormat("simpo", "prompt, all_generated_responses, all_rm_scores",
-               lambda row: _has(row, "all_generated_responses", "all_rm_scores"), _simpo),
+    PairFormat(
+        "sharegpt", "conversations, chosen, rejected", lambda row: _has(row, "conversations", *_SIDES), _sharegpt
+    ),
+    PairFormat(
+        "simpo",
+        "prompt, all_generated_responses, all_rm_scores",
+        lambda row: _has(row, "all_generated_responses", "all_rm_scores"),
+        _simpo,
+    ),
     PairFormat("nemo_rl", "context, completions with rank", lambda row: _has(row, "context", "completions"), _nemo_rl),
-    PairFormat("nemo_aligner", "prompt, chosen_response, rejected_response",
-               lambda row: _has(row, "prompt", "chosen_response", "rejected_response"), _nemo_aligner),
-    PairFormat("swift", "messages, rejected_response or rejected_messages", lambda row: _has(row, "messages") and (
-        _has(row, "rejected_response") or _has(row, "rejected_messages")), _swift),
-    PairFormat("ultrafeedback", "prompt as text; chosen, rejected as whole conversations", lambda row: (
-        isinstance(row.get("prompt"), str) and _is_conversation(row.get("chosen"))), _ultrafeedback),
+    PairFormat(
+        "nemo_aligner",
+        "prompt, chosen_response, rejected_response",
+        lambda row: _has(row, "prompt", "chosen_response", "rejected_response"),
+        _nemo_aligner,
+    ),
+    PairFormat(
+        "swift",
+        "messages, rejected_response or rejected_messages",
+        lambda row: _has(row, "messages") and (_has(row, "rejected_response") or _has(row, "rejected_messages")),
+        _swift,
+    ),
+    PairFormat(
+        "ultrafeedback",
+        "prompt as text; chosen, rejected as whole conversations",
+        lambda row: (isinstance(row.get("prompt"), str) and _is_conversation(row.get("chosen"))),
+        _ultrafeedback,
+    ),
     PairFormat("trl", "prompt, chosen, rejected", lambda row: _has(row, "prompt", *_SIDES), _trl_explicit),
-    PairFormat("trl_implicit", "chosen, rejected as whole conversations", lambda row: (
-        isinstance(row.get("chosen"), list) and _has(row, "rejected")), _trl_implicit),
-    PairFormat("hh", "chosen, rejected as text of `Human:` and `Assistant:` turns", lambda row: (
-        _has(row, *_SIDES) and str(row["chosen"]).startswith("\n\nHuman:")), _hh),
-    PairFormat("trl_implicit_text", "chosen, rejected as text with a common beginning",
-               lambda row: _has(row, *_SIDES), _common_beginning),
+    PairFormat(
+        "trl_implicit",
+        "chosen, rejected as whole conversations",
+        lambda row: (isinstance(row.get("chosen"), list) and _has(row, "rejected")),
+        _trl_implicit,
+    ),
+    PairFormat(
+        "hh",
+        "chosen, rejected as text of `Human:` and `Assistant:` turns",
+        lambda row: (_has(row, *_SIDES) and str(row["chosen"]).startswith("\n\nHuman:")),
+        _hh,
+    ),
+    PairFormat(
+        "trl_implicit_text",
+        "chosen, rejected as text with a common beginning",
+        lambda row: _has(row, *_SIDES),
+        _common_beginning,
+    ),
 )
 
 

@@ -26,8 +26,10 @@ import numpy as np
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import sha256_of
 
-DTYPE_CODES = {np.dtype(name): code for code, name in enumerate(
-    ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"), start=1)}
+DTYPE_CODES = {
+    np.dtype(name): code
+    for code, name in enumerate(("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"), start=1)
+}
 
 _HEADER = struct.Struct("<9sQBQQ")
 _COPIED_AT_ONCE = 1 << 24
@@ -60,7 +62,7 @@ class IndexedWriter:
     def append(self, reader: "IndexedReader") -> None:
         """Append all documents of another dataset of the same number type."""
         for start in range(0, reader.numbers.nbytes, _COPIED_AT_ONCE):
-            content = reader.numbers.view(np.uint8)[start:start + _COPIED_AT_ONCE].data
+            content = reader.numbers.view(np.uint8)[start : start + _COPIED_AT_ONCE].data
             self._bin.write(content)
             self._digest.update(content)
         self._lengths.frombytes(reader.lengths.tobytes())
@@ -75,10 +77,18 @@ class IndexedWriter:
             stream.write(lengths)
             stream.write(_offsets(lengths, self.dtype))
             stream.write(np.cumsum(np.append(0, sizes)))
-        return {"bin": {"bytes": self.bin_path.stat().st_size, "sha256": self._digest.hexdigest(),
-                        "ends": ends_of(self.bin_path)},
-                "idx": {"bytes": self.idx_path.stat().st_size, "sha256": sha256_of(self.idx_path),
-                        "ends": ends_of(self.idx_path)}}
+        return {
+            "bin": {
+                "bytes": self.bin_path.stat().st_size,
+                "sha256": self._digest.hexdigest(),
+                "ends": ends_of(self.bin_path),
+            },
+            "idx": {
+                "bytes": self.idx_path.stat().st_size,
+                "sha256": sha256_of(self.idx_path),
+                "ends": ends_of(self.idx_path),
+            },
+        }
 
     def close(self) -> None:
         """Release the file without finishing it."""
@@ -102,21 +112,25 @@ class IndexedReader:
         index = _mapped(idx_path)
         if len(index) < _HEADER.size:
             raise UserError(f"{idx_path} is cut off: {len(index)} bytes are no index")
-        magic, version, code, sequences, boundaries = _HEADER.unpack(index[:_HEADER.size].tobytes())
+        magic, version, code, sequences, boundaries = _HEADER.unpack(index[: _HEADER.size].tobytes())
         dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
         if magic != _MAGIC or version != _VERSION or code not in dtypes:
             raise UserError(f"{idx_path} is no Megatron index (magic {magic!r}, version {version}, number type {code})")
         if len(index) != _HEADER.size + sequences * (4 + 8) + boundaries * 8:
             raise UserError(f"{idx_path} has {len(index)} bytes, which does not fit its {sequences} sequences")
         self.dtype = dtypes[code]
-        self.lengths, offsets, self.document_starts = _split(index[_HEADER.size:], sequences, boundaries)
+        self.lengths, offsets, self.document_starts = _split(index[_HEADER.size :], sequences, boundaries)
         self.numbers = _mapped(bin_path)
         if (self.lengths < 0).any() or not np.array_equal(offsets, _offsets(self.lengths, self.dtype)):
             raise UserError(f"{idx_path}: offsets do not follow from lengths")
         if len(self.numbers) != (needed := int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize):
             raise UserError(f"{bin_path} has {len(self.numbers)} bytes, its index needs {needed}")
-        if boundaries < 1 or self.document_starts[0] != 0 or self.document_starts[-1] != sequences \
-                or (np.diff(self.document_starts) < 0).any():
+        if (
+            boundaries < 1
+            or self.document_starts[0] != 0
+            or self.document_starts[-1] != sequences
+            or (np.diff(self.document_starts) < 0).any()
+        ):
             raise UserError(f"{idx_path}: documents do not cover the sequences in order")
         self.numbers = self.numbers.view(self.dtype)
         self._starts = offsets // self.dtype.itemsize
@@ -127,7 +141,7 @@ class IndexedReader:
     def __getitem__(self, sequence: int) -> np.ndarray:
         """The numbers of one sequence, a read-only view of the file."""
         start = self._starts[sequence]
-        return self.numbers[start:start + self.lengths[sequence]]
+        return self.numbers[start : start + self.lengths[sequence]]
 
 
 def ends_of(path: Path) -> str:

@@ -4,16 +4,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from treg_megatron.errors import UserError
 from treg_megatron.data.pairs import AUTO, Pair, read_pairs_and_rows, recognise
+from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.chat import ChatTokenizer
 
 _SHOWN_ROWS = 5
 _QUANTILES = (0.0, 0.5, 0.95, 1.0)
 
 
-def inspect_pairs(source: str | Path, format: str = AUTO, tokenizer: ChatTokenizer | None = None,
-                  max_length: int | None = None) -> dict[str, Any]:
+def inspect_pairs(
+    source: str | Path, format: str = AUTO, tokenizer: ChatTokenizer | None = None, max_length: int | None = None
+) -> dict[str, Any]:
     """Read all pairs of ``source`` and say what they are.
 
     Args:
@@ -54,9 +55,16 @@ def inspect_pairs(source: str | Path, format: str = AUTO, tokenizer: ChatTokeniz
     if not pairs and unusable:
         raise UserError(f"{source}: no row can be used; the first is {unusable[0]}")
     return {
-        "format": name, "pairs": pairs, "drops": dict(drops), "unusable": len(unusable),
-        "first_unusable": unusable[:_SHOWN_ROWS], "turns": dict(sorted(turns.items())), "system": system,
-        "repeated_prompts": pairs - len(prompts), "scored": scored, "chosen_scored_lower": upside_down,
+        "format": name,
+        "pairs": pairs,
+        "drops": dict(drops),
+        "unusable": len(unusable),
+        "first_unusable": unusable[:_SHOWN_ROWS],
+        "turns": dict(sorted(turns.items())),
+        "system": system,
+        "repeated_prompts": pairs - len(prompts),
+        "scored": scored,
+        "chosen_scored_lower": upside_down,
         "unit": "tokens" if tokenizer else "characters",
         "lengths": {key: _quantiles(values) for key, values in lengths.items() if values},
         "too_long": sum(value > max_length for value in lengths["longest"]) if max_length else None,
@@ -73,8 +81,10 @@ def as_text(report: dict[str, Any]) -> str:
     lines.append(f"with a system message: {report['system']}; prompts that come again: {report['repeated_prompts']}")
     if report["scored"]:
         lines.append(f"scored: {report['scored']}, chosen has the lower score in {report['chosen_scored_lower']}")
-    lines += [f"{report['unit']} of {key}: minimum {low}, median {middle}, 95th percentile {high}, maximum {top}"
-              for key, (low, middle, high, top) in report["lengths"].items()]
+    lines += [
+        f"{report['unit']} of {key}: minimum {low}, median {middle}, 95th percentile {high}, maximum {top}"
+        for key, (low, middle, high, top) in report["lengths"].items()
+    ]
     if report["too_long"] is not None:
         lines.append(f"longer than the maximum length: {report['too_long']}")
     return "\n".join(lines)
@@ -83,8 +93,10 @@ def as_text(report: dict[str, Any]) -> str:
 def _lengths(pair: Pair, tokenizer: ChatTokenizer | None) -> tuple[int, int, int]:
     if tokenizer is None:
         return sum(len(m.content) for m in pair.messages), len(pair.chosen), len(pair.rejected)
-    return (len(tokenizer.encode_prompt(pair.messages)),
-            *(len(tokenizer.encode_response(pair.messages, response)) for response in (pair.chosen, pair.rejected)))
+    return (
+        len(tokenizer.encode_prompt(pair.messages)),
+        *(len(tokenizer.encode_response(pair.messages, response)) for response in (pair.chosen, pair.rejected)),
+    )
 
 
 def _quantiles(values: list[int]) -> list[int]:

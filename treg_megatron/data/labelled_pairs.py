@@ -26,14 +26,22 @@ MANIFEST_NAME = "manifest.json"
 
 _METADATA_KEY = b"treg_megatron"
 _ROWS_AT_ONCE = 1024
-_LOGPROB_TOLERANCE = 1e-3            # rounding may lift a log-prob of 0 a little above it
+_LOGPROB_TOLERANCE = 1e-3  # rounding may lift a log-prob of 0 a little above it
 
 SIDES = ("chosen", "rejected")
-_LISTS = {f"{side}_{name}": type for side in SIDES for name, type in (
-    ("tokens", pa.int32()), ("token_rewards", pa.float32()), ("ref_logprobs", pa.float32()))}
+_LISTS = {
+    f"{side}_{name}": type
+    for side in SIDES
+    for name, type in (("tokens", pa.int32()), ("token_rewards", pa.float32()), ("ref_logprobs", pa.float32()))
+}
 _REFERENCE = tuple(f"{side}_ref_logprobs" for side in SIDES)
-_OPTIONAL = {"chosen_score": pa.float64(), "rejected_score": pa.float64(),
-             "prompt": pa.string(), "chosen": pa.string(), "rejected": pa.string()}
+_OPTIONAL = {
+    "chosen_score": pa.float64(),
+    "rejected_score": pa.float64(),
+    "prompt": pa.string(),
+    "chosen": pa.string(),
+    "rejected": pa.string(),
+}
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,17 @@ def write_shard(path: str | Path, pairs: Iterable[LabelledPair], metadata: dict[
     if rows and rows[0].chosen_ref_logprobs is None:
         types = {name: type for name, type in types.items() if name not in _REFERENCE}
     schema = pa.schema(types.items())
-    with atomic_write(path) as partial, pq.ParquetWriter(
-            partial, schema, compression="zstd", write_page_checksum=True) as file:
+    with (
+        atomic_write(path) as partial,
+        pq.ParquetWriter(partial, schema, compression="zstd", write_page_checksum=True) as file,
+    ):
         while rows:
-            file.write_batch(pa.record_batch([pa.array([getattr(row, name) for row in rows], type)
-                                              for name, type in types.items()], schema=schema))
+            file.write_batch(
+                pa.record_batch(
+                    [pa.array([getattr(row, name) for row in rows], type) for name, type in types.items()],
+                    schema=schema,
+                )
+            )
             written += len(rows)
             rows = list(itertools.islice(pairs, _ROWS_AT_ONCE))
         if metadata is not None:
@@ -124,8 +138,10 @@ def labelled_files(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"labelled pairs {path} do not exist")
-    files = sorted(path.glob("*.parquet"), key=lambda file: [
-        int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)])
+    files = sorted(
+        path.glob("*.parquet"),
+        key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)],
+    )
     if not files:
         raise UserError(f"{path} holds no .parquet files")
     return files
@@ -147,16 +163,20 @@ def labelling_run(path: str | Path) -> dict[str, Any] | None:
     manifest = read_manifest(path / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
     listed, found = {shard["file"] for shard in manifest["shards"]}, {file.name for file in files}
     if listed != found:
-        raise UserError(f"{path}: {', '.join(sorted(listed ^ found))} "
-                        f"{'is missing' if listed - found else 'is not listed in the manifest'}; label again")
+        raise UserError(
+            f"{path}: {', '.join(sorted(listed ^ found))} "
+            f"{'is missing' if listed - found else 'is not listed in the manifest'}; label again"
+        )
     for shard in manifest["shards"]:
         if (pairs := _open(path / shard["file"]).metadata.num_rows) != shard["pairs"]:
-            raise UserError(f"{path / shard['file']} has {pairs} pairs, its manifest says {shard['pairs']}; "
-                            "label again")
+            raise UserError(
+                f"{path / shard['file']} has {pairs} pairs, its manifest says {shard['pairs']}; label again"
+            )
     return manifest["run"]
 
 
 # -- reading and checking ----------------------------------------------------------------------------------------------
+
 
 class _Lists(NamedTuple):
     """A list column: the values of all rows, and where each row's begin."""
@@ -169,7 +189,7 @@ class _Lists(NamedTuple):
         return np.diff(self.offsets)
 
     def row(self, row: int) -> np.ndarray:
-        return self.values[self.offsets[row]:self.offsets[row + 1]]
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
 
     def first_row_where(self, wrong_values: np.ndarray) -> int | None:
         if not wrong_values.any():
@@ -193,15 +213,16 @@ def _read_file(path: Path, begin: int, end: int) -> Iterator[LabelledPair]:
                 ids = _pair_ids(batch)
                 columns = {name: _lists(batch, name) for name in present if name in _LISTS}
                 _check(columns)
-                optional = {name: batch.column(name).cast(_OPTIONAL[name]).to_pylist()
-                            for name in present if name in _OPTIONAL}
+                optional = {
+                    name: batch.column(name).cast(_OPTIONAL[name]).to_pylist() for name in present if name in _OPTIONAL
+                }
                 pairs = [_labelled_pair(ids, columns, optional, row) for row in range(batch.num_rows)]
             except _WrongRow as wrong:
                 name = f" (pair_id {ids[wrong.row]!r})" if ids else ""
                 raise UserError(f"{path} row {first_row + wrong.row}{name}: {wrong.message}") from None
             yield from pairs
             first_row += batch.num_rows
-        if first_row <= end:         # a damaged page can look like one of a kind that readers skip
+        if first_row <= end:  # a damaged page can look like one of a kind that readers skip
             raise UserError(f"{path} ends after row {first_row - 1}, where {end} were announced: it is damaged")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: text that is not UTF-8 in row {first_row} or after ({error.reason})") from None
@@ -243,15 +264,22 @@ def _require_columns(schema: pa.Schema, path: Path) -> list[str]:
         if name in _LISTS:
             expected = "integers" if name.endswith("_tokens") else "floating-point numbers"
             is_list = pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
-            fits = is_list and (pa.types.is_integer(type.value_type) if expected == "integers"
-                                else pa.types.is_floating(type.value_type))
+            fits = is_list and (
+                pa.types.is_integer(type.value_type)
+                if expected == "integers"
+                else pa.types.is_floating(type.value_type)
+            )
             expected = f"lists of {expected}"
         elif _OPTIONAL.get(name) == pa.float64():
             expected = "a number"
             fits = pa.types.is_integer(type) or pa.types.is_floating(type) or pa.types.is_null(type)
         else:
-            expected, fits = "text", pa.types.is_string(type) or pa.types.is_large_string(type) or (
-                pa.types.is_null(type) and name != "pair_id")
+            expected, fits = (
+                "text",
+                pa.types.is_string(type)
+                or pa.types.is_large_string(type)
+                or (pa.types.is_null(type) and name != "pair_id"),
+            )
         if not fits:
             raise UserError(f"{path}: column {name} must hold {expected}, it holds {type}")
     return present
@@ -285,20 +313,33 @@ def _check(columns: dict[str, _Lists]) -> None:
     for side in SIDES:
         tokens, rewards = columns[f"{side}_tokens"], columns[f"{side}_token_rewards"]
         reference = columns.get(f"{side}_ref_logprobs")
-        _refuse_rows(rewards.lengths == 0, lambda row: (
-            f"{side}_token_rewards is empty: a response has at least one token"))
-        _refuse_rows(rewards.lengths >= tokens.lengths, lambda row: (
-            f"{side}_token_rewards has {rewards.lengths[row]} values for {tokens.lengths[row]} tokens; it needs one "
-            "for each response token, and at least one prompt token stands before them"))
+        _refuse_rows(
+            rewards.lengths == 0, lambda row: (f"{side}_token_rewards is empty: a response has at least one token")
+        )
+        _refuse_rows(
+            rewards.lengths >= tokens.lengths,
+            lambda row: (
+                f"{side}_token_rewards has {rewards.lengths[row]} values for {tokens.lengths[row]} tokens; it needs one "
+                "for each response token, and at least one prompt token stands before them"
+            ),
+        )
         _refuse_values(tokens, tokens.values < 0, f"{side}_tokens holds a negative id")
-        _refuse_values(rewards, ~(np.abs(rewards.values) <= 0.5),
-                       f"{side}_token_rewards holds a value outside [-0.5, 0.5]")
+        _refuse_values(
+            rewards, ~(np.abs(rewards.values) <= 0.5), f"{side}_token_rewards holds a value outside [-0.5, 0.5]"
+        )
         if reference is not None:
-            _refuse_rows(reference.lengths != rewards.lengths, lambda row: (
-                f"{side}_ref_logprobs has {reference.lengths[row]} values, "
-                f"{side}_token_rewards {rewards.lengths[row]}"))
-            _refuse_values(reference, ~((reference.values <= _LOGPROB_TOLERANCE) & np.isfinite(reference.values)),
-                           f"{side}_ref_logprobs holds a value that is no finite log-prob")
+            _refuse_rows(
+                reference.lengths != rewards.lengths,
+                lambda row: (
+                    f"{side}_ref_logprobs has {reference.lengths[row]} values, "
+                    f"{side}_token_rewards {rewards.lengths[row]}"
+                ),
+            )
+            _refuse_values(
+                reference,
+                ~((reference.values <= _LOGPROB_TOLERANCE) & np.isfinite(reference.values)),
+                f"{side}_ref_logprobs holds a value that is no finite log-prob",
+            )
 
 
 def _refuse_rows(wrong: np.ndarray, message) -> None:
@@ -315,8 +356,11 @@ def _refuse_values(lists: _Lists, wrong: np.ndarray, message: str) -> None:
 
 def _labelled_pair(ids: list[str], columns: dict[str, _Lists], optional: dict[str, list], row: int) -> LabelledPair:
     lists = {name: column.row(row) for name, column in columns.items()}
-    prompts = [lists[f"{side}_tokens"][:-len(lists[f"{side}_token_rewards"])] for side in SIDES]
+    prompts = [lists[f"{side}_tokens"][: -len(lists[f"{side}_token_rewards"])] for side in SIDES]
     if not np.array_equal(*prompts):
-        raise _WrongRow(row, f"what precedes the responses differs ({len(prompts[0])} and {len(prompts[1])} tokens): a "
-                             "pair answers one prompt, and rewards cover the responses exactly")
+        raise _WrongRow(
+            row,
+            f"what precedes the responses differs ({len(prompts[0])} and {len(prompts[1])} tokens): a "
+            "pair answers one prompt, and rewards cover the responses exactly",
+        )
     return LabelledPair(ids[row], **lists, **{name: values[row] for name, values in optional.items()})

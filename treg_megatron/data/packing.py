@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from treg_megatron.errors import UserError
 from treg_megatron.data.sampler import MicrobatchOrder
+from treg_megatron.errors import UserError
 
 
 def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
@@ -27,7 +27,7 @@ def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
     bins: list[list[int]] = []
     room = np.zeros(len(lengths), dtype=np.int64)
     for item in np.argsort(-lengths, kind="stable").tolist():
-        fitting = room[:len(bins)] >= lengths[item]
+        fitting = room[: len(bins)] >= lengths[item]
         if fitting.any():
             chosen = int(fitting.argmax())
         else:
@@ -45,12 +45,24 @@ class BinOrder:
     Iterating yields ``micro_batches`` lists of indices a step, possibly empty, of at most ``bin_size`` tokens together.
     """
 
-    def __init__(self, lengths: np.ndarray, bin_size: int, global_batch_size: int, rank: int, ranks: int, *,
-                 micro_batches: int, epochs: int = 1, first_step: int = 0, seed: int | None = None):
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        bin_size: int,
+        global_batch_size: int,
+        rank: int,
+        ranks: int,
+        *,
+        micro_batches: int,
+        epochs: int = 1,
+        first_step: int = 0,
+        seed: int | None = None,
+    ):
         self.lengths, self.bin_size, self.rank, self.ranks = lengths, bin_size, rank, ranks
         self.micro_batches = micro_batches
-        self._pairs = MicrobatchOrder(len(lengths), 1, global_batch_size, 0, 1, epochs=epochs, first_step=first_step,
-                                      seed=seed)
+        self._pairs = MicrobatchOrder(
+            len(lengths), 1, global_batch_size, 0, 1, epochs=epochs, first_step=first_step, seed=seed
+        )
         self.first_step, self.steps = first_step, self._pairs.steps
 
     def __len__(self) -> int:
@@ -78,13 +90,16 @@ def pair_lengths(sequence_lengths: np.ndarray, bin_size: int, name: str) -> np.n
     """
     lengths = sequence_lengths.sum(axis=1, dtype=np.int64)
     if lengths.max() > bin_size:
-        raise UserError(f"{name}: pair {int(lengths.argmax())} has {lengths.max()} tokens in both sequences, more than "
-                        f"data.bin_size={bin_size}: raise it to at least that")
+        raise UserError(
+            f"{name}: pair {int(lengths.argmax())} has {lengths.max()} tokens in both sequences, more than "
+            f"data.bin_size={bin_size}: raise it to at least that"
+        )
     return lengths
 
 
-def most_bins(lengths: np.ndarray, bin_size: int, global_batch_size: int, epochs: int = 1,
-              seed: int | None = None) -> int:
+def most_bins(
+    lengths: np.ndarray, bin_size: int, global_batch_size: int, epochs: int = 1, seed: int | None = None
+) -> int:
     """Bins of the step that needs the most, over all epochs."""
     order = BinOrder(lengths, bin_size, global_batch_size, 0, 1, micro_batches=1, epochs=epochs, seed=seed)
     return max(len(order.bins(step)) for step in range(order.steps))

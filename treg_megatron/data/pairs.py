@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treg_megatron.errors import UserError
-from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.data.formats import FORMATS, Answered, NoPreference, PairFormat
 from treg_megatron.data.records import read_rows
+from treg_megatron.errors import UserError
+from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.utils.string_set import Seen
 
 IDENTICAL_RESPONSES = "identical responses"
@@ -40,8 +40,12 @@ class Pair:
     tokenizer: str | None = None
 
 
-def read_pairs(source: str | Path, drops: Counter[str] | None = None, format: str = AUTO,
-               unusable: Callable[[str], None] | None = None) -> Iterator[Pair]:
+def read_pairs(
+    source: str | Path,
+    drops: Counter[str] | None = None,
+    format: str = AUTO,
+    unusable: Callable[[str], None] | None = None,
+) -> Iterator[Pair]:
     """Read the preference pairs of a file, folder or hub data set (:mod:`treg_megatron.data.records`), whatever its size.
 
     The format is recognised by the first row and holds for the whole file. A pair's id is the row's ``pair_id`` or
@@ -60,8 +64,12 @@ def read_pairs(source: str | Path, drops: Counter[str] | None = None, format: st
         yield pair
 
 
-def read_pairs_and_rows(source: str | Path, drops: Counter[str] | None = None, format: str = AUTO,
-                        unusable: Callable[[str], None] | None = None) -> Iterator[tuple[Pair, dict]]:
+def read_pairs_and_rows(
+    source: str | Path,
+    drops: Counter[str] | None = None,
+    format: str = AUTO,
+    unusable: Callable[[str], None] | None = None,
+) -> Iterator[tuple[Pair, dict]]:
     """:func:`read_pairs`, each with its row for whoever needs more of it."""
     drops = Counter() if drops is None else drops
     reader = None if format == AUTO else format_named(format)
@@ -81,8 +89,10 @@ def read_pairs_and_rows(source: str | Path, drops: Counter[str] | None = None, f
             elif whole in seen_pairs:
                 drops[REPEATED_PAIR] += 1
             elif pair.pair_id in seen_ids:
-                raise ValueError(f"pair_id {pair.pair_id!r} already belongs to an earlier row with other content; give "
-                                 "every pair an id of its own, or none")
+                raise ValueError(
+                    f"pair_id {pair.pair_id!r} already belongs to an earlier row with other content; give "
+                    "every pair an id of its own, or none"
+                )
             else:
                 seen_ids.add(pair.pair_id)
                 seen_pairs.add(whole)
@@ -107,8 +117,10 @@ def recognise(row: dict) -> PairFormat:
         if format.matches(row):
             return format
     keys = ", ".join(map(repr, row)) or "none"
-    raise ValueError(f"keys {keys} are no known kind of preference pair; known: "
-                     + "; ".join(f"{format.name} ({format.keys})" for format in FORMATS))
+    raise ValueError(
+        f"keys {keys} are no known kind of preference pair; known: "
+        + "; ".join(f"{format.name} ({format.keys})" for format in FORMATS)
+    )
 
 
 def format_named(name: str) -> PairFormat:
@@ -145,8 +157,15 @@ def _pair(row: dict, format: PairFormat) -> tuple[Pair, str]:
         pair_id.encode()
     except UnicodeEncodeError:
         raise ValueError("text with half of a surrogate pair (a \\ud800-like escape), which is no character") from None
-    return Pair(pair_id, messages, chosen, rejected, _score(answered.chosen_score, "chosen_score"),
-                _score(answered.rejected_score, "rejected_score"), *_sampled_ids(row)), content
+    return Pair(
+        pair_id,
+        messages,
+        chosen,
+        rejected,
+        _score(answered.chosen_score, "chosen_score"),
+        _score(answered.rejected_score, "rejected_score"),
+        *_sampled_ids(row),
+    ), content
 
 
 def _sampled_ids(row: dict) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None, str | None]:

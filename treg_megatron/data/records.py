@@ -23,12 +23,12 @@ from treg_megatron.utils.files import sha256_of, sha256_of_json
 
 HUB = "hub:"
 
-_CHUNK = 1 << 20                      # characters read at once; a longer row is read in several goes
-_LONGEST_TOKEN = 16                   # a JSON literal, number tail or escape that a chunk's end may have cut
+_CHUNK = 1 << 20  # characters read at once; a longer row is read in several goes
+_LONGEST_TOKEN = 16  # a JSON literal, number tail or escape that a chunk's end may have cut
 _SPACE = " \t\n\r"
 _ROWS_AT_ONCE = 512
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
-_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"       # Arrow's
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow's
 _HUB_NAME = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^:]+))?(:(?P<split>[\w.-]+))?")
 
 
@@ -65,8 +65,12 @@ def source_identity(source: str | Path) -> dict[str, str]:
         return {"file": str(source), "sha256": _load_from_hub(str(source))._fingerprint}
     path = Path(source)
     if path.is_dir():
-        return {"file": path.name, "sha256": sha256_of_json(
-            {str(file.relative_to(path)): sha256_of(file) for file in sorted(path.rglob("*")) if file.is_file()})}
+        return {
+            "file": path.name,
+            "sha256": sha256_of_json(
+                {str(file.relative_to(path)): sha256_of(file) for file in sorted(path.rglob("*")) if file.is_file()}
+            ),
+        }
     try:
         return {"file": path.name, "sha256": sha256_of(path)}
     except OSError as error:
@@ -75,11 +79,15 @@ def source_identity(source: str | Path) -> dict[str, str]:
 
 # -- Parquet, Arrow, hub -----------------------------------------------------------------------------------------------
 
+
 def _folder_rows(folder: Path) -> Iterator[tuple[int, Any]]:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        raise UserError(f"{folder} holds the splits {', '.join(splits)}: name one of them, such as {folder / splits[0]}"
-                        if splits else f"{folder} names splits that are not there")
+        raise UserError(
+            f"{folder} holds the splits {', '.join(splits)}: name one of them, such as {folder / splits[0]}"
+            if splits
+            else f"{folder} names splits that are not there"
+        )
     if (folder / "state.json").is_file():
         try:
             names = [file["filename"] for file in json.loads((folder / "state.json").read_bytes())["_data_files"]]
@@ -109,7 +117,7 @@ def _numbered(source: Path, files: list[Path], tables) -> Iterator[tuple[int, An
                     yield number, row
     except UnicodeDecodeError as error:
         raise UserError(f"{file} after row {number}: text that is not UTF-8 ({error.reason})") from None
-    except (pa.ArrowException, OSError, ValueError) as error:       # ValueError: a column twice, a date out of range
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column twice, a date out of range
         raise UserError(f"{file} cannot be read after row {number}: {error}") from None
 
 
@@ -120,7 +128,7 @@ def _parquet_tables(path: Path) -> Iterator[Any]:
     for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
         rows += batch.num_rows
         yield batch
-    if rows != file.metadata.num_rows:          # a damaged page can look like one of a kind that readers skip
+    if rows != file.metadata.num_rows:  # a damaged page can look like one of a kind that readers skip
         raise ValueError(f"{file.metadata.num_rows} rows were announced, the file is damaged")
 
 
@@ -129,12 +137,12 @@ def _arrow_tables(path: Path) -> Iterator[Any]:
 
     with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as batches:
         for batch in batches:
-            batch.validate(full=True)       # offsets of a damaged file would be followed outside of it
+            batch.validate(full=True)  # offsets of a damaged file would be followed outside of it
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 yield batch.slice(start, _ROWS_AT_ONCE)
         end = source.tell()
         source.seek(max(end - len(_END_OF_STREAM), 0))
-        if source.read() != _END_OF_STREAM:     # readers take a cut, or zeros where a length was, for the end
+        if source.read() != _END_OF_STREAM:  # readers take a cut, or zeros where a length was, for the end
             raise ValueError(f"the stream ends at byte {end}, the file is damaged")
 
 
@@ -155,6 +163,7 @@ def _load_from_hub(source: str) -> Any:
 
 
 # -- JSON and JSONL ----------------------------------------------------------------------------------------------------
+
 
 def _magic(path: Path) -> bytes:
     try:
@@ -228,8 +237,10 @@ def _array_elements(stream: codecs.StreamReader, path: Path) -> Iterator[tuple[i
             if after == "]":
                 break
             if after != ",":
-                raise UserError(f"{path} row {number} is not followed by ',' or ']' but by "
-                                f"{repr(after) if after else 'the end of the file: it is cut off'}")
+                raise UserError(
+                    f"{path} row {number} is not followed by ',' or ']' but by "
+                    f"{repr(after) if after else 'the end of the file: it is cut off'}"
+                )
             text.skip_space()
     if extra := text.skip_space():
         raise UserError(f"{path}: {extra!r} follows the closing ']' of the array")
@@ -244,7 +255,7 @@ class _Lookahead:
 
     def read_on(self) -> None:
         more = self.stream.read(max(_CHUNK, len(self.text) - self.position))
-        self.text, self.position = self.text[self.position:] + more, 0
+        self.text, self.position = self.text[self.position :] + more, 0
         self.ended = not more
 
     def skip_space(self) -> str:
@@ -262,7 +273,7 @@ class _Lookahead:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.position)
-                if end < len(self.text) or self.ended:      # a number may go on in the next chunk
+                if end < len(self.text) or self.ended:  # a number may go on in the next chunk
                     self.position = end
                     return value
             except json.JSONDecodeError as error:

@@ -24,8 +24,18 @@ class MicrobatchOrder:
     Iterating yields ``micro_batches`` lists a step, each of at most ``micro_batch_size`` indices, possibly none.
     """
 
-    def __init__(self, pairs: int, micro_batch_size: int, global_batch_size: int, rank: int, ranks: int, *,
-                 epochs: int = 1, first_step: int = 0, seed: int | None = None):
+    def __init__(
+        self,
+        pairs: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        rank: int,
+        ranks: int,
+        *,
+        epochs: int = 1,
+        first_step: int = 0,
+        seed: int | None = None,
+    ):
         self.pairs, self.rank, self.ranks, self.seed = pairs, rank, ranks, seed
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.steps_per_epoch = math.ceil(pairs / global_batch_size)
@@ -41,12 +51,12 @@ class MicrobatchOrder:
             batch = self.global_batch(step)
             for micro in range(self.micro_batches):
                 start = (micro * self.ranks + self.rank) * self.micro_batch_size
-                yield batch[start:start + self.micro_batch_size].tolist()
+                yield batch[start : start + self.micro_batch_size].tolist()
 
     def global_batch(self, step: int) -> np.ndarray:
         """Indices of all pairs of one step, over all ranks: the same for every layout."""
         epoch, step = divmod(step, self.steps_per_epoch)
-        return self._epoch_order(epoch)[step * self.global_batch_size:(step + 1) * self.global_batch_size]
+        return self._epoch_order(epoch)[step * self.global_batch_size : (step + 1) * self.global_batch_size]
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 -- an order lives as long as its run
     def _epoch_order(self, epoch: int) -> np.ndarray:

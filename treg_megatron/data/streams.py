@@ -9,11 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from treg_megatron.data.blend import BlendedStreams, parse_blend
-from treg_megatron.errors import UserError
-from treg_megatron.utils.files import atomic_write_all, manifest_text
-from treg_megatron.data.indexed import IndexedWriter
-from treg_megatron.data.labelled_pairs import LabelledPair
 from treg_megatron.data.aligned import (
     ALIGNMENT,
     MANIFEST_FORMAT,
@@ -27,14 +22,20 @@ from treg_megatron.data.aligned import (
     stream_paths,
     streams_manifest,
 )
-from treg_megatron.utils.string_set import Seen
+from treg_megatron.data.blend import BlendedStreams, parse_blend
+from treg_megatron.data.indexed import IndexedWriter
+from treg_megatron.data.labelled_pairs import LabelledPair
+from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
+from treg_megatron.utils.files import atomic_write_all, manifest_text
+from treg_megatron.utils.string_set import Seen
 
-_UINT16_VOCABULARY = 65500            # megatron-core's own limit for two-byte tokens
+_UINT16_VOCABULARY = 65500  # megatron-core's own limit for two-byte tokens
 
 
-def write_streams(prefix: str | Path, pairs: Iterable[LabelledPair], tokenizer: ChatTokenizer,
-                  labels: dict[str, Any] | None = None) -> dict[str, Any]:
+def write_streams(
+    prefix: str | Path, pairs: Iterable[LabelledPair], tokenizer: ChatTokenizer, labels: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Write labelled pairs as aligned streams; all files appear together at the end, or none does.
 
     Args:
@@ -55,10 +56,15 @@ def write_streams(prefix: str | Path, pairs: Iterable[LabelledPair], tokenizer: 
     token_dtype = np.uint16 if tokenizer.vocab_size < _UINT16_VOCABULARY else np.int32
     with _stream_writers(prefix, token_dtype, first.chosen_ref_logprobs is not None) as (writers, manifest):
         manifest |= _write_pairs(writers, itertools.chain([first], pairs), tokenizer)
-        manifest |= {"alignment": ALIGNMENT,
-                     "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256,
-                                   "vocab_size": tokenizer.vocab_size},
-                     "labels": labels}
+        manifest |= {
+            "alignment": ALIGNMENT,
+            "tokenizer": {
+                "sha256": tokenizer.sha256,
+                "chat_template_sha256": tokenizer.template_sha256,
+                "vocab_size": tokenizer.vocab_size,
+            },
+            "labels": labels,
+        }
     return streams_manifest(prefix)
 
 
@@ -78,8 +84,10 @@ def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, 
     for streams in opened[1:]:
         for name in ("tokenizer", "token_dtype", "reference_logprobs"):
             if streams.manifest[name] != first[name]:
-                raise UserError(f"streams {streams.prefix} and {opened[0].prefix} do not go together: "
-                                f"their manifests differ in {name}")
+                raise UserError(
+                    f"streams {streams.prefix} and {opened[0].prefix} do not go together: "
+                    f"their manifests differ in {name}"
+                )
     all_labels = [streams.manifest["labels"] for streams in opened]
     labels = all_labels[0] if all(each == all_labels[0] for each in all_labels) else {"merged": all_labels}
     with _stream_writers(prefix, np.dtype(first["token_dtype"]), first["reference_logprobs"]) as (writers, manifest):
@@ -91,10 +99,15 @@ def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, 
                 seen.add(pair_id)
             for name, writer in writers.items():
                 writer.append(streams.reader(name))
-        manifest |= {"pairs": len(seen), "tokens": sum(s.manifest["tokens"] for s in opened),
-                     "response_tokens": sum(s.manifest["response_tokens"] for s in opened),
-                     "longest_sequence": max(s.manifest["longest_sequence"] for s in opened),
-                     "alignment": ALIGNMENT, "tokenizer": first["tokenizer"], "labels": labels}
+        manifest |= {
+            "pairs": len(seen),
+            "tokens": sum(s.manifest["tokens"] for s in opened),
+            "response_tokens": sum(s.manifest["response_tokens"] for s in opened),
+            "longest_sequence": max(s.manifest["longest_sequence"] for s in opened),
+            "alignment": ALIGNMENT,
+            "tokenizer": first["tokenizer"],
+            "labels": labels,
+        }
     return streams_manifest(prefix)
 
 
@@ -111,16 +124,22 @@ def split_streams(source: PairStreams, outputs: Sequence[str | Path], fraction: 
     for output, chosen in zip(outputs, (np.flatnonzero(~is_validation), np.flatnonzero(is_validation))):
         if not len(chosen):
             raise UserError(f"a validation share of {fraction:g} of the {len(source)} pairs leaves none for {output}")
-        with _stream_writers(output, np.dtype(source.manifest["token_dtype"]),
-                             source.manifest["reference_logprobs"]) as (writers, manifest):
+        with _stream_writers(
+            output, np.dtype(source.manifest["token_dtype"]), source.manifest["reference_logprobs"]
+        ) as (writers, manifest):
             for name, writer in writers.items():
                 reader, sequences = source.reader(name), 1 if name == PAIR_IDS else 2
                 for pair in chosen:
                     writer.add_document([reader[sequences * pair + i] for i in range(sequences)])
-            manifest |= {"pairs": len(chosen), "tokens": int(source.sequence_lengths[chosen].sum()),
-                         "response_tokens": int(source.response_lengths[chosen].sum()),
-                         "longest_sequence": int(source.sequence_lengths[chosen].max()), "alignment": ALIGNMENT,
-                         "tokenizer": source.manifest["tokenizer"], "labels": source.manifest["labels"]}
+            manifest |= {
+                "pairs": len(chosen),
+                "tokens": int(source.sequence_lengths[chosen].sum()),
+                "response_tokens": int(source.response_lengths[chosen].sum()),
+                "longest_sequence": int(source.sequence_lengths[chosen].max()),
+                "alignment": ALIGNMENT,
+                "tokenizer": source.manifest["tokenizer"],
+                "labels": source.manifest["labels"],
+            }
         manifests.append(streams_manifest(output))
     return manifests
 
@@ -131,26 +150,32 @@ def in_validation(pair_id: str, fraction: float) -> bool:
 
 
 @contextlib.contextmanager
-def _stream_writers(prefix: str | Path, token_dtype: np.dtype | type,
-                    reference_logprobs: bool) -> Iterator[tuple[dict[str, IndexedWriter], dict[str, Any]]]:
+def _stream_writers(
+    prefix: str | Path, token_dtype: np.dtype | type, reference_logprobs: bool
+) -> Iterator[tuple[dict[str, IndexedWriter], dict[str, Any]]]:
     """Writers by stream and the manifest to fill; when the block ends well, all files appear together."""
     dtypes = {TOKENS: token_dtype, TOKEN_REWARDS: np.float32, REF_LOGPROBS: np.float32, PAIR_IDS: np.uint8}
     if not reference_logprobs:
         del dtypes[REF_LOGPROBS]
     paths = [path for name in dtypes for path in stream_paths(prefix, name)] + [manifest_path(prefix)]
     with atomic_write_all(paths, replaced_first=paths[-1]) as partials, contextlib.ExitStack() as open_files:
-        writers = {name: IndexedWriter(*partials[2 * i:2 * i + 2], dtype)
-                   for i, (name, dtype) in enumerate(dtypes.items())}
+        writers = {
+            name: IndexedWriter(*partials[2 * i : 2 * i + 2], dtype) for i, (name, dtype) in enumerate(dtypes.items())
+        }
         for writer in writers.values():
             open_files.callback(writer.close)
         manifest: dict[str, Any] = {}
         yield writers, manifest
-        manifest |= {"token_dtype": np.dtype(token_dtype).name, "reference_logprobs": reference_logprobs,
-                     "files": {f"{name}.{kind}": file for name, writer in writers.items()
-                               for kind, file in writer.finish().items()}}
+        manifest |= {
+            "token_dtype": np.dtype(token_dtype).name,
+            "reference_logprobs": reference_logprobs,
+            "files": {
+                f"{name}.{kind}": file for name, writer in writers.items() for kind, file in writer.finish().items()
+            },
+        }
         partials[-1].write_text(manifest_text(MANIFEST_FORMAT, MANIFEST_VERSION, manifest), encoding="utf-8")
     if not reference_logprobs:
-        for leftover in stream_paths(prefix, REF_LOGPROBS):      # of streams that these ones replaced
+        for leftover in stream_paths(prefix, REF_LOGPROBS):  # of streams that these ones replaced
             leftover.unlink(missing_ok=True)
 
 
@@ -189,25 +214,32 @@ def require_same_tokenizer(manifest: dict[str, Any], tokenizer_folder: str | Pat
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     if manifest["tokenizer"]["sha256"] != tokenizer.sha256:
-        raise UserError(f"the streams were made with another tokenizer than that of {tokenizer_folder} "
-                        f"({manifest['tokenizer']['sha256'][:12]}, not {tokenizer.sha256[:12]}): label and index with "
-                        "the tokenizer of the model that is trained")
+        raise UserError(
+            f"the streams were made with another tokenizer than that of {tokenizer_folder} "
+            f"({manifest['tokenizer']['sha256'][:12]}, not {tokenizer.sha256[:12]}): label and index with "
+            "the tokenizer of the model that is trained"
+        )
 
 
-def _write_pairs(writers: dict[str, IndexedWriter], pairs: Iterable[LabelledPair],
-                 tokenizer: ChatTokenizer) -> dict[str, int]:
+def _write_pairs(
+    writers: dict[str, IndexedWriter], pairs: Iterable[LabelledPair], tokenizer: ChatTokenizer
+) -> dict[str, int]:
     seen = Seen()
     tokens = response_tokens = longest = 0
     for pair in pairs:
         if max(pair.chosen_tokens.max(), pair.rejected_tokens.max()) >= tokenizer.vocab_size:
-            raise UserError(f"pair {pair.pair_id} holds a token id that the tokenizer of {tokenizer.folder} "
-                            f"({tokenizer.vocab_size} tokens) does not have: it was made with another one")
+            raise UserError(
+                f"pair {pair.pair_id} holds a token id that the tokenizer of {tokenizer.folder} "
+                f"({tokenizer.vocab_size} tokens) does not have: it was made with another one"
+            )
         if pair.pair_id in seen:
             raise UserError(f"pair_id {pair.pair_id!r} comes twice; ids must be unique")
         seen.add(pair.pair_id)
         if (pair.chosen_ref_logprobs is not None) != (REF_LOGPROBS in writers):
-            raise UserError(f"pair {pair.pair_id} {'lacks' if REF_LOGPROBS in writers else 'has'} reference log-probs, "
-                            "the pairs before it do not: give them for all pairs or for none")
+            raise UserError(
+                f"pair {pair.pair_id} {'lacks' if REF_LOGPROBS in writers else 'has'} reference log-probs, "
+                "the pairs before it do not: give them for all pairs or for none"
+            )
         writers[TOKENS].add_document([pair.chosen_tokens, pair.rejected_tokens])
         writers[TOKEN_REWARDS].add_document([pair.chosen_token_rewards, pair.rejected_token_rewards])
         if REF_LOGPROBS in writers:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from treg_megatron.utils.imports import heavy_imports
 from treg_megatron.kernels.memory import keep_memory
 from treg_megatron.kernels.onednn import product_of
+from treg_megatron.utils.imports import heavy_imports
 
 _active: "_CudaMeansCpu | None" = None
 
@@ -85,6 +85,7 @@ def backward_in(mode: TorchFunctionMode, run: Callable) -> Callable:
     Args:
         run: the engine's function.
     """
+
     def run_in_mode(*args, **kwargs):
         with mode:
             return run(*args, **kwargs)
@@ -134,8 +135,15 @@ def _replace_cuda_runtime() -> None:
     cuda.Stream = cuda.Event = cuda.ExternalStream = _NoStream
     cuda.stream = lambda *a: contextlib.nullcontext()
     cuda.current_stream = cuda.default_stream = lambda *a: _NoStream()
-    for no_op in ("synchronize", "empty_cache", "ipc_collect", "reset_peak_memory_stats", "manual_seed",
-                  "manual_seed_all", "set_per_process_memory_fraction"):
+    for no_op in (
+        "synchronize",
+        "empty_cache",
+        "ipc_collect",
+        "reset_peak_memory_stats",
+        "manual_seed",
+        "manual_seed_all",
+        "set_per_process_memory_fraction",
+    ):
         setattr(cuda, no_op, lambda *a, **k: None)
     for no_memory in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(cuda, no_memory, lambda *a, **k: 0)
@@ -164,6 +172,7 @@ def _unless_in_place(collective: Callable) -> Callable:
     Args:
         collective: of output, input, and more.
     """
+
     def unless_in_place(output: torch.Tensor, input: torch.Tensor, *args, **kwargs):
         if output.data_ptr() == input.data_ptr() and output.numel() == input.numel():
             return None

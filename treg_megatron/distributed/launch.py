@@ -34,12 +34,14 @@ def world() -> World:
         UserError: nodes with different numbers of processes.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_WORLD_SIZE" in os.environ:  # torchrun
-        rank, size, local_rank, local_size = (int(os.environ[name]) for name in (
-            "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        rank, size, local_rank, local_size = (
+            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        )
         uneven = size % local_size
     elif "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:  # srun
-        rank, size, local_rank, nodes = (int(os.environ[name]) for name in (
-            "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NNODES"))
+        rank, size, local_rank, nodes = (
+            int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NNODES")
+        )
         local_size, uneven = size // nodes, size % nodes
     else:
         return World(0, 1, 0, 1)
@@ -77,8 +79,13 @@ def join(ranks: World, timeout: float, store: "torch.distributed.Store | None" =
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(ranks.local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store or connect(ranks), rank=ranks.rank,
-                            world_size=ranks.size, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=store or connect(ranks),
+        rank=ranks.rank,
+        world_size=ranks.size,
+        timeout=timedelta(seconds=timeout),
+    )
 
 
 def connect(ranks: World) -> "torch.distributed.Store":
@@ -93,13 +100,21 @@ def connect(ranks: World) -> "torch.distributed.Store":
         return dist.HashStore()
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if address is None or port is None:
-        raise UserError(f"{ranks.size} processes need MASTER_ADDR and MASTER_PORT, where rank 0 is to be found; "
-                        "torchrun and the scripts in slurm/ set them")
+        raise UserError(
+            f"{ranks.size} processes need MASTER_ADDR and MASTER_PORT, where rank 0 is to be found; "
+            "torchrun and the scripts in slurm/ set them"
+        )
     # torchrun's own agent serves the store for its workers
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store = dist.TCPStore(address, int(port), ranks.size, is_master=ranks.rank == 0 and not served,
-                              timeout=timedelta(seconds=JOIN_SECONDS), wait_for_workers=not served)
+        store = dist.TCPStore(
+            address,
+            int(port),
+            ranks.size,
+            is_master=ranks.rank == 0 and not served,
+            timeout=timedelta(seconds=JOIN_SECONDS),
+            wait_for_workers=not served,
+        )
         return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise UserError(_why_not_connected(str(error), address, port, ranks)) from None
@@ -109,8 +124,10 @@ def _why_not_connected(message: str, address: str, port: str, ranks: World) -> s
     if "EADDRINUSE" in message or "address already in use" in message.lower():
         return f"port {port} of {node_name()} is taken by another program: set MASTER_PORT to a free one"
     if "clients joined" in message:
-        return (f"not all of {ranks.size} processes came within {JOIN_SECONDS} s "
-                f"({message.split('seconds ')[-1].splitlines()[0]}): look for errors of the others above")
+        return (
+            f"not all of {ranks.size} processes came within {JOIN_SECONDS} s "
+            f"({message.split('seconds ')[-1].splitlines()[0]}): look for errors of the others above"
+        )
     return f"rank {ranks.rank} on {node_name()} cannot reach rank 0 at {address}:{port}: {message.splitlines()[0]}"
 
 

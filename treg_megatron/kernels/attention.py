@@ -5,8 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, tokens_before: int | None = None,
-                     softcap: float | None = None, dropout: float = 0.0) -> Tensor:
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    tokens_before: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     """[b, heads, q, d], [b, groups, s, d] of keys and of values -> [b, heads, q, d].
 
     Args:
@@ -25,8 +32,16 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, to
     mask = None
     if slides or queries + added < length:
         mask = causal_mask(queries, length, tokens_before, query.device)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale,
-                                         enable_gqa=query.shape[1] != key.shape[1], dropout_p=dropout)
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        dropout_p=dropout,
+    )
     return out[:, :, added:] if added else out
 
 
@@ -41,12 +56,13 @@ def causal_mask(queries: int, length: int, tokens_before: int | None, device: to
     """[queries, s] bool, True where a query (row) sees a key: itself and the tokens before it, at most
     ``tokens_before`` (None: all). The queries are those of the last positions."""
     position = torch.arange(length, device=device)
-    distance = position[length - queries:, None] - position
+    distance = position[length - queries :, None] - position
     return (distance >= 0) & (distance <= (length if tokens_before is None else tokens_before))
 
 
-def soft_capped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float,
-                          dropout: float = 0.0) -> Tensor:
+def soft_capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float, dropout: float = 0.0
+) -> Tensor:
     """Attention on c * tanh(scores / c), scores and softmax in fp32.
 
     [b, heads, q, d], [b, groups, s, d], mask [q, s] -> [b, heads, q, d].

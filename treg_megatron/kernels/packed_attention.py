@@ -37,7 +37,9 @@ class _PackedAttention(torch.autograd.Function):
         for rows, prompt in _slices(spans):
             q, k, v = query[rows], _behind(prompt, key, rows), _behind(prompt, value, rows)
             added, mask = _shape(q, k)
-            part, normaliser = _kernel(_heads(q, added), _heads(k), _heads(v), 0.0, mask is None, attn_mask=mask, scale=scale)
+            part, normaliser = _kernel(
+                _heads(q, added), _heads(k), _heads(v), 0.0, mask is None, attn_mask=mask, scale=scale
+            )
             out[rows] = part[0, :, added:].transpose(0, 1)
             normalisers.append(normaliser)
         ctx.save_for_backward(query, key, value, out, *normalisers)
@@ -52,8 +54,17 @@ class _PackedAttention(torch.autograd.Function):
             q, k, v = query[rows], _behind(prompt, key, rows), _behind(prompt, value, rows)
             added, mask = _shape(q, k)
             parts = _kernels_gradient(
-                _heads(grad[rows], added), _heads(q, added), _heads(k), _heads(v), _heads(out[rows], added), normaliser, 0.0,
-                mask is None, attn_mask=mask, scale=ctx.scale)
+                _heads(grad[rows], added),
+                _heads(q, added),
+                _heads(k),
+                _heads(v),
+                _heads(out[rows], added),
+                normaliser,
+                0.0,
+                mask is None,
+                attn_mask=mask,
+                scale=ctx.scale,
+            )
             of_query, of_key, of_value = (part[0].transpose(0, 1) for part in parts)
             grads[0][rows] = of_query[added:]
             before = prompt.stop - prompt.start

@@ -44,7 +44,7 @@ class _Normalised(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, inverse = ctx.saved_tensors
         grad_x = (grad * weight).float()
-        along = (grad_x * x).sum(dim=-1, keepdim=True).mul_(inverse ** 3).div_(x.shape[-1])
+        along = (grad_x * x).sum(dim=-1, keepdim=True).mul_(inverse**3).div_(x.shape[-1])
         grad_x.mul_(inverse).addcmul_(x.float(), along, value=-1)
         grad_weight = (grad * x).float().flatten(0, -2).T @ inverse.flatten()
         return grad_x.type_as(x), grad_weight.type_as(weight), None

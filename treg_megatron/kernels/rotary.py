@@ -48,8 +48,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     return out
 
 
-def _apply(t: Tensor, freqs: Tensor, rotary_interleaved: bool = False, multi_latent_attention: bool = False,
-           mscale: float = 1.0) -> Tensor:
+def _apply(
+    t: Tensor,
+    freqs: Tensor,
+    rotary_interleaved: bool = False,
+    multi_latent_attention: bool = False,
+    mscale: float = 1.0,
+) -> Tensor:
     if rotary_interleaved or multi_latent_attention or freqs.shape[-1] != t.shape[-1]:
         return _megatrons(t, freqs, rotary_interleaved, multi_latent_attention, mscale)
     return rotated(t, *_cos_and_sin(freqs, mscale, t.dtype))

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from treg_megatron.errors import UserError
-from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, response_ids
+from treg_megatron.config.schema import LabelSection
 from treg_megatron.data.labelled_pairs import SIDES, LabelledPair, write_shard
 from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs_and_rows
 from treg_megatron.data.records import source_identity
+from treg_megatron.errors import UserError
+from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, response_ids
 from treg_megatron.labelling.scoring import Scorer, sequences_of
-from treg_megatron.config.schema import LabelSection
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 
 _LARGEST = 0.5
@@ -61,10 +61,13 @@ def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[s
     first = next(labelled, None)
     if first is None:
         raise UserError(f"{section.pairs}: no pair is left ({', '.join(drops)})")
-    run = {"pairs": source_identity(section.pairs), "token_rewards": "own",
-           "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256},
-           "reference": {"model": Path(section.model).name, "dtype": section.dtype} if scorer else None,
-           "max_length": section.max_length}
+    run = {
+        "pairs": source_identity(section.pairs),
+        "token_rewards": "own",
+        "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256},
+        "reference": {"model": Path(section.model).name, "dtype": section.dtype} if scorer else None,
+        "max_length": section.max_length,
+    }
     output = Path(section.output)
     file = output if output.suffix == ".parquet" else output.with_name(output.name + ".parquet")
     pairs = write_shard(file, itertools.chain([first], labelled), {"run": run, "drops": drops})
@@ -115,8 +118,10 @@ def labelled_from_text(source: str | Path, tokenizer: ChatTokenizer, workers: in
 
 
 def _batches(pairs: Iterator[tuple[Pair, dict]]) -> Iterator[list[tuple[Pair, dict]]]:
-    while batch := [(pair, {name: row[name] for name in _COLUMNS if name in row})
-                    for pair, row in itertools.islice(pairs, _PAIRS_AT_ONCE)]:
+    while batch := [
+        (pair, {name: row[name] for name in _COLUMNS if name in row})
+        for pair, row in itertools.islice(pairs, _PAIRS_AT_ONCE)
+    ]:
         yield batch
 
 
@@ -149,8 +154,11 @@ def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict)
     """
     response = getattr(pair, side)
     values, given, texts = (row.get(f"{side}_{name}") for name in ("token_rewards", "token_ids", "token_texts"))
-    ids, spans = (response_ids(pair, side, tokenizer), None) if given is not None else \
-        tokenizer.encode_response_with_spans(pair.messages, response)
+    ids, spans = (
+        (response_ids(pair, side, tokenizer), None)
+        if given is not None
+        else tokenizer.encode_response_with_spans(pair.messages, response)
+    )
     if given is not None:
         rewards = _by_id(side, given, _numbers(values, f"{side}_token_rewards"), ids)
     elif texts is not None:
@@ -166,8 +174,10 @@ def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict)
     elif row.get(f"{side}_spans") is not None:
         rewards = _by_span(side, _spans(row[f"{side}_spans"], f"{side}_spans", len(response)), spans, response)
     else:
-        raise ValueError(f"{side} has no token rewards: give {side}_token_rewards with {side}_token_ids or "
-                         f"{side}_token_texts, or {side}_spans")
+        raise ValueError(
+            f"{side} has no token rewards: give {side}_token_rewards with {side}_token_ids or "
+            f"{side}_token_texts, or {side}_spans"
+        )
     rewards = np.asarray(rewards, dtype=np.float32)
     if (wrong := ~(np.abs(rewards) <= _LARGEST)).any():
         raise ValueError(f"{side} has a token reward of {rewards[wrong][0]:g}, outside [-0.5, 0.5]")
@@ -187,32 +197,45 @@ def _labelled(pair: Pair, row: dict, tokenizer: ChatTokenizer, max_length: int) 
         columns[f"{side}_token_rewards"] = rewards
     if np.array_equal(columns["chosen_tokens"], columns["rejected_tokens"]):
         return None, IDENTICAL_RESPONSES
-    return LabelledPair(pair.pair_id, **columns, chosen_score=pair.chosen_score, rejected_score=pair.rejected_score,
-                        prompt=conversation_text(pair.messages), chosen=pair.chosen, rejected=pair.rejected), ""
+    return LabelledPair(
+        pair.pair_id,
+        **columns,
+        chosen_score=pair.chosen_score,
+        rejected_score=pair.rejected_score,
+        prompt=conversation_text(pair.messages),
+        chosen=pair.chosen,
+        rejected=pair.rejected,
+    ), ""
 
 
 def _by_id(side: str, given: Any, values: list[float], ids: list[int]) -> list[float]:
     if given not in (ids, ids[:-1]):
-        at = next((i for i, (a, b) in enumerate(zip(given, ids)) if a != b), min(len(given), len(ids))) \
-            if isinstance(given, list) else 0
-        raise ValueError(f"{side}_token_ids are not the ids of the {side} response: they differ at token {at} of "
-                         f"{len(ids)}")
+        at = (
+            next((i for i, (a, b) in enumerate(zip(given, ids)) if a != b), min(len(given), len(ids)))
+            if isinstance(given, list)
+            else 0
+        )
+        raise ValueError(
+            f"{side}_token_ids are not the ids of the {side} response: they differ at token {at} of {len(ids)}"
+        )
     if len(values) != len(given):
         raise ValueError(f"{side}_token_rewards has {len(values)} values for {len(given)} ids")
-    return [*values, 0.0][:len(ids)]
+    return [*values, 0.0][: len(ids)]
 
 
 def _by_span(side: str, valued: list[tuple[int, int, float]], spans: np.ndarray, response: str) -> np.ndarray:
     beyond = (len(response), sys.maxsize, 0.0)
     firsts, lasts, values = (np.array(column) for column in zip(*valued, beyond))
     starts, ends = spans.T
-    at = np.searchsorted(lasts, starts, side="right")         # the first of theirs that ends after our token begins
+    at = np.searchsorted(lasts, starts, side="right")  # the first of theirs that ends after our token begins
     inside, before = (firsts[at] <= starts) & (ends <= lasts[at]), ends <= firsts[at]
     if (apart := ~(inside | before)).any():
         (start, end), theirs = spans[apart.argmax()], at[apart.argmax()]
-        raise ValueError(f"{side}: the rewards do not line up with our tokens: {response[start:end]!r} (characters "
-                         f"{start} to {end}) is one token, of which the rewards for {firsts[theirs]} to "
-                         f"{lasts[theirs]} cover a part")
+        raise ValueError(
+            f"{side}: the rewards do not line up with our tokens: {response[start:end]!r} (characters "
+            f"{start} to {end}) is one token, of which the rewards for {firsts[theirs]} to "
+            f"{lasts[theirs]} cover a part"
+        )
     return np.append(np.where(inside, values[at], 0.0), 0.0)
 
 
@@ -224,12 +247,15 @@ def _spans(given: Any, name: str, length: int) -> list[tuple[int, int, float]]:
         if isinstance(span, dict):
             span = [span.get("start"), span.get("end"), span.get("reward")]
         if not isinstance(span, list) or len(span) != 3:
-            raise ValueError(f"{name} holds {str(span)[:60]}, which is not [first character, one after the last, "
-                             "value]")
+            raise ValueError(
+                f"{name} holds {str(span)[:60]}, which is not [first character, one after the last, value]"
+            )
         start, end, value = *_numbers(span[:2], name), *_numbers(span[2:], name)
         if not (start == int(start) and end == int(end) and reached <= start < end <= length):
-            raise ValueError(f"{name} holds {start:g} to {end:g}: spans must follow one another inside the {length} "
-                             "characters of the response")
+            raise ValueError(
+                f"{name} holds {start:g} to {end:g}: spans must follow one another inside the {length} "
+                "characters of the response"
+            )
         reached = int(end)
         spans.append((int(start), reached, value))
     return spans
@@ -237,6 +263,7 @@ def _spans(given: Any, name: str, length: int) -> list[tuple[int, int, float]]:
 
 def _numbers(values: Any, name: str) -> list[float]:
     if not isinstance(values, list) or not all(
-            isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values
+    ):
         raise ValueError(f"{name} must be a list of finite numbers")
     return list(values)

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from treg_megatron.errors import UserError
+from treg_megatron.config.schema import IndexSection
 from treg_megatron.data.labelled_pairs import count_rows, labelling_run, read_labelled
 from treg_megatron.data.records import is_parquet, source_identity
-from treg_megatron.config.schema import IndexSection
 from treg_megatron.data.streams import merge_streams, open_streams, split_streams, write_streams
+from treg_megatron.errors import UserError
 from treg_megatron.labelling.import_rewards import labelled_from_text
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 
@@ -29,17 +29,21 @@ def index(section: IndexSection) -> dict[str, Any]:
         UserError: labels that are unfinished, invalid, or made with another tokenizer than ``section.tokenizer``.
     """
     if section.workers < 1 or not 0 <= section.validation_fraction < 1:
-        raise UserError(f"index.workers={section.workers} must be at least 1, index.validation_fraction="
-                        f"{section.validation_fraction:g} in [0, 1)")
+        raise UserError(
+            f"index.workers={section.workers} must be at least 1, index.validation_fraction="
+            f"{section.validation_fraction:g} in [0, 1)"
+        )
     tokenizer = load_tokenizer(section.tokenizer)
     source = Path(section.labelled)
     from_text = source.is_file() and not is_parquet(source)
     run = {"pairs": source_identity(source), "token_rewards": "own"} if from_text else labelling_run(source)
     made_with = ((run or {}).get("tokenizer") or {}).get("sha256", tokenizer.sha256)
     if made_with != tokenizer.sha256:
-        raise UserError(f"{section.labelled} was made with another tokenizer than that of {section.tokenizer}: "
-                        "label with the tokenizer of the model that is trained, or name the one that labelled")
-    parts = Path(f"{section.output}.parts")          # beside the output, so that it is on the same disk
+        raise UserError(
+            f"{section.labelled} was made with another tokenizer than that of {section.tokenizer}: "
+            "label with the tokenizer of the model that is trained, or name the one that labelled"
+        )
+    parts = Path(f"{section.output}.parts")  # beside the output, so that it is on the same disk
 
     def write(prefix: str | Path) -> dict[str, Any]:
         if from_text:
@@ -50,14 +54,18 @@ def index(section: IndexSection) -> dict[str, Any]:
         if not section.validation_fraction:
             return write(section.output)
         write(parts / "all")
-        return split_streams(open_streams(parts / "all"), (section.output, validation_prefix(section.output)),
-                             section.validation_fraction)[0]
+        return split_streams(
+            open_streams(parts / "all"),
+            (section.output, validation_prefix(section.output)),
+            section.validation_fraction,
+        )[0]
     finally:
         shutil.rmtree(parts, ignore_errors=True)
 
 
-def _write(prefix: str | Path, section: IndexSection, tokenizer: ChatTokenizer, run: dict | None,
-           parts: Path) -> dict[str, Any]:
+def _write(
+    prefix: str | Path, section: IndexSection, tokenizer: ChatTokenizer, run: dict | None, parts: Path
+) -> dict[str, Any]:
     rows = count_rows(section.labelled)
     workers = min(section.workers, rows)
     if workers <= 1:
@@ -66,11 +74,18 @@ def _write(prefix: str | Path, section: IndexSection, tokenizer: ChatTokenizer, 
     shards = [parts / f"part-{worker}" for worker in range(workers)]
     # Forked: a child inherits the loaded tokenizer and modules, which take seconds to load.
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        pool.starmap(_write_shard, [(shard, section.labelled, *edge, tokenizer, run)
-                                    for shard, edge in zip(shards, itertools.pairwise(edges))], chunksize=1)
+        pool.starmap(
+            _write_shard,
+            [
+                (shard, section.labelled, *edge, tokenizer, run)
+                for shard, edge in zip(shards, itertools.pairwise(edges))
+            ],
+            chunksize=1,
+        )
     return merge_streams(prefix, shards)
 
 
-def _write_shard(prefix: Path, labelled: str, first: int, last: int, tokenizer: ChatTokenizer,
-                 run: dict | None) -> None:
+def _write_shard(
+    prefix: Path, labelled: str, first: int, last: int, tokenizer: ChatTokenizer, run: dict | None
+) -> None:
     write_streams(prefix, read_labelled(labelled, first, last), tokenizer, run)

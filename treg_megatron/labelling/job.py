@@ -22,20 +22,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from treg_megatron.labelling.contrastive import contrastive_rewards
-from treg_megatron.errors import UserError
-from treg_megatron.utils.files import read_manifest, remove_partials, write_manifest
-from treg_megatron.data.labelled_pairs import (MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, SIDES, LabelledPair, read_labelled,
-                                  read_shard_metadata, write_shard)
+from treg_megatron.config.schema import LabelSection
+from treg_megatron.data.labelled_pairs import (
+    MANIFEST_FORMAT,
+    MANIFEST_NAME,
+    MANIFEST_VERSION,
+    SIDES,
+    LabelledPair,
+    read_labelled,
+    read_shard_metadata,
+    write_shard,
+)
 from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs
-from treg_megatron.utils.progress import Progress
-from treg_megatron.labelling.prompt_pair import PromptPair, load_prompt_pair
-from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, response_ids
 from treg_megatron.data.records import source_identity
 from treg_megatron.distributed.launch import world
+from treg_megatron.errors import UserError
+from treg_megatron.labelling.contrastive import contrastive_rewards
+from treg_megatron.labelling.prompt_pair import PromptPair, load_prompt_pair
+from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, response_ids
 from treg_megatron.labelling.scoring import ScoredSequence, Scorer
-from treg_megatron.config.schema import LabelSection
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
+from treg_megatron.utils.files import read_manifest, remove_partials, write_manifest
+from treg_megatron.utils.progress import Progress
 
 REVISION_TOO_LONG = "revision prompt and response do not fit max_revision_length"
 
@@ -119,9 +127,15 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     return _finish(output, portions, drops, run, section, share)
 
 
-def _label_portion(pairs: list[Pair], run: dict, section: LabelSection, tokenizer: ChatTokenizer,
-                   prompt_pair: PromptPair, scorer: Scorer,
-                   progress: Progress) -> tuple[dict[str, Any], list[LabelledPair]]:
+def _label_portion(
+    pairs: list[Pair],
+    run: dict,
+    section: LabelSection,
+    tokenizer: ChatTokenizer,
+    prompt_pair: PromptPair,
+    scorer: Scorer,
+    progress: Progress,
+) -> tuple[dict[str, Any], list[LabelledPair]]:
     """The metadata and the rows of a shard."""
     revision_length = section.max_revision_length or scorer.max_length
     drops: Counter[str] = Counter()
@@ -146,13 +160,15 @@ def _label_portion(pairs: list[Pair], run: dict, section: LabelSection, tokenize
         done += count
 
     logps = iter(scorer.score(sequences, scored))
-    labelled = [_labelled(p, {side: {name: next(logps) for name in _PASSES} for side in SIDES}, section)
-                for p in prepared]
+    labelled = [
+        _labelled(p, {side: {name: next(logps) for name in _PASSES} for side in SIDES}, section) for p in prepared
+    ]
     return {"run": run, "drops": dict(drops)}, labelled
 
 
-def _prepare(pair: Pair, max_length: int, max_revision_length: int, tokenizer: ChatTokenizer,
-             prompt_pair: PromptPair) -> tuple[_Prepared | None, str]:
+def _prepare(
+    pair: Pair, max_length: int, max_revision_length: int, tokenizer: ChatTokenizer, prompt_pair: PromptPair
+) -> tuple[_Prepared | None, str]:
     """The sequences of a pair, or None and the reason why it is dropped."""
     prompt_ids = tokenizer.encode_prompt(pair.messages)
     if len(prompt_ids) >= max_length:
@@ -162,14 +178,16 @@ def _prepare(pair: Pair, max_length: int, max_revision_length: int, tokenizer: C
         ids = response_ids(pair, side, tokenizer)
         if len(prompt_ids) + len(ids) > max_length:
             return None, TOO_LONG
-        prompts = {"reference": prompt_ids,
-                   "better": tokenizer.encode_prompt(prompt_pair.better(pair.messages, response)),
-                   "worse": tokenizer.encode_prompt(prompt_pair.worse(pair.messages, response))}
+        prompts = {
+            "reference": prompt_ids,
+            "better": tokenizer.encode_prompt(prompt_pair.better(pair.messages, response)),
+            "worse": tokenizer.encode_prompt(prompt_pair.worse(pair.messages, response)),
+        }
         sequences[side] = {name: ScoredSequence(prompts[name], ids) for name in _PASSES}
         if max(sequences[side]["better"].length, sequences[side]["worse"].length) > max_revision_length:
             return None, REVISION_TOO_LONG
     if sequences["chosen"]["reference"] == sequences["rejected"]["reference"]:
-        return None, IDENTICAL_RESPONSES           # they differed in white space that the template strips
+        return None, IDENTICAL_RESPONSES  # they differed in white space that the template strips
     return _Prepared(pair, sequences), ""
 
 
@@ -177,8 +195,10 @@ def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], sect
     pair, columns = prepared.pair, {}
     for side in SIDES:
         if not all(np.isfinite(values).all() for values in logps[side].values()):
-            raise UserError(f"the reference model gives log-probs that are not finite for pair {pair.pair_id} "
-                            f"({side}); its weights are damaged, or need --dtype float32")
+            raise UserError(
+                f"the reference model gives log-probs that are not finite for pair {pair.pair_id} "
+                f"({side}); its weights are damaged, or need --dtype float32"
+            )
         sequence = prepared.sequences[side]["reference"]
         rewards = contrastive_rewards(logps[side]["better"], logps[side]["worse"])
         if not section.reward_eot:
@@ -186,11 +206,19 @@ def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], sect
         columns[f"{side}_tokens"] = np.array([*sequence.prompt_ids, *sequence.response_ids], dtype=np.int32)
         columns[f"{side}_token_rewards"] = rewards
         columns[f"{side}_ref_logprobs"] = logps[side]["reference"]
-    return LabelledPair(pair.pair_id, **columns, chosen_score=pair.chosen_score, rejected_score=pair.rejected_score,
-                        prompt=conversation_text(pair.messages), chosen=pair.chosen, rejected=pair.rejected)
+    return LabelledPair(
+        pair.pair_id,
+        **columns,
+        chosen_score=pair.chosen_score,
+        rejected_score=pair.rejected_score,
+        prompt=conversation_text(pair.messages),
+        chosen=pair.chosen,
+        rejected=pair.rejected,
+    )
 
 
 # -- portions, resume, manifest ----------------------------------------------------------------------------------------
+
 
 def _portions(section: LabelSection) -> Iterator[tuple[int, list[Pair]]]:
     portion: list[Pair] = []
@@ -220,8 +248,11 @@ def _finished_shards(output: Path, run: dict) -> set[int]:
 
 def _require_same_run(found: dict | None, run: dict, path: Path) -> None:
     if found != run:
-        different = "of other origin" if found is None else "a run with another " + ", ".join(
-            name for name in run if found.get(name) != run[name])
+        different = (
+            "of other origin"
+            if found is None
+            else "a run with another " + ", ".join(name for name in run if found.get(name) != run[name])
+        )
         raise UserError(f"{path} is {different}; name another label.output, or remove that folder")
 
 
@@ -241,8 +272,9 @@ def _fingerprint(section: LabelSection, tokenizer: ChatTokenizer, prompt_pair: P
     }
 
 
-def _finish(output: Path, portions: range, drops: Counter[str], run: dict, section: LabelSection,
-            share: _Share) -> dict[str, Any]:
+def _finish(
+    output: Path, portions: range, drops: Counter[str], run: dict, section: LabelSection, share: _Share
+) -> dict[str, Any]:
     shards, drops = [], Counter(drops)
     means = {side: _Mean() for side in SIDES}
     magnitude = _Mean()
@@ -262,13 +294,19 @@ def _finish(output: Path, portions: range, drops: Counter[str], run: dict, secti
             (output / shard["file"]).unlink(missing_ok=True)
         raise UserError(f"{section.pairs}: no pair is left to label ({_listed(drops)})")
     # processes that finish at the same moment all write it, with the same content
-    write_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION, {
-        "pairs": kept,
-        "drops": dict(sorted(drops.items())),
-        "token_rewards": {"mean_abs": magnitude.value, **{f"{side}_mean": means[side].value for side in SIDES}},
-        "run": run,
-        "shards": shards,
-    }, writer=share.index)
+    write_manifest(
+        output / MANIFEST_NAME,
+        MANIFEST_FORMAT,
+        MANIFEST_VERSION,
+        {
+            "pairs": kept,
+            "drops": dict(sorted(drops.items())),
+            "token_rewards": {"mean_abs": magnitude.value, **{f"{side}_mean": means[side].value for side in SIDES}},
+            "run": run,
+            "shards": shards,
+        },
+        writer=share.index,
+    )
     return read_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
 
 
@@ -291,6 +329,7 @@ def _listed(drops: Counter[str]) -> str:
 
 # -- the reference model -----------------------------------------------------------------------------------------------
 
+
 def _share(section: LabelSection) -> _Share:
     here = world()
     if section.engine == "huggingface":
@@ -305,8 +344,9 @@ def _load_scorer(section: LabelSection) -> Scorer:
     if section.engine == "megatron":
         from treg_megatron.labelling.scoring.megatron import MegatronScorer
 
-        scorer = MegatronScorer(section.checkpoint, section.tensor, section.pipeline, section.dtype,
-                                section.batch_tokens)
+        scorer = MegatronScorer(
+            section.checkpoint, section.tensor, section.pipeline, section.dtype, section.batch_tokens
+        )
         scorer.require_weights_of(section.model)
         return scorer
     from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
@@ -317,8 +357,12 @@ def _load_scorer(section: LabelSection) -> Scorer:
 def _require_fitting_model(section: LabelSection, scorer: Scorer, tokenizer: ChatTokenizer) -> None:
     for name in ("max_length", "max_revision_length"):
         if (getattr(section, name) or 0) > scorer.max_length:
-            raise UserError(f"label.{name}={getattr(section, name)} is more than the {scorer.max_length} positions of "
-                            f"{section.model}; lower it")
+            raise UserError(
+                f"label.{name}={getattr(section, name)} is more than the {scorer.max_length} positions of "
+                f"{section.model}; lower it"
+            )
     if tokenizer.vocab_size > scorer.vocab_size:
-        raise UserError(f"the tokenizer of {section.model} has {tokenizer.vocab_size} tokens, its model embeds "
-                        f"{scorer.vocab_size}: they do not belong together")
+        raise UserError(
+            f"the tokenizer of {section.model} has {tokenizer.vocab_size} tokens, its model embeds "
+            f"{scorer.vocab_size}: they do not belong together"
+        )

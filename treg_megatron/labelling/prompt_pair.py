@@ -22,10 +22,10 @@ from typing import Any
 
 import yaml
 
-from treg_megatron.errors import UserError
-from treg_megatron.utils.files import sha256_of_json
-from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.data.pairs import conversation_text
+from treg_megatron.errors import UserError
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.utils.files import sha256_of_json
 
 FOLDER = Path(__file__).resolve().parent / "prompt_pairs"
 CONVERSATION = "conversation"
@@ -63,7 +63,7 @@ class PromptPair:
             if turn == CONVERSATION:
                 # A system message stays the first of all, the only place where chat templates know one.
                 system = [m for m in messages if m.role == "system"]
-                filled = [*system, *filled, *messages[len(system):]]
+                filled = [*system, *filled, *messages[len(system) :]]
             else:
                 # One pass: braces in the user's own text are never placeholders.
                 text = _PLACEHOLDER.sub(lambda match: values[match[1]], turn.content)
@@ -82,8 +82,10 @@ def load_prompt_pair(name_or_path: str | Path) -> PromptPair:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"prompt pair {name_or_path} is neither a built-in one ({', '.join(built_in)}) nor a file that "
-                        f"can be read: {error.strerror}") from None
+        raise UserError(
+            f"prompt pair {name_or_path} is neither a built-in one ({', '.join(built_in)}) nor a file that "
+            f"can be read: {error.strerror}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"prompt pair {path} is not valid YAML: {error}") from None
     try:
@@ -105,7 +107,7 @@ def _turns(content: Any) -> tuple[Message | str, ...]:
         role = "user" if turn == CONVERSATION else turn.role
         if role != expected:
             raise ValueError(f"turn {number} is the {role}'s where the {expected}'s is due: they alternate")
-        expected = "assistant" if role == "user" else "user"    # a spliced conversation ends with a user turn, too
+        expected = "assistant" if role == "user" else "user"  # a spliced conversation ends with a user turn, too
     if expected != "assistant":
         raise ValueError("the last turn must be the user's: the response follows it")
     return turns
@@ -117,8 +119,9 @@ def _turn(turn: Any, number: int) -> Message | str:
     if not isinstance(turn, dict) or set(turn) != {"role", "content"} or not isinstance(turn["content"], str):
         raise ValueError(f"turn {number} must be {{role, content}} with text as content, or the word `conversation`")
     if turn["role"] not in ("user", "assistant"):
-        raise ValueError(f"turn {number} has role {turn['role']!r}; use user or assistant: "
-                         "not every chat template has a system role")
+        raise ValueError(
+            f"turn {number} has role {turn['role']!r}; use user or assistant: not every chat template has a system role"
+        )
     return Message(turn["role"], turn["content"])
 
 
@@ -146,8 +149,9 @@ def _require_fitting_placeholders(turns: tuple[Message | str, ...], fill: dict[s
     if unused := set(fill["better"]) - used:
         raise ValueError(f"no turn has placeholder {_listed(unused)}")
     if CONVERSATION not in used and CONVERSATION not in turns:
-        raise ValueError("neither a turn `conversation` nor a placeholder {conversation}: the prompts would not depend "
-                         "on the pair")
+        raise ValueError(
+            "neither a turn `conversation` nor a placeholder {conversation}: the prompts would not depend on the pair"
+        )
 
 
 def _placeholders(turn: Message | str) -> set[str]:

@@ -1,7 +1,7 @@
 """The token ids of a pair's responses, and why a pair is dropped when they do not fit."""
 
-from treg_megatron.errors import UserError
 from treg_megatron.data.pairs import Pair
+from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.chat import ChatTokenizer
 
 PROMPT_FILLS_CONTEXT = "prompt fills max_length"
@@ -18,8 +18,10 @@ def response_ids(pair: Pair, side: str, tokenizer: ChatTokenizer) -> list[int]:
     if sampled is None:
         return tokenizer.encode_response(pair.messages, getattr(pair, side))
     if pair.tokenizer != tokenizer.sha256:
-        raise UserError("its response ids were sampled with another tokenizer; label it with the model that sampled "
-                        "it, or remove chosen_ids and rejected_ids to have the text tokenised")
+        raise UserError(
+            "its response ids were sampled with another tokenizer; label it with the model that sampled "
+            "it, or remove chosen_ids and rejected_ids to have the text tokenised"
+        )
     if max(sampled) >= tokenizer.vocab_size:
         raise UserError(f"{side}_ids holds {max(sampled)}, the tokenizer has {tokenizer.vocab_size} tokens")
     return list(sampled)

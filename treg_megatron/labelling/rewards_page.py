@@ -8,23 +8,25 @@ from typing import Any
 
 import numpy as np
 
-from treg_megatron.utils.files import atomic_write
-from treg_megatron.labelling.contrastive import contrastive_rewards
 from treg_megatron.data.labelled_pairs import SIDES, LabelledPair
+from treg_megatron.labelling.contrastive import contrastive_rewards
 from treg_megatron.labelling.scoring import Scorer, sequences_of
+from treg_megatron.utils.files import atomic_write
 
 TEMPLATE = Path(__file__).resolve().parent / "pages" / "rewards.html"
-MERE_COPYING = 0.02          # mean |r| below which the reference does not tell better from worse
+MERE_COPYING = 0.02  # mean |r| below which the reference does not tell better from worse
 NEAR_ZERO = 0.01
 
 _COPYING_WARNING = (
     "The rewards are near 0 (mean size {:.4f}): the reference model gives the response nearly the same probability "
     "under both prompts. Small models do so with `revise`, which shows them the response to copy. Training on these "
     "labels is close to plain preference optimization; try the prompt pair few_shot or answer, or a larger reference "
-    "model.")
+    "model."
+)
 _CONTRARY_WARNING = (
     "Chosen responses have a lower mean reward ({:+.4f}) than rejected ones ({:+.4f}): the token rewards speak against "
-    "the preferences. Look at the pairs, and try another prompt pair, before you train on them.")
+    "the preferences. Look at the pairs, and try another prompt pair, before you train on them."
+)
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,10 @@ class Quality:
     near_zero: float
     chosen_mean: float
     rejected_mean: float
-    chosen_above: float          # share of the pairs whose chosen response has the higher mean reward
-    with_surprisal: float        # Pearson's correlation of a token's reward with its surprisal under x
-    with_position: float         # with its position in the response
-    with_length: float           # with the response's length, of the responses' means
+    chosen_above: float  # share of the pairs whose chosen response has the higher mean reward
+    with_surprisal: float  # Pearson's correlation of a token's reward with its surprisal under x
+    with_position: float  # with its position in the response
+    with_length: float  # with the response's length, of the responses' means
 
     @property
     def warnings(self) -> list[str]:
@@ -54,7 +56,8 @@ class Quality:
     def lines(self) -> list[tuple[str, str]]:
         """Name and value of each figure, as people read them."""
         return [
-            ("pairs", f"{self.pairs:,}"), ("response tokens", f"{self.tokens:,}"),
+            ("pairs", f"{self.pairs:,}"),
+            ("response tokens", f"{self.tokens:,}"),
             ("mean size of a reward", f"{self.mean_abs:.4f}"),
             (f"share within ±{NEAR_ZERO}", f"{self.near_zero:.1%}"),
             ("mean reward, chosen", f"{self.chosen_mean:+.4f}"),
@@ -75,12 +78,16 @@ def quality(pairs: Sequence[LabelledPair]) -> Quality:
     surprisal = [getattr(pair, f"{side}_ref_logprobs") for side in SIDES for pair in pairs]
     known = all(values is not None for values in surprisal)
     return Quality(
-        len(pairs), len(flat), float(np.abs(flat).mean()), float((np.abs(flat) < NEAR_ZERO).mean()),
+        len(pairs),
+        len(flat),
+        float(np.abs(flat).mean()),
+        float((np.abs(flat) < NEAR_ZERO).mean()),
         *(float(np.concatenate(rewards[side]).mean(dtype=np.float64)) for side in SIDES),
         float((means["chosen"] > means["rejected"]).mean()),
         _correlation(flat, -np.concatenate(surprisal)) if known else float("nan"),
         _correlation(flat, np.concatenate([np.arange(len(values)) for values in responses])),
-        _correlation(np.concatenate([means["chosen"], means["rejected"]]), np.array([len(r) for r in responses])))
+        _correlation(np.concatenate([means["chosen"], means["rejected"]]), np.array([len(r) for r in responses])),
+    )
 
 
 def policy_rewards(pairs: Sequence[LabelledPair], policy: Scorer) -> list[dict[str, np.ndarray]]:
@@ -89,12 +96,20 @@ def policy_rewards(pairs: Sequence[LabelledPair], policy: Scorer) -> list[dict[s
     sigma(log pi_theta(y_t) - log pi_ref(y_t)) - 0.5: DPO's own token reward, squashed as the contrastive one is.
     """
     logps = iter(policy.score([sequence for pair in pairs for sequence in sequences_of(pair)]))
-    return [{side: contrastive_rewards(next(logps), getattr(pair, f"{side}_ref_logprobs")) for side in SIDES}
-            for pair in pairs]
+    return [
+        {side: contrastive_rewards(next(logps), getattr(pair, f"{side}_ref_logprobs")) for side in SIDES}
+        for pair in pairs
+    ]
 
 
-def write_page(path: str | Path, source: str, figures: Quality, pairs: Sequence[LabelledPair],
-               decode: Callable[[list[int]], str], policy: Sequence[dict[str, np.ndarray]] | None = None) -> None:
+def write_page(
+    path: str | Path,
+    source: str,
+    figures: Quality,
+    pairs: Sequence[LabelledPair],
+    decode: Callable[[list[int]], str],
+    policy: Sequence[dict[str, np.ndarray]] | None = None,
+) -> None:
     """Write one HTML file that needs nothing else.
 
     Args:
@@ -104,17 +119,27 @@ def write_page(path: str | Path, source: str, figures: Quality, pairs: Sequence[
         policy: :func:`policy_rewards` of ``pairs``.
     """
     summary = figures.lines() + (_policy_lines(pairs, policy) if policy else [])
-    content = {"source": source, "warnings": figures.warnings, "summary": summary,
-               "pairs": [_page_pair(number, pair, decode, policy[number] if policy else None)
-                         for number, pair in enumerate(pairs)]}
+    content = {
+        "source": source,
+        "warnings": figures.warnings,
+        "summary": summary,
+        "pairs": [
+            _page_pair(number, pair, decode, policy[number] if policy else None) for number, pair in enumerate(pairs)
+        ],
+    }
     # `<` in a text could end the script element
     data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
     with atomic_write(path) as partial:
         partial.write_text(TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", data), encoding="utf-8")
 
 
-def text_report(figures: Quality, pairs: Sequence[LabelledPair], decode: Callable[[list[int]], str], colour: bool,
-                policy: Sequence[dict[str, np.ndarray]] | None = None) -> Iterator[str]:
+def text_report(
+    figures: Quality,
+    pairs: Sequence[LabelledPair],
+    decode: Callable[[list[int]], str],
+    colour: bool,
+    policy: Sequence[dict[str, np.ndarray]] | None = None,
+) -> Iterator[str]:
     """The same for a terminal, line by line: tokens shaded where ``colour``, else each with its reward behind it."""
     summary = figures.lines() + (_policy_lines(pairs, policy) if policy else [])
     width = max(len(name) for name, _ in summary)
@@ -122,18 +147,22 @@ def text_report(figures: Quality, pairs: Sequence[LabelledPair], decode: Callabl
     yield from (f"\nwarning: {warning}" for warning in figures.warnings)
     for number, pair in enumerate(pairs):
         yield f"\n== {pair.pair_id}"
-        yield pair.prompt if pair.prompt is not None else decode(
-            pair.chosen_tokens[:-len(pair.chosen_token_rewards)].tolist())
+        yield (
+            pair.prompt
+            if pair.prompt is not None
+            else decode(pair.chosen_tokens[: -len(pair.chosen_token_rewards)].tolist())
+        )
         for side in SIDES:
             rewards = getattr(pair, f"{side}_token_rewards")
-            texts = token_texts(getattr(pair, f"{side}_tokens")[-len(rewards):].tolist(), decode)
+            texts = token_texts(getattr(pair, f"{side}_tokens")[-len(rewards) :].tolist(), decode)
             columns = {side: rewards}
             if policy:
                 columns[f"{side}, the policy's implicit rewards"] = policy[number][side]
             for name, values in columns.items():
                 yield f"-- {name}, mean {values.mean():+.4f}"
-                yield "".join(_in_terminal(text, float(r)) if colour else f"{text}[{r:+.2f}]"
-                              for text, r in zip(texts, values))
+                yield "".join(
+                    _in_terminal(text, float(r)) if colour else f"{text}[{r:+.2f}]" for text, r in zip(texts, values)
+                )
 
 
 def token_texts(ids: list[int], decode: Callable[[list[int]], str]) -> list[str]:
@@ -142,8 +171,8 @@ def token_texts(ids: list[int], decode: Callable[[list[int]], str]) -> list[str]
     for end in range(1, len(ids) + 1):
         # decoding a window is enough: no character has more tokens than bytes
         start = max(0, end - 8 - waiting)
-        before, now = decode(ids[start:end - 1 - waiting]), decode(ids[start:end])
-        text = now[len(before):]
+        before, now = decode(ids[start : end - 1 - waiting]), decode(ids[start:end])
+        text = now[len(before) :]
         unfinished = text.endswith("\ufffd") and waiting < 4 and end < len(ids)
         texts.append("" if unfinished else text)
         waiting = waiting + 1 if unfinished else 0
@@ -155,21 +184,30 @@ def _policy_lines(pairs: Sequence[LabelledPair], policy: Sequence[dict[str, np.n
     labels = {side: np.concatenate([getattr(pair, f"{side}_token_rewards") for pair in pairs]) for side in SIDES}
     implicit = {side: np.concatenate([rewards[side] for rewards in policy]) for side in SIDES}
     correlation = _correlation(*(np.concatenate([of[side] for side in SIDES]) for of in (labels, implicit)))
-    return [*((f"mean implicit reward of the policy, {side}", f"{implicit[side].mean(dtype=np.float64):+.4f}")
-              for side in SIDES), ("its correlation with the labels", _shown(correlation))]
+    return [
+        *(
+            (f"mean implicit reward of the policy, {side}", f"{implicit[side].mean(dtype=np.float64):+.4f}")
+            for side in SIDES
+        ),
+        ("its correlation with the labels", _shown(correlation)),
+    ]
 
 
-def _page_pair(number: int, pair: LabelledPair, decode: Callable[[list[int]], str],
-               policy: dict[str, np.ndarray] | None) -> dict[str, Any]:
+def _page_pair(
+    number: int, pair: LabelledPair, decode: Callable[[list[int]], str], policy: dict[str, np.ndarray] | None
+) -> dict[str, Any]:
     sides = {}
     for side in SIDES:
         rewards, logprobs = (getattr(pair, f"{side}_{name}") for name in ("token_rewards", "ref_logprobs"))
         ids = getattr(pair, f"{side}_tokens").tolist()
         sides[side] = {
-            "tokens": token_texts(ids[-len(rewards):], decode), "rewards": _rounded(rewards),
+            "tokens": token_texts(ids[-len(rewards) :], decode),
+            "rewards": _rounded(rewards),
             "logprobs": None if logprobs is None else _rounded(logprobs),
-            "policy": None if policy is None else _rounded(policy[side]), "score": getattr(pair, f"{side}_score")}
-    prompt = pair.prompt if pair.prompt is not None else decode(ids[:-len(rewards)])
+            "policy": None if policy is None else _rounded(policy[side]),
+            "score": getattr(pair, f"{side}_score"),
+        }
+    prompt = pair.prompt if pair.prompt is not None else decode(ids[: -len(rewards)])
     return {"number": number, "id": pair.pair_id, "prompt": prompt, **sides}
 
 

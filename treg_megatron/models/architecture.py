@@ -5,10 +5,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from treg_megatron.config.schema import ModelSection
+from treg_megatron.errors import UserError
 from treg_megatron.models.families import FREE_FIELDS, family_of, model_fields
 from treg_megatron.utils.files import read_json
-from treg_megatron.errors import UserError
-from treg_megatron.config.schema import ModelSection
 
 PUBLISHED = Path(__file__).parent / "architectures"
 
@@ -25,8 +25,10 @@ def hf_config_of(model: ModelSection) -> dict[str, Any]:
         require_architecture(model, config, str(own))
         return config
     if model.architecture is None:
-        raise UserError(f"{own} does not exist and model.architecture names no published one: download the model to "
-                        f"model.hf, or set model.architecture to one of {', '.join(_published())}")
+        raise UserError(
+            f"{own} does not exist and model.architecture names no published one: download the model to "
+            f"model.hf, or set model.architecture to one of {', '.join(_published())}"
+        )
     return _named(model.architecture)
 
 
@@ -46,8 +48,10 @@ def require_architecture(model: ModelSection, config: dict[str, Any], where: str
         found, expected = ({"architecture": family_of(c).architecture} for c in (config, named))
     if different:
         name = different[0]
-        raise UserError(f"{where} is not {model.architecture}: {name} is {found.get(name)}, published "
-                        f"{expected[name]}; set model.architecture=null, or name the model that you mean")
+        raise UserError(
+            f"{where} is not {model.architecture}: {name} is {found.get(name)}, published "
+            f"{expected[name]}; set model.architecture=null, or name the model that you mean"
+        )
 
 
 def _named(name: str) -> dict[str, Any]:
@@ -56,8 +60,10 @@ def _named(name: str) -> dict[str, Any]:
     if Path(name).is_file():
         return read_json(Path(name))
     nearest = difflib.get_close_matches(name, _published(), n=1)
-    raise UserError(f"model.architecture={name} is neither a file nor a published architecture; "
-                    + (f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(_published())}"))
+    raise UserError(
+        f"model.architecture={name} is neither a file nor a published architecture; "
+        + (f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(_published())}")
+    )
 
 
 def _published() -> list[str]:

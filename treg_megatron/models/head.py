@@ -50,8 +50,9 @@ def response_logps(
     words = max(0, min(weight.shape[0], vocab_size - first_word))
     block_bytes = CPU_BLOCK_BYTES if hidden.is_cpu else BLOCK_BYTES
     block_words = block_words or max(256, block_bytes // (4 * max(1, hidden.shape[0])))
-    return _ResponseLogps.apply(hidden, weight, targets - first_word, words, group if size > 1 else None,
-                                logit_softcap, block_words)
+    return _ResponseLogps.apply(
+        hidden, weight, targets - first_word, words, group if size > 1 else None, logit_softcap, block_words
+    )
 
 
 class _ResponseLogps(torch.autograd.Function):
@@ -93,7 +94,7 @@ class _ResponseLogps(torch.autograd.Function):
         blocks = _blocks(ctx.words, ctx.block_words) if len(hidden) else []
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.empty_like(weight)
-        grad_weight[ctx.words if len(hidden) else 0:] = 0
+        grad_weight[ctx.words if len(hidden) else 0 :] = 0
         scratch = None if ctx.kept else _scratch(hidden, ctx.words, ctx.block_words)
         for block in blocks:
             if ctx.kept:

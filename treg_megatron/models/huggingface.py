@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from treg_megatron.distributed.launch import world
 from treg_megatron.errors import UserError
 from treg_megatron.utils.imports import heavy_imports
-from treg_megatron.distributed.launch import world
 
 _FINGERPRINT_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
 
@@ -54,8 +54,14 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 
     try:
         # eager: the model's own attention, of which other implementations leave things out (Gemma 2's soft-cap)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True,
-                                                     trust_remote_code=False, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="eager",
+        )
     except Exception as error:
         raise UserError(f"the model of {folder} does not load: {error}") from None
     return model.eval()

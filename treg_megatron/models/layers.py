@@ -29,8 +29,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from treg_megatron.kernels.attention import causal_attention
 from treg_megatron.distributed.context_parallel import ContextPart
+from treg_megatron.kernels.attention import causal_attention
 from treg_megatron.kernels.packed_attention import Span, packed_attention
 from treg_megatron.kernels.rms_norm import RMSNorm
 from treg_megatron.kernels.rotary import use_torch_rotation
@@ -50,8 +50,9 @@ def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
     ``config.post_layer_norms``, where a config has it, asks for Gemma 2's norms behind attention and MLP.
     """
     use_torch_rotation()
-    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm,
-                                     normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     layer.submodules.input_layernorm = RMSNorm
     if layer.submodules.pre_mlp_layernorm is not IdentityOp:
         layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -68,8 +69,9 @@ def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
         _mend_experts()
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return ModuleSpec(module=TransformerBlock,
-                      submodules=TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm))
+    return ModuleSpec(
+        module=TransformerBlock, submodules=TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+    )
 
 
 def _mend_experts() -> None:
@@ -111,9 +113,17 @@ class SdpaAttention(MegatronModule):
     scores (``attn_logit_softcapping``) takes the whole score matrix of a sequence in fp32.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType,
-                 attention_type: str, attention_dropout: float | None = None, softmax_scale: float | None = None,
-                 cp_comm_type: str | None = None, pg_collection=None):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+    ):
         super().__init__(config=config)
         head_scale = getattr(config, "query_pre_attn_scalar", config.kv_channels)
         self.softmax_scale = softmax_scale or 1 / math.sqrt(head_scale)
@@ -122,9 +132,16 @@ class SdpaAttention(MegatronModule):
         self.tokens_before = config.window_size[0] if slides else None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
-                attn_mask_type: AttnMaskType | None = None, attention_bias: Tensor | None = None,
-                packed_seq_params: PackedSeqParams | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
         """[s, b, heads, d] or packed [t, heads, d] -> [s, b, heads * d] or [t, heads * d]."""
         if packed_seq_params is None:
             out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
@@ -142,8 +159,15 @@ class SdpaAttention(MegatronModule):
         return torch.cat([x[0].transpose(0, 1) for x in out]).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return causal_attention(query, key, value, self.softmax_scale, self.tokens_before, self.softcap,
-                                self.dropout if self.training else 0.0)
+        return causal_attention(
+            query,
+            key,
+            value,
+            self.softmax_scale,
+            self.tokens_before,
+            self.softcap,
+            self.dropout if self.training else 0.0,
+        )
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Nothing to save: attention has no parameters."""
@@ -154,7 +178,9 @@ def _spans(packed: PackedSeqParams, length: int) -> list[Span]:
     """Sequences of the row, or of each pair prompt and chosen response, then the rejected response; last the padding."""
     if not isinstance(packed, SharedPrompts):
         return [Span(tokens) for tokens in packed.cu_seqlens_q.diff().tolist()]
-    spans = [span for prompt, chosen, rejected in packed.pairs for span in (Span(prompt + chosen), Span(rejected, prompt))]
+    spans = [
+        span for prompt, chosen, rejected in packed.pairs for span in (Span(prompt + chosen), Span(rejected, prompt))
+    ]
     padding = length - sum(span.tokens for span in spans)
     return [*spans, Span(padding)] if padding else spans
 
@@ -164,17 +190,19 @@ def _parts(query: Tensor, key: Tensor, value: Tensor, spans: list[Span]) -> Iter
     of_each = list(zip(*(x.split([span.tokens for span in spans]) for x in (query, key, value))))
     for span, before, (q, k, v) in zip(spans, [None, *of_each], of_each):
         if span.prompt:
-            k, v = (torch.cat([x[:span.prompt], own]) for x, own in zip(before[1:], (k, v)))
+            k, v = (torch.cat([x[: span.prompt], own]) for x, own in zip(before[1:], (k, v)))
         yield q, k, v
 
 
-def _pieces(query: Tensor, key: Tensor, value: Tensor, lengths: list[int],
-            context: ContextPart) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _pieces(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], context: ContextPart
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of each sequence this rank's two pieces of the queries, each with all keys and values up to its end."""
     lengths = [length // context.ranks for length in lengths]
     group = parallel_state.get_context_parallel_group()
-    key, value = (gather_from_sequence_parallel_region(x, group=group).unflatten(0, (context.ranks, -1))
-                  for x in (key, value))
+    key, value = (
+        gather_from_sequence_parallel_region(x, group=group).unflatten(0, (context.ranks, -1)) for x in (key, value)
+    )
     for q, k, v in zip(query.split(lengths), key.split(lengths, 1), value.split(lengths, 1)):
         k, v = context.whole(k), context.whole(v)
         for piece, number in zip(q.chunk(2), context.pieces):

@@ -18,8 +18,8 @@ from nemo.collections.llm.peft.utils import ParallelLinearAdapter
 from nemo.lightning.resume import AdapterPath
 from torch import nn
 
-from treg_megatron.errors import UserError
 from treg_megatron.config.schema import LoraSection
+from treg_megatron.errors import UserError
 
 ATTENTION = ("linear_qkv", "linear_proj")
 MLP = ("linear_fc1", "linear_fc2")
@@ -33,7 +33,9 @@ class PolicyLoRA(LoRA):
         for module in model.modules():
             if isinstance(module, LanguageModelEmbedding):
                 # recompute gives no gradient to a block whose input asks for none, as that of frozen embeddings does
-                module.register_forward_hook(lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled()))
+                module.register_forward_hook(
+                    lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled())
+                )
         return model
 
     def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
@@ -42,12 +44,24 @@ class PolicyLoRA(LoRA):
         match = self.match(m, name, prefix)
         if match is None:
             return m
-        return LoRALinear(m, ParallelLinearAdapter(
-            m.input_size, m.output_size, self.dim, base_linear_name=match[1], activation="identity",
-            column_init_method=self.lora_A_init_method, row_init_method=self.lora_B_init_method,
-            input_is_parallel=isinstance(m, RowParallelLinear), dropout=self.dropout,
-            dropout_position=self.dropout_position, model_parallel_config=m.config, alpha=self.alpha,
-            disable_sequence_parallel_comm=not m.config.sequence_parallel))
+        return LoRALinear(
+            m,
+            ParallelLinearAdapter(
+                m.input_size,
+                m.output_size,
+                self.dim,
+                base_linear_name=match[1],
+                activation="identity",
+                column_init_method=self.lora_A_init_method,
+                row_init_method=self.lora_B_init_method,
+                input_is_parallel=isinstance(m, RowParallelLinear),
+                dropout=self.dropout,
+                dropout_position=self.dropout_position,
+                model_parallel_config=m.config,
+                alpha=self.alpha,
+                disable_sequence_parallel_comm=not m.config.sequence_parallel,
+            ),
+        )
 
 
 def adapters(section: LoraSection, config: TransformerConfig) -> PolicyLoRA | None:
@@ -62,8 +76,10 @@ def adapters(section: LoraSection, config: TransformerConfig) -> PolicyLoRA | No
     if section.rank is None:
         return None
     if section.rank < 1 or section.alpha <= 0 or not 0 <= section.dropout < 1:
-        raise UserError(f"lora.rank={section.rank}, lora.alpha={section.alpha}, lora.dropout={section.dropout}: rank is at "
-                        f"least 1, alpha positive, dropout in [0, 1)")
+        raise UserError(
+            f"lora.rank={section.rank}, lora.alpha={section.alpha}, lora.dropout={section.dropout}: rank is at "
+            f"least 1, alpha positive, dropout in [0, 1)"
+        )
     known = (*ATTENTION, *MLP)
     if unknown := sorted(set(section.targets) - set(known)) or ([] if section.targets else ["nothing"]):
         raise UserError(f"lora.targets names {unknown[0]}; choose among {', '.join(known)}")
@@ -71,10 +87,13 @@ def adapters(section: LoraSection, config: TransformerConfig) -> PolicyLoRA | No
         raise UserError(f"lora.targets: experts get no adapters; use [{', '.join(ATTENTION)}]")
     if getattr(config, "post_layer_norms", False) and set(section.targets) & {"linear_proj", "linear_fc2"}:
         # Gemma 2 normalises what these two layers give, and an adapter would come after the norm
-        raise UserError("lora.targets: this model normalises the output of linear_proj and linear_fc2, so an adapter on "
-                        "them could not be merged; use [linear_qkv, linear_fc1]")
-    return PolicyLoRA(target_modules=list(section.targets), dim=section.rank, alpha=section.alpha,
-                      dropout=section.dropout)
+        raise UserError(
+            "lora.targets: this model normalises the output of linear_proj and linear_fc2, so an adapter on "
+            "them could not be merged; use [linear_qkv, linear_fc1]"
+        )
+    return PolicyLoRA(
+        target_modules=list(section.targets), dim=section.rank, alpha=section.alpha, dropout=section.dropout
+    )
 
 
 def resumed(checkpoint: Path, base: Path) -> Path:

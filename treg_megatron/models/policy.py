@@ -40,17 +40,26 @@ class ResponseTokens(NamedTuple):
 class ResponseGPTModel(MegatronGPTModel):
     """Megatron's GPT model with the response-only, chunked, vocabulary-parallel head instead of whole logits."""
 
-    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args,
-                    packed_seq_params: PackedSeqParams | None = None, **kwargs) -> tuple:
+    def _preprocess(
+        self, input_ids: Tensor, position_ids: Tensor, *args, packed_seq_params: PackedSeqParams | None = None, **kwargs
+    ) -> tuple:
         """Megatron's, and where pairs share their prompts the angles of each token's own position, [t, 1, channels]."""
-        embedded, angles, *others = super()._preprocess(input_ids, position_ids, *args,
-                                                        packed_seq_params=packed_seq_params, **kwargs)
+        embedded, angles, *others = super()._preprocess(
+            input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
+        )
         if isinstance(packed_seq_params, SharedPrompts):
             angles = angles[position_ids[0], 0]
         return embedded, angles, *others
 
-    def _postprocess(self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor,
-                     labels: ResponseTokens | Tensor | None, *args, **kwargs) -> Tensor:
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: ResponseTokens | Tensor | None,
+        *args,
+        **kwargs,
+    ) -> Tensor:
         """[s, b, hidden] -> [n] fp32 log-probs on the last stage, the hidden states on others."""
         if not self.post_process or not isinstance(labels, ResponseTokens):
             return super()._postprocess(hidden_states, input_ids, position_ids, labels, *args, **kwargs)
@@ -82,9 +91,11 @@ class PolicyConfig:
             UserError: ``cross_entropy_fusion_impl`` is Transformer Engine's.
         """
         if self.cross_entropy_fusion_impl == "te":
-            raise UserError("cross_entropy_fusion_impl=te: Transformer Engine's cross-entropy has given the gradient of one "
-                            "token to all of them (TransformerEngine issue 2139), where token rewards give each its own; "
-                            "leave it at native")
+            raise UserError(
+                "cross_entropy_fusion_impl=te: Transformer Engine's cross-entropy has given the gradient of one "
+                "token to all of them (TransformerEngine issue 2139), where token rewards give each its own; "
+                "leave it at native"
+            )
         model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
         # NeMo's families build Megatron's class and then adjust it (rotary scaling, norms of Gemma); ours adds no
         # state, so the finished object changes class rather than repeat each family's construction
@@ -154,14 +165,25 @@ def forward_step(model, batch: dict[str, Any]) -> Tensor:
     packed = None
     if "cu_seqlens" in batch:
         ends = batch["cu_seqlens"]
-        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, cu_seqlens_q_padded=ends,
-                                 cu_seqlens_kv_padded=ends, max_seqlen_q=batch["max_seqlen"],
-                                 max_seqlen_kv=batch["max_seqlen"])
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            cu_seqlens_q_padded=ends,
+            cu_seqlens_kv_padded=ends,
+            max_seqlen_q=batch["max_seqlen"],
+            max_seqlen_kv=batch["max_seqlen"],
+        )
     elif "pairs" in batch:
-        packed = SharedPrompts(qkv_format="thd", max_seqlen_q=batch["max_seqlen"], max_seqlen_kv=batch["max_seqlen"],
-                               pairs=batch["pairs"])
-    return model(batch["tokens"], batch["position_ids"], labels=ResponseTokens(batch["rows"], batch["targets"]),
-                 packed_seq_params=packed)
+        packed = SharedPrompts(
+            qkv_format="thd", max_seqlen_q=batch["max_seqlen"], max_seqlen_kv=batch["max_seqlen"], pairs=batch["pairs"]
+        )
+    return model(
+        batch["tokens"],
+        batch["position_ids"],
+        labels=ResponseTokens(batch["rows"], batch["targets"]),
+        packed_seq_params=packed,
+    )
 
 
 class StepResult(NamedTuple):
@@ -185,8 +207,14 @@ class PreferenceLossReduction(MegatronLossReduction):
 
     def forward(self, batch: dict[str, Any], logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         split = parallel_state.get_context_parallel_world_size() > 1
-        loss, sums = preference_loss(logps, batch.get("ref_logps"), batch.get("token_rewards"), batch["lengths"],
-                                     self.objective, parallel_state.get_context_parallel_group() if split else None)
+        loss, sums = preference_loss(
+            logps,
+            batch.get("ref_logps"),
+            batch.get("token_rewards"),
+            batch["lengths"],
+            self.objective,
+            parallel_state.get_context_parallel_group() if split else None,
+        )
         # Megatron adds the counts of context-parallel ranks, which share their pairs
         own = len(batch["lengths"]) // 2 if parallel_state.get_context_parallel_rank() == 0 else 0
         pairs = torch.tensor(own, dtype=torch.int, device=loss.device)

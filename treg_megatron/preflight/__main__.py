@@ -16,17 +16,20 @@ import argparse
 import sys
 from pathlib import Path
 
-from treg_megatron.utils import entry
-from treg_megatron.errors import UserError
 from treg_megatron.cli.arguments import add_recipe_arguments, parse_recipe
+from treg_megatron.errors import UserError
+from treg_megatron.utils import entry
 from treg_megatron.utils.imports import heavy_imports
 
 EXIT_DOES_NOT_FIT = 1
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m treg_megatron.preflight", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m treg_megatron.preflight",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_recipe_arguments(parser)
     parser.add_argument("--nodes", type=int, help="machines (cluster.nodes)")
     parser.add_argument("--gpus-per-node", type=int, help="GPUs of a machine (cluster.gpus_per_node)")
@@ -34,8 +37,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--suggest", action="store_true", help="search the cluster's layouts, print those that fit")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write the memory of each pipeline stage as a picture")
     arguments = parser.parse_args(argv)
-    flags = [f"cluster.{name}={value}" for name in ("nodes", "gpus_per_node", "gpu_memory")
-             if (value := getattr(arguments, name)) is not None]
+    flags = [
+        f"cluster.{name}={value}"
+        for name in ("nodes", "gpus_per_node", "gpu_memory")
+        if (value := getattr(arguments, name)) is not None
+    ]
     config = parse_recipe(arguments, flags)
     use_meta_machine()
     sys.exit(preflight(config, arguments.suggest, arguments.plot))
@@ -46,7 +52,9 @@ def use_meta_machine() -> None:
     import torch
 
     if torch.cuda.is_available():
-        raise UserError("preflight runs without a GPU: hide it, CUDA_VISIBLE_DEVICES= python -m treg_megatron.preflight")
+        raise UserError(
+            "preflight runs without a GPU: hide it, CUDA_VISIBLE_DEVICES= python -m treg_megatron.preflight"
+        )
     from treg_megatron.distributed.cpu_redirect import use_cpu
 
     use_cpu()
@@ -74,8 +82,10 @@ def preflight(config, suggest: bool = False, picture: Path | None = None) -> int
     if suggest:
         print("layouts that fit, the fastest first:")
         for found in suggestions(sections, plan.trainable + plan.frozen):
-            print(f"  {found.step_seconds:8.3g} s a step, {found.stages[found.fullest].total / 1e9:5.1f} GB: "
-                  f"{layout(found.sections, found.data_ranks)}")
+            print(
+                f"  {found.step_seconds:8.3g} s a step, {found.stages[found.fullest].total / 1e9:5.1f} GB: "
+                f"{layout(found.sections, found.data_ranks)}"
+            )
     print(verdict(plan))
     if plan.fits:
         return 0

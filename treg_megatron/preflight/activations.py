@@ -12,14 +12,14 @@ import torch
 from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from treg_megatron.models import policy as policies
-from treg_megatron.distributed.context_parallel import ContextPart
-from treg_megatron.data.collate import collate, row_multiple
+from treg_megatron.config.schema import DataSection, ParallelSection
 from treg_megatron.data.aligned import PairRecord
+from treg_megatron.data.collate import collate, row_multiple
+from treg_megatron.distributed.context_parallel import ContextPart
+from treg_megatron.models import policy as policies
 from treg_megatron.preflight.live import LiveTensors
 from treg_megatron.preflight.ranks import Rank
 from treg_megatron.preflight.schedule import FORWARD, Event
-from treg_megatron.config.schema import DataSection, ParallelSection
 
 LAYERS, HEAD = "layers", "log-prob head"
 
@@ -27,18 +27,18 @@ LAYERS, HEAD = "layers", "log-prob head"
 class Pass(NamedTuple):
     """Bytes of one micro-batch on one model chunk."""
 
-    kept: int                    # between its forward and its backward pass
-    forward: dict[str, int]      # most at any moment of the forward pass, while LAYERS or the HEAD ran
-    backward: dict[str, int]     # the same of the backward pass, what was kept included
+    kept: int  # between its forward and its backward pass
+    forward: dict[str, int]  # most at any moment of the forward pass, while LAYERS or the HEAD ran
+    backward: dict[str, int]  # the same of the backward pass, what was kept included
     moved: Counter[tuple[str, str]]  # put into collectives, see LiveTensors
 
 
 class Peak(NamedTuple):
     """Bytes at the moment of a step when a rank's tensors take the most."""
 
-    activations: int             # kept for backward passes to come
-    working: int                 # temporaries of the layer that runs
-    head: int                    # what the log-prob head adds to that
+    activations: int  # kept for backward passes to come
+    working: int  # temporaries of the layer that runs
+    head: int  # what the log-prob head adds to that
 
     @property
     def total(self) -> int:
@@ -62,8 +62,12 @@ def micro_batch(data: DataSection, parallel: ParallelSection, sequences: list[tu
         sequences: (tokens, response tokens) of chosen 0, rejected 0, chosen 1, ...
     """
     records = [pair_of(*shapes) for shapes in zip(sequences[0::2], sequences[1::2])]
-    batch = collate(records, "packed" if data.layout == "bins" else data.layout, row_multiple(data, parallel),
-                    ContextPart(0, parallel.context))
+    batch = collate(
+        records,
+        "packed" if data.layout == "bins" else data.layout,
+        row_multiple(data, parallel),
+        ContextPart(0, parallel.context),
+    )
     # the ends of sequences stay: attention cuts its input by their values
     return {k: v.to("meta") if isinstance(v, torch.Tensor) and k != "cu_seqlens" else v for k, v in batch.items()}
 
@@ -73,11 +77,19 @@ def run_chunk(rank: Rank, chunk: int, batch: dict) -> Pass:
     policy = rank.policies[chunk]
     model, config = policy.module, policy.config
     live = LiveTensors(rank.tensors_at_rest())
-    started = model.decoder.register_forward_hook(lambda module, inputs, hidden: _watch_head(live, hidden)) \
-        if model.post_process else None
+    started = (
+        model.decoder.register_forward_hook(lambda module, inputs, hidden: _watch_head(live, hidden))
+        if model.post_process
+        else None
+    )
     with live:
-        received = None if model.pre_process else torch.empty(
-            _hidden_shape(batch, config), dtype=config.pipeline_dtype, device="meta", requires_grad=True)
+        received = (
+            None
+            if model.pre_process
+            else torch.empty(
+                _hidden_shape(batch, config), dtype=config.pipeline_dtype, device="meta", requires_grad=True
+            )
+        )
         model.set_input_tensor(received)
         output = policies.forward_step(policy, batch)
         if model.post_process:

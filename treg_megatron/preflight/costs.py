@@ -9,16 +9,16 @@ from treg_megatron.config.schema import ClusterSection, DataSection, LabelSectio
 if TYPE_CHECKING:
     from treg_megatron.preflight.activations import Pass
 
-FORWARD_AND_BACKWARD = 3   # the backward pass does each product's arithmetic twice
+FORWARD_AND_BACKWARD = 3  # the backward pass does each product's arithmetic twice
 ELEMENT = {"fp32": 4, "bf16": 2}
 
 
 class Work(NamedTuple):
     """Multiply-adds times two, of one sequence's forward pass."""
 
-    layers: float              # every matrix product of the layers, those of an expert only for the tokens sent to it
-    attention: float           # scores and weighted values, causal: half of the square
-    head: float                # the output embedding on response tokens
+    layers: float  # every matrix product of the layers, those of an expert only for the tokens sent to it
+    attention: float  # scores and weighted values, causal: half of the square
+    head: float  # the output embedding on response tokens
 
     @property
     def total(self) -> float:
@@ -40,9 +40,11 @@ def forward_flops(fields: dict[str, Any], tokens: int, responses: int) -> Work:
     window = (fields.get("window_size") or (tokens, 0))[0]
     slides = fields.get("window_attn_skip_freq") or [fields.get("window_size") is not None] * fields["num_layers"]
     scores = sum(_positions(tokens, window if slid else tokens) for slid in slides)
-    return Work(layers=2.0 * tokens * fields["num_layers"] * (attention_weights + mlp_weights + router),
-                attention=4.0 * heads * width * scores,
-                head=2.0 * responses * hidden * fields["vocab_size"])
+    return Work(
+        layers=2.0 * tokens * fields["num_layers"] * (attention_weights + mlp_weights + router),
+        attention=4.0 * heads * width * scores,
+        head=2.0 * responses * hidden * fields["vocab_size"],
+    )
 
 
 def _positions(tokens: int, window: int) -> float:
@@ -69,8 +71,16 @@ def hours(flops: float, ranks: int, cluster: ClusterSection) -> float:
     return flops / (ranks * cluster.peak_tflops * 1e12 * cluster.mfu) / 3600
 
 
-def moved_in_a_step(passes: Iterable["Pass"], names: dict[str, str], micro_batches: int, gradients: int, weights: int,
-                    hidden: int, stages: int, data_ranks: int) -> dict[str, int]:
+def moved_in_a_step(
+    passes: Iterable["Pass"],
+    names: dict[str, str],
+    micro_batches: int,
+    gradients: int,
+    weights: int,
+    hidden: int,
+    stages: int,
+    data_ranks: int,
+) -> dict[str, int]:
     """Bytes that one rank puts into the collectives of each kind of group, and receives from its pipeline neighbour.
 
     Args:

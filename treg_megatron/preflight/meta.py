@@ -65,10 +65,19 @@ class OnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _flash_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-                     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
+def _flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
 
 
 def _fused_norm(hidden: Tensor, normalized_shape: tuple[int, ...], weight: Tensor, eps: float) -> Tensor:

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from treg_megatron.models.architecture import require_architecture
-from treg_megatron.data.blend import parse_blend
 from treg_megatron.checkpoint.layout import read_identity
-from treg_megatron.data.checks import require_enough, require_trainable
-from treg_megatron.objective import Objective
 from treg_megatron.data.aligned import manifest_path
-from treg_megatron.preflight.plan import Sections
+from treg_megatron.data.blend import parse_blend
+from treg_megatron.data.checks import require_enough, require_trainable
 from treg_megatron.data.streams import open_streams, require_same_tokenizer
+from treg_megatron.models.architecture import require_architecture
+from treg_megatron.objective import Objective
+from treg_megatron.preflight.plan import Sections
 
 
 def check_files(sections: Sections) -> tuple[list[str], int | None]:
@@ -32,8 +32,9 @@ def check_files(sections: Sections) -> tuple[list[str], int | None]:
         require_trainable(streams, sections.data, Objective(**vars(sections.objective)))
         if hf.exists():
             require_same_tokenizer(streams.manifest, hf)
-        lines.append(f"{prefix}: {len(streams):,} pairs, the longest sequence has "
-                     f"{int(streams.sequence_lengths.max()):,} tokens")
+        lines.append(
+            f"{prefix}: {len(streams):,} pairs, the longest sequence has {int(streams.sequence_lengths.max()):,} tokens"
+        )
         if prefix == sections.data.train:
             pairs = len(streams)
     if pairs is not None:

@@ -21,15 +21,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from treg_megatron.utils import entry
-from treg_megatron.data.blend import parse_blend
 from treg_megatron.checkpoint.layout import IDENTITY, read_identity
-from treg_megatron.errors import UserError
-from treg_megatron.utils.files import bytes_in
-from treg_megatron.data.indexed import ends_of
-from treg_megatron.config.recipe import section
 from treg_megatron.cli.arguments import add_recipe_arguments, parse_recipe
+from treg_megatron.config.recipe import section
+from treg_megatron.data.blend import parse_blend
+from treg_megatron.data.indexed import ends_of
 from treg_megatron.distributed.launch import World, connect, join, leave, node_name, world
+from treg_megatron.errors import UserError
+from treg_megatron.utils import entry
+from treg_megatron.utils.files import bytes_in
 
 ANSWER_SECONDS = 120
 BYTES_A_PARAMETER = {"fp32": 16, "bf16": 14}  # in a checkpoint: weights, fp32 main parameters of bf16, two Adam moments
@@ -37,8 +37,11 @@ ALL_REDUCE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="srun python -m treg_megatron.node_check", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="srun python -m treg_megatron.node_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_recipe_arguments(parser, help="the run's recipe")
     check(parse_recipe(parser.parse_args()))
 
@@ -98,8 +101,10 @@ def _nodes(store, ranks: World) -> list[dict[str, Any]]:
 def files_of_training(recipe: DictConfig) -> tuple[dict[str, Path], Path]:
     """The files that every node must see, by the keys that name them, and the folder that is written."""
     model, data, run = (section(recipe, name) for name in ("model", "data", "train"))
-    inputs = {f"model.checkpoint={model.checkpoint}": Path(model.checkpoint) / IDENTITY,
-              f"model.hf={model.hf}": Path(model.hf) / "config.json"}
+    inputs = {
+        f"model.checkpoint={model.checkpoint}": Path(model.checkpoint) / IDENTITY,
+        f"model.hf={model.hf}": Path(model.hf) / "config.json",
+    }
     for key, written in (("data.train", data.train), ("data.validation", data.validation)):
         for prefix in parse_blend(written)[0] if written else ():
             inputs[f"{key}={prefix}"] = Path(f"{prefix}.manifest.json")
@@ -135,19 +140,28 @@ def verdict(nodes: list[dict[str, Any]], needed: int, output: Path) -> str:
     nodes = [node for node in nodes if not node.get("silent")]
     for node in nodes:
         if not node["probe"]:
-            wrong.append(f"{node['node']} does not see {output} (train.output) as {nodes[0]['node']} does: it must be on a "
-                         "disk that all nodes share")
+            wrong.append(
+                f"{node['node']} does not see {output} (train.output) as {nodes[0]['node']} does: it must be on a "
+                "disk that all nodes share"
+            )
         elif node["free"] < needed:
-            wrong.append(f"{node['node']} has {node['free'] / 1e9:.1f} GB free in {output} (train.output), the checkpoints "
-                         f"take {needed / 1e9:.1f} GB")
+            wrong.append(
+                f"{node['node']} has {node['free'] / 1e9:.1f} GB free in {output} (train.output), the checkpoints "
+                f"take {needed / 1e9:.1f} GB"
+            )
     for what, has, usual, name in _differences(nodes, "inputs"):
-        wrong.append(f"{name} does not see {what}" if has is None else f"{name} sees another file than others as {what}")
+        wrong.append(
+            f"{name} does not see {what}" if has is None else f"{name} sees another file than others as {what}"
+        )
     for what, has, usual, name in _differences(nodes, "packages"):
         wrong.append(f"{name} has {what} {has or 'not installed'}, others have {usual or 'it not installed'}")
     if not wrong:
         return ""
-    return "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "") + \
-        ". Mend it, or leave the node out: sbatch --exclude"
+    return (
+        "; ".join(wrong[:4])
+        + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        + ". Mend it, or leave the node out: sbatch --exclude"
+    )
 
 
 def _differences(nodes: list[dict[str, Any]], kind: str) -> list[tuple[str, str | None, str | None, str]]:
@@ -155,8 +169,11 @@ def _differences(nodes: list[dict[str, Any]], kind: str) -> list[tuple[str, str 
     found = []
     for what in sorted({what for node in nodes for what in node[kind]}):
         usual = Counter(node[kind].get(what) for node in nodes).most_common(1)[0][0]
-        found += [(what, node[kind].get(what), usual, node["node"]) for node in nodes
-                  if node[kind].get(what) != usual or (kind == "inputs" and usual is None)]
+        found += [
+            (what, node[kind].get(what), usual, node["node"])
+            for node in nodes
+            if node[kind].get(what) != usual or (kind == "inputs" and usual is None)
+        ]
     return found
 
 
@@ -178,13 +195,18 @@ def devices(ranks: World, store: Any) -> None:
     answers: list = [None] * ranks.size
     torch.distributed.all_gather_object(answers, (node_name(), well))
     if bad := sorted({node for node, well in answers if not well}):
-        raise UserError(f"devices of {', '.join(bad)} compute wrongly or not at all: leave the node out, sbatch --exclude")
+        raise UserError(
+            f"devices of {', '.join(bad)} compute wrongly or not at all: leave the node out, sbatch --exclude"
+        )
     seconds = _all_reduce_seconds(kind)
     size = ALL_REDUCE_BYTES[kind]
     on_wire = size * 2 * (ranks.size - 1) / ranks.size  # what a ring sends and receives
     if ranks.rank == 0:
-        print(f"nodes: {ranks.nodes} with {ranks.local_size} ranks each, the same packages, all folders visible; "
-              f"all-reduce of {size >> 20} MiB over all ranks: {on_wire / seconds / 1e9:.2f} GB/s", flush=True)
+        print(
+            f"nodes: {ranks.nodes} with {ranks.local_size} ranks each, the same packages, all folders visible; "
+            f"all-reduce of {size >> 20} MiB over all ranks: {on_wire / seconds / 1e9:.2f} GB/s",
+            flush=True,
+        )
     leave()
 
 

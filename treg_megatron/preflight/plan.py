@@ -7,14 +7,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from treg_megatron.data import checks
 from treg_megatron.config import recipe
-from treg_megatron.models.architecture import hf_config_of
-from treg_megatron.models.families import model_fields
-from treg_megatron.objective import Objective
-from treg_megatron.preflight import activations, costs, schedule
-from treg_megatron.preflight.ranks import AtRest, build_rank, bytes_at_rest, parameters_of_the_model
-from treg_megatron.preflight.world import fake_world, group_names, rank_of_stage
 from treg_megatron.config.schema import (
     ClusterSection,
     DataSection,
@@ -26,6 +19,13 @@ from treg_megatron.config.schema import (
     ParallelSection,
     TrainSection,
 )
+from treg_megatron.data import checks
+from treg_megatron.models.architecture import hf_config_of
+from treg_megatron.models.families import model_fields
+from treg_megatron.objective import Objective
+from treg_megatron.preflight import activations, costs, schedule
+from treg_megatron.preflight.ranks import AtRest, build_rank, bytes_at_rest, parameters_of_the_model
+from treg_megatron.preflight.world import fake_world, group_names, rank_of_stage
 
 #: NCCL's own buffers for each group of several GPUs; an allowance, not measured here
 NCCL_BYTES_PER_GROUP = 256 << 20
@@ -52,8 +52,9 @@ class Sections(NamedTuple):
 
     def with_keys(self, **keys: dict[str, Any]) -> "Sections":
         """The same with other values: ``with_keys(parallel={"tensor": 4})``."""
-        return self._replace(**{name: dataclasses.replace(getattr(self, name), **values)
-                                for name, values in keys.items()})
+        return self._replace(
+            **{name: dataclasses.replace(getattr(self, name), **values) for name, values in keys.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,21 @@ class Stage:
     peak: activations.Peak
     communication: int
     fragmentation: int
-    moved: dict[str, int]           # bytes that a rank puts into collectives in a step, by kind of group
+    moved: dict[str, int]  # bytes that a rank puts into collectives in a step, by kind of group
 
     @property
     def parts(self) -> dict[str, int]:
-        return {"weights": self.at_rest.weights, "gradients": self.at_rest.gradients,
-                "main parameters": self.at_rest.main_parameters, "optimizer state": self.at_rest.optimizer_state,
-                "activations": self.peak.activations, "working memory": self.peak.working,
-                "log-prob head": self.peak.head, "communication": self.communication,
-                "fragmentation": self.fragmentation}
+        return {
+            "weights": self.at_rest.weights,
+            "gradients": self.at_rest.gradients,
+            "main parameters": self.at_rest.main_parameters,
+            "optimizer state": self.at_rest.optimizer_state,
+            "activations": self.peak.activations,
+            "working memory": self.peak.working,
+            "log-prob head": self.peak.head,
+            "communication": self.communication,
+            "fragmentation": self.fragmentation,
+        }
 
     @property
     def total(self) -> int:
@@ -85,11 +92,11 @@ class Plan:
 
     sections: Sections
     fields: dict[str, Any]
-    trainable: int                  # parameters of the whole model, each counted once
+    trainable: int  # parameters of the whole model, each counted once
     frozen: int
     stages: dict[int, Stage]
     data_ranks: int
-    micro_batches: int              # of a rank in a step
+    micro_batches: int  # of a rank in a step
 
     @property
     def memory(self) -> float:
@@ -170,16 +177,37 @@ def make_plan(sections: Sections, stages: list[int] | None = None) -> Plan:
 
 def _build_stage(sections: Sections, stage: int, micro_batches: int, data_ranks: int) -> tuple[Stage, tuple[int, int]]:
     parallel, on_gpu = sections.parallel, sections.cluster.device == "gpu"
-    rank = build_rank(hf_config_of(sections.model), parallel, sections.train, sections.objective, sections.optimizer,
-                      sections.lora, fused=on_gpu)
+    rank = build_rank(
+        hf_config_of(sections.model),
+        parallel,
+        sections.train,
+        sections.objective,
+        sections.optimizer,
+        sections.lora,
+        fused=on_gpu,
+    )
     batch = activations.largest_micro_batch(sections.data, parallel)
     passes = [activations.run_chunk(rank, chunk, batch) for chunk in range(len(rank.policies))]
     hidden = activations.hidden_bytes(batch, rank.config)
-    peak = activations.peak(passes, schedule.events(stage, parallel.pipeline, len(passes), micro_batches),
-                            held=hidden if stage else 0)
+    peak = activations.peak(
+        passes, schedule.events(stage, parallel.pipeline, len(passes), micro_batches), held=hidden if stage else 0
+    )
     at_rest, names = bytes_at_rest(rank.wrapped, rank.optimizer), group_names(bool(rank.config.num_moe_experts))
     groups = len(names) + (parallel.pipeline > 1) + (data_ranks > 1)
-    moved = costs.moved_in_a_step(passes, names, micro_batches, at_rest.gradients, at_rest.weights,
-                                  hidden * len(passes), parallel.pipeline, data_ranks)
-    return Stage(at_rest, peak, communication=NCCL_BYTES_PER_GROUP * groups if on_gpu else 0,
-                 fragmentation=round(FRAGMENTATION * peak.total), moved=moved), parameters_of_the_model(rank.policies)
+    moved = costs.moved_in_a_step(
+        passes,
+        names,
+        micro_batches,
+        at_rest.gradients,
+        at_rest.weights,
+        hidden * len(passes),
+        parallel.pipeline,
+        data_ranks,
+    )
+    return Stage(
+        at_rest,
+        peak,
+        communication=NCCL_BYTES_PER_GROUP * groups if on_gpu else 0,
+        fragmentation=round(FRAGMENTATION * peak.total),
+        moved=moved,
+    ), parameters_of_the_model(rank.policies)

@@ -3,14 +3,22 @@
 from pathlib import Path
 
 from treg_megatron.errors import UserError
-from treg_megatron.utils.files import atomic_write
 from treg_megatron.preflight.plan import Plan
 from treg_megatron.preflight.report import GB, layout
+from treg_megatron.utils.files import atomic_write
 
 #: a part and its colour: what stays in blues, what comes and goes in warm colours, allowances in greys
-COLOURS = {"weights": "#08519c", "gradients": "#3182bd", "main parameters": "#6baed6", "optimizer state": "#bdd7e7",
-           "activations": "#e6550d", "working memory": "#fdae6b", "log-prob head": "#a63603",
-           "communication": "#969696", "fragmentation": "#d9d9d9"}
+COLOURS = {
+    "weights": "#08519c",
+    "gradients": "#3182bd",
+    "main parameters": "#6baed6",
+    "optimizer state": "#bdd7e7",
+    "activations": "#e6550d",
+    "working memory": "#fdae6b",
+    "log-prob head": "#a63603",
+    "communication": "#969696",
+    "fragmentation": "#d9d9d9",
+}
 
 
 def plot(plan: Plan, name: str, path: Path) -> None:
@@ -33,8 +41,16 @@ def plot(plan: Plan, name: str, path: Path) -> None:
             axes.bar([str(stage) for stage in stages], heights, bottom=bottom, color=colour, label=part, width=0.7)
             bottom = [b + h for b, h in zip(bottom, heights)]
     axes.axhline(plan.memory / GB, color="#b30000", linewidth=1.5, linestyle="--")
-    axes.annotate(f"a rank has {plan.memory / GB:g} GB", (1.0, plan.memory / GB), xycoords=("axes fraction", "data"),
-                  xytext=(-4, 3), textcoords="offset points", ha="right", color="#b30000", fontsize=8)
+    axes.annotate(
+        f"a rank has {plan.memory / GB:g} GB",
+        (1.0, plan.memory / GB),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 3),
+        textcoords="offset points",
+        ha="right",
+        color="#b30000",
+        fontsize=8,
+    )
     axes.set_ylim(0, 1.12 * max(*bottom, plan.memory / GB))
     axes.set_xlabel("pipeline stage")
     axes.set_ylabel("memory of a rank, GB")

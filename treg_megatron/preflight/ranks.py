@@ -11,11 +11,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections.llm.fn.mixin import FNMixin
 from nemo.lightning.megatron_parallel import DDP
 
-from treg_megatron.training import build
+from treg_megatron.config.schema import LoraSection, ObjectiveSection, OptimizerSection, ParallelSection, TrainSection
 from treg_megatron.models.families import model_fields, nemo_config_class
 from treg_megatron.models.lora import adapters
 from treg_megatron.objective import Objective
-from treg_megatron.config.schema import LoraSection, ObjectiveSection, OptimizerSection, ParallelSection, TrainSection
+from treg_megatron.training import build
 
 
 class AtRest(NamedTuple):
@@ -47,12 +47,22 @@ class Rank:
 
     def tensors_at_rest(self) -> list[torch.Tensor]:
         """Every tensor that is there before and after a step."""
-        return [*(t for policy in self.policies for t in (*policy.parameters(), *policy.buffers())),
-                *(buffer.grad_data for buffer in _buffers(self.wrapped)), *main_parameters(self.optimizer)]
+        return [
+            *(t for policy in self.policies for t in (*policy.parameters(), *policy.buffers())),
+            *(buffer.grad_data for buffer in _buffers(self.wrapped)),
+            *main_parameters(self.optimizer),
+        ]
 
 
-def build_rank(hf_config: dict, parallel: ParallelSection, train: TrainSection, objective: ObjectiveSection,
-               optimizer: OptimizerSection, lora: LoraSection, fused: bool) -> Rank:
+def build_rank(
+    hf_config: dict,
+    parallel: ParallelSection,
+    train: TrainSection,
+    objective: ObjectiveSection,
+    optimizer: OptimizerSection,
+    lora: LoraSection,
+    fused: bool,
+) -> Rank:
     """Build this rank's part, as :mod:`treg_megatron.train` would; call it inside a world, real or fake.
 
     Args:
@@ -79,11 +89,19 @@ def build_rank(hf_config: dict, parallel: ParallelSection, train: TrainSection, 
                 transform(_Walkable(policy.module))
         policy.train()
         policies.append(policy)
-    wrapped = [DDP(config, strategy.ddp_config, policy.module, disable_bucketing=chunk > 0,
-                   data_parallel_group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-               for chunk, policy in enumerate(policies)]
-    return Rank(policies, wrapped, get_megatron_optimizer(
-        policies[0].optim.config, wrapped, use_gloo_process_groups=False))
+    wrapped = [
+        DDP(
+            config,
+            strategy.ddp_config,
+            policy.module,
+            disable_bucketing=chunk > 0,
+            data_parallel_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+        for chunk, policy in enumerate(policies)
+    ]
+    return Rank(
+        policies, wrapped, get_megatron_optimizer(policies[0].optim.config, wrapped, use_gloo_process_groups=False)
+    )
 
 
 class _Walkable(FNMixin, torch.nn.Module):
@@ -101,11 +119,21 @@ def bytes_at_rest(wrapped: list[torch.nn.Module], optimizer: Any) -> AtRest:
     """
     parameters = [p for chunk in wrapped for p in chunk.parameters()]
     buffers = list(_buffers(wrapped))
-    weights = storage_bytes([*parameters, *(b.param_data for b in buffers if b.param_data is not None),
-                             *(t for chunk in wrapped for t in chunk.module.buffers())])
+    weights = storage_bytes(
+        [
+            *parameters,
+            *(b.param_data for b in buffers if b.param_data is not None),
+            *(t for chunk in wrapped for t in chunk.module.buffers()),
+        ]
+    )
     main = list(main_parameters(optimizer))
-    state = [t for part in _parts(optimizer) for values in part.optimizer.state.values() for t in values.values()
-             if isinstance(t, torch.Tensor) and t.dim()]
+    state = [
+        t
+        for part in _parts(optimizer)
+        for values in part.optimizer.state.values()
+        for t in values.values()
+        if isinstance(t, torch.Tensor) and t.dim()
+    ]
     weight_storages = {id(p.untyped_storage()) for p in parameters}
     return AtRest(
         weights=weights,

@@ -7,9 +7,17 @@ from treg_megatron.preflight import costs
 from treg_megatron.preflight.plan import Plan, Sections
 
 GB = 1e9
-COLUMNS = {"weights": "weights", "gradients": "grads", "main parameters": "main", "optimizer state": "optim",
-           "activations": "activ", "working memory": "work", "log-prob head": "head", "communication": "comm",
-           "fragmentation": "gaps"}
+COLUMNS = {
+    "weights": "weights",
+    "gradients": "grads",
+    "main parameters": "main",
+    "optimizer state": "optim",
+    "activations": "activ",
+    "working memory": "work",
+    "log-prob head": "head",
+    "communication": "comm",
+    "fragmentation": "gaps",
+}
 
 
 def report(plan: Plan, pairs: int | None) -> str:
@@ -30,9 +38,11 @@ def verdict(plan: Plan) -> str:
 def layout(sections: Sections, data_ranks: int) -> str:
     """How the ranks are split, in a few words."""
     parallel = sections.parallel
-    words = [f"tensor {parallel.tensor}" + (" with sequence parallelism" if parallel.sequence else ""),
-             f"pipeline {parallel.pipeline}" + (f" in {parallel.virtual_pipeline} chunks a stage"
-                                                if parallel.virtual_pipeline else "")]
+    words = [
+        f"tensor {parallel.tensor}" + (" with sequence parallelism" if parallel.sequence else ""),
+        f"pipeline {parallel.pipeline}"
+        + (f" in {parallel.virtual_pipeline} chunks a stage" if parallel.virtual_pipeline else ""),
+    ]
     words += [f"{name} {getattr(parallel, name)}" for name in ("context", "expert") if getattr(parallel, name) > 1]
     return ", ".join([*words, f"data {data_ranks}", f"recompute {sections.train.recompute}"])
 
@@ -40,8 +50,10 @@ def layout(sections: Sections, data_ranks: int) -> str:
 def _heading(plan: Plan) -> Iterator[str]:
     cluster = plan.sections.cluster
     unit = "GPUs" if cluster.device == "gpu" else "CPU processes"
-    yield (f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''} of {cluster.gpus_per_node} {unit} with "
-           f"{cluster.gpu_memory:g} GB: {layout(plan.sections, plan.data_ranks)}")
+    yield (
+        f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''} of {cluster.gpus_per_node} {unit} with "
+        f"{cluster.gpu_memory:g} GB: {layout(plan.sections, plan.data_ranks)}"
+    )
     trained = f"{plan.trainable:,} of them in adapters, trained" if plan.frozen else "all trained"
     yield f"{plan.trainable + plan.frozen:,} parameters, {trained}"
 
@@ -58,37 +70,55 @@ def _step(plan: Plan, pairs: int | None) -> Iterator[str]:
     data, cluster = plan.sections.data, plan.sections.cluster
     pairs_each = f"{data.micro_batch_size} pair{'s' if data.micro_batch_size > 1 else ''}"
     each = "1 bin" if data.layout == "bins" else pairs_each
-    yield (f"step: {data.global_batch_size} pairs = {plan.data_ranks} data-parallel ranks x {plan.micro_batches} "
-           f"micro-batches of {each}" + (" at most" if data.layout == "bins" else ""))
+    yield (
+        f"step: {data.global_batch_size} pairs = {plan.data_ranks} data-parallel ranks x {plan.micro_batches} "
+        f"micro-batches of {each}" + (" at most" if data.layout == "bins" else "")
+    )
     if pairs is None:
         yield "epoch: the streams do not exist yet; cluster.pairs=N tells how many steps it has"
     else:
         steps = math.ceil(pairs / data.global_batch_size)
-        yield (f"epoch: {pairs:,} pairs, {steps:,} steps; {data.epochs} of them take about "
-               f"{steps * data.epochs * plan.step_seconds / 3600:.1f} h")
+        yield (
+            f"epoch: {pairs:,} pairs, {steps:,} steps; {data.epochs} of them take about "
+            f"{steps * data.epochs * plan.step_seconds / 3600:.1f} h"
+        )
     flops = costs.step_flops(plan.fields, data)
-    yield (f"arithmetic: {flops / 1e15:.3g} PFLOP a step; {plan.step_seconds:.3g} s at {cluster.mfu:.0%} of "
-           f"{cluster.peak_tflops:g} TFLOP/s, {plan.bubble:.0%} pipeline bubble included"
-           + (", and the forward pass twice" if plan.sections.train.recompute == "full" else ""))
-    moved = {kind: max(stage.moved.get(kind, 0) for stage in plan.stages.values())
-             for stage in plan.stages.values() for kind in stage.moved}
-    told = [f"{kind} {nbytes / GB:.2f} ({nbytes / GB / _bandwidth(plan, kind):.2g} s)" for kind, nbytes in moved.items()]
+    yield (
+        f"arithmetic: {flops / 1e15:.3g} PFLOP a step; {plan.step_seconds:.3g} s at {cluster.mfu:.0%} of "
+        f"{cluster.peak_tflops:g} TFLOP/s, {plan.bubble:.0%} pipeline bubble included"
+        + (", and the forward pass twice" if plan.sections.train.recompute == "full" else "")
+    )
+    moved = {
+        kind: max(stage.moved.get(kind, 0) for stage in plan.stages.values())
+        for stage in plan.stages.values()
+        for kind in stage.moved
+    }
+    told = [
+        f"{kind} {nbytes / GB:.2f} ({nbytes / GB / _bandwidth(plan, kind):.2g} s)" for kind, nbytes in moved.items()
+    ]
     yield f"moved by a rank in a step, GB: {', '.join(told) or 0}"
 
 
 def _stations(plan: Plan, pairs: int | None) -> Iterator[str]:
     label, train, cluster = plan.sections.label, plan.sections.train, plan.sections.cluster
     saved = costs.checkpoint(plan.trainable, plan.frozen, train.precision, cluster)
-    yield (f"checkpoint: {saved.nbytes / GB:,.1f} GB every {train.save_every} steps, {saved.seconds:.3g} s at "
-           f"{cluster.storage_bandwidth:g} GB/s; {train.keep_checkpoints} kept")
+    yield (
+        f"checkpoint: {saved.nbytes / GB:,.1f} GB every {train.save_every} steps, {saved.seconds:.3g} s at "
+        f"{cluster.storage_bandwidth:g} GB/s; {train.keep_checkpoints} kept"
+    )
     count = pairs or 10_000
     needs = costs.label_memory(plan.trainable + plan.frozen, label, plan.fields) / GB
-    split = f"megatron, tensor {label.tensor} x pipeline {label.pipeline}" if label.engine == "megatron" else \
-        "huggingface, a whole model in each process"
+    split = (
+        f"megatron, tensor {label.tensor} x pipeline {label.pipeline}"
+        if label.engine == "megatron"
+        else "huggingface, a whole model in each process"
+    )
     time = costs.hours(costs.label_flops(plan.fields, plan.sections.data, count), plan.sections.ranks, cluster)
-    yield (f"labelling: {split}, about {needs:.1f} of {cluster.gpu_memory:g} GB a rank"
-           f"{'' if needs <= cluster.gpu_memory else ' - TOO MUCH: raise label.tensor'}; {count:,} pairs take about "
-           f"{time:.2g} h on the whole cluster")
+    yield (
+        f"labelling: {split}, about {needs:.1f} of {cluster.gpu_memory:g} GB a rank"
+        f"{'' if needs <= cluster.gpu_memory else ' - TOO MUCH: raise label.tensor'}; {count:,} pairs take about "
+        f"{time:.2g} h on the whole cluster"
+    )
 
 
 def _bandwidth(plan: Plan, kind: str) -> float:

@@ -25,9 +25,13 @@ def events(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Eve
     total = micro_batches * chunks
     warm_up = stages - stage - 1 if chunks == 1 else (stages - stage - 1) * 2 + (chunks - 1) * stages
     warm_up = min(warm_up, total) if stages > 1 else 0
-    order = [chunk for start in range(0, micro_batches, stages) for chunk in range(chunks)
-             for _ in range(start, min(start + stages, micro_batches))]
+    order = [
+        chunk
+        for start in range(0, micro_batches, stages)
+        for chunk in range(chunks)
+        for _ in range(start, min(start + stages, micro_batches))
+    ]
     forward = [Event(FORWARD, chunk) for chunk in order]
     backward = [Event(BACKWARD, chunks - 1 - chunk) for chunk in order]
     steady = [event for pair in zip(forward[warm_up:], backward) for event in pair]
-    return forward[:warm_up] + steady + backward[total - warm_up:]
+    return forward[:warm_up] + steady + backward[total - warm_up :]

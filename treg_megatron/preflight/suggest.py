@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
+from treg_megatron.errors import UserError
 from treg_megatron.models.architecture import hf_config_of
 from treg_megatron.models.families import model_fields
-from treg_megatron.errors import UserError
 from treg_megatron.preflight.plan import Plan, Sections, make_plan, require_possible
 
 RECOMPUTE = ("none", "selective", "full")
@@ -22,10 +22,14 @@ def remedy(plan: Plan) -> str:
     for factor in (2, 4, 8, 16):
         larger = sections.with_keys(cluster={"nodes": factor * sections.cluster.nodes})
         for found in suggestions(larger, plan.trainable + plan.frozen, most=1):
-            return (f"to make it fit: --nodes {larger.cluster.nodes} with {_written(_layout_of(found.sections))}; no "
-                    "layout fits this cluster")
-    return ("nothing that preflight tries makes it fit: take shorter sequences (data.seq_length), adapters (lora.rank) or "
-            "more memory")
+            return (
+                f"to make it fit: --nodes {larger.cluster.nodes} with {_written(_layout_of(found.sections))}; no "
+                "layout fits this cluster"
+            )
+    return (
+        "nothing that preflight tries makes it fit: take shorter sequences (data.seq_length), adapters (lora.rank) or "
+        "more memory"
+    )
 
 
 def suggestions(sections: Sections, parameters: int, most: int = 8) -> list[Plan]:
@@ -39,8 +43,9 @@ def suggestions(sections: Sections, parameters: int, most: int = 8) -> list[Plan
         if _at_rest(candidate, parameters) > candidate.cluster.gpu_memory * 1e9:
             continue
         for recompute in RECOMPUTE:
-            plan = make_plan(candidate.with_keys(train={"recompute": recompute}),
-                             stages=sorted({0, candidate.parallel.pipeline - 1}))
+            plan = make_plan(
+                candidate.with_keys(train={"recompute": recompute}), stages=sorted({0, candidate.parallel.pipeline - 1})
+            )
             if plan.fits:
                 found.append(plan)
                 break
@@ -53,12 +58,23 @@ def _layouts(sections: Sections) -> Iterator[Sections]:
     """Every possible split of the cluster, few model-parallel ranks first."""
     layers, ranks = model_fields(hf_config_of(sections.model))["num_layers"], sections.ranks
     experts = model_fields(hf_config_of(sections.model)).get("num_moe_experts") or 1
-    sizes = [(tensor, pipeline, expert) for tensor in range(1, sections.cluster.gpus_per_node + 1)
-             for pipeline in range(1, layers + 1) for expert in range(1, experts + 1)
-             if tensor * pipeline <= ranks and layers % pipeline == 0]
+    sizes = [
+        (tensor, pipeline, expert)
+        for tensor in range(1, sections.cluster.gpus_per_node + 1)
+        for pipeline in range(1, layers + 1)
+        for expert in range(1, experts + 1)
+        if tensor * pipeline <= ranks and layers % pipeline == 0
+    ]
     for tensor, pipeline, expert in sorted(sizes, key=lambda size: (size[0] * size[1], -size[0], -size[2])):
-        candidate = sections.with_keys(parallel={
-            "tensor": tensor, "pipeline": pipeline, "expert": expert, "sequence": tensor > 1, "virtual_pipeline": None})
+        candidate = sections.with_keys(
+            parallel={
+                "tensor": tensor,
+                "pipeline": pipeline,
+                "expert": expert,
+                "sequence": tensor > 1,
+                "virtual_pipeline": None,
+            }
+        )
         try:
             require_possible(candidate)
         except UserError:
@@ -70,7 +86,7 @@ def _single_changes(sections: Sections) -> Iterator[dict[str, dict[str, Any]]]:
     parallel, train, data = sections.parallel, sections.train, sections.data
     if parallel.tensor > 1 and not parallel.sequence:
         yield {"parallel": {"sequence": True}}
-    for recompute in RECOMPUTE[RECOMPUTE.index(train.recompute) + 1:]:
+    for recompute in RECOMPUTE[RECOMPUTE.index(train.recompute) + 1 :]:
         yield {"train": {"recompute": recompute}}
     if data.micro_batch_size > 1:
         yield {"data": {"micro_batch_size": 1}}
@@ -100,11 +116,14 @@ def _at_rest(sections: Sections, parameters: int) -> float:
 def _layout_of(sections: Sections) -> dict[str, dict[str, Any]]:
     parallel = sections.parallel
     keys = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "sequence": parallel.sequence}
-    return {"parallel": keys | ({"expert": parallel.expert} if parallel.expert > 1 else {}),
-            "train": {"recompute": sections.train.recompute}}
+    return {
+        "parallel": keys | ({"expert": parallel.expert} if parallel.expert > 1 else {}),
+        "train": {"recompute": sections.train.recompute},
+    }
 
 
 def _written(change: dict[str, dict[str, Any]]) -> str:
     """As overrides on a command line."""
-    return " ".join(f"{section}.{key}={str(value).lower()}"
-                    for section, keys in change.items() for key, value in keys.items())
+    return " ".join(
+        f"{section}.{key}={str(value).lower()}" for section, keys in change.items() for key, value in keys.items()
+    )

@@ -9,8 +9,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from treg_megatron.preflight.meta import on_meta
 from treg_megatron.config.schema import ParallelSection
+from treg_megatron.preflight.meta import on_meta
 
 
 @contextlib.contextmanager
@@ -25,9 +25,13 @@ def fake_world(parallel: ParallelSection, size: int, rank: int, gpu: bool) -> It
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         parallel_state.initialize_model_parallel(
-            parallel.tensor, parallel.pipeline, virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-            context_parallel_size=parallel.context, expert_model_parallel_size=parallel.expert,
-            create_gloo_process_groups=False)
+            parallel.tensor,
+            parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            create_gloo_process_groups=False,
+        )
         with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
             model_parallel_cuda_manual_seed(1)
             with on_meta(gpu):
@@ -44,10 +48,14 @@ def rank_of_stage(parallel: ParallelSection, size: int, stage: int) -> int:
 
 def group_names(experts: bool) -> dict[str, str]:
     """What the process groups of this rank are for, by torch's name of the group; groups of one rank are left out."""
-    groups = {"context": parallel_state.get_context_parallel_group(),
-              "tensor": parallel_state.get_tensor_model_parallel_group()}
+    groups = {
+        "context": parallel_state.get_context_parallel_group(),
+        "tensor": parallel_state.get_tensor_model_parallel_group(),
+    }
     if experts:
-        groups |= {"expert": parallel_state.get_expert_model_parallel_group(),
-                   "expert tensor": parallel_state.get_expert_tensor_parallel_group(),
-                   "expert tensor x expert": parallel_state.get_expert_tensor_and_model_parallel_group()}
+        groups |= {
+            "expert": parallel_state.get_expert_model_parallel_group(),
+            "expert tensor": parallel_state.get_expert_tensor_parallel_group(),
+            "expert tensor x expert": parallel_state.get_expert_tensor_and_model_parallel_group(),
+        }
     return {group.group_name: name for name, group in groups.items() if group.size() > 1}

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from treg_megatron.tokenizer.conversation import Sampled
-from treg_megatron.models.huggingface import device_of, load_causal_lm, model_folder
 from treg_megatron.config.schema import SampleSection
+from treg_megatron.models.huggingface import device_of, load_causal_lm, model_folder
 from treg_megatron.tokenizer.chat import ChatTokenizer
+from treg_megatron.tokenizer.conversation import Sampled
 
 
 class HuggingFaceSampler:
@@ -30,14 +30,24 @@ class HuggingFaceSampler:
         width = max(map(len, prompts))
         tokens = torch.full((len(prompts), width), end)
         mask = torch.zeros_like(tokens)
-        for row, prompt in enumerate(prompts):              # padding on the left: responses begin together
-            tokens[row, width - len(prompt):] = torch.tensor(prompt)
-            mask[row, width - len(prompt):] = 1
+        for row, prompt in enumerate(prompts):  # padding on the left: responses begin together
+            tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
         torch.manual_seed(seed)
         # all named, because a folder's own generation settings would change the distribution
-        distribution = {"do_sample": True, "temperature": section.temperature, "top_p": section.top_p, "top_k": 0} \
-            if section.temperature else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        distribution = (
+            {"do_sample": True, "temperature": section.temperature, "top_p": section.top_p, "top_k": 0}
+            if section.temperature
+            else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        )
         output = self._model.generate(
-            tokens.to(self._device), attention_mask=mask.to(self._device), **distribution, repetition_penalty=1.0,
-            num_beams=1, max_new_tokens=section.max_new_tokens, eos_token_id=end, pad_token_id=end)
+            tokens.to(self._device),
+            attention_mask=mask.to(self._device),
+            **distribution,
+            repetition_penalty=1.0,
+            num_beams=1,
+            max_new_tokens=section.max_new_tokens,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
         return [self._tokenizer.sampled(ids) for ids in output[:, width:].tolist()]

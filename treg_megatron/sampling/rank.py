@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treg_megatron.errors import UserError
-from treg_megatron.utils.files import atomic_write, read_manifest
-from treg_megatron.data.pairs import IDENTICAL_RESPONSES
-from treg_megatron.utils.progress import Progress
-from treg_megatron.data.records import read_rows
-from treg_megatron.sampling.sample import FORMAT, MANIFEST_NAME, VERSION
 from treg_megatron.config.schema import RankSection
+from treg_megatron.data.pairs import IDENTICAL_RESPONSES
+from treg_megatron.data.records import read_rows
+from treg_megatron.errors import UserError
+from treg_megatron.sampling.sample import FORMAT, MANIFEST_NAME, VERSION
+from treg_megatron.utils.files import atomic_write, read_manifest
+from treg_megatron.utils.progress import Progress
 
 EQUAL_SCORES = "all responses have the same score"
 TOO_FEW = "fewer than two usable responses"
@@ -75,8 +75,9 @@ def rank(section: RankSection) -> Ranked:
 def best_and_worst(scores: Sequence[float], lengths: Sequence[int]) -> tuple[int, int]:
     """Indices of the chosen and the rejected response, ties resolved by length, then by order."""
     best = min((i for i in range(len(scores)) if scores[i] == max(scores)), key=lambda i: lengths[i])
-    worst = min((i for i in range(len(scores)) if scores[i] == min(scores)),
-                key=lambda i: abs(lengths[i] - lengths[best]))
+    worst = min(
+        (i for i in range(len(scores)) if scores[i] == min(scores)), key=lambda i: abs(lengths[i] - lengths[best])
+    )
     return best, worst
 
 
@@ -106,20 +107,28 @@ def _scores(score: Callable[[dict, list[dict]], Sequence[float]], row: dict, kep
     except (TypeError, ValueError) as error:
         raise UserError(f"prompt {row['prompt_id']!r}: scores that are no numbers: {error}") from None
     if len(scores) != len(kept) or not all(map(math.isfinite, scores)):
-        raise UserError(f"prompt {row['prompt_id']!r}: {len(kept)} responses got the scores {scores}; each needs a "
-                        "finite number")
+        raise UserError(
+            f"prompt {row['prompt_id']!r}: {len(kept)} responses got the scores {scores}; each needs a finite number"
+        )
     return scores
 
 
 def _pair(row: dict, chosen: dict, rejected: dict, chosen_score: float, rejected_score: float) -> dict[str, Any]:
-    pair = {"pair_id": row["prompt_id"], "prompt": row["messages"], "chosen": chosen["text"],
-            "rejected": rejected["text"], "chosen_score": chosen_score, "rejected_score": rejected_score}
+    pair = {
+        "pair_id": row["prompt_id"],
+        "prompt": row["messages"],
+        "chosen": chosen["text"],
+        "rejected": rejected["text"],
+        "chosen_score": chosen_score,
+        "rejected_score": rejected_score,
+    }
     if chosen["ids"] is not None and rejected["ids"] is not None:
         pair |= {"chosen_ids": chosen["ids"], "rejected_ids": rejected["ids"], "tokenizer": row["tokenizer"]}
     return pair
 
 
 # -- where scores come from --------------------------------------------------------------------------------------------
+
 
 def _score_function(section: RankSection) -> Callable[[dict, list[dict]], Sequence[float]]:
     name = section.scores
@@ -139,7 +148,7 @@ def _column(row: dict, response: dict, column: str) -> float:
 
 def _imported(name: str) -> ScoreFunction:
     module, separator, attribute = name.partition(":")
-    sys.path.insert(0, os.getcwd())          # as python -m does
+    sys.path.insert(0, os.getcwd())  # as python -m does
     try:
         function = getattr(importlib.import_module(module), attribute) if separator else None
     except (ImportError, AttributeError) as error:
@@ -165,15 +174,20 @@ class RewardModel:
         from treg_megatron.models.huggingface import device_of, model_folder
 
         folder = model_folder(section.reward_model)
-        if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")) and \
-                not section.allow_remote_code:
-            raise UserError(f"{folder} brings Python code of its own; read it, and allow it with "
-                            "rank.allow_remote_code=true, or take another reward model")
+        if (
+            "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            and not section.allow_remote_code
+        ):
+            raise UserError(
+                f"{folder} brings Python code of its own; read it, and allow it with "
+                "rank.allow_remote_code=true, or take another reward model"
+            )
         options = {"local_files_only": True, "trust_remote_code": section.allow_remote_code}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=getattr(torch, section.dtype),
-                                                                       **options)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=getattr(torch, section.dtype), **options
+            )
         except Exception as error:
             raise UserError(f"the reward model of {folder} does not load: {error}") from None
         if not self._tokenizer.chat_template:
@@ -184,8 +198,9 @@ class RewardModel:
         """One response at a time: padding would have to be what each architecture expects."""
         scores = []
         for response in responses:
-            ids = self._tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}],
-                                                      return_tensors="pt").to(self._model.device)
+            ids = self._tokenizer.apply_chat_template(
+                [*messages, {"role": "assistant", "content": response}], return_tensors="pt"
+            ).to(self._model.device)
             with self._torch.inference_mode():
                 output = self._model(ids)
             score = output.score if hasattr(output, "score") else output.logits

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treg_megatron.errors import UserError
-from treg_megatron.utils.files import atomic_write, read_manifest, sha256_of, sha256_of_json, write_manifest
-from treg_megatron.tokenizer.conversation import Message
-from treg_megatron.utils.progress import Progress
-from treg_megatron.data.records import read_rows
-from treg_megatron.sampling import Sampler
 from treg_megatron.config.schema import SampleSection
+from treg_megatron.data.records import read_rows
+from treg_megatron.errors import UserError
+from treg_megatron.sampling import Sampler
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
+from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.utils.files import atomic_write, read_manifest, sha256_of, sha256_of_json, write_manifest
+from treg_megatron.utils.progress import Progress
 
 FORMAT, VERSION = "treg-megatron samples", 1
 RUN_NAME, MANIFEST_NAME = "run.json", "manifest.json"
@@ -56,10 +56,23 @@ def sample(section: SampleSection, sampler: Sampler | None = None) -> dict[str, 
         "prompts": {"file": Path(section.prompts).name, "sha256": sha256_of(section.prompts)},
         "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256},
         "model": Path(section.model).resolve().name,
-        **{name: getattr(section, name) for name in ("engine", "seeds", "temperature", "top_p", "max_new_tokens",
-                                                     "max_prompt_length", "batch_prompts", "shard_prompts", "dtype")}}
+        **{
+            name: getattr(section, name)
+            for name in (
+                "engine",
+                "seeds",
+                "temperature",
+                "top_p",
+                "max_new_tokens",
+                "max_prompt_length",
+                "batch_prompts",
+                "shard_prompts",
+                "dtype",
+            )
+        },
+    }
     _require_same_run(output, run)
-    parts = [prompts[i:i + section.shard_prompts] for i in range(0, len(prompts), section.shard_prompts)]
+    parts = [prompts[i : i + section.shard_prompts] for i in range(0, len(prompts), section.shard_prompts)]
     paths = [output / f"samples-{number:05d}.jsonl" for number in range(len(parts))]
     if not all(path.exists() for path in paths):
         sampler = sampler or _load_sampler(section, tokenizer)
@@ -70,8 +83,9 @@ def sample(section: SampleSection, sampler: Sampler | None = None) -> dict[str, 
                 if not path.exists():
                     rows = _sample_part(part, section, tokenizer, sampler, progress)
                     with atomic_write(path) as partial:
-                        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-                                           encoding="utf-8")
+                        partial.write_text(
+                            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+                        )
     return _finish(output, paths, len(prompts), drops, run)
 
 
@@ -110,7 +124,8 @@ def _messages(row: Any) -> tuple[Message, ...]:
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list) or not all(
-            isinstance(m, dict) and m.get("role") in _ROLES and isinstance(m.get("content"), str) for m in value):
+        isinstance(m, dict) and m.get("role") in _ROLES and isinstance(m.get("content"), str) for m in value
+    ):
         raise ValueError("needs `prompt` (text or messages) or `messages`, each message with role and content")
     while value and value[-1]["role"] != "user":
         value = value[:-1]
@@ -124,11 +139,14 @@ def _require_sensible(section: SampleSection) -> None:
         if getattr(section, name) < 1:
             raise UserError(f"sample.{name}={getattr(section, name)} must be at least 1")
     if not section.temperature >= 0 or not 0 < section.top_p <= 1:
-        raise UserError(f"sample.temperature={section.temperature} must not be negative and sample.top_p="
-                        f"{section.top_p} in (0, 1]")
+        raise UserError(
+            f"sample.temperature={section.temperature} must not be negative and sample.top_p={section.top_p} in (0, 1]"
+        )
     if len(set(section.seeds)) != len(section.seeds) or not section.seeds:
-        raise UserError(f"sample.seeds={list(section.seeds)} must be one or more different numbers; a preference pair "
-                        "needs at least two")
+        raise UserError(
+            f"sample.seeds={list(section.seeds)} must be one or more different numbers; a preference pair "
+            "needs at least two"
+        )
 
 
 def _require_same_run(output: Path, run: dict[str, Any]) -> None:
@@ -136,14 +154,16 @@ def _require_same_run(output: Path, run: dict[str, Any]) -> None:
         found = read_manifest(output / RUN_NAME, FORMAT, VERSION)["run"]
         if found != run:
             different = ", ".join(name for name in run if found.get(name) != run[name])
-            raise UserError(f"{output} holds samples with another {different}; name another "
-                            "sample.output, or remove that folder")
+            raise UserError(
+                f"{output} holds samples with another {different}; name another sample.output, or remove that folder"
+            )
     elif output.is_dir() and any(output.iterdir()):
         raise UserError(f"{output} is not empty and holds no {RUN_NAME}; name another sample.output")
 
 
-def _sample_part(part: list[Prompt], section: SampleSection, tokenizer: ChatTokenizer, sampler: Sampler,
-                 progress: Progress) -> list[dict[str, Any]]:
+def _sample_part(
+    part: list[Prompt], section: SampleSection, tokenizer: ChatTokenizer, sampler: Sampler, progress: Progress
+) -> list[dict[str, Any]]:
     ids = [tokenizer.encode_prompt(prompt.messages) for prompt in part]
     kept = [i for i, prompt in enumerate(ids) if len(prompt) <= section.max_prompt_length]
     progress.skipped(len(part) - len(kept))
@@ -151,7 +171,7 @@ def _sample_part(part: list[Prompt], section: SampleSection, tokenizer: ChatToke
     kept.sort(key=lambda i: len(ids[i]))
     responses: dict[int, list[dict[str, Any]]] = {i: [] for i in kept}
     for start in range(0, len(kept), section.batch_prompts):
-        batch = kept[start:start + section.batch_prompts]
+        batch = kept[start : start + section.batch_prompts]
         tokens = 0
         for seed in section.seeds:
             # the batch has a part in the seed, or like prompts of different batches would get the same random numbers
@@ -161,8 +181,15 @@ def _sample_part(part: list[Prompt], section: SampleSection, tokenizer: ChatToke
                 responses[i].append({"seed": seed, **sampled._asdict()})
                 tokens += len(sampled.ids or [])
         progress.worked(len(batch), tokens)
-    return [{"prompt_id": part[i].prompt_id, "messages": [m._asdict() for m in part[i].messages],
-             "tokenizer": tokenizer.sha256, "responses": responses[i]} for i in sorted(kept)]
+    return [
+        {
+            "prompt_id": part[i].prompt_id,
+            "messages": [m._asdict() for m in part[i].messages],
+            "tokenizer": tokenizer.sha256,
+            "responses": responses[i],
+        }
+        for i in sorted(kept)
+    ]
 
 
 def _finish(output: Path, paths: list[Path], prompts: int, drops: Counter[str], run: dict) -> dict[str, Any]:
@@ -172,10 +199,19 @@ def _finish(output: Path, paths: list[Path], prompts: int, drops: Counter[str], 
     responses = [response for row in rows for response in row["responses"]]
     if prompts > len(rows):
         drops[PROMPT_TOO_LONG] += prompts - len(rows)
-    write_manifest(output / MANIFEST_NAME, FORMAT, VERSION, {
-        "prompts": len(rows), "responses": len(responses),
-        "truncated": sum(not response["finished"] for response in responses),
-        "drops": dict(sorted(drops.items())), "run": run, "shards": [path.name for path in paths]})
+    write_manifest(
+        output / MANIFEST_NAME,
+        FORMAT,
+        VERSION,
+        {
+            "prompts": len(rows),
+            "responses": len(responses),
+            "truncated": sum(not response["finished"] for response in responses),
+            "drops": dict(sorted(drops.items())),
+            "run": run,
+            "shards": [path.name for path in paths],
+        },
+    )
     return read_manifest(output / MANIFEST_NAME, FORMAT, VERSION)
 
 

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from treg_megatron.errors import UserError
-from treg_megatron.tokenizer.conversation import Sampled
 from treg_megatron.config.schema import SampleSection
+from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.chat import ChatTokenizer
+from treg_megatron.tokenizer.conversation import Sampled
 
-_FIRST_PAUSE = 1.0           # seconds; doubles with each try
+_FIRST_PAUSE = 1.0  # seconds; doubles with each try
 _TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
@@ -42,15 +42,25 @@ class ServerSampler:
 
     def _sample(self, prompt: list[int], seed: int) -> Sampled:
         section = self._section
-        answer = self._ask("completions", {
-            "model": self._model, "prompt": prompt, "seed": seed, "temperature": section.temperature,
-            "top_p": section.top_p, "max_tokens": section.max_new_tokens, "return_token_ids": True})
+        answer = self._ask(
+            "completions",
+            {
+                "model": self._model,
+                "prompt": prompt,
+                "seed": seed,
+                "temperature": section.temperature,
+                "top_p": section.top_p,
+                "max_tokens": section.max_new_tokens,
+                "return_token_ids": True,
+            },
+        )
         try:
             (choice,) = answer["choices"]
             text, finished, ids = choice["text"], choice["finish_reason"] == "stop", choice.get("token_ids")
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{self._address}/completions answered in an unknown form: "
-                            f"{json.dumps(answer)[:200]}") from None
+            raise UserError(
+                f"{self._address}/completions answered in an unknown form: {json.dumps(answer)[:200]}"
+            ) from None
         if ids is None:
             return Sampled(text, None, finished)
         end = self._tokenizer.end_of_turn
@@ -58,8 +68,10 @@ class ServerSampler:
 
     def _ask(self, path: str, content: dict[str, Any] | None = None) -> Any:
         request = urllib.request.Request(
-            f"{self._address}/{path}", headers={"Content-Type": "application/json"},
-            data=None if content is None else json.dumps(content).encode())
+            f"{self._address}/{path}",
+            headers={"Content-Type": "application/json"},
+            data=None if content is None else json.dumps(content).encode(),
+        )
         for attempt in range(self._section.tries):
             if attempt:
                 time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1))
@@ -71,7 +83,9 @@ class ServerSampler:
                     said = error.read(300).decode(errors="replace")
                     raise UserError(f"{self._address}/{path} refuses with status {error.code}: {said}") from None
                 problem: Any = f"status {error.code}"
-            except (OSError, ValueError) as error:          # refused, reset, timed out, cut off
+            except (OSError, ValueError) as error:  # refused, reset, timed out, cut off
                 problem = getattr(error, "reason", error)
-        raise UserError(f"{self._address}/{path} gave no answer in {self._section.tries} tries (the last: {problem}); "
-                        "what was sampled so far is kept: mend the server and run the same command again")
+        raise UserError(
+            f"{self._address}/{path} gave no answer in {self._section.tries} tries (the last: {problem}); "
+            "what was sampled so far is kept: mend the server and run the same command again"
+        )

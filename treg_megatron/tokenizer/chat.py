@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 
 from treg_megatron.errors import UserError
-from treg_megatron.utils.files import sha256_of_json
-from treg_megatron.tokenizer.conversation import Message
-from treg_megatron.utils.imports import heavy_imports
-from treg_megatron.tokenizer.conversation import Sampled
+from treg_megatron.tokenizer.conversation import Message, Sampled
 from treg_megatron.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from treg_megatron.tokenizer.word_cache import WordMemory, known_cuts
+from treg_megatron.utils.files import sha256_of_json
+from treg_megatron.utils.imports import heavy_imports
 
 # Llama 3.2's template writes today's date into the system turn unless it is given one; labels must not change with it.
 _FIXED_DATE = "26 Jul 2024"
@@ -47,13 +46,20 @@ class ChatTokenizer:
         special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = set(special)
         self._special_texts = {token.content: i for i, token in special.items()}
-        self._special_text = re.compile("|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True)))
-                                        or r"(?!)")
+        self._special_text = re.compile(
+            "|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True))) or r"(?!)"
+        )
         # Some special tokens swallow the white space around them.
-        self._special_place = re.compile("(" + "|".join(
-            r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
-            for token in sorted(special.values(), key=lambda token: len(token.content), reverse=True)) + ")"
-            if special else r"((?!))")
+        self._special_place = re.compile(
+            "("
+            + "|".join(
+                r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
+                for token in sorted(special.values(), key=lambda token: len(token.content), reverse=True)
+            )
+            + ")"
+            if special
+            else r"((?!))"
+        )
         self._puts_space_first = tokenizer.convert_ids_to_tokens(self._encode(_PROBE))[0].startswith("\u2581")
         self.sha256 = tokenizer.sha256 if self._engine is tokenizer else _tokenizer_hash(tokenizer)
         self._template, self._template_tokens = tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)
@@ -127,7 +133,7 @@ class ChatTokenizer:
         """A response from the ids that a model generated, and perhaps padding behind its end-of-turn token."""
         ids = list(ids)
         finished = self.end_of_turn in ids
-        ids = ids[:ids.index(self.end_of_turn) + 1] if finished else ids
+        ids = ids[: ids.index(self.end_of_turn) + 1] if finished else ids
         words = ids[:-1] if finished else ids
         text = self._tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Sampled(text, ids, finished)
@@ -138,14 +144,16 @@ class ChatTokenizer:
         prompt = self._rendered_prompt(messages, disguise)
         whole = self._render([*messages, Message("assistant", response)], False, disguise)
         if not whole.startswith(prompt):
-            raise UserError(f"the chat template of {self.folder} renders a prompt differently once a response follows: "
-                            "no exact boundary between them exists")
-        rest = whole[len(prompt):]
+            raise UserError(
+                f"the chat template of {self.folder} renders a prompt differently once a response follows: "
+                "no exact boundary between them exists"
+            )
+        rest = whole[len(prompt) :]
         for words in (response, response.rstrip(), response.lstrip(), response.strip()):
             space = " " * (_leading_spaces(rest) - _leading_spaces(words))
             rendered = space + _replaced(words, disguise)
             if rest.startswith(rendered):
-                end_of_turn = self._first_special(rest[len(rendered):])
+                end_of_turn = self._first_special(rest[len(rendered) :])
                 cut = len(response) - len(response.lstrip()) if len(words) < len(response.rstrip()) else 0
                 if self._puts_space_first:
                     return words, cut, end_of_turn
@@ -154,7 +162,7 @@ class ChatTokenizer:
 
     def _rendered_prompt(self, messages: Sequence[Message], disguise: Mapping[str, str]) -> str:
         key = (tuple(messages), tuple(disguise.items()))
-        if self._last_prompt[0] != key:         # asked for again for each response to it
+        if self._last_prompt[0] != key:  # asked for again for each response to it
             self._last_prompt = key, self._render(messages, True, disguise) + self._before_response
         return self._last_prompt[1]
 
@@ -179,7 +187,7 @@ class ChatTokenizer:
         question = [Message("user", "prompt")]
         prompt = self._render(question, True)
         whole = self._render([*question, Message("assistant", _PROBE)], False)
-        before, found, _ = whole[len(prompt):].partition(_PROBE)
+        before, found, _ = whole[len(prompt) :].partition(_PROBE)
         if not whole.startswith(prompt) or not found:
             raise UserError(f"the chat template of {self.folder} does not render a response after its prompt")
         return before if before.strip(" ") else ""
@@ -207,12 +215,17 @@ class ChatTokenizer:
         try:
             (text,), _ = render_jinja_template(
                 [[{"role": m.role, "content": _replaced(m.content, disguise)} for m in messages]],
-                chat_template=self._template, add_generation_prompt=generation_prompt, date_string=_FIXED_DATE,
-                **self._template_tokens)
+                chat_template=self._template,
+                add_generation_prompt=generation_prompt,
+                date_string=_FIXED_DATE,
+                **self._template_tokens,
+            )
             return text
         except (TemplateError, TypeError) as error:
-            raise UserError(f"the chat template of {self.folder} refuses a conversation of "
-                            f"{', '.join(m.role for m in messages)}: {error}") from None
+            raise UserError(
+                f"the chat template of {self.folder} refuses a conversation of "
+                f"{', '.join(m.role for m in messages)}: {error}"
+            ) from None
 
     def _encode(self, text: str, special: bool = True) -> list[int]:
         return self._engine.encode(text, special)
@@ -224,7 +237,7 @@ class ChatTokenizer:
         # The tokenizer puts a space before what it takes for a beginning. A line break has a token of its own, so what
         # follows one is encoded as in the middle of a text.
         before, ids = self._encode("\n", special=False), self._encode("\n" + text, special=False)
-        return ids[len(before):] if ids[:len(before)] == before else self._encode(text, special=False)
+        return ids[len(before) :] if ids[: len(before)] == before else self._encode(text, special=False)
 
 
 class _FastEngine:
@@ -235,8 +248,14 @@ class _FastEngine:
         self._backend.no_padding()
         self._backend.no_truncation()
         cuts = known_cuts(self._backend)
-        self._memories = None if cuts is None else {special: WordMemory(
-            functools.partial(self.encode_whole, special=special), cuts) for special in (True, False)}
+        self._memories = (
+            None
+            if cuts is None
+            else {
+                special: WordMemory(functools.partial(self.encode_whole, special=special), cuts)
+                for special in (True, False)
+            }
+        )
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Ids of a text; ``special`` says whether special tokens are recognised in it."""
@@ -274,7 +293,7 @@ def load_tokenizer(folder: str | Path) -> ChatTokenizer:
         if (folder / "tokenizer.model").is_file():
             return ChatTokenizer(SentencePieceTokenizer(folder / "tokenizer.model"), folder)
         raise UserError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer_config.json or tokenizer.model)")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")       # we encode one text at a time
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we encode one text at a time
     with heavy_imports():
         from transformers import AutoTokenizer
 

@@ -26,6 +26,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path):
         from sentencepiece import SentencePieceProcessor
+
         # its own protobuf module asks for a newer protobuf than NeMo does
         from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_model_pb2
 
@@ -40,24 +41,37 @@ class SentencePieceTokenizer:
         except Exception as error:
             raise UserError(f"{path} is no SentencePiece model: {error}") from None
         if rewrites:
-            raise UserError(f"{path} rewrites text before it encodes it (normalisation {model.normalizer_spec.name}): "
-                            "a response could not be told from its ids")
+            raise UserError(
+                f"{path} rewrites text before it encodes it (normalisation {model.normalizer_spec.name}): "
+                "a response could not be told from its ids"
+            )
         try:
             self.chat_template = (path.parent / TEMPLATE_NAME).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} needs a chat template beside it, {path.parent / TEMPLATE_NAME}: {error}") from None
         ids = range(self._pieces.vocab_size())
         self._control = {self._pieces.id_to_piece(i): i for i in ids if self._pieces.is_control(i)}
-        self._control_text = re.compile("(" + "|".join(
-            re.escape(text) for text in sorted(self._control, key=len, reverse=True)) + ")")
-        self.added_tokens_decoder = {i: SimpleNamespace(content=text, special=True, lstrip=False, rstrip=False)
-                                     for text, i in self._control.items()}
-        self.special_tokens_map = {name: self._pieces.id_to_piece(i) for name, i in (
-            ("bos_token", self._pieces.bos_id()), ("eos_token", self._pieces.eos_id())) if i >= 0}
+        self._control_text = re.compile(
+            "(" + "|".join(re.escape(text) for text in sorted(self._control, key=len, reverse=True)) + ")"
+        )
+        self.added_tokens_decoder = {
+            i: SimpleNamespace(content=text, special=True, lstrip=False, rstrip=False)
+            for text, i in self._control.items()
+        }
+        self.special_tokens_map = {
+            name: self._pieces.id_to_piece(i)
+            for name, i in (("bos_token", self._pieces.bos_id()), ("eos_token", self._pieces.eos_id()))
+            if i >= 0
+        }
         # training settings that the file also holds (paths, thread counts) decide no id
-        self.sha256 = sha256_of_json([[p.piece, p.score, int(p.type)] for p in model.pieces]
-                                     + [model.trainer_spec.model_type, model.normalizer_spec.escape_whitespaces,
-                                        model.trainer_spec.treat_whitespace_as_suffix])
+        self.sha256 = sha256_of_json(
+            [[p.piece, p.score, int(p.type)] for p in model.pieces]
+            + [
+                model.trainer_spec.model_type,
+                model.normalizer_spec.escape_whitespaces,
+                model.trainer_spec.treat_whitespace_as_suffix,
+            ]
+        )
 
     def __len__(self) -> int:
         return self._pieces.vocab_size()
@@ -97,5 +111,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: list[int], **_: Any) -> str:
         controls = set(self._control.values())
-        return "".join("".join(self._pieces.id_to_piece(list(run))) if control else self._pieces.decode(list(run))
-                       for control, run in groupby(map(int, ids), key=lambda i: i in controls))
+        return "".join(
+            "".join(self._pieces.id_to_piece(list(run))) if control else self._pieces.decode(list(run))
+            for control, run in groupby(map(int, ids), key=lambda i: i in controls)
+        )

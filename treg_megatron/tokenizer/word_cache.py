@@ -21,13 +21,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 # What Llama 3 and Qwen 2 to 3 cut text with; GPT-2's expression is built into the stage ByteLevel.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|" \
-         r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _EXPRESSIONS = {_WORDS % "{1,3}", _WORDS % ""}
 
-_MOST = 1 << 17               # parts that are remembered, of at most so many characters: some 30 MB
+_MOST = 1 << 17  # parts that are remembered, of at most so many characters: some 30 MB
 _LONGEST = 48
-_SPACE_BYTE = "\u0120"        # how a byte-level model spells a space; it spells ASCII letters as they are
+_SPACE_BYTE = "\u0120"  # how a byte-level model spells a space; it spells ASCII letters as they are
 
 
 class Cuts(NamedTuple):
@@ -103,7 +105,7 @@ class _Known(dict[str, bytes]):
         for token in self._word_model(word if len(word) == len(part) else _SPACE_BYTE + word):
             start, end = end, end + len(token.value)
             tokens.extend((token.id, start, end))
-        return tokens if end == len(part) else None          # a letter that the vocabulary lacks
+        return tokens if end == len(part) else None  # a letter that the vocabulary lacks
 
 
 def known_cuts(backend: Any) -> Cuts | None:
@@ -113,19 +115,28 @@ def known_cuts(backend: Any) -> Cuts | None:
     stages = stage["pretokenizers"] if stage.get("type") == "Sequence" else [stage]
     added = [token["content"] for token in settings["added_tokens"]]
     spelled = set("".join(added))
-    if not (all(_is_known(stage) for stage in stages) and any(map(_cuts, stages))
-            and (settings["normalizer"] or {"type": "NFC"})["type"] == "NFC"
-            and not model.get("dropout")
-            and not any(token[side] for token in settings["added_tokens"] for side in ("lstrip", "rstrip", "single_word"))
-            and not any(map(str.isspace, spelled))):
+    if not (
+        all(_is_known(stage) for stage in stages)
+        and any(map(_cuts, stages))
+        and (settings["normalizer"] or {"type": "NFC"})["type"] == "NFC"
+        and not model.get("dropout")
+        and not any(token[side] for token in settings["added_tokens"] for side in ("lstrip", "rstrip", "single_word"))
+        and not any(map(str.isspace, spelled))
+    ):
         return None
     after_word = "".join(map(re.escape, sorted(set(string.punctuation + "\n") - {"'"} - spelled)))
-    parts = re.compile(rf" ?[A-Za-z0-9]+(?=[{after_word}]| \S|\Z)"                              # most words
-                       rf"|.+?(?:(?<=\S)(?= \S)|(?<=[A-Za-z0-9])(?=[{after_word}])|\Z)", re.DOTALL)
-    model_alone = (model["type"] == "BPE" and not model.get("continuing_subword_prefix")
-                   and not model.get("end_of_word_suffix")
-                   and any(stage.get("type") == "ByteLevel" for stage in stages)
-                   and not any(token.isascii() and token.isalpha() for token in added))
+    parts = re.compile(
+        rf" ?[A-Za-z0-9]+(?=[{after_word}]| \S|\Z)"  # most words
+        rf"|.+?(?:(?<=\S)(?= \S)|(?<=[A-Za-z0-9])(?=[{after_word}])|\Z)",
+        re.DOTALL,
+    )
+    model_alone = (
+        model["type"] == "BPE"
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
+        and any(stage.get("type") == "ByteLevel" for stage in stages)
+        and not any(token.isascii() and token.isalpha() for token in added)
+    )
     return Cuts(parts, backend.model.tokenize if model_alone else None)
 
 

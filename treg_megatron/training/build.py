@@ -14,13 +14,13 @@ from nemo.lightning.pytorch.callbacks import PEFT
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
-from treg_megatron.models import policy as policies
+from treg_megatron.config.schema import DataSection, OptimizerSection, ParallelSection, TrainSection
 from treg_megatron.data.checks import can_share_prompts
-from treg_megatron.errors import UserError
-from treg_megatron.objective import Objective
 from treg_megatron.distributed.cpu_redirect import is_cpu
 from treg_megatron.distributed.launch import World
-from treg_megatron.config.schema import DataSection, OptimizerSection, ParallelSection, TrainSection
+from treg_megatron.errors import UserError
+from treg_megatron.models import policy as policies
+from treg_megatron.objective import Objective
 from treg_megatron.training.strategy import PolicyStrategy
 
 
@@ -43,8 +43,13 @@ CPU_FIELDS = {
 }
 
 
-def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSection, train: TrainSection,
-                  router_aux_loss: float = 0.0):
+def policy_config(
+    nemo_config: str,
+    fields: dict[str, Any],
+    parallel: ParallelSection,
+    train: TrainSection,
+    router_aux_loss: float = 0.0,
+):
     """The NeMo config of the policy.
 
     Args:
@@ -64,8 +69,12 @@ def policy_config(nemo_config: str, fields: dict[str, Any], parallel: ParallelSe
         # rows of one length (see data.PairData): the lengths of two neighbours' rows get mixed up where, as with two
         # stages, both neighbours are the same rank. Two stages need the overlapped exchange, one transfer at a time;
         # gloo sends in the background from memory that CUDA's allocator alone would keep alive
-        schedule = {"variable_seq_lengths": False, "overlap_p2p_comm": True, "batch_p2p_comm": False,
-                    "deallocate_pipeline_outputs": not is_cpu()}
+        schedule = {
+            "variable_seq_lengths": False,
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+            "deallocate_pipeline_outputs": not is_cpu(),
+        }
     # Megatron's name for an activation function that is a module of the layer spec; experts take none from there
     own_swiglu = is_cpu() and activation is F.silu and not fields.get("num_moe_experts")
     swiglu = {"use_te_activation_func": True} if own_swiglu else {}
@@ -101,8 +110,10 @@ def shares_prompts(fields: dict[str, Any], parallel: ParallelSection, data: Data
     if data.share_prompts is None:
         return is_cpu() and not policies.HAVE_TE and can_share_prompts(fields, parallel, data)
     if data.share_prompts and policies.HAVE_TE:
-        raise UserError("data.share_prompts: Transformer Engine's attention, which is installed here, cannot continue one "
-                        "prompt twice; set it to false")
+        raise UserError(
+            "data.share_prompts: Transformer Engine's attention, which is installed here, cannot continue one "
+            "prompt twice; set it to false"
+        )
     return data.share_prompts
 
 
@@ -110,12 +121,24 @@ def optimizer(section: OptimizerSection, train: TrainSection, steps: int) -> Meg
     """AdamW on Megatron's distributed optimizer, linear warm-up, cosine to ``min_lr`` at the last step."""
     return MegatronOptimizerModule(
         config=OptimizerConfig(
-            optimizer="adam", lr=section.lr, min_lr=section.min_lr, weight_decay=section.weight_decay,
-            adam_beta1=section.beta1, adam_beta2=section.beta2, adam_eps=section.eps, clip_grad=section.clip_grad,
-            use_distributed_optimizer=True, bf16=train.precision == "bf16", params_dtype=DTYPES[train.precision],
+            optimizer="adam",
+            lr=section.lr,
+            min_lr=section.min_lr,
+            weight_decay=section.weight_decay,
+            adam_beta1=section.beta1,
+            adam_beta2=section.beta2,
+            adam_eps=section.eps,
+            clip_grad=section.clip_grad,
+            use_distributed_optimizer=True,
+            bf16=train.precision == "bf16",
+            params_dtype=DTYPES[train.precision],
         ),
-        lr_scheduler=CosineAnnealingScheduler(max_steps=steps, warmup_steps=round(section.warmup_fraction * steps),
-                                              constant_steps=0, min_lr=section.min_lr),
+        lr_scheduler=CosineAnnealingScheduler(
+            max_steps=steps,
+            warmup_steps=round(section.warmup_fraction * steps),
+            constant_steps=0,
+            min_lr=section.min_lr,
+        ),
     )
 
 
@@ -130,8 +153,9 @@ def strategy(parallel: ParallelSection, train: TrainSection, initial_weights: Pa
         sequence_parallel=parallel.sequence,
         pipeline_dtype=DTYPES[train.precision],
         process_group_backend="gloo" if is_cpu() else "nccl",
-        ddp=DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True,
-                                          check_for_nan_in_grad=False),
+        ddp=DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False
+        ),
         restore_config=RestoreConfig(path=str(initial_weights)) if initial_weights else None,
         ckpt_async_save=train.save_in_background,
         ckpt_load_directly_on_device=not is_cpu(),
@@ -139,8 +163,9 @@ def strategy(parallel: ParallelSection, train: TrainSection, initial_weights: Pa
     )
 
 
-def trainer(world: World, strategy: PolicyStrategy, train: TrainSection, steps: int,
-            callbacks: list[pl.Callback]) -> nl.Trainer:
+def trainer(
+    world: World, strategy: PolicyStrategy, train: TrainSection, steps: int, callbacks: list[pl.Callback]
+) -> nl.Trainer:
     """A trainer that leaves logging, saving and validation to ``callbacks``."""
     return nl.Trainer(
         accelerator="cpu" if is_cpu() else "gpu",
@@ -160,7 +185,8 @@ def trainer(world: World, strategy: PolicyStrategy, train: TrainSection, steps: 
     )
 
 
-def policy(config, objective: Objective, optim: MegatronOptimizerModule | None = None,
-           adapters: PEFT | None = None) -> policies.Policy:
+def policy(
+    config, objective: Objective, optim: MegatronOptimizerModule | None = None, adapters: PEFT | None = None
+) -> policies.Policy:
     """The Lightning module that is trained, of the NeMo model class that goes with ``config``."""
     return policies.POLICIES[type(config)](config, objective, optim, adapters)

@@ -10,12 +10,12 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from nemo.utils import AppState
 from torch.utils.data import DataLoader, Dataset
 
+from treg_megatron.config.schema import DataSection, ParallelSection
 from treg_megatron.data import packing
-from treg_megatron.distributed.context_parallel import ContextPart
+from treg_megatron.data.aligned import PairRecord, PairStreams
 from treg_megatron.data.collate import collate, row_multiple
 from treg_megatron.data.sampler import MicrobatchOrder
-from treg_megatron.data.aligned import PairRecord, PairStreams
-from treg_megatron.config.schema import DataSection, ParallelSection
+from treg_megatron.distributed.context_parallel import ContextPart
 
 
 class PairDataset(Dataset):
@@ -42,9 +42,13 @@ class PairSampler(MegatronDataSampler):
     """
 
     def __init__(self, data: DataSection, bins: int | None = None, bin_size: int | None = None, group: int = 1):
-        super().__init__(seq_len=bin_size or data.seq_length,
-                         micro_batch_size=data.micro_batch_size if bins is None else 1,
-                         global_batch_size=data.global_batch_size, dataloader_type="single", output_log=False)
+        super().__init__(
+            seq_len=bin_size or data.seq_length,
+            micro_batch_size=data.micro_batch_size if bins is None else 1,
+            global_batch_size=data.global_batch_size,
+            dataloader_type="single",
+            output_log=False,
+        )
         self.bins, self.group = bins, group
 
     def setup(self, global_rank: int) -> None:
@@ -67,7 +71,9 @@ class PairData(pl.LightningDataModule):
         parallel: the recipe's section.
     """
 
-    def __init__(self, data: DataSection, train: PairStreams, validation: PairStreams | None, parallel: ParallelSection):
+    def __init__(
+        self, data: DataSection, train: PairStreams, validation: PairStreams | None, parallel: ParallelSection
+    ):
         super().__init__()
         self.data, self.train, self.validation = data, train, validation
         self.pad_to = row_multiple(data, parallel)
@@ -81,10 +87,16 @@ class PairData(pl.LightningDataModule):
                 # micro-batches in groups of as many as there are stages
                 self.pad_to = self.bin_size = math.ceil(self.bin_size / self.pad_to) * self.pad_to
                 self.group = parallel.pipeline
-            held_out = [] if validation is None else [packing.most_bins(
-                self._lengths(validation), self.bin_size, data.global_batch_size)]
-            self.bins = max(packing.most_bins(self._lengths(train), self.bin_size, data.global_batch_size, data.epochs,
-                                              data.seed), *held_out, 1)
+            held_out = (
+                []
+                if validation is None
+                else [packing.most_bins(self._lengths(validation), self.bin_size, data.global_batch_size)]
+            )
+            self.bins = max(
+                packing.most_bins(self._lengths(train), self.bin_size, data.global_batch_size, data.epochs, data.seed),
+                *held_out,
+                1,
+            )
         self.data_sampler = PairSampler(data, self.bins, self.bin_size, self.group)
 
     def pairs_per_micro_batch(self, ranks: int) -> float:
@@ -104,8 +116,9 @@ class PairData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Starts at the trainer's step, which a resumed run has restored by the time that this is called."""
-        return self._loader(self.train, epochs=self.data.epochs, first_step=self.trainer.global_step,
-                            seed=self.data.seed)
+        return self._loader(
+            self.train, epochs=self.data.epochs, first_step=self.trainer.global_step, seed=self.data.seed
+        )
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.validation)
@@ -114,19 +127,36 @@ class PairData(pl.LightningDataModule):
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         if self.bins is None:
             layout = self.data.layout
-            sampler = MicrobatchOrder(len(streams), self.data.micro_batch_size, self.data.global_batch_size, rank, ranks,
-                                      **order)
+            sampler = MicrobatchOrder(
+                len(streams), self.data.micro_batch_size, self.data.global_batch_size, rank, ranks, **order
+            )
         else:
             layout = "packed"
-            sampler = packing.BinOrder(self._lengths(streams), self.bin_size, self.data.global_batch_size, rank, ranks,
-                                       micro_batches=packing.micro_batches(self.bins, ranks, self.group), **order)
-        return DataLoader(PairDataset(streams), batch_sampler=sampler, collate_fn=functools.partial(
-            collate, layout=layout, pad_to_multiple_of=self.pad_to, context=ContextPart(
-                parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()),
-            share_prompts=self.data.share_prompts))
+            sampler = packing.BinOrder(
+                self._lengths(streams),
+                self.bin_size,
+                self.data.global_batch_size,
+                rank,
+                ranks,
+                micro_batches=packing.micro_batches(self.bins, ranks, self.group),
+                **order,
+            )
+        return DataLoader(
+            PairDataset(streams),
+            batch_sampler=sampler,
+            collate_fn=functools.partial(
+                collate,
+                layout=layout,
+                pad_to_multiple_of=self.pad_to,
+                context=ContextPart(
+                    parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+                ),
+                share_prompts=self.data.share_prompts,
+            ),
+        )
 
     def _lengths(self, streams: PairStreams) -> np.ndarray:
         lengths = self.padded_length(streams.sequence_lengths)
-        if self.data.share_prompts:         # the rejected sequence brings its response alone
+        if self.data.share_prompts:  # the rejected sequence brings its response alone
             lengths = np.column_stack([lengths[:, 0], streams.response_lengths[:, 1]])
         return packing.pair_lengths(lengths, self.bin_size, str(streams.prefix))

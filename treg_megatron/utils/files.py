@@ -12,8 +12,18 @@ from typing import Any
 from treg_megatron.errors import UserError
 
 # What the machine refuses and the user can mend; any other OSError is a bug of ours and keeps its traceback.
-_REFUSED_BY_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
-                           errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_REFUSED_BY_THE_MACHINE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
 
 
 def sha256_of(path: str | Path) -> str:
@@ -53,8 +63,9 @@ def atomic_write(path: str | Path, writer: int | None = None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_write_all(paths: list[Path], replaced_first: Path | None = None,
-                     writer: int | None = None) -> Iterator[list[Path]]:
+def atomic_write_all(
+    paths: list[Path], replaced_first: Path | None = None, writer: int | None = None
+) -> Iterator[list[Path]]:
     """:func:`atomic_write` for files that belong together: they are renamed one right after another, in order.
 
     ``replaced_first`` names the file that vouches for the others (their manifest, the last of ``paths``): an old one
@@ -92,8 +103,9 @@ def remove_partials(path: str | Path, writers: Container[int]) -> None:
             partial.unlink(missing_ok=True)
 
 
-def write_manifest(path: str | Path, format: str, version: int, content: dict[str, Any],
-                   writer: int | None = None) -> None:
+def write_manifest(
+    path: str | Path, format: str, version: int, content: dict[str, Any], writer: int | None = None
+) -> None:
     """Write a manifest by :func:`atomic_write`: readable JSON that names its format and schema version first."""
     with atomic_write(path, writer) as partial:
         partial.write_text(manifest_text(format, version, content), encoding="utf-8")
@@ -120,8 +132,10 @@ def read_manifest(path: str | Path, format: str, version: int) -> dict[str, Any]
     if not isinstance(manifest, dict) or manifest.get("format") != format:
         raise UserError(f"{path} is not a manifest of {format}")
     if manifest.get("version") != version:
-        raise UserError(f"{path} has schema version {manifest.get('version')!r}, this release reads {version}; "
-                        "make the files again, or use the release that wrote them")
+        raise UserError(
+            f"{path} has schema version {manifest.get('version')!r}, this release reads {version}; "
+            "make the files again, or use the release that wrote them"
+        )
     return manifest
 
 

@@ -21,9 +21,15 @@ class Progress:
         from tqdm import tqdm
 
         self._unit, self._start, self._worked, self._tokens = unit, time.monotonic(), 0, 0
-        self._bar = tqdm(total=total, initial=done, desc=station, dynamic_ncols=True, disable=not shown,
-                         mininterval=0.2 if sys.stderr.isatty() else 30,
-                         bar_format="{desc}: {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} " + unit + "{postfix}")
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=station,
+            dynamic_ncols=True,
+            disable=not shown,
+            mininterval=0.2 if sys.stderr.isatty() else 30,
+            bar_format="{desc}: {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} " + unit + "{postfix}",
+        )
 
     def __enter__(self) -> "Progress":
         return self
@@ -42,8 +48,9 @@ class Progress:
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = self._worked / seconds
         left = (self._bar.total - self._bar.n - count) / rate if rate else float("inf")
-        self._bar.set_postfix_str(f"{rate:,.2f} {self._unit}/s, {self._tokens / seconds:,.0f} tokens/s, "
-                                  f"{_duration(left)} left", refresh=False)
+        self._bar.set_postfix_str(
+            f"{rate:,.2f} {self._unit}/s, {self._tokens / seconds:,.0f} tokens/s, {_duration(left)} left", refresh=False
+        )
         self._bar.update(count)
 
 

@@ -42,8 +42,9 @@ class Scorer(Protocol):
     max_length: int
     vocab_size: int
 
-    def score(self, sequences: Sequence[ScoredSequence],
-              scored: Callable[[int, int], None] = lambda sequences, tokens: None) -> list[np.ndarray]:
+    def score(
+        self, sequences: Sequence[ScoredSequence], scored: Callable[[int, int], None] = lambda sequences, tokens: None
+    ) -> list[np.ndarray]:
         """log p(response token | everything before it), fp32 [response length], for each sequence in its order.
 
         ``scored`` is told after each batch how many sequences and tokens it had.

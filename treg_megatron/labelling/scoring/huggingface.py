@@ -17,13 +17,13 @@ import torch
 
 from treg_megatron.data.alignment import score_positions
 from treg_megatron.errors import UserError
-from treg_megatron.models.huggingface import device_of, load_causal_lm, model_folder
 from treg_megatron.kernels.memory import keep_memory
 from treg_megatron.kernels.onednn import ProductsByOneDNN
 from treg_megatron.labelling.scoring import ScoredSequence
 from treg_megatron.labelling.scoring.shared_prefixes import ATTENTION, attention, one_row, portions
+from treg_megatron.models.huggingface import device_of, load_causal_lm, model_folder
 
-_LOGITS_AT_ONCE = 1 << 25            # elements: 128 MiB in fp32
+_LOGITS_AT_ONCE = 1 << 25  # elements: 128 MiB in fp32
 _PROBE_TOKENS = 10
 # of the spread of the logits; a wrong way is off by as much as that
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
@@ -56,8 +56,9 @@ class HuggingFaceScorer:
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._take_over_attention(folder)
 
-    def score(self, sequences: Sequence[ScoredSequence],
-              scored: Callable[[int, int], None] = lambda sequences, tokens: None) -> list[np.ndarray]:
+    def score(
+        self, sequences: Sequence[ScoredSequence], scored: Callable[[int, int], None] = lambda sequences, tokens: None
+    ) -> list[np.ndarray]:
         """See :meth:`treg_megatron.labelling.scoring.Scorer.score`."""
         results: list[np.ndarray | None] = [None] * len(sequences)
         # the last token of a sequence is predicted and predicts nothing
@@ -73,8 +74,10 @@ class HuggingFaceScorer:
     @torch.inference_mode()
     def _score_together(self, members: list[ScoredSequence], read: list[np.ndarray]) -> list[np.ndarray]:
         hidden_th, rows = self._hidden_states(read)
-        predicting = [row[score_positions(len(member.prompt_ids), len(member.response_ids))]
-                      for row, member in zip(rows, members, strict=True)]
+        predicting = [
+            row[score_positions(len(member.prompt_ids), len(member.response_ids))]
+            for row, member in zip(rows, members, strict=True)
+        ]
         hidden_nh = hidden_th[torch.from_numpy(np.concatenate(predicting)).to(self.device)]
         targets_n = torch.tensor([token for member in members for token in member.response_ids], device=self.device)
         logps_n = self._logps(hidden_nh, targets_n).cpu().numpy()
@@ -84,8 +87,9 @@ class HuggingFaceScorer:
     def _hidden_states(self, sequences: list[np.ndarray]) -> tuple[torch.Tensor, list[np.ndarray]]:
         """[t, h] of all tokens, and for each sequence the rows of its own."""
         row = one_row(sequences, self.device)
-        output = self._model.base_model(input_ids=row.tokens[None], position_ids=row.positions[None], use_cache=False,
-                                        row=row)
+        output = self._model.base_model(
+            input_ids=row.tokens[None], position_ids=row.positions[None], use_cache=False, row=row
+        )
         return output.last_hidden_state[0], row.rows
 
     def _logps(self, hidden_nh: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
@@ -125,5 +129,7 @@ class HuggingFaceScorer:
         except (TypeError, ValueError, AttributeError):
             known = False
         if not known:
-            raise UserError(f"{folder}: {type(self._model).__name__} attends or makes logits in a way that this "
-                            "release does not know; its log-probs would be wrong")
+            raise UserError(
+                f"{folder}: {type(self._model).__name__} attends or makes logits in a way that this "
+                "release does not know; its log-probs would be wrong"
+            )

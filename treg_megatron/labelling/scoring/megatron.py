@@ -17,12 +17,12 @@ import torch
 
 from treg_megatron.data.alignment import score_positions
 from treg_megatron.data.checks import require_split
-from treg_megatron.errors import UserError
 from treg_megatron.data.collate import packed_row
 from treg_megatron.distributed.launch import World, join, leave, on_rank_zero, world
+from treg_megatron.errors import UserError
 from treg_megatron.labelling.scoring import ScoredSequence
 
-_PATIENCE = 3600.0      # seconds: rank 0 may read hundreds of gigabytes while the others wait
+_PATIENCE = 3600.0  # seconds: rank 0 may read hundreds of gigabytes while the others wait
 
 
 def replica(here: World, tensor: int, pipeline: int) -> tuple[int, int, bool]:
@@ -34,8 +34,10 @@ def replica(here: World, tensor: int, pipeline: int) -> tuple[int, int, bool]:
         UserError: the number of ranks is no multiple of tensor x pipeline.
     """
     if here.size % (tensor * pipeline):
-        raise UserError(f"label.tensor={tensor} x label.pipeline={pipeline} does not divide {here.size} processes; "
-                        f"start a multiple of {tensor * pipeline} with torchrun or srun")
+        raise UserError(
+            f"label.tensor={tensor} x label.pipeline={pipeline} does not divide {here.size} processes; "
+            f"start a multiple of {tensor * pipeline} with torchrun or srun"
+        )
     copies = here.size // (tensor * pipeline)
     return here.rank // tensor % copies, copies, here.rank < tensor * copies and here.rank % tensor == 0
 
@@ -54,8 +56,8 @@ class MegatronScorer:
     """
 
     def __init__(self, checkpoint: str | Path, tensor: int, pipeline: int, dtype: str, batch_tokens: int):
-        from treg_megatron.models.families import model_fields
         from treg_megatron.checkpoint.layout import find_checkpoint, read_identity
+        from treg_megatron.models.families import model_fields
 
         self._checkpoint = folder = find_checkpoint(Path(checkpoint))
         config = read_identity(folder).hf_config
@@ -82,8 +84,9 @@ class MegatronScorer:
         """End the ranks' group, all ranks together, once no sequence is left."""
         leave()
 
-    def score(self, sequences: Sequence[ScoredSequence],
-              scored: Callable[[int, int], None] = lambda sequences, tokens: None) -> list[np.ndarray]:
+    def score(
+        self, sequences: Sequence[ScoredSequence], scored: Callable[[int, int], None] = lambda sequences, tokens: None
+    ) -> list[np.ndarray]:
         """See :meth:`treg_megatron.labelling.scoring.Scorer.score`."""
         results: list[np.ndarray | None] = [None] * len(sequences)
         for batch in self._batches(sequences):
@@ -114,15 +117,24 @@ class MegatronScorer:
 
         batch = _packed(members)
         outputs = get_forward_backward_func()(
-            forward_step_func=self._forward, data_iterator=iter([batch]), model=[self._policy.module],
-            num_microbatches=1, seq_length=batch["tokens"].shape[1], micro_batch_size=1, forward_only=True)
+            forward_step_func=self._forward,
+            data_iterator=iter([batch]),
+            model=[self._policy.module],
+            num_microbatches=1,
+            seq_length=batch["tokens"].shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+        )
         if parallel_state.is_pipeline_last_stage():
             logps = outputs[0]["logps"]
         else:
             logps = torch.empty(len(batch["targets"]), dtype=torch.float32, device=_device())
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            torch.distributed.broadcast(logps, parallel_state.get_pipeline_model_parallel_last_rank(),
-                                        group=parallel_state.get_pipeline_model_parallel_group())
+            torch.distributed.broadcast(
+                logps,
+                parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
         return logps.cpu().numpy()
 
     def _forward(self, batches: Iterator[dict[str, Any]], _: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
@@ -160,8 +172,10 @@ def _require_same_model(checkpoint: Path, hf: Path) -> None:
     from treg_megatron.checkpoint.compare import compare
 
     if different := compare(checkpoint, hf).different:
-        raise UserError(f"{checkpoint} is not the model of {hf}: {different[0]} differs; name the checkpoint that was "
-                        "imported from that folder, or the folder that was exported from that checkpoint")
+        raise UserError(
+            f"{checkpoint} is not the model of {hf}: {different[0]} differs; name the checkpoint that was "
+            "imported from that folder, or the folder that was exported from that checkpoint"
+        )
 
 
 def _load(checkpoint: Path, tensor: int, pipeline: int) -> Any:

@@ -20,7 +20,7 @@ from treg_megatron.kernels.attention import causal_mask, soft_capped_attention
 #: name under which transformers finds :func:`attention`
 ATTENTION = "treg_shared_prefixes"
 
-_WORTH_SHARING = 8          # tokens: below that, attention without a mask is the greater gain
+_WORTH_SHARING = 8  # tokens: below that, attention without a mask is the greater gain
 
 
 class Segment(NamedTuple):
@@ -89,15 +89,33 @@ def one_row(sequences: Sequence[np.ndarray], device: torch.device) -> Row:
             positions.append(np.arange(shared, len(sequence)))
         rows.append(np.concatenate([prefix, np.arange(filled, filled + new)]))
         filled += new
-    keys = [torch.from_numpy(np.concatenate([s.prefix, np.arange(s.start, s.stop)])).to(device) if len(s.prefix)
-            else None for s in segments]
-    return Row(torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device),
-               torch.from_numpy(np.concatenate(positions)).to(device), segments, rows, keys, {})
+    keys = [
+        torch.from_numpy(np.concatenate([s.prefix, np.arange(s.start, s.stop)])).to(device) if len(s.prefix) else None
+        for s in segments
+    ]
+    return Row(
+        torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device),
+        torch.from_numpy(np.concatenate(positions)).to(device),
+        segments,
+        rows,
+        keys,
+        {},
+    )
 
 
-def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, *,
-              row: Row, scaling: float | None = None, sliding_window: int | None = None,
-              softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None = None,
+    *,
+    row: Row,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """Causal attention of each segment to its prefix and itself, as transformers calls an attention function.
 
     [1, heads, t, d], [1, key-value heads, t, d] -> [1, t, heads, d]
@@ -124,16 +142,18 @@ def _mask(row: Row, number: int, window: int | None) -> Tensor | None:
     return row.masks[number, window]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
-            softcap: float | None) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+) -> Tensor:
     """[1, heads, n, d], [1, key-value heads, p + n, d] -> [1, heads, n, d]."""
     if softcap is not None:
         if mask is None:
             mask = causal_mask(query.shape[2], key.shape[2], None, query.device)
         return soft_capped_attention(query, key, value, mask, scaling, softcap)
     grouped = query.shape[1] != key.shape[1]
-    if grouped and query.is_cuda:       # no fused CUDA kernel takes both a mask and grouped heads
+    if grouped and query.is_cuda:  # no fused CUDA kernel takes both a mask and grouped heads
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         grouped = False
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
-                                          enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )

@@ -8,6 +8,7 @@ fields.
 
 from typing import Any
 
+from treg_megatron.errors import UserError
 from treg_megatron.models.families.decoder import OUTPUT_LAYER
 from treg_megatron.models.families.family import Family, in_model_order, places
 from treg_megatron.models.families.gemma2 import GEMMA2
@@ -28,13 +29,27 @@ from treg_megatron.models.families.parameters import (
 )
 from treg_megatron.models.families.qwen2 import QWEN2
 from treg_megatron.models.families.qwen3 import QWEN3
-from treg_megatron.errors import UserError
 
 __all__ = [
-    "FAMILIES", "FREE_FIELDS", "OUTPUT_LAYER", "Family", "HFTensor", "Interleaving", "Parameter", "checkpoint_key",
-    "family_of", "in_model_order", "interleaving", "model_fields", "name_at", "nemo_config_class", "parameter_shape",
+    "FAMILIES",
+    "FREE_FIELDS",
+    "OUTPUT_LAYER",
+    "Family",
+    "HFTensor",
+    "Interleaving",
+    "Parameter",
+    "checkpoint_key",
+    "family_of",
+    "in_model_order",
+    "interleaving",
+    "model_fields",
+    "name_at",
+    "nemo_config_class",
+    "parameter_shape",
     "places",
-    "source_shape", "stacked_shape", "stacking",
+    "source_shape",
+    "stacked_shape",
+    "stacking",
 ]
 
 FAMILIES: dict[str, Family] = {
@@ -55,8 +70,9 @@ def family_of(hf_config: dict) -> Family:
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
-    raise UserError(f"architecture {', '.join(names) or '(none in config.json)'} is not supported; "
-                    f"known: {', '.join(FAMILIES)}")
+    raise UserError(
+        f"architecture {', '.join(names) or '(none in config.json)'} is not supported; known: {', '.join(FAMILIES)}"
+    )
 
 
 def model_fields(hf_config: dict) -> dict[str, Any]:
@@ -70,8 +86,9 @@ def model_fields(hf_config: dict) -> dict[str, Any]:
     """
     family = family_of(hf_config)
     if hf_config.get("quantization_config"):
-        raise UserError("the model is quantized (quantization_config in config.json); "
-                        "start from its full-precision weights")
+        raise UserError(
+            "the model is quantized (quantization_config in config.json); start from its full-precision weights"
+        )
     try:
         return family.fields(hf_config)
     except KeyError as error:

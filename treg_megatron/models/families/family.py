@@ -39,8 +39,10 @@ class Family:
         """Modules that ask a checkpoint for ``_extra_state``: FP8 scales in Transformer Engine, nothing in the
         torch-native specs."""
         owners = dict.fromkeys(p.name.rpartition(".")[0] for p in (*self.layer, FINAL_NORM))
-        return ["decoder.layers.{layer}.self_attention.core_attention",
-                *(module for module in owners if module not in WITHOUT_EXTRA_STATE)]
+        return [
+            "decoder.layers.{layer}.self_attention.core_attention",
+            *(module for module in owners if module not in WITHOUT_EXTRA_STATE),
+        ]
 
 
 def places(name: str, fields: dict[str, Any]) -> list[tuple[int, ...]]:
@@ -55,4 +57,4 @@ def in_model_order(family: Family, fields: dict[str, Any]) -> Iterator[tuple[Par
     yield from ((p, ()) for p in parameters[:first])
     for layer in range(fields["num_layers"]):
         yield from ((p, place) for p in family.layer for place in places(p.name, fields) if place[0] == layer)
-    yield from ((p, ()) for p in parameters[last + 1:])
+    yield from ((p, ()) for p in parameters[last + 1 :])

@@ -6,8 +6,9 @@ from typing import Any
 from treg_megatron.errors import UserError
 
 
-def decoder_fields(hf_config: dict, activation: str = "silu", activation_key: str = "hidden_act",
-                   tied_by_default: bool = False) -> dict[str, Any]:
+def decoder_fields(
+    hf_config: dict, activation: str = "silu", activation_key: str = "hidden_act", tied_by_default: bool = False
+) -> dict[str, Any]:
     """Sizes, norms and switches of a gated decoder without linear biases; rotary settings are the family's.
 
     Args:
@@ -21,8 +22,9 @@ def decoder_fields(hf_config: dict, activation: str = "silu", activation_key: st
     """
     found = hf_config.get(activation_key) or activation
     if found != activation:
-        raise UserError(f"{activation_key} {found!r} is not supported for {architecture(hf_config)}; "
-                        f"known: {activation}")
+        raise UserError(
+            f"{activation_key} {found!r} is not supported for {architecture(hf_config)}; known: {activation}"
+        )
     heads, hidden = hf_config["num_attention_heads"], hf_config["hidden_size"]
     return {
         "num_layers": hf_config["num_hidden_layers"],
@@ -64,8 +66,10 @@ def rope_fields(hf_config: dict, known: Sequence[str] = ("default",)) -> dict[st
     """
     rope = rope_settings(hf_config)
     if rope["rope_type"] not in known:
-        raise UserError(f"rope scaling of type {rope['rope_type']!r} is not supported for {architecture(hf_config)}; "
-                        f"known: {', '.join(known)}")
+        raise UserError(
+            f"rope scaling of type {rope['rope_type']!r} is not supported for {architecture(hf_config)}; "
+            f"known: {', '.join(known)}"
+        )
     # NeMo types it as an integer, and every published theta is one
     theta = float(rope["rope_theta"])
     return {"rotary_base": int(theta) if theta.is_integer() else theta}

@@ -29,13 +29,18 @@ def _fields(hf_config: dict) -> dict[str, Any]:
     refuse_options(hf_config, "attention_bias")
     fields = decoder_fields(hf_config, "gelu_pytorch_tanh", "hidden_activation", tied_by_default=True)
     sliding = sliding_layers(hf_config, [layer % 2 == 0 for layer in range(fields["num_layers"])])
-    return fields | rope_fields(hf_config) | window_fields(hf_config.get("sliding_window", 4096), sliding) | {
-        "kv_channels": hf_config["head_dim"],
-        "layernorm_zero_centered_gamma": True,
-        "query_pre_attn_scalar": hf_config["query_pre_attn_scalar"],
-        "attn_logit_softcapping": hf_config["attn_logit_softcapping"],
-        "final_logit_softcapping": hf_config["final_logit_softcapping"],
-    }
+    return (
+        fields
+        | rope_fields(hf_config)
+        | window_fields(hf_config.get("sliding_window", 4096), sliding)
+        | {
+            "kv_channels": hf_config["head_dim"],
+            "layernorm_zero_centered_gamma": True,
+            "query_pre_attn_scalar": hf_config["query_pre_attn_scalar"],
+            "attn_logit_softcapping": hf_config["attn_logit_softcapping"],
+            "final_logit_softcapping": hf_config["final_logit_softcapping"],
+        }
+    )
 
 
 GEMMA2 = Family(

@@ -32,12 +32,16 @@ MOE = (
 
 def _fields(hf_config: dict) -> dict[str, Any]:
     fields = decoder_fields(hf_config) | rope_fields(hf_config)
-    return fields | window_fields(hf_config.get("sliding_window"), [True] * fields["num_layers"]) | {
-        "num_moe_experts": hf_config["num_local_experts"],
-        "moe_router_topk": hf_config["num_experts_per_tok"],
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": 0.0,  # the recipe's, in training: build.policy_config
-    }
+    return (
+        fields
+        | window_fields(hf_config.get("sliding_window"), [True] * fields["num_layers"])
+        | {
+            "num_moe_experts": hf_config["num_local_experts"],
+            "moe_router_topk": hf_config["num_experts_per_tok"],
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": 0.0,  # the recipe's, in training: build.policy_config
+        }
+    )
 
 
 MIXTRAL = Family(

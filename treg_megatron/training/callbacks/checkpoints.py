@@ -12,11 +12,20 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from treg_megatron import __version__
-from treg_megatron.checkpoint.layout import (CHECKPOINTS, IDENTITY, UNFINISHED_MARKER, Identity, damage, fingerprints,
-                                             is_complete, newest_checkpoint, write_identity)
+from treg_megatron.checkpoint.layout import (
+    CHECKPOINTS,
+    IDENTITY,
+    UNFINISHED_MARKER,
+    Identity,
+    damage,
+    fingerprints,
+    is_complete,
+    newest_checkpoint,
+    write_identity,
+)
+from treg_megatron.distributed.launch import on_rank_zero
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import bytes_in
-from treg_megatron.distributed.launch import on_rank_zero
 
 DAMAGED = ".damaged"
 
@@ -38,8 +47,15 @@ class SaveEvery(pl.Callback):
         UserError: on every rank, when a rank cannot write its part; nothing of that checkpoint stays.
     """
 
-    def __init__(self, run: Path, steps: int, keep: int, identity: Identity, description: dict[str, Any],
-                 metrics: dict[str, float]):
+    def __init__(
+        self,
+        run: Path,
+        steps: int,
+        keep: int,
+        identity: Identity,
+        description: dict[str, Any],
+        metrics: dict[str, float],
+    ):
         self.folder = Path(run) / CHECKPOINTS
         self.steps, self.keep, self.identity = steps, keep, identity
         self.description, self.metrics = description, metrics
@@ -57,14 +73,18 @@ class SaveEvery(pl.Callback):
         step = trainer.global_step
         checkpoint = self.folder / f"step_{step:06d}"
         identity = dataclasses.replace(
-            self.identity, written_by=f"treg-megatron {__version__}, treg_megatron.train",
-            run={**self.description, "step": step, "metrics": dict(self.metrics)})
+            self.identity,
+            written_by=f"treg-megatron {__version__}, treg_megatron.train",
+            run={**self.description, "step": step, "metrics": dict(self.metrics)},
+        )
         background = trainer.strategy.async_save
         finish = lambda: self._finish(checkpoint, identity)  # noqa: E731
         with self._refused(checkpoint):
             on_rank_zero(lambda: _begin(checkpoint))
             # NeMo drops the suffix: a folder, one file a rank
-            trainer.save_checkpoint(f"{checkpoint}.ckpt", storage_options={"finalize_fn": finish} if background else None)
+            trainer.save_checkpoint(
+                f"{checkpoint}.ckpt", storage_options={"finalize_fn": finish} if background else None
+            )
             if not background:
                 finish()
 
@@ -88,9 +108,11 @@ class SaveEvery(pl.Callback):
             if torch.distributed.get_rank() == 0:  # gives the room back, too
                 remove_unfinished(self.folder.parent)
             reason = "No space left on device" if full else str(error).splitlines()[0]
-            raise UserError(f"{checkpoint} could not be written: {reason}; "
-                            + (f"{good.name} is whole" if good else "there is no earlier one")
-                            + ": make room and start the same command again") from error
+            raise UserError(
+                f"{checkpoint} could not be written: {reason}; "
+                + (f"{good.name} is whole" if good else "there is no earlier one")
+                + ": make room and start the same command again"
+            ) from error
 
 
 def _lacks_room(folder: Path, written: Path | None) -> bool:

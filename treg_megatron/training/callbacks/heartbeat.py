@@ -14,8 +14,10 @@ import torch
 
 from treg_megatron.distributed.launch import World, node_name
 
-QUIET_SECONDS = 60.0  # without a step, and rank 0 begins to say what it sees; or a quarter of the time that ends the run
-BEATS = 6             # signs of life within that time
+QUIET_SECONDS = (
+    60.0  # without a step, and rank 0 begins to say what it sees; or a quarter of the time that ends the run
+)
+BEATS = 6  # signs of life within that time
 
 
 class Heartbeat(pl.Callback):
@@ -74,8 +76,9 @@ class Heartbeat(pl.Callback):
     def _watch(self, main_thread: int) -> None:
         try:
             # a connection of its own: the main thread may hold the group's while it waits for a rank that is gone
-            store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                                               is_master=False, wait_for_workers=False)
+            store = torch.distributed.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
+            )
             beats, watcher = 0, Watcher(self.ranks.size, self.quiet)
             while not self.ended.wait(self.quiet / BEATS):
                 beats += 1
@@ -115,12 +118,17 @@ class Watcher:
         self.next = 2 * still
         silent = {rank: now - self.beats[rank][1] for rank in seen if now - self.beats[rank][1] > self.quiet / 2}
         groups = Counter((seen[rank][1], seen[rank][2]) for rank in seen if rank not in silent)
-        behind = [f"rank {rank} on {seen[rank][3]}: no sign of life for {age:.0f} s, last step {seen[rank][1]}"
-                  for rank, age in silent.items()]
+        behind = [
+            f"rank {rank} on {seen[rank][3]}: no sign of life for {age:.0f} s, last step {seen[rank][1]}"
+            for rank, age in silent.items()
+        ]
         behind += [f"rank {rank}: never heard of" for rank in range(self.ranks) if rank not in seen]
         for (step, doing), count in reversed(groups.most_common()[1:]):
-            behind += [f"rank {rank} on {seen[rank][3]}: in {doing} after step {step}" for rank in sorted(seen)
-                       if rank not in silent and (seen[rank][1], seen[rank][2]) == (step, doing)]
+            behind += [
+                f"rank {rank} on {seen[rank][3]}: in {doing} after step {step}"
+                for rank in sorted(seen)
+                if rank not in silent and (seen[rank][1], seen[rank][2]) == (step, doing)
+            ]
         most = ""
         if groups:
             (step, doing), count = groups.most_common(1)[0]

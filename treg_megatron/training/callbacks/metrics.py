@@ -55,8 +55,9 @@ class RunMetrics(pl.Callback):
             self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, unit="step", desc="train")
 
     def on_megatron_step_end(self, step: MegatronStep, **_) -> None:
-        reduction = step.pl_module.validation_loss_reduction if step.forward_only else \
-            step.pl_module.training_loss_reduction
+        reduction = (
+            step.pl_module.validation_loss_reduction if step.forward_only else step.pl_module.training_loss_reduction
+        )
         result = _from_last_stage(reduction.result)
         if step.forward_only:
             for name, value in result.sums.items():
@@ -64,8 +65,10 @@ class RunMetrics(pl.Callback):
             return
         self.step_metrics = {**means(result.sums), "lr": step.trainer.optimizers[0].param_groups[0]["lr"]}
         if not math.isfinite(self.step_metrics["loss"]):
-            raise UserError(f"the loss of step {step.trainer.global_step + 1} is {self.step_metrics['loss']}, from the pairs "
-                            f"{', '.join(result.not_finite)}; no update was made from it, the last checkpoint is good")
+            raise UserError(
+                f"the loss of step {step.trainer.global_step + 1} is {self.step_metrics['loss']}, from the pairs "
+                f"{', '.join(result.not_finite)}; no update was made from it, the last checkpoint is good"
+            )
         if step.trainer.global_step == 0 and self.first_loss is not None:
             _require_first_loss(self.step_metrics["loss/preference"], self.first_loss, self.tolerance)
 
@@ -73,8 +76,11 @@ class RunMetrics(pl.Callback):
         if not trainer.is_global_zero:
             return
         step = trainer.global_step
-        metrics = {**self.step_metrics, "grad_norm": float(trainer.callback_metrics.get("grad_norm", math.nan)),
-                   "seconds": time.time() - self.started}
+        metrics = {
+            **self.step_metrics,
+            "grad_norm": float(trainer.callback_metrics.get("grad_norm", math.nan)),
+            "seconds": time.time() - self.started,
+        }
         self._write({"step": step, "epoch": step / self.steps_per_epoch, **metrics})
         self.bar.set_postfix({short: f"{metrics[name]:.4g}" for name, short in SHOWN.items()}, refresh=False)
         self.bar.update()
@@ -85,8 +91,10 @@ class RunMetrics(pl.Callback):
         if trainer.is_global_zero:
             metrics = {VALIDATION + name: value for name, value in means(sums).items()}
             self._write({"step": trainer.global_step, **metrics})
-            tqdm.write(f"validation at step {trainer.global_step}: " + ", ".join(
-                f"{short} {metrics[VALIDATION + name]:.4g}" for name, short in SHOWN.items()))
+            tqdm.write(
+                f"validation at step {trainer.global_step}: "
+                + ", ".join(f"{short} {metrics[VALIDATION + name]:.4g}" for name, short in SHOWN.items())
+            )
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._close()
@@ -113,8 +121,11 @@ def _from_last_stage(result: StepResult) -> StepResult:
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return result
     holder = [result if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None]
-    torch.distributed.broadcast_object_list(holder, src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                                            group=parallel_state.get_pipeline_model_parallel_group())
+    torch.distributed.broadcast_object_list(
+        holder,
+        src=parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
     return holder[0]
 
 
@@ -123,7 +134,8 @@ def _require_first_loss(found: float, expected: float, tolerance: float) -> None
         raise UserError(
             f"the first preference loss is {found:.6f}, but a policy that equals its reference has {expected:.6f} "
             f"(tolerance train.first_loss_tolerance={tolerance:g}): check that model.checkpoint is the model that labelled "
-            f"the pairs, that both used the same chat template, and that label.dtype and train.precision agree")
+            f"the pairs, that both used the same chat template, and that label.dtype and train.precision agree"
+        )
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -7,8 +7,8 @@ import lightning.pytorch as pl
 from megatron.core import parallel_state
 from nemo.lightning.megatron_parallel import MegatronStep
 
-from treg_megatron.training.callbacks.metrics import forget_after
 from treg_megatron.data.sampler import RECORD
+from treg_megatron.training.callbacks.metrics import forget_after
 
 
 class PairRecord(pl.Callback):
@@ -34,8 +34,10 @@ class PairRecord(pl.Callback):
             self.pairs = [pair for micro_batch in microbatch_outputs or [] for pair in micro_batch["pair_ids"]]
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
-        if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and \
-                parallel_state.get_tensor_and_context_parallel_rank() == 0:
+        if (
+            parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+            and parallel_state.get_tensor_and_context_parallel_rank() == 0
+        ):
             path = self.folder / f"rank_{parallel_state.get_data_parallel_rank():05d}.jsonl"
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": trainer.global_step, "pairs": self.pairs}) + "\n")
