@@ -136,7 +136,7 @@ class Storm:
             "parallel.pipeline=2",
             "train.save_every=3",
             "train.record_pairs=true",
-            "train.stuck_after=20",
+            "train.hang_timeout_s=20",
         ]
         for station, ranks, action in (
             ("label", 2, label_station),

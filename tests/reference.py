@@ -33,13 +33,13 @@ def pair_loss(
     *,
     beta: float,
     alpha: float,
-    preference: str = "dpo",
+    loss_type: str = "dpo",
     gamma: float = 0.0,
     label_smoothing: float = 0.0,
     weight: str = "dynamic",
     weight_margin: bool = True,
     token_rewards: str = "contrastive",
-    sft_weight: float = 0.0,
+    sft_loss_weight: float = 0.0,
 ) -> torch.Tensor:
     """The loss of one pair in the precision of its log-probs."""
     refs, rewards = (
@@ -49,17 +49,17 @@ def pair_loss(
             (pair.chosen_token_rewards, pair.rejected_token_rewards),
         )
     )
-    if preference == "sft":
+    if loss_type == "sft":
         return -logps[0].sum()
     ratios = [lp - ref for lp, ref in zip(logps, refs)]
-    if preference == "ipo":
-        return (ratios[0].mean() - ratios[1].mean() - 1 / (2 * beta)) ** 2 - sft_weight * logps[0].sum()
+    if loss_type == "ipo":
+        return (ratios[0].mean() - ratios[1].mean() - 1 / (2 * beta)) ** 2 - sft_loss_weight * logps[0].sum()
     if token_rewards == "implicit":
         rewards = [torch.sigmoid(ratio.detach()) - 0.5 for ratio in ratios]
-    if preference == "simpo":
+    if loss_type == "simpo":
         margin = beta * (logps[0].mean() - logps[1].mean())
         regularizer = -beta * sum((r * lp).mean() for r, lp in zip(rewards, logps))
-    elif preference == "dpo_norm":
+    elif loss_type == "dpo_norm":
         margin = beta * (ratios[0].mean() - ratios[1].mean())
         regularizer = -beta * sum((r * lp).mean() for r, lp in zip(rewards, logps))
     else:
@@ -71,7 +71,7 @@ def pair_loss(
         -(1 - label_smoothing) * F.logsigmoid(target)
         - label_smoothing * F.logsigmoid(-target)
         + alpha * (dynamic if weight == "dynamic" else 1.0) * regularizer
-        - sft_weight * logps[0].sum()
+        - sft_loss_weight * logps[0].sum()
     )
 
 

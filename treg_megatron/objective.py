@@ -30,7 +30,7 @@ class Objective:
         UserError: a value out of range, or a combination that means nothing.
     """
 
-    preference: str
+    loss_type: str
     beta: float
     gamma: float
     label_smoothing: float
@@ -38,7 +38,7 @@ class Objective:
     weight: str
     weight_margin: bool
     token_rewards: str
-    sft_weight: float
+    sft_loss_weight: float
 
     def __post_init__(self):
         refuse = _refuse_if
@@ -52,22 +52,24 @@ class Objective:
             not 0 <= self.alpha <= LARGEST_ALPHA,
             f"objective.alpha is {self.alpha}: outside [0, 2] a token's gradient changes sign",
         )
-        refuse(self.sft_weight < 0, f"objective.sft_weight is {self.sft_weight}: it must not be negative")
         refuse(
-            self.preference == "sft" and (self.alpha > 0 or self.label_smoothing > 0 or self.sft_weight > 0),
-            "objective.preference=sft is the likelihood of the chosen responses and nothing else: set alpha, "
-            "label_smoothing and sft_weight to 0",
+            self.sft_loss_weight < 0, f"objective.sft_loss_weight is {self.sft_loss_weight}: it must not be negative"
         )
         refuse(
-            self.gamma > 0 and self.preference != "simpo",
-            f"objective.gamma belongs to simpo; {self.preference} has no target margin: set it to 0",
+            self.loss_type == "sft" and (self.alpha > 0 or self.label_smoothing > 0 or self.sft_loss_weight > 0),
+            "objective.loss_type=sft is the likelihood of the chosen responses and nothing else: set alpha, "
+            "label_smoothing and sft_loss_weight to 0",
         )
         refuse(
-            self.label_smoothing > 0 and self.preference == "ipo",
+            self.gamma > 0 and self.loss_type != "simpo",
+            f"objective.gamma belongs to simpo; {self.loss_type} has no target margin: set it to 0",
+        )
+        refuse(
+            self.label_smoothing > 0 and self.loss_type == "ipo",
             "objective.label_smoothing has no meaning for ipo, whose loss is a regression: set it to 0",
         )
         refuse(
-            self.alpha > 0 and self.preference == "ipo",
+            self.alpha > 0 and self.loss_type == "ipo",
             "objective.alpha: the regulariser's weight is the gradient weight of a sigmoid loss, which ipo has not; "
             "use dpo, dpo_norm or simpo, or set alpha to 0",
         )
@@ -77,18 +79,18 @@ class Objective:
         )
         refuse(
             self.token_rewards == "implicit" and not self.needs_reference,
-            f"objective.token_rewards: implicit is the log-ratio to a reference model, which {self.preference} has not",
+            f"objective.token_rewards: implicit is the log-ratio to a reference model, which {self.loss_type} has not",
         )
 
     @property
     def needs_reference(self) -> bool:
         """Whether the reference model's log-probs enter the loss."""
-        return self.preference not in ("simpo", "sft")
+        return self.loss_type not in ("simpo", "sft")
 
     @property
     def is_length_normalized(self) -> bool:
         """Whether a response's reward is a mean over its tokens: beta / |y| stands where DPO has beta."""
-        return self.preference in ("simpo", "dpo_norm")
+        return self.loss_type in ("simpo", "dpo_norm")
 
     @property
     def reads_token_rewards(self) -> bool:
@@ -108,9 +110,9 @@ class Objective:
     @property
     def first_preference_loss(self) -> float | None:
         """Preference loss where policy and reference are the same model; None where it depends on the data."""
-        if self.preference in ("dpo", "dpo_norm"):
+        if self.loss_type in ("dpo", "dpo_norm"):
             return 0.6931471805599453  # -log sigma(0), whatever the label smoothing
-        if self.preference == "ipo":
+        if self.loss_type == "ipo":
             return (1 / (2 * self.beta)) ** 2
         return None
 
@@ -192,7 +194,7 @@ def preference_loss(
     log_ratio = logps - ref_logps if objective.needs_reference else logps
     chosen, rejected = responses.sums(per_token * log_ratio)
     margin = chosen - rejected
-    preference = _PREFERENCE[objective.preference](margin, log_ratio, responses, objective)
+    preference = _PREFERENCE[objective.loss_type](margin, log_ratio, responses, objective)
     loss = preference
 
     weight = torch.ones_like(margin)
@@ -206,8 +208,8 @@ def preference_loss(
         if objective.alpha > 0:
             loss = loss + objective.alpha * regularization
     chosen_logps, rejected_logps = responses.sums(logps)
-    if objective.sft_weight > 0:
-        loss = loss - objective.sft_weight * chosen_logps
+    if objective.sft_loss_weight > 0:
+        loss = loss - objective.sft_loss_weight * chosen_logps
 
     sums = {
         "pairs": torch.ones_like(margin),

@@ -85,7 +85,7 @@ def train(recipe: DictConfig) -> None:
         from treg_megatron.training.data_module import PairData
 
     data = dataclasses.replace(data, share_prompts=build.shares_prompts(fields, parallel, data))
-    join(ranks, run.stuck_after)
+    join(ranks, run.hang_timeout_s)
     # one reader is enough, and a second or so for a gigabyte: a byte that a disk has lost would be trained on
     on_rank_zero(lambda: [opened.require_unchanged() for opened in streams.values()])
     pairs = PairData(data, streams[data.train], streams.get(data.validation), parallel)
@@ -110,12 +110,12 @@ def train(recipe: DictConfig) -> None:
         SaveEvery(
             output,
             run.save_every,
-            run.keep_checkpoints,
+            run.save_total_limit,
             identity,
             metrics=metrics.last,
             description={"recipe": OmegaConf.to_container(recipe, resolve=False), "data": pairs.train.manifest},
         ),
-        Heartbeat(ranks, run.stuck_after),  # the last: a step counts when it is saved
+        Heartbeat(ranks, run.hang_timeout_s),  # the last: a step counts when it is saved
     ]
     # divided by the step's pairs like every gradient, the routers' becomes its mean over micro-batches
     router_aux_loss = optimizer.router_aux_loss * pairs.pairs_per_micro_batch(data_ranks)

@@ -34,7 +34,7 @@ def prompt_rows(name: str, tasks: list[Task]) -> list[dict[str, Any]]:
 def reference_rows(tasks: list[Task], examples: int, pair: PromptPair, seed: int) -> list[dict[str, Any]]:
     """What the reference learns: half everyday answers, half revisions of them, for better and for worse.
 
-    Preference pairs for ``objective.preference=sft``, which learns the chosen response; the rejected is a stand-in.
+    Preference pairs for ``objective.loss_type=sft``, which learns the chosen response; the rejected is a stand-in.
     """
     draw = random.Random(f"reference {seed}")
     rows = []

@@ -73,7 +73,7 @@ def train_reference(study: Study) -> None:
                         "model.checkpoint": start,
                         "data.train": streams,
                         "train.output": folder / "train",
-                        "objective.preference": "sft",
+                        "objective.loss_type": "sft",
                         "objective.alpha": 0.0,
                         "train.save_every": 250,
                         **study.reference["settings"],

@@ -40,7 +40,7 @@ def settings(tiny_folder, tmp_path):
                 "sample.max_new_tokens=4",
                 "sample.shard_prompts=2",
                 "sample.batch_prompts=2",
-                "sample.tries=2",
+                "sample.max_attempts=2",
             ]
         ),
         "sample",

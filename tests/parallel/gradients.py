@@ -65,20 +65,20 @@ def assert_gradient_identity_on(logps, ref_logps, rewards, lengths, o, *group) -
     if (
         not lengths
         or o.alpha == 0
-        or o.preference not in ("dpo", "dpo_norm", "simpo")
+        or o.loss_type not in ("dpo", "dpo_norm", "simpo")
         or o.weight == "static"
         or o.label_smoothing
-        or o.sft_weight
+        or o.sft_loss_weight
         or o.token_rewards != "contrastive"
         or (o.gamma and not o.weight_margin)
     ):
         return
     whole = torch.tensor(lengths, dtype=torch.float64)
-    ratio = logps.detach().double() - (0 if o.preference == "simpo" else ref_logps.double())
+    ratio = logps.detach().double() - (0 if o.loss_type == "simpo" else ref_logps.double())
     sums = torch.stack([part.sum() for part in ratio.split(lengths)])
     for total in (whole, sums) if group and group[0] is not None else ():
         dist.all_reduce(total, group=group[0])
-    per_token = torch.full_like(whole, o.beta) if o.preference == "dpo" else o.beta / whole
+    per_token = torch.full_like(whole, o.beta) if o.loss_type == "dpo" else o.beta / whole
     reward = per_token * sums
     weight = torch.sigmoid(reward[1::2] - reward[0::2] + o.gamma)
     factors = [

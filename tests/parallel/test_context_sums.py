@@ -44,9 +44,9 @@ def loss_on_this_rank(objective) -> tuple:
     "changes",
     [
         dict(alpha=0.5),
-        dict(preference="simpo", beta=2.0, gamma=0.6, alpha=0.5),
-        dict(preference="dpo_norm", beta=2.0, alpha=0.5),
-        dict(preference="ipo"),
+        dict(loss_type="simpo", beta=2.0, gamma=0.6, alpha=0.5),
+        dict(loss_type="dpo_norm", beta=2.0, alpha=0.5),
+        dict(loss_type="ipo"),
         dict(alpha=0.5, token_rewards="implicit"),
     ],
     ids=str,

@@ -93,7 +93,7 @@ def test_a_rank_that_stands_still_ends_the_run_and_shows_where_it_was(tied_run, 
             tied_run,
             out,
             "parallel.pipeline=2",
-            "train.stuck_after=12",
+            "train.hang_timeout_s=12",
             meanwhile=lambda: signal_rank(1, signal.SIGSTOP, out, 3),
         )
     log = out.with_suffix(".log.0").read_text()

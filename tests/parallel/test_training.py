@@ -180,7 +180,7 @@ def kill_when(output: Path, line: str) -> None:
 def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(layout, moment, tied_run, tmp_path):
     """SIGKILL to every rank in the middle (in the case of 6, while a checkpoint is written), then the same command."""
     size, overrides = LAYOUTS[layout]
-    overrides = [*overrides, "train.save_every=3", "train.validate_every=4", "train.stuck_after=60"]
+    overrides = [*overrides, "train.save_every=3", "train.validate_every=4", "train.hang_timeout_s=60"]
     whole = run(tied_run, tmp_path / "whole", size, *overrides)
     with pytest.raises(Killed):
         run(

@@ -45,7 +45,7 @@ class Files(NamedTuple):
 
     def run(self, name: str, **train: object) -> Run:
         """The recipe of a run of its own. Eight micro-batches a step on two pipeline ranks: slow enough to interfere."""
-        keys = {"save_every": 5, "keep_checkpoints": 2, "record_pairs": "true", "output": self.folder / name, **train}
+        keys = {"save_every": 5, "save_total_limit": 2, "record_pairs": "true", "output": self.folder / name, **train}
         recipe = self.folder / f"{name}.yaml"
         recipe.write_text(
             f"defaults: {ROOT}/recipes/tiny.yaml\nname: {name}\nrun: {self.folder}/shared\n"

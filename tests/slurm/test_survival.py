@@ -126,7 +126,7 @@ def test_a_time_limit_without_warning_is_taken_up_by_the_successor(slurm, files,
 
 def test_a_rank_that_hangs_is_named_shown_and_ended(slurm, files, uninterrupted):
     """The second rank stops for good: every other prints its stack, and the job goes on by itself."""
-    run = files.run("hung", stuck_after=20)
+    run = files.run("hung", hang_timeout_s=20)
     job = start(slurm, files, run)
     wait_for_step(run, 8)
     os.kill(ranks_of(slurm)[-1], signal.SIGSTOP)

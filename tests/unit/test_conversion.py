@@ -158,7 +158,7 @@ def test_rotary_buffers_of_old_folders_are_left_out(tmp_path):
 
 
 def test_the_model_card_tells_the_run(hf, checkpoint, tmp_path):
-    objective = {"preference": "dpo", "alpha": 0.25, "token_rewards": "contrastive"}
+    objective = {"loss_type": "dpo", "alpha": 0.25, "token_rewards": "contrastive"}
     run = {
         "recipe": {"name": "mine", "objective": objective},
         "data": {"pairs": 64},

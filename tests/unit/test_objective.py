@@ -10,7 +10,7 @@ from treg_megatron.errors import UserError
 from treg_megatron.objective import Objective, means, preference_loss
 
 PLAIN_DPO = Objective(
-    preference="dpo",
+    loss_type="dpo",
     beta=0.1,
     gamma=0.0,
     label_smoothing=0.0,
@@ -18,7 +18,7 @@ PLAIN_DPO = Objective(
     weight="dynamic",
     weight_margin=True,
     token_rewards="contrastive",
-    sft_weight=0.0,
+    sft_loss_weight=0.0,
 )
 LENGTHS = [3, 5, 7, 2, 1, 1]
 
@@ -47,8 +47,8 @@ def formula(o: Objective, logps, ref_logps, rewards) -> float:
         for n in LENGTHS[2 * pair : 2 * pair + 2]:
             lp, ref, r = (x[at : at + n].double().tolist() for x in (logps, ref_logps, rewards))
             at += n
-            beta = o.beta / n if o.preference in ("simpo", "dpo_norm") else o.beta
-            ratio = lp if o.preference in ("simpo", "sft") else [a - b for a, b in zip(lp, ref)]
+            beta = o.beta / n if o.loss_type in ("simpo", "dpo_norm") else o.beta
+            ratio = lp if o.loss_type in ("simpo", "sft") else [a - b for a, b in zip(lp, ref)]
             if o.token_rewards == "implicit":
                 r = [sigmoid(x) - 0.5 for x in ratio]
             sides.append(
@@ -61,15 +61,15 @@ def formula(o: Objective, logps, ref_logps, rewards) -> float:
             )
         w, l = sides
         margin = w["reward"] - l["reward"]
-        if o.preference == "ipo":
+        if o.loss_type == "ipo":
             loss = (w["mean_ratio"] - l["mean_ratio"] - 1 / (2 * o.beta)) ** 2
-        elif o.preference == "sft":
+        elif o.loss_type == "sft":
             loss = -w["logp"]
         else:
             eps = o.label_smoothing
             loss = -(1 - eps) * math.log(sigmoid(margin - o.gamma)) - eps * math.log(sigmoid(o.gamma - margin))
         weight = 1.0 if o.weight == "static" else sigmoid((o.gamma if o.weight_margin else 0.0) - margin)
-        loss += o.alpha * weight * (w["reg"] + l["reg"]) - o.sft_weight * w["logp"]
+        loss += o.alpha * weight * (w["reg"] + l["reg"]) - o.sft_loss_weight * w["logp"]
         total += loss
     return total
 
@@ -80,13 +80,13 @@ VARIANTS = [
     dict(alpha=0.5, weight="static"),
     dict(alpha=0.5, token_rewards="implicit"),
     dict(label_smoothing=0.1, alpha=0.25),
-    dict(sft_weight=0.3),
-    dict(preference="dpo_norm", beta=5.0, alpha=0.5),
-    dict(preference="ipo"),
-    dict(preference="sft"),
-    dict(preference="simpo", beta=2.0, gamma=0.6),
-    dict(preference="simpo", beta=2.0, gamma=0.6, alpha=0.5),
-    dict(preference="simpo", beta=2.0, gamma=0.6, alpha=0.5, weight_margin=False),
+    dict(sft_loss_weight=0.3),
+    dict(loss_type="dpo_norm", beta=5.0, alpha=0.5),
+    dict(loss_type="ipo"),
+    dict(loss_type="sft"),
+    dict(loss_type="simpo", beta=2.0, gamma=0.6),
+    dict(loss_type="simpo", beta=2.0, gamma=0.6, alpha=0.5),
+    dict(loss_type="simpo", beta=2.0, gamma=0.6, alpha=0.5, weight_margin=False),
 ]
 
 
@@ -104,7 +104,7 @@ def test_gradient_identity(tokens, preference, beta, gamma):
     logps = logps.requires_grad_()
     alpha = 0.5
     preference_loss(
-        logps, ref_logps, rewards, LENGTHS, objective(preference=preference, beta=beta, gamma=gamma, alpha=alpha)
+        logps, ref_logps, rewards, LENGTHS, objective(loss_type=preference, beta=beta, gamma=gamma, alpha=alpha)
     )[0].backward()
     at = 0
     for pair in range(len(LENGTHS) // 2):
@@ -154,8 +154,8 @@ def test_a_policy_that_is_its_reference_has_the_known_loss(tokens):
     for o in (
         objective(alpha=0.5),
         objective(label_smoothing=0.2),
-        objective(preference="dpo_norm"),
-        objective(preference="ipo"),
+        objective(loss_type="dpo_norm"),
+        objective(loss_type="ipo"),
     ):
         _, sums = preference_loss(logps, logps, rewards, LENGTHS, o)
         assert means({k: v.item() for k, v in sums.items()})["loss/preference"] == pytest.approx(
@@ -189,14 +189,14 @@ def test_metrics_count_tokens_where_they_are_about_tokens(tokens):
         dict(label_smoothing=0.5),
         dict(alpha=2.1),
         dict(alpha=-0.1),
-        dict(sft_weight=-1.0),
-        dict(preference="ipo", alpha=0.5),
-        dict(preference="ipo", label_smoothing=0.1),
+        dict(sft_loss_weight=-1.0),
+        dict(loss_type="ipo", alpha=0.5),
+        dict(loss_type="ipo", label_smoothing=0.1),
         dict(alpha=0.5, token_rewards="none"),
-        dict(preference="simpo", token_rewards="implicit"),
-        dict(preference="sft", alpha=0.5),
-        dict(preference="sft", sft_weight=0.1),
-        dict(preference="sft", label_smoothing=0.1),
+        dict(loss_type="simpo", token_rewards="implicit"),
+        dict(loss_type="sft", alpha=0.5),
+        dict(loss_type="sft", sft_loss_weight=0.1),
+        dict(loss_type="sft", label_smoothing=0.1),
     ],
     ids=str,
 )

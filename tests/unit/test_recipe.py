@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from treg_megatron.checkpoint.layout import Identity, write_identity
 from treg_megatron.cli.arguments import recipe_at
-from treg_megatron.config.recipe import described, load_recipe, section, trace_recipe
+from treg_megatron.config.recipe import RENAMED, described, load_recipe, section, trace_recipe
 from treg_megatron.config.schema import SECTIONS
 from treg_megatron.errors import UserError
 
@@ -110,6 +110,22 @@ def test_the_recipe_of_a_checkpoint_can_be_launched_as_it_is(tmp_path):
     with pytest.raises(UserError, match="holds no recipe"):
         write_identity(checkpoint, Identity("LlamaForCausalLM", {}, "float32", "source", "import"))
         load_recipe(recipe_at(checkpoint))
+
+
+@pytest.mark.parametrize("old, new", RENAMED.items())
+def test_a_renamed_key_is_refused_with_its_new_name(old, new):
+    with pytest.raises(UserError, match=f"{old} is now {new}$"):
+        load_recipe(ROOT / "recipes" / "tiny.yaml", [f"{old}=1"])
+
+
+def test_a_checkpoint_with_renamed_keys_still_gives_its_recipe(tmp_path):
+    recipe = load_recipe(ROOT / "recipes" / "smollm2_135m.yaml", ["objective.sft_loss_weight=0.5"])
+    recorded = OmegaConf.to_container(recipe, resolve=False)
+    for old, new in RENAMED.items():
+        section_name, key = old.split(".")
+        recorded[section_name][key] = recorded[section_name].pop(new.split(".")[1])
+    write_identity(tmp_path, Identity("LlamaForCausalLM", {}, "float32", "source", "test", run={"recipe": recorded}))
+    assert resolved(load_recipe(recipe_at(tmp_path))) == resolved(recipe)
 
 
 @pytest.mark.parametrize(

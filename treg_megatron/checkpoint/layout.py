@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from treg_megatron.config.recipe import with_current_keys
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import atomic_write, read_json
 
@@ -85,9 +86,12 @@ def read_identity(checkpoint: Path) -> Identity:
     if content.get("schema") != SCHEMA:
         raise UserError(f"{path} has schema {content.get('schema')!r}, this version reads {SCHEMA}")
     try:
-        return Identity(**content)
+        identity = Identity(**content)
     except TypeError as error:
         raise UserError(f"{path} does not fit its schema: {error}") from None
+    if "recipe" in identity.run:
+        identity.run["recipe"] = with_current_keys(identity.run["recipe"])
+    return identity
 
 
 def is_complete(checkpoint: Path) -> bool:

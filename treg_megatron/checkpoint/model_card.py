@@ -48,7 +48,7 @@ def model_card(identity: Identity, run: dict[str, Any]) -> str:
 
 
 def _method(objective: dict[str, Any]) -> str:
-    name = objective.get("preference", "").upper() or "preference optimization"
+    name = objective.get("loss_type", "").upper() or "preference optimization"
     regularized = objective.get("alpha") and objective.get("token_rewards") != "none"
     return f"{name} with {PAPER}" if regularized else name
 

@@ -28,10 +28,20 @@ FOREIGN = {
     "reference_model": _CACHED,
     "ref_model": _CACHED,
     "packing": "set data.layout=packed or data.layout=bins",
-    "loss_type": "set objective.preference",
+    "loss_type": "set objective.loss_type",
     "max_length": "set data.seq_length for training, label.max_length for labelling",
     "gradient_accumulation_steps": "set data.global_batch_size; the micro-batches that it takes follow from it",
     "bf16": "set train.precision=bf16",
+}
+
+
+# keys that have a new name, by their old one
+RENAMED = {
+    "objective.preference": "objective.loss_type",
+    "objective.sft_weight": "objective.sft_loss_weight",
+    "sample.tries": "sample.max_attempts",
+    "train.keep_checkpoints": "train.save_total_limit",
+    "train.stuck_after": "train.hang_timeout_s",
 }
 
 
@@ -40,6 +50,16 @@ class RecordedRecipe(NamedTuple):
 
     where: Path
     values: dict[str, Any]
+
+
+def with_current_keys(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that an earlier release wrote into a checkpoint, with the keys of :data:`RENAMED` under their new names."""
+    current = {name: dict(value) if isinstance(value, dict) else value for name, value in recorded.items()}
+    for old, new in RENAMED.items():
+        section_name, key = old.split(".")
+        if key in current.get(section_name, {}):
+            current[section_name][new.split(".")[1]] = current[section_name].pop(key)
+    return current
 
 
 def load_recipe(path: str | Path | RecordedRecipe = BASE_RECIPE, overrides: list[str] = ()) -> DictConfig:
@@ -184,6 +204,8 @@ def _refuse_unknown(name: str, section_name: str, source: str) -> None:
     if name in known:
         return
     prefix = f"{section_name}." if section_name else ""
+    if prefix + name in RENAMED:
+        raise UserError(f"{source}: {prefix}{name} is now {RENAMED[prefix + name]}")
     elsewhere = [f"{s}.{name}" for s in SECTIONS if name in keys[s]]
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if name in FOREIGN:

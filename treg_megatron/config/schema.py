@@ -39,7 +39,9 @@ class SampleSection:
     server: str | None = key("engine server: its address up to and with /v1")
     server_model: str | None = key("engine server: name of the model there; null asks the server for its first")
     timeout: float = key("engine server: seconds that an answer may take before it is asked for again")
-    tries: int = key("engine server: how often an answer is asked for, with growing pauses, before the job stops")
+    max_attempts: int = key(
+        "engine server: how often an answer is asked for, with growing pauses, before the job stops"
+    )
     seeds: list[int] = key("one response to each prompt for each seed")
     temperature: float = key("temperature of the distribution that is sampled; 0 takes the likeliest token each time")
     top_p: float = key("share of the probability that is sampled from, in (0, 1]")
@@ -115,7 +117,7 @@ class IndexSection:
 class ObjectiveSection:
     """What is minimised: docs/METHOD.md has the formulas."""
 
-    preference: str = key(
+    loss_type: str = key(
         "preference loss; dpo_norm is DPO with rewards averaged over a response's tokens, sft maximum "
         "likelihood of the chosen responses",
         choices=("dpo", "dpo_norm", "ipo", "simpo", "sft"),
@@ -130,7 +132,7 @@ class ObjectiveSection:
         "where r_t comes from: the streams, the policy's own detached log-ratio, or nowhere",
         choices=("contrastive", "implicit", "none"),
     )
-    sft_weight: float = key("strength of a full-token SFT term on the chosen response; >= 0")
+    sft_loss_weight: float = key("strength of a full-token SFT term on the chosen response; >= 0")
 
 
 @dataclass
@@ -212,12 +214,12 @@ class TrainSection:
     precision: str = key("bf16 keeps fp32 main parameters and gradients", choices=("fp32", "bf16"))
     max_steps: int | None = key("stop after this many optimizer steps; null runs all epochs")
     save_every: int = key("optimizer steps between checkpoints")
-    keep_checkpoints: int = key("how many of the newest checkpoints stay on disk")
+    save_total_limit: int = key("how many of the newest checkpoints stay on disk")
     save_in_background: bool = key("whether training goes on while a checkpoint is written from a copy in memory")
     validate_every: int = key("optimizer steps between validations; also run before the first step and after the last")
     recompute: str = key("activation recompute", choices=("none", "selective", "full"))
     seed: int = key("seed of everything random in the model (dropout; initialisation where no checkpoint is given)")
-    stuck_after: float = key(
+    hang_timeout_s: float = key(
         "seconds without a step (or a micro-batch of validation, or a checkpoint) after which every "
         "rank prints its stack and ends"
     )

@@ -212,6 +212,6 @@ def require_trainable(streams: PairStreams, data: DataSection, objective: Object
         )
     if objective.needs_reference and not streams.manifest["reference_logprobs"]:
         raise UserError(
-            f"{streams.prefix} has no reference log-probs, which objective.preference={objective.preference} "
+            f"{streams.prefix} has no reference log-probs, which objective.loss_type={objective.loss_type} "
             f"needs: label with a reference model, or use simpo or sft"
         )

@@ -120,7 +120,7 @@ def checkpoint_bytes(recipe: DictConfig) -> int:
     itemsize = 4 if read_identity(source).dtype == "float32" else 2
     parameters = bytes_in(source) // itemsize
     written = bytes_in(Path(run.output) / "checkpoints")
-    return max(parameters * BYTES_A_PARAMETER[run.precision] * (run.keep_checkpoints + 1) - written, 0)
+    return max(parameters * BYTES_A_PARAMETER[run.precision] * (run.save_total_limit + 1) - written, 0)
 
 
 def describe_node(inputs: dict[str, Path], probe: Path) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def _stations(plan: Plan, pairs: int | None) -> Iterator[str]:
     saved = costs.checkpoint(plan.trainable, plan.frozen, train.precision, cluster)
     yield (
         f"checkpoint: {saved.nbytes / GB:,.1f} GB every {train.save_every} steps, {saved.seconds:.3g} s at "
-        f"{cluster.storage_bandwidth:g} GB/s; {train.keep_checkpoints} kept"
+        f"{cluster.storage_bandwidth:g} GB/s; {train.save_total_limit} kept"
     )
     count = pairs or 10_000
     needs = costs.label_memory(plan.trainable + plan.frozen, label, plan.fields) / GB

@@ -135,7 +135,7 @@ def _messages(row: Any) -> tuple[Message, ...]:
 
 
 def _require_sensible(section: SampleSection) -> None:
-    for name in ("max_new_tokens", "max_prompt_length", "batch_prompts", "shard_prompts", "tries"):
+    for name in ("max_new_tokens", "max_prompt_length", "batch_prompts", "shard_prompts", "max_attempts"):
         if getattr(section, name) < 1:
             raise UserError(f"sample.{name}={getattr(section, name)} must be at least 1")
     if not section.temperature >= 0 or not 0 < section.top_p <= 1:

@@ -72,7 +72,7 @@ class ServerSampler:
             headers={"Content-Type": "application/json"},
             data=None if content is None else json.dumps(content).encode(),
         )
-        for attempt in range(self._section.tries):
+        for attempt in range(self._section.max_attempts):
             if attempt:
                 time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1))
             try:
@@ -86,6 +86,6 @@ class ServerSampler:
             except (OSError, ValueError) as error:  # refused, reset, timed out, cut off
                 problem = getattr(error, "reason", error)
         raise UserError(
-            f"{self._address}/{path} gave no answer in {self._section.tries} tries (the last: {problem}); "
+            f"{self._address}/{path} gave no answer in {self._section.max_attempts} tries (the last: {problem}); "
             "what was sampled so far is kept: mend the server and run the same command again"
         )

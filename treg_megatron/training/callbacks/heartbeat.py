@@ -24,23 +24,23 @@ class Heartbeat(pl.Callback):
     """Watches one rank from beside its main thread.
 
     Every rank tells rank 0, through a connection of its own, the last step that it finished and what its main thread is
-    doing. While no step ends, rank 0 prints who differs from the others. After ``stuck_after`` seconds without a step, every
+    doing. While no step ends, rank 0 prints who differs from the others. After ``hang_timeout_s`` seconds without a step, every
     rank prints the stacks of all its threads and exits, which needs no cooperation of the thread that hangs: a
     collective that never ends must not burn an allocation.
 
     Args:
-        stuck_after: seconds; a micro-batch of validation and a checkpoint count as life, too.
+        hang_timeout_s: seconds; a micro-batch of validation and a checkpoint count as life, too.
     """
 
-    def __init__(self, ranks: World, stuck_after: float):
-        self.ranks, self.stuck_after = ranks, stuck_after
-        self.quiet = min(QUIET_SECONDS, stuck_after / 4)
+    def __init__(self, ranks: World, hang_timeout_s: float):
+        self.ranks, self.hang_timeout_s = ranks, hang_timeout_s
+        self.quiet = min(QUIET_SECONDS, hang_timeout_s / 4)
         self.step, self.thread = 0, None
 
     def alive(self) -> None:
         """Called whenever the run gets on."""
         self.last = time.monotonic()
-        faulthandler.dump_traceback_later(self.stuck_after, exit=True)  # a C thread: it needs no Python to go on
+        faulthandler.dump_traceback_later(self.hang_timeout_s, exit=True)  # a C thread: it needs no Python to go on
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         self.ended = threading.Event()  # not before: NeMo copies callbacks, and a lock has no copy
