@@ -38,9 +38,10 @@ def train(recipe: DictConfig) -> None:
         UserError: anything in the recipe or the files it names that cannot work.
     """
     from treg_megatron.checkpoint.layout import read_identity
-    from treg_megatron.data.checks import data_parallel_size, require_layout, require_trainable
+    from treg_megatron.data.checks import require_trainable
     from treg_megatron.data.streams import open_streams, require_same_tokenizer
     from treg_megatron.distributed.launch import join, leave, on_rank_zero, rank_zero_print, world
+    from treg_megatron.distributed.layout import data_parallel_size, require_layout
     from treg_megatron.models.architecture import require_architecture
     from treg_megatron.models.families import model_fields, nemo_config_class
     from treg_megatron.objective import Objective
@@ -75,6 +76,7 @@ def train(recipe: DictConfig) -> None:
 
     with heavy_imports():
         from treg_megatron.models import lora
+        from treg_megatron.models.build import build_policy, policy_config, shares_prompts
         from treg_megatron.training import build
         from treg_megatron.training.callbacks.checkpoints import SaveEvery, checkpoint_to_resume
         from treg_megatron.training.callbacks.heartbeat import Heartbeat
@@ -84,7 +86,7 @@ def train(recipe: DictConfig) -> None:
         from treg_megatron.training.callbacks.validation import ValidateEvery
         from treg_megatron.training.data_module import PairData
 
-    data = dataclasses.replace(data, share_prompts=build.shares_prompts(fields, parallel, data))
+    data = dataclasses.replace(data, share_prompts=shares_prompts(fields, parallel, data))
     join(ranks, run.hang_timeout_s)
     # one reader is enough, and a second or so for a gigabyte: a byte that a disk has lost would be trained on
     on_rank_zero(lambda: [opened.require_unchanged() for opened in streams.values()])
@@ -119,13 +121,13 @@ def train(recipe: DictConfig) -> None:
     ]
     # divided by the step's pairs like every gradient, the routers' becomes its mean over micro-batches
     router_aux_loss = optimizer.router_aux_loss * pairs.pairs_per_micro_batch(data_ranks)
-    config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, run, router_aux_loss)
+    config = policy_config(nemo_config_class(identity.hf_config), fields, parallel, run, router_aux_loss)
     adapters = lora.adapters(section(recipe, "lora"), config)
     if adapters is not None:
         callbacks.append(adapters)
     strategy = build.strategy(parallel, run, initial_weights=None if resume else Path(model.checkpoint))
     trainer = build.trainer(ranks, strategy, run, steps, callbacks)
-    policy = build.policy(config, objective, build.optimizer(optimizer, run, steps), adapters)
+    policy = build_policy(config, objective, build.optimizer(optimizer, run, steps), adapters)
     if resume and adapters is not None:
         resume = lora.resumed(resume, Path(model.checkpoint))
     trainer.fit(policy, datamodule=pairs, ckpt_path=resume)

@@ -143,6 +143,7 @@ def main() -> None:
 
         use_cpu()
     with heavy_imports():
+        from treg_megatron.models.build import build_policy, policy_config
         from treg_megatron.training import build
         from treg_megatron.training.data_module import PairData
     from treg_megatron.checkpoint.layout import read_identity
@@ -173,10 +174,10 @@ def main() -> None:
     fields = model_fields(identity.hf_config)
     strategy = build.strategy(parallel, train, folder / "megatron")
     trainer = build.trainer(world(), strategy, train, int(arguments.steps), [OnDemand(fields)])
-    config = build.policy_config(nemo_config_class(identity.hf_config), fields, parallel, train)
+    config = policy_config(nemo_config_class(identity.hf_config), fields, parallel, train)
     optimizer = build.optimizer(section(recipe, "optimizer"), train, int(arguments.steps))
     trainer.fit(
-        build.policy(config, Objective(**vars(section(recipe, "objective"))), optimizer),
+        build_policy(config, Objective(**vars(section(recipe, "objective"))), optimizer),
         datamodule=PairData(data, open_streams(data.train), None, parallel),
     )
 

@@ -28,8 +28,8 @@ import numpy as np  # noqa: E402
 from studies.miniature import measure, pipeline  # noqa: E402
 from studies.miniature.configuration import HERE, Run, Study, load_study  # noqa: E402
 from studies.miniature.warm import run_jobs, warm_up  # noqa: E402
-from treg_megatron import entry  # noqa: E402
 from treg_megatron.errors import UserError  # noqa: E402
+from treg_megatron.utils import entry  # noqa: E402
 from treg_megatron.utils.files import atomic_write  # noqa: E402
 
 

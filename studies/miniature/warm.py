@@ -37,8 +37,6 @@ def warm_up() -> None:
         import treg_megatron.checkpoint.to_hf
         import treg_megatron.labelling.job
         import treg_megatron.sampling.huggingface  # noqa: F401
-        import treg_megatron.training.build
-        import treg_megatron.training.data_module
 
 
 def station(program: str, *arguments: object, log: Path) -> None:

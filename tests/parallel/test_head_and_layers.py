@@ -192,8 +192,8 @@ def test_a_shared_row_in_one_call_equals_span_by_span():
 
 def test_who_shares_prompts(monkeypatch):
     from treg_megatron.errors import UserError
+    from treg_megatron.models import build
     from treg_megatron.models import policy as model
-    from treg_megatron.training import build
 
     def shares(asked: bool | None, *overrides: str, experts: int | None = None) -> bool:
         recipe = load_recipe(RECIPE, [f"data.share_prompts={'null' if asked is None else asked}", *overrides])

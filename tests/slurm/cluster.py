@@ -8,7 +8,6 @@ slurmctld, slurmd, slurm-client, munge.
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile

@@ -5,8 +5,6 @@ import re
 import socket
 import subprocess
 
-import pytest
-
 from tests.slurm.conftest import ROOT, assert_equal, log
 
 SCRIPT = ROOT / "slurm" / "treg_70b.sh"

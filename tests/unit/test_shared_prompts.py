@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.data.aligned import PairRecord
-from treg_megatron.data.checks import require_layout
 from treg_megatron.data.collate import collate
+from treg_megatron.distributed.layout import require_layout
 from treg_megatron.errors import UserError
 
 FIELDS = {"num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 8, "num_layers": 4, "seq_length": 512}

@@ -26,8 +26,8 @@ def load_policy(
     """
     from megatron.core import dist_checkpointing
 
+    from treg_megatron.models.build import build_policy, policy_config
     from treg_megatron.objective import Objective
-    from treg_megatron.training import build
 
     hf_config = read_identity(checkpoint).hf_config
     recipe = load_recipe(
@@ -38,14 +38,14 @@ def load_policy(
             f"parallel.sequence={sequence}",
         ]
     )
-    config = build.policy_config(
+    config = policy_config(
         nemo_config_class(hf_config), model_fields(hf_config), section(recipe, "parallel"), section(recipe, "train")
     )
     # what NeMo's strategy fills in
     config.tensor_model_parallel_size = config.expert_tensor_parallel_size = tensor
     config.pipeline_model_parallel_size, config.pipeline_dtype = pipeline, torch.float32
     config.expert_model_parallel_size, config.sequence_parallel = expert, sequence
-    policy = build.policy(config, Objective(**vars(section(recipe, "objective"))))
+    policy = build_policy(config, Objective(**vars(section(recipe, "objective"))))
     policy.configure_model()
     model = policy.eval().module
     wanted = model.sharded_state_dict(prefix=MODEL_PREFIX, metadata=CONTENT_METADATA)

@@ -12,6 +12,7 @@ from nemo.collections.llm.fn.mixin import FNMixin
 from nemo.lightning.megatron_parallel import DDP
 
 from treg_megatron.config.schema import LoraSection, ObjectiveSection, OptimizerSection, ParallelSection, TrainSection
+from treg_megatron.models.build import build_policy, policy_config
 from treg_megatron.models.families import model_fields, nemo_config_class
 from treg_megatron.models.lora import adapters
 from treg_megatron.objective import Objective
@@ -69,7 +70,7 @@ def build_rank(
         fused: with the fused kernels that a GPU has and a CPU lacks.
     """
     strategy = build.strategy(parallel, train, initial_weights=None)
-    config = build.policy_config(nemo_config_class(hf_config), model_fields(hf_config), parallel, train)
+    config = policy_config(nemo_config_class(hf_config), model_fields(hf_config), parallel, train)
     if fused:
         for name in ("bias_activation_fusion", "bias_dropout_fusion", "use_te_activation_func"):
             setattr(config, name, type(config).__dataclass_fields__[name].default)
@@ -81,7 +82,7 @@ def build_rank(
     transform = adapters(lora, config)
     policies = []
     for vp_stage in [{"vp_stage": chunk} for chunk in range(parallel.virtual_pipeline or 0)] or [{}]:
-        policy = build.policy(config, Objective(**vars(objective)), build.optimizer(optimizer, train, steps=1))
+        policy = build_policy(config, Objective(**vars(objective)), build.optimizer(optimizer, train, steps=1))
         strategy.connect(policy)
         with torch.device("meta") if on_meta else torch.device("cpu"):
             policy.configure_model(**vp_stage)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from treg_megatron.data.alignment import score_positions
-from treg_megatron.data.checks import require_split
 from treg_megatron.data.collate import packed_row
 from treg_megatron.distributed.launch import World, join, leave, on_rank_zero, world
+from treg_megatron.distributed.layout import require_split
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.scoring import ScoredSequence
 
@@ -182,7 +182,7 @@ def _load(checkpoint: Path, tensor: int, pipeline: int) -> Any:
     from treg_megatron.utils.imports import heavy_imports
 
     with heavy_imports():
-        import treg_megatron.training.build  # noqa: F401
+        import treg_megatron.models.build  # noqa: F401
         from treg_megatron.checkpoint.policy import load_policy
 
     policy = load_policy(checkpoint, tensor, pipeline)
