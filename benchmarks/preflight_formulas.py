@@ -34,7 +34,7 @@ def formula_activations(fields: dict, tokens: int, tensor: int, pipeline: int, m
 
 
 def main() -> None:
-    from treg_megatron.preflight.__main__ import use_meta_machine
+    from treg_megatron.cli.preflight import use_meta_machine
 
     use_meta_machine()
     from treg_megatron.preflight.plan import make_plan, sections_of

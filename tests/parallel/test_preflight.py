@@ -38,7 +38,7 @@ class Done(NamedTuple):
 def preflight_in_this_process(
     name: str, overrides: list[str], suggest: bool = False, picture: Path | None = None
 ) -> Done:
-    from treg_megatron.preflight.__main__ import preflight
+    from treg_megatron.cli.preflight import preflight
 
     start, printed = time.monotonic(), io.StringIO()
     with contextlib.redirect_stdout(printed):

@@ -1,34 +1,38 @@
-"""The command line of every step: ``--recipe``, ``--print``, flags for the keys of a section, ``key=value`` overrides."""
+"""Arguments that commands share: ``--recipe``, ``--print``, flags for the keys of a section, ``key=value`` overrides."""
 
 import argparse
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
-
-from treg_megatron.checkpoint.layout import find_checkpoint, read_identity
-from treg_megatron.config.recipe import BASE_RECIPE, RecordedRecipe, described, section, trace_recipe
 from treg_megatron.config.schema import SECTIONS
 from treg_megatron.errors import UserError
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
-def station_section(name: str, description: str, argv: list[str] | None = None, prog: str | None = None) -> Any:
-    """Parse a station's command line: ``--recipe``, a flag for every key of its section, and ``key=value`` overrides."""
+    from treg_megatron.config.recipe import RecordedRecipe
+
+
+def command_parser(prog: str | None, description: str | None) -> argparse.ArgumentParser:
+    """A parser that prints ``description`` as it is written, and knows ``--verbose``."""
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_section_arguments(parser, name)
-    return parse_section(parser.parse_args(argv), name)
+    # read by utils.entry, before anything is imported that logs
+    parser.add_argument("--verbose", action="store_true", help="show every log line and warning of the libraries, too")
+    return parser
 
 
-def add_section_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Give ``parser`` :func:`add_recipe_arguments`, and one flag for each key of a section."""
+def section_parser(prog: str | None, description: str | None, name: str) -> argparse.ArgumentParser:
+    """A parser with :func:`add_recipe_arguments` and one flag for each key of the recipe's section ``name``."""
+    parser = command_parser(prog, description)
     add_recipe_arguments(
         parser,
-        help=f"recipe whose section `{name}` gives what no flag does (default: recipes/base.yaml)",
-        default=str(BASE_RECIPE),
+        help=f"recipe, by name or path, whose section `{name}` gives what no flag does (default: base)",
+        default="base",
     )
     group = parser.add_argument_group(f"keys of the recipe's section `{name}`")
     for field in dataclasses.fields(SECTIONS[name]):
@@ -37,23 +41,26 @@ def add_section_arguments(parser: argparse.ArgumentParser, name: str) -> None:
             "--" + field.name.replace("_", "-"),
             dest=f"{name}.{field.name}",
             metavar="|".join(choices) if choices else field.name.upper(),
-            help=field.metadata["help"],
+            help=field.metadata["help"].replace("%", "%%"),
         )
+    return parser
 
 
 def parse_section(arguments: argparse.Namespace, name: str) -> Any:
-    """The section that :func:`add_section_arguments` described, with every flag and override applied."""
+    """The section that :func:`section_parser` described, with every flag and override applied."""
+    from treg_megatron.config.recipe import section
+
     flags = [f"{k}={v}" for k, v in vars(arguments).items() if k.startswith(name + ".") and v is not None]
     return section(parse_recipe(arguments, flags), name)
 
 
 def add_recipe_arguments(
     parser: argparse.ArgumentParser,
-    help: str = "the run's recipe, or a checkpoint of the run",
+    help: str = "the run's recipe, by name or path, or a checkpoint of the run",
     default: str | None = None,
 ) -> None:
-    """Give ``parser`` the options that every entry point has: ``--recipe``, ``--print`` and ``key=value`` overrides."""
-    parser.add_argument("--recipe", default=default, required=default is None, metavar="YAML", help=help)
+    """Add ``--recipe``, ``--print`` and ``key=value`` overrides."""
+    parser.add_argument("--recipe", default=default, required=default is None, metavar="RECIPE", help=help)
     parser.add_argument(
         "--print",
         action="store_true",
@@ -63,8 +70,10 @@ def add_recipe_arguments(
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the recipe")
 
 
-def parse_recipe(arguments: argparse.Namespace, flags: list[str] = ()) -> DictConfig:
+def parse_recipe(arguments: argparse.Namespace, flags: Sequence[str] = ()) -> "DictConfig":
     """The recipe that :func:`add_recipe_arguments` described; under ``--print`` it is printed and the program ends."""
+    from treg_megatron.config.recipe import described, trace_recipe
+
     config, sources = trace_recipe(recipe_at(arguments.recipe), [*arguments.overrides, *flags])
     if arguments.print_recipe:
         print(described(config, sources))
@@ -72,16 +81,20 @@ def parse_recipe(arguments: argparse.Namespace, flags: list[str] = ()) -> DictCo
     return config
 
 
-def recipe_at(path: str | Path) -> Path | RecordedRecipe:
-    """What ``--recipe`` names: a recipe's file, or of a training checkpoint the recipe of its run.
+def recipe_at(name: str | Path) -> "Path | RecordedRecipe":
+    """What ``--recipe`` names: a recipe's file, a recipe of this package, or a checkpoint for the recipe of its run.
 
     Raises:
-        UserError: a folder that is no checkpoint, or one whose checkpoint holds no recipe.
+        UserError: no such recipe, a folder that is not a checkpoint, or a checkpoint without a recipe.
     """
-    if not Path(path).is_dir():
-        return Path(path)
-    checkpoint = find_checkpoint(Path(path))
+    from treg_megatron.config.recipe import RecordedRecipe, find_recipe
+
+    if not Path(name).is_dir():
+        return find_recipe(name)
+    from treg_megatron.checkpoint.layout import find_checkpoint, read_identity
+
+    checkpoint = find_checkpoint(Path(name))
     recorded = read_identity(checkpoint).run.get("recipe")
     if recorded is None:
-        raise UserError(f"checkpoint {checkpoint} holds no recipe: training did not write it; name the recipe's file")
-    return RecordedRecipe(Path(path), recorded)
+        raise UserError(f"checkpoint {checkpoint} has no recipe: training did not write it; name the recipe's file")
+    return RecordedRecipe(Path(name), recorded)

@@ -8,6 +8,7 @@ type and help. ``key=value`` arguments override the file, flags of a tool overri
 import dataclasses
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from treg_megatron.config.schema import SECTIONS, Recipe
 from treg_megatron.errors import UserError
 
-BASE_RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "base.yaml"
+# beside the package in a checkout, inside it where it was installed
+_INSTALLED = Path(__file__).resolve().parents[1] / "recipes"
+RECIPES = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "recipes"
+BASE_RECIPE = RECIPES / "base.yaml"
 COMMAND_LINE = "the command line"
 
 _CACHED = "training holds no reference model: its log-probs are cached by labelling, and simpo reads none"
@@ -50,6 +54,38 @@ class RecordedRecipe(NamedTuple):
 
     where: Path
     values: dict[str, Any]
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe: a path, or the name of one that this package ships.
+
+    Raises:
+        UserError: neither; the nearest name is suggested.
+    """
+    path = Path(name)
+    shipped = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.is_file() or path.parent != Path("."):
+        return path
+    if shipped.is_file():
+        return shipped
+    names = list(summaries())
+    nearest = difflib.get_close_matches(shipped.stem, names, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"shipped recipes: {', '.join(names)}"
+    raise UserError(f"recipe {name} is neither a file nor a shipped recipe; {hint}")
+
+
+def summaries() -> dict[str, str]:
+    """The shipped recipes by name, each with the first sentence of its description."""
+    found = {}
+    for path in sorted(RECIPES.glob("*.yaml")):
+        comments = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if not line.startswith("#"):
+                break
+            comments.append(line.removeprefix("#").strip())
+        description = " ".join(comments[comments.index("") + 1 :] if "" in comments else comments)
+        found[path.stem] = re.split(r"(?<=\.) (?=[A-Z])", description)[0]
+    return found
 
 
 def with_current_keys(recorded: dict[str, Any]) -> dict[str, Any]:
@@ -159,8 +195,14 @@ def _with_defaults(path: str | Path | RecordedRecipe) -> list[tuple[Path, DictCo
         parent = values.pop("defaults", None)
         if parent is None:
             return list(chain.items())[::-1]
-        child, source = source, source.parent / parent
+        child, source = source, _beside(source, parent)
     raise UserError(f"{child}: defaults: {source.name} extends itself")
+
+
+def _beside(child: Path, parent: str) -> Path:
+    """The recipe that ``child`` extends: a file beside it, or a shipped one."""
+    beside = child.parent / parent
+    return beside if beside.is_file() or Path(parent).parent != Path(".") else find_recipe(parent)
 
 
 def _read_yaml(path: Path) -> DictConfig:

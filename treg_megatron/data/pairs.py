@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treg_megatron.data.formats import FORMATS, Answered, NoPreference, PairFormat
+from treg_megatron.data.formats import AUTO, FORMATS, Answered, NoPreference, PairFormat
 from treg_megatron.data.records import read_rows
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.conversation import Message
@@ -18,7 +18,6 @@ from treg_megatron.utils.string_set import Seen
 IDENTICAL_RESPONSES = "identical responses"
 REPEATED_PAIR = "repeats an earlier pair"
 EQUAL_SCORES = "equal scores or ranks"
-AUTO = "auto"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,16 @@ class World:
         return self.size // self.local_size
 
 
+def was_launched() -> bool:
+    """Whether torchrun, or srun with several tasks, started this process."""
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
+    return under_torchrun or _under_srun()
+
+
+def _under_srun() -> bool:
+    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
 def world() -> World:
     """Read the launcher's environment.
 
@@ -38,7 +48,7 @@ def world() -> World:
             int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         )
         uneven = size % local_size
-    elif "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:  # srun
+    elif _under_srun():
         rank, size, local_rank, nodes = (
             int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NNODES")
         )

@@ -1,13 +1,5 @@
-"""Refuse nodes that would spoil a run, by name, before it starts.
+"""Check of a job's nodes before it starts: packages, files, room for checkpoints, devices and collectives."""
 
-    srun --ntasks-per-node 8 python -m treg_megatron.node_check --recipe recipes/X.yaml
-
-Run it with the ranks of the run. It checks that every node has the same packages, sees the same input files and the folder
-that the run writes to, and has room there for the checkpoints; that every device computes; and how fast all ranks
-reduce a tensor together. Exit code 0: all well; 2: a line says which node is not, and why.
-"""
-
-import argparse
 import importlib.metadata
 import json
 import platform
@@ -22,28 +14,16 @@ from typing import Any
 from omegaconf import DictConfig
 
 from treg_megatron.checkpoint.layout import IDENTITY, read_identity
-from treg_megatron.cli.arguments import add_recipe_arguments, parse_recipe
 from treg_megatron.config.recipe import section
 from treg_megatron.data.blend import parse_blend
 from treg_megatron.data.indexed import ends_of
 from treg_megatron.distributed.launch import World, connect, join, leave, node_name, world
 from treg_megatron.errors import UserError
-from treg_megatron.utils import entry
 from treg_megatron.utils.files import bytes_in
 
 ANSWER_SECONDS = 120
 BYTES_A_PARAMETER = {"fp32": 16, "bf16": 14}  # in a checkpoint: weights, fp32 main parameters of bf16, two Adam moments
 ALL_REDUCE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="srun python -m treg_megatron.node_check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_recipe_arguments(parser, help="the run's recipe")
-    check(parse_recipe(parser.parse_args()))
 
 
 def check(recipe: DictConfig) -> None:
@@ -225,7 +205,3 @@ def _all_reduce_seconds(kind: str) -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return best
-
-
-if __name__ == "__main__":
-    entry.run(main)

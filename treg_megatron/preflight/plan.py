@@ -19,7 +19,7 @@ from treg_megatron.config.schema import (
     ParallelSection,
     TrainSection,
 )
-from treg_megatron.data import checks
+from treg_megatron.distributed import layout
 from treg_megatron.models.architecture import hf_config_of
 from treg_megatron.models.families import model_fields
 from treg_megatron.objective import Objective
@@ -146,10 +146,10 @@ def require_possible(sections: Sections) -> dict[str, Any]:
     """
     fields = model_fields(hf_config_of(sections.model))
     Objective(**vars(sections.objective))
-    checks.require_tensor_inside_node(sections.parallel, sections.cluster.gpus_per_node)
-    checks.require_layout(fields, sections.parallel, sections.data, sections.ranks)
+    layout.require_tensor_inside_node(sections.parallel, sections.cluster.gpus_per_node)
+    layout.require_layout(fields, sections.parallel, sections.data, sections.ranks)
     if sections.label.engine == "megatron":
-        checks.require_split(fields, sections.label.tensor, sections.label.pipeline, "label")
+        layout.require_split(fields, sections.label.tensor, sections.label.pipeline, "label")
     return fields
 
 
@@ -165,7 +165,7 @@ def make_plan(sections: Sections, stages: list[int] | None = None) -> Plan:
         UserError: see :func:`require_possible`.
     """
     fields, parallel, size = require_possible(sections), sections.parallel, sections.ranks
-    data_ranks = checks.data_parallel_size(parallel, size)
+    data_ranks = layout.data_parallel_size(parallel, size)
     micro_batches = sections.data.global_batch_size // (sections.data.micro_batch_size * data_ranks)
     built, trainable, frozen = {}, 0, 0
     for stage in range(parallel.pipeline) if stages is None else stages:

@@ -14,6 +14,8 @@ RANK_ZERO_SECONDS = 20  # that rank 0 is given to say what is wrong, before anot
 
 def run(main: Callable[[], None]) -> None:
     """Run an entry point, quietly; a :class:`UserError` becomes one line on stderr and exit code 2."""
+    if "--verbose" in sys.argv:  # read here, because it decides before anything is imported that logs
+        os.environ["TREG_VERBOSE"] = "1"
     quieten()
     try:
         main()

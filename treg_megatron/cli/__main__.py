@@ -1,0 +1,6 @@
+"""``python -m treg_megatron.cli``, the same as ``treg``."""
+
+from treg_megatron.cli.main import main
+
+if __name__ == "__main__":
+    main()

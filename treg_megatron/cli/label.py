@@ -1,0 +1,57 @@
+"""Give every response token a reward and a reference log-prob, by contrastive prompting of a frozen model.
+
+    treg label --recipe llama3_8b --pairs pairs.jsonl
+    treg label --model MODEL --pairs pairs.json --output labelled --prompt-pair few_shot
+    treg label --recipe llama3_8b --pairs pairs.jsonl --report
+    torchrun --nproc-per-node 8 tools/label_tokens.py --recipe llama3_8b --pairs pairs.jsonl
+
+Reads preference pairs in any format that `treg inspect --help` lists (JSON, JSONL, Parquet, Arrow) and writes labelled
+pairs as Parquet with a manifest. Pairs that do not fit --max-length are dropped whole and counted by reason; nothing is
+truncated. --report counts them beforehand and labels nothing. Under torchrun or srun the processes share the pairs. If
+it stops, rerun the same command, with any number of processes, to continue.
+
+A reference model too large for one device is split by Megatron: `--engine megatron --tensor 8` reads the checkpoint
+that training starts from; the remaining processes hold further copies of the model.
+
+Which prompt pair? `revise` is the paper's and suits models of billions of parameters. Small models merely copy the
+response that it shows them, and every reward is near 0: use `few_shot` for those, or a YAML file of your own.
+Next: treg show, treg index.
+"""
+
+import argparse
+
+from treg_megatron.cli.arguments import parse_section, section_parser
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Arguments of ``treg label``."""
+    parser = section_parser(prog, __doc__, "label")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="print what the pairs hold (counts, lengths in tokens, repetitions, unusable records), and stop",
+    )
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Label, or report; prints what was written."""
+    section = parse_section(arguments, "label")
+    if arguments.report:
+        from treg_megatron.data.inspection import as_text, inspect_pairs
+        from treg_megatron.tokenizer.chat import load_tokenizer
+
+        print(as_text(inspect_pairs(section.pairs, section.format, load_tokenizer(section.model), section.max_length)))
+        return
+    from treg_megatron.labelling.job import label
+
+    manifest = label(section)
+    if manifest is None:
+        return  # other processes are still labelling; the last one prints the summary
+    rewards, drops = manifest["token_rewards"], manifest["drops"]
+    dropped = "; ".join(f"{count} {reason}" for reason, count in drops.items()) or "none"
+    print(
+        f"labelled {manifest['pairs']} pairs to {section.output} (dropped: {dropped}); token rewards: mean "
+        f"{rewards['chosen_mean']:+.4f} chosen, {rewards['rejected_mean']:+.4f} rejected, "
+        f"mean size {rewards['mean_abs']:.4f}"
+    )

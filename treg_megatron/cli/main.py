@@ -1,0 +1,115 @@
+"""The command ``treg``: one subcommand per step of a run.
+
+A subcommand's module is imported when it is called, so that ``treg --help`` answers at once.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from treg_megatron.utils import entry
+
+
+class Command(NamedTuple):
+    """A subcommand: the module that has its ``parser`` and ``run``, and its line in ``treg --help``."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "recipe": Command("recipe", "list the recipes, or print one with every default and where it comes from"),
+    "inspect": Command("inspect", "count what a file of preference pairs holds, and what cannot be used"),
+    "sample": Command("sample", "sample responses to prompts from a model"),
+    "rank": Command("rank", "make preference pairs of sampled responses: the best against the worst"),
+    "import": Command("import_model", "Hugging Face folder to Megatron checkpoint"),
+    "label": Command("label", "preference pairs to labelled pairs: token rewards and reference log-probs"),
+    "import-rewards": Command("import_rewards", "pairs with token rewards of your own to labelled pairs"),
+    "show": Command("show", "look at token rewards: a page for the browser, or text"),
+    "index": Command("index", "labelled pairs to aligned Megatron indexed datasets"),
+    "datasets": Command("datasets", "look at aligned datasets, verify, merge or split them"),
+    "preflight": Command("preflight", "check whether a recipe fits a cluster, without a GPU"),
+    "check-nodes": Command("check_nodes", "check the nodes of a job before it starts"),
+    "train": Command("train", "train: starts torchrun unless a launcher did"),
+    "export": Command("export", "Megatron checkpoint to Hugging Face folder"),
+    "verify": Command("verify", "compare two models bit for bit, and their log-probs"),
+    "completion": Command("completion", "print a completion script for bash, zsh or tcsh"),
+}
+
+DESCRIPTION = """\
+T-REG, token-level reward regularization for preference optimization, on NeMo and Megatron-core.
+
+From preference pairs to an aligned model, each step reading its section of one recipe:
+
+    treg import --recipe smollm2_135m        Hugging Face folder to Megatron checkpoint
+    treg label  --recipe smollm2_135m        token rewards and reference log-probs for every pair
+    treg index  --recipe smollm2_135m        labelled pairs to what training reads
+    treg train  --recipe smollm2_135m        the same command resumes an interrupted run
+    treg export --recipe smollm2_135m        the trained model as a Hugging Face folder
+
+Without pairs, begin with `treg sample` and `treg rank`. `treg COMMAND --help` explains each command.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """What ``treg --help`` prints; the subcommands parse their own arguments."""
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="treg",
+        usage="treg [-h] [--version] COMMAND ...",
+        description=f"{DESCRIPTION}\ncommands:\n{listed}\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    parser.add_argument("command", metavar="COMMAND", nargs="?", choices=COMMANDS, help="one of the commands above")
+    return parser
+
+
+def main() -> None:
+    """The console script ``treg``."""
+    entry.run(_main)
+
+
+def run_script(*commands: str) -> None:
+    """Run a command as the script that was started, as the files in ``tools/`` do.
+
+    Args:
+        commands: one command, or several of which the script's first argument names one.
+    """
+    prog = Path(sys.argv[0]).name
+    if len(commands) == 1:
+        entry.run(lambda: _run(commands[0], sys.argv[1:], prog))
+        return
+    chooser = argparse.ArgumentParser(
+        prog=prog,
+        description="\n".join(f"  {name:<8} {COMMANDS[name].help}" for name in commands),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    chooser.add_argument("command", choices=commands, help="`COMMAND --help` explains each")
+    name = chooser.parse_args(sys.argv[1:2]).command
+    entry.run(lambda: _run(name, sys.argv[2:], f"{prog} {name}"))
+
+
+def load(name: str):
+    """The module of a command."""
+    return importlib.import_module(f"treg_megatron.cli.{COMMANDS[name].module}")
+
+
+def _main() -> None:
+    arguments = parser().parse_args(sys.argv[1:2])
+    if arguments.version:
+        from treg_megatron import __version__
+
+        print(f"treg-megatron {__version__}")
+    elif arguments.command is None:
+        parser().print_help()
+    else:
+        _run(arguments.command, sys.argv[2:], f"treg {arguments.command}")
+
+
+def _run(name: str, argv: list[str], prog: str) -> None:
+    module = load(name)
+    module.run(module.parser(prog).parse_args(argv))
