@@ -107,7 +107,7 @@ def test_the_recipe_of_a_checkpoint_can_be_launched_as_it_is(tmp_path):
     OmegaConf.save(recipe, run / "recipe.yaml")
     for path in (checkpoint, run, run / "recipe.yaml"):
         assert resolved(load_recipe(recipe_at(path))) == resolved(recipe)
-    with pytest.raises(UserError, match="holds no recipe"):
+    with pytest.raises(UserError, match="has no recipe"):
         write_identity(checkpoint, Identity("LlamaForCausalLM", {}, "float32", "source", "import"))
         load_recipe(recipe_at(checkpoint))
 

@@ -1,6 +1,6 @@
 """Check the nodes of a job before it starts, and name the one that would spoil it.
 
-    srun --ntasks-per-node 8 python -m treg_megatron.node_check --recipe llama3_70b
+    srun --ntasks-per-node 8 treg check-nodes --recipe llama3_70b
 
 Run it with the ranks of the run. It checks that every node has the same packages, sees the same input files and the
 folder that the run writes to, and has room there for the checkpoints; that every device computes; and how fast all

@@ -11,9 +11,13 @@ run from its newest complete checkpoint. Next: treg export.
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from treg_megatron.cli.arguments import add_recipe_arguments, command_parser, parse_recipe
 from treg_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -25,32 +29,31 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train as this process' rank, or replace this process by torchrun."""
+    """Replace this process by one rank of the training, or by torchrun."""
     recipe = parse_recipe(arguments)
     from treg_megatron.distributed.launch import was_launched
 
+    training = ["-m", "treg_megatron.train", "--recipe", arguments.recipe, *arguments.overrides]
+    if arguments.verbose:
+        training.append("--verbose")
     if was_launched():
         if arguments.nproc is not None:
             raise UserError(f"--nproc {arguments.nproc}: this process was started by torchrun or srun; leave it out")
-        from treg_megatron.train import train
+        os.execv(sys.executable, [sys.executable, *training])
+    if arguments.nproc is not None and arguments.nproc < 1:
+        raise UserError(f"--nproc {arguments.nproc} must be at least 1")
+    processes = arguments.nproc or _as_many_as_fit(recipe)
+    print(f"torchrun: {processes} process{'es' if processes > 1 else ''} on this machine", flush=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    os.execv(sys.executable, [sys.executable, *torchrun, *training])
 
-        train(recipe)
-        return
+
+def _as_many_as_fit(recipe: "DictConfig") -> int:
     from treg_megatron.config.recipe import section
 
     parallel, cluster = section(recipe, "parallel"), section(recipe, "cluster")
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    if arguments.nproc is not None and arguments.nproc < 1:
-        raise UserError(f"--nproc {arguments.nproc} must be at least 1")
-    processes = arguments.nproc or processes_here(
-        model_ranks, visible_gpus(), cluster.gpus_per_node if cluster.device == "cpu" else model_ranks
-    )
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *torchrun, "-m", "treg_megatron.train", "--recipe", arguments.recipe]
-    if arguments.verbose:
-        command.append("--verbose")
-    print(f"torchrun: {processes} process{'es' if processes > 1 else ''} on this machine", flush=True)
-    os.execv(sys.executable, [*command, *arguments.overrides])
+    return processes_here(model_ranks, visible_gpus(), cluster.gpus_per_node if cluster.device == "cpu" else 1)
 
 
 def processes_here(model_ranks: int, gpus: int, on_cpu: int) -> int:
