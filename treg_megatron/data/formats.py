@@ -189,20 +189,20 @@ FORMATS = (
     PairFormat(
         "ultrafeedback",
         "prompt as text; chosen, rejected as whole conversations",
-        lambda row: (isinstance(row.get("prompt"), str) and _is_conversation(row.get("chosen"))),
+        lambda row: isinstance(row.get("prompt"), str) and _is_conversation(row.get("chosen")),
         _ultrafeedback,
     ),
     PairFormat("trl", "prompt, chosen, rejected", lambda row: _has(row, "prompt", *_SIDES), _trl_explicit),
     PairFormat(
         "trl_implicit",
         "chosen, rejected as whole conversations",
-        lambda row: (isinstance(row.get("chosen"), list) and _has(row, "rejected")),
+        lambda row: isinstance(row.get("chosen"), list) and _has(row, "rejected"),
         _trl_implicit,
     ),
     PairFormat(
         "hh",
         "chosen, rejected as text of `Human:` and `Assistant:` turns",
-        lambda row: (_has(row, *_SIDES) and str(row["chosen"]).startswith("\n\nHuman:")),
+        lambda row: _has(row, *_SIDES) and str(row["chosen"]).startswith("\n\nHuman:"),
         _hh,
     ),
     PairFormat(

@@ -314,7 +314,7 @@ def _check(columns: dict[str, _Lists]) -> None:
         tokens, rewards = columns[f"{side}_tokens"], columns[f"{side}_token_rewards"]
         reference = columns.get(f"{side}_ref_logprobs")
         _refuse_rows(
-            rewards.lengths == 0, lambda row: (f"{side}_token_rewards is empty: a response has at least one token")
+            rewards.lengths == 0, lambda row: f"{side}_token_rewards is empty: a response has at least one token"
         )
         _refuse_rows(
             rewards.lengths >= tokens.lengths,
