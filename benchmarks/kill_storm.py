@@ -241,7 +241,7 @@ def processes_of_ranks() -> dict[int, bool]:
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            pid, (state, parent, _, session) = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()[:4]
+            pid, (state, _parent, _, session) = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()[:4]
         except (OSError, ValueError):
             continue
         if state != "Z" and int(session) in _children(os.getpid()):

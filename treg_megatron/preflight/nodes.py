@@ -129,7 +129,7 @@ def verdict(nodes: list[dict[str, Any]], needed: int, output: Path) -> str:
                 f"{node['node']} has {node['free'] / 1e9:.1f} GB free in {output} (train.output), the checkpoints "
                 f"take {needed / 1e9:.1f} GB"
             )
-    for what, has, usual, name in _differences(nodes, "inputs"):
+    for what, has, _, name in _differences(nodes, "inputs"):
         wrong.append(
             f"{name} does not see {what}" if has is None else f"{name} sees another file than others as {what}"
         )

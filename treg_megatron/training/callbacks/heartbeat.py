@@ -123,7 +123,7 @@ class Watcher:
             for rank, age in silent.items()
         ]
         behind += [f"rank {rank}: never heard of" for rank in range(self.ranks) if rank not in seen]
-        for (step, doing), count in reversed(groups.most_common()[1:]):
+        for (step, doing), _ in reversed(groups.most_common()[1:]):
             behind += [
                 f"rank {rank} on {seen[rank][3]}: in {doing} after step {step}"
                 for rank in sorted(seen)
