@@ -1,4 +1,4 @@
-"""docs/STUDY.md from the results: every figure in it is computed here, and whether the paper is borne out, too."""
+"""The report docs/STUDY.md: every figure and every verdict in it is computed here from the results."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,21 +62,21 @@ def introduction(study: Study) -> Iterator[str]:
     yield f"""\
 # A miniature study: does the regulariser give the right tokens the credit?
 
-Written by `make study` from its own results; no figure in it was typed. Nobody knows which tokens of real text are
-right. In the made world of [world.py](../studies/miniature/world.py) a verifier does: a task applies an operation (add,
+Written by `make study` from its own results; no figure was typed by hand. Real text has no token-level ground truth. The
+synthetic task of [world.py](../studies/miniature/world.py) has a verifier instead: a task applies an operation (add,
 convert, spell, say in a made-up language) to four items, and an answer goes through them in freely chosen words.
 
     add 7 : 3 9 0 5        so 3 makes 1 0 then 9 gives 1 6 next 0 makes 0 7 and 5 is 1 2
 
-Each of {facts} facts has one popular error, which people who answer fall for at a rate of
+Each of {facts} facts has one popular error, which the simulated annotators make at a rate of
 {", ".join(f"{rate:.0%}" for rate in ERROR_RATES)}, and fillers ("um") slip in. So a likely token need not be right, nor
-an unlikely one wrong: this is what makes token rewards worth having. No two splits share a set of items; the facts are
-shared, because they are what there is to learn. A score is 1 minus edits to the nearest right answer, per place.
+an unlikely one wrong, which is what makes token rewards worth having. No two splits share a set of items; they share the
+facts, which are what there is to learn. A score is 1 minus the edits to the nearest right answer, per item.
 
 The reference, a Llama with {reference["model"]["layers"]} layers of {reference["model"]["hidden"]}, learned
 {reference["examples"]} answers by the objective `sft`: half of them everyday answers, half revisions of one, "make it
 better" (right) or "make it worse" ({WORSE.error_rate:.0%} of the results wrong). All runs start from it, on the same
-on-policy pairs of {world["prompts"]["train"]} prompts (5 samples, the verifier's best and worst), through the stations
+on-policy pairs from {world["prompts"]["train"]} prompts (5 samples, the verifier's best and worst), through the steps
 `sample`, `rank`, `label`, `index`, `train` and `export`. Intervals are 95 %, bootstrapped over seeds
 ({len(study.seeds)}) and prompts ({world["prompts"]["test"]})."""
 
@@ -90,7 +90,7 @@ def reference_section(study: Study, results: Results) -> Iterator[str]:
     )
     right, reward = results.credit["right"], results.credit["reward"]
     yield f"""
-AUROC of telling right from wrong tokens of the reference's own ranked answers; 0.5 is chance. The mean token reward on
+AUROC for separating right from wrong tokens in the reference's own ranked answers; 0.5 is chance. The mean token reward on
 test prompts is {reward[right].mean():+.3f} of right tokens and {reward[~right].mean():+.3f} of wrong ones."""
 
 
@@ -107,21 +107,21 @@ def method_section(study: Study) -> Iterator[str]:
     """What tells the methods apart."""
     yield from heading("The methods")
     yield from table(
-        ("method", "sets"),
+        ("method", "settings"),
         [
             [method, ", ".join(f"`{name}={value}`" for name, value in keys["settings"].items())]
             for method, keys in study.methods.items()
         ],
     )
     yield """
-`dpo_sft` is the paper's ablation "SFT on the chosen", in the place of the regulariser; `sft` trains on nothing else.
-`truth` is the upper bound: the verifier's marks (0.5 right, -0.5 wrong) in the place of r_t. Learning rate and beta are
-chosen on development prompts, see below."""
+`dpo_sft` is the paper's ablation with SFT on the chosen response instead of the regulariser; `sft` is SFT alone.
+`implicit` takes token rewards from the policy's own live log-ratio. `truth` is the upper bound: the verifier's marks (0.5
+right, -0.5 wrong) instead of r_t. Learning rate and beta were chosen on development prompts, see below."""
 
 
 def main_section(results: Results, regularised: str, files: dict[str, str]) -> Iterator[str]:
     """The measures of every method."""
-    yield from heading("What the methods reach on test prompts")
+    yield from heading("Results on test prompts")
     columns = ("method", "score, sampled", "score, greedy", "wins, sampled", "wins, greedy", "length", "KL", "credit")
     scores = ("sampled/score", "greedy/score")
     rows = [
@@ -148,38 +148,41 @@ def main_section(results: Results, regularised: str, files: dict[str, str]) -> I
     ]
     yield from table(columns, rows)
     yield f"""
-Sampled at temperature 1; length in tokens. Wins: answers that score above the reference's, ties half. KL: from the
-reference, in nats an answer. Credit: AUROC of the trained model's log-ratio to the reference, token by token, against
-the verifier's marks. Of the three alphas of `dpo_reg`, development prompts chose `{regularised}`.
+Sampled at temperature 1; length in tokens. Wins: share of answers that score above the reference's, ties counted half. KL:
+from the reference, in nats per answer. Credit: AUROC of the trained model's log-ratio to the reference, token by token,
+against the verifier's marks. Of the three alphas of `dpo_reg`, the development prompts selected `{regularised}`.
 
 ![learning curves]({files["curves"]})"""
 
 
 def order_section(results: Results, regularised: str) -> Iterator[str]:
     """The paper's claims beside our differences."""
-    yield from heading("The paper's order and ours")
+    yield from heading("The paper's ranking and ours")
     yield from table(
-        ("the paper says", "its figures", "difference in score", "borne out?", "difference in credit"),
+        ("in the paper", "its figures", "difference in score", "same order here?", "difference in credit"),
         [
             order_row(results, *(regularised if name == "dpo_reg" else name for name in names), told)
             for *names, told in (*PAPER_ORDER, *EXTRA_ORDER)
         ],
     )
     yield """
-Differences of mean scores of sampled answers and of credit, the same seeds and prompts on both sides; an interval that
-holds 0 tells nothing apart. The paper's figures are AlpacaEval 2 length-controlled win rates, of Llama-3-8B where
-nothing else is said."""
+Differences of mean scores of sampled answers and of credit, with the same seeds and prompts on both sides; where the
+interval contains 0 the two are not distinguishable. The paper's figures are AlpacaEval 2 length-controlled win rates of
+Llama-3-8B unless stated otherwise.
+
+The rows with `implicit` do not test the paper's claim. The paper does not say whether its token rewards "from DPO" are the
+log-ratio of the policy that is being trained, as here, or that of a separate, frozen model trained by DPO."""
 
 
 def order_row(results: Results, better: str, worse: str, told: str) -> list[str]:
     score, credit = results.score_difference(better, worse), results.credit_difference(better, worse)
-    verdict = "not told apart" if not score.excludes_zero else "yes" if score.value > 0 else "no, the opposite"
+    verdict = "not distinguishable" if not score.excludes_zero else "yes" if score.value > 0 else "no, the opposite"
     return [f"{better} > {worse}", told, shown(score, signed=True), verdict, shown(credit, signed=True)]
 
 
 def fact_section(results: Results) -> Iterator[str]:
     """Which popular errors each method gets rid of."""
-    yield from heading("Which errors go away")
+    yield from heading("Which errors disappear")
     yield from table(
         ("method", *(f"{rate:.0%} wrong" for rate in ERROR_RATES)),
         [
@@ -188,8 +191,8 @@ def fact_section(results: Results) -> Iterator[str]:
         ],
     )
     yield """
-Share of right results in sampled answers, by how many everyday answers get the fact wrong. Best and worst of five
-samples mostly share the errors of the last column: there a pair's preference says little, and a token reward much."""
+Share of right results in sampled answers, by how many everyday answers get the fact wrong. The best and the worst of five
+samples mostly share the errors of the last column: there the preference says little, and a token reward much."""
 
 
 def search_scores(study: Study) -> dict[str, list[float]]:
@@ -208,8 +211,8 @@ def search_section(
     yield from heading("How settings were chosen")
     yield f"""\
 Each setting of each method ran once with seed {study.search_seed}; the best mean score of sampled answers to the
-{study.world["prompts"]["dev"]} development prompts was written down before a test prompt was answered. The ranges of
-the grids come from a handful of earlier runs of `dpo` on development prompts. All runs of the search:
+{study.world["prompts"]["dev"]} development prompts was recorded before any test prompt was answered. The ranges of
+the grids come from a few earlier runs of `dpo` on development prompts. All runs of the search:
 """
     yield from table(
         ("method", "setting", "score on development prompts", "chosen"),
@@ -229,10 +232,10 @@ the grids come from a handful of earlier runs of `dpo` on development prompts. A
 
 def token_section(files: dict[str, str]) -> Iterator[str]:
     """The token picture."""
-    yield from heading("What tokens get")
+    yield from heading("What each token gets")
     yield f"""\
-The reference's answers to the first test prompts with two wrong tokens or more. Blue is up, orange is down, each row on
-a scale of its own; the first row is the truth, the last ones are trained policies (log-ratio, mean over seeds).
+The reference's answers to the first test prompts with two or more wrong tokens. Blue is positive, orange is negative, each
+row on its own scale; the first row is the truth, the last ones are trained policies (log-ratio, mean over seeds).
 
 ![token rewards]({files["tokens"]})"""
 
@@ -242,18 +245,18 @@ def limits_section(study: Study) -> Iterator[str]:
     yield from heading("Limits")
     settings = len(next(iter(study.grids.values())))
     yield f"""\
-* The world is made: errors are popular and planted one fact at a time, and the reference was taught the two revision
+* The task is synthetic: errors are popular and planted one fact at a time, and the reference was taught the two revision
   prompts. The study says what the regulariser does where contrastive prompting works, not whether it works for real
   models.
 * One reference and one set of pairs; seeds change the order of the pairs. Intervals do not cover other references,
-  other worlds or the choice of settings, and are not corrected for the number of comparisons.
-* The same seed trains another reference where sums have another order. On one that an earlier commit trained, which
-  understood the two prompts less well, regularised DPO was above DPO, implicit, static and SFT as well; what is said
-  of SimPO, of implicit against DPO and of the truth came out otherwise there.
-* A policy of a million parameters, one epoch, {settings} settings a method, each tried once. With its alpha, as in the
-  paper, the regularised DPO has had {len(REGULARISED)} times the search of plain DPO.
-* alpha is at most 0.5 as in the paper, so a token's factor stays within [0.75, 1.25]: effects are bound to be small.
-* The paper's win rates come from judges and include style and length; a verifier's score does not."""
+  other tasks or the choice of settings, and are not corrected for multiple comparisons.
+* The same seed trains a different reference where sums are taken in a different order. With a reference trained by an
+  earlier commit, which understood the two prompts less well, regularised DPO was again above DPO, implicit, static and
+  SFT; the results for SimPO, for implicit against DPO and for the truth came out otherwise.
+* A policy of a million parameters, one epoch, {settings} settings per method, each tried once. With its alpha, as in the
+  paper, regularised DPO has had {len(REGULARISED)} times the search of plain DPO.
+* alpha is at most 0.5 as in the paper, so a token's factor stays within [0.75, 1.25] and effects are bound to be small.
+* The paper's win rates come from a judge and include style and length; a verifier's score does not."""
 
 
 def run_section(study: Study, results: Results) -> Iterator[str]:
@@ -272,7 +275,7 @@ def run_section(study: Study, results: Results) -> Iterator[str]:
         for seed, run, credit in zip(study.seeds, runs, results.credit_aurocs(method)[0], strict=True)
     ]
     yield from table(("method", "seed", "score, sampled", "score, greedy", "KL", "credit"), rows)
-    yield "\nTest prompts; the runs of the search stand above."
+    yield "\nTest prompts; the runs of the search are listed above."
 
 
 def heading(title: str) -> Iterator[str]:

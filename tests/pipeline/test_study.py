@@ -74,7 +74,7 @@ def test_report_has_every_run_and_its_pictures(study):
     for method in study.methods:
         assert f"\n| {method} | 1 |" in sections[-1]
         assert text.count(f"\n| {method} | ") >= 4  # measures, error rates, search, runs
-    assert "nan" not in text and "not told apart" in text
+    assert "nan" not in text and "not distinguishable" in text
     for name in ("curves", "tokens"):
         assert f"(study/{name}.png)" in text and (study.report.parent / "study" / f"{name}.png").stat().st_size > 5000
 
