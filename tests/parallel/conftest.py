@@ -9,8 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 
-from tests.parallel.forked import warm_up  # noqa: E402
-from tests.tiny import tiny_llama, tiny_pair, tiny_tokenizer  # noqa: E402
+from tests.support.forked import warm_up  # noqa: E402
+from tests.support.tiny import tiny_llama, tiny_pair, tiny_tokenizer  # noqa: E402
 
 warm_up()
 

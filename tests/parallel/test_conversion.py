@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel import megatron_model
-from tests.parallel.forked import run_ranks
-from tests.tiny import tiny_llama
+from tests.support import megatron_model
+from tests.support.forked import run_ranks
+from tests.support.tiny import tiny_llama
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.checkpoint.layout import read_identity, write_identity
 from treg_megatron.checkpoint.safetensors_stream import tensors_in_folder

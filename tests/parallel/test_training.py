@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import reference
 from tests.parallel.conftest import TinyRun
-from tests.parallel.forked import TIMEOUT_SECONDS, run_ranks
+from tests.support import reference
+from tests.support.forked import TIMEOUT_SECONDS, run_ranks
 
 STEPS = 20
 LAYOUTS = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.pipeline.conftest import PAIRS, assert_refused, station
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_tokenizer
 from tests.unit.test_streams import pair
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.config.recipe import load_recipe, section
