@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel.test_conversion import assert_same_tensors, config_of
 from tests.support import megatron_model, policy_ranks
+from tests.support.checkpoints import assert_same_tensors, config_of
 from tests.support.forked import run_ranks
 from tests.support.policy_ranks import LAYOUTS, Layout
 from tests.support.tiny_families import SPECIAL, VOCAB, tiny_family, transformers_logprobs
