@@ -27,8 +27,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.parallel.forked import run_ranks, warm_up  # noqa: E402
-from tests.tiny import tiny_llama, tiny_pair, tiny_tokenizer  # noqa: E402
+from tests.support.forked import run_ranks, warm_up  # noqa: E402
+from tests.support.tiny import tiny_llama, tiny_pair, tiny_tokenizer  # noqa: E402
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "tiny.yaml"
 PAIRS, EPOCHS, GLOBAL_BATCH = 46, 16, 8

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.unit.test_streams import THREE, pair
+from tests.support.labelled import THREE, pair
 from treg_megatron.data.aligned import stream_paths
 from treg_megatron.data.labelled_pairs import LabelledPair, read_labelled, write_shard
 from treg_megatron.data.pairs import read_pairs

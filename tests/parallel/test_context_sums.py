@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.parallel.forked import run_ranks
-from tests.unit.test_objective import PLAIN_DPO
+from tests.support.forked import run_ranks
+from tests.support.objectives import PLAIN_DPO
 from treg_megatron.objective import preference_loss
 
 LENGTHS = [6, 3, 1, 8]

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel import megatron_model
-from tests.parallel.forked import run_ranks
-from tests.tiny import tiny_llama
+from tests.support import megatron_model
+from tests.support.checkpoints import assert_same_tensors, config_of
+from tests.support.forked import run_ranks
+from tests.support.tiny import tiny_llama
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.checkpoint.layout import read_identity, write_identity
-from treg_megatron.checkpoint.safetensors_stream import tensors_in_folder
 from treg_megatron.checkpoint.to_hf import export_checkpoint
 from treg_megatron.models.families import family_of, model_fields
 
@@ -141,28 +141,9 @@ def parameter_names(config: dict) -> tuple[set[str], set[str]]:
     return {name for name, _ in model.named_parameters()}, keys
 
 
-def config_of(hf: Path) -> dict:
-    return json.loads((hf / "config.json").read_text())
-
-
 def transformers_logprobs(hf: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)(tokens).logits
     return logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
-
-
-def assert_same_tensors(actual: Path, expected: Path) -> None:
-    actual_tensors, expected_tensors = tensors_in_folder(actual), tensors_in_folder(expected)
-    assert actual_tensors.keys() == expected_tensors.keys()
-    for name, tensor in expected_tensors.items():
-        other = actual_tensors[name]
-        assert (other.dtype, other.shape) == (tensor.dtype, tensor.shape), name
-        assert raw_bytes(other) == raw_bytes(tensor), name
-
-
-def raw_bytes(tensor) -> bytes:
-    with open(tensor.file, "rb") as file:
-        file.seek(tensor.start)
-        return file.read(tensor.nbytes)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import reference
-from tests.parallel.conftest import RECIPE, write_pairs
-from tests.parallel.forked import run_ranks
-from tests.parallel.gradients import steps_on_this_rank
-from tests.tiny import tiny_llama, tiny_tokenizer
-from tests.tiny_families import tiny_family
-from tests.unit.test_objective import PLAIN_DPO, VARIANTS
+from tests.support import reference
+from tests.support.forked import run_ranks
+from tests.support.gradients import steps_on_this_rank
+from tests.support.objectives import PLAIN_DPO, VARIANTS
+from tests.support.tiny import tiny_llama, tiny_tokenizer
+from tests.support.tiny_families import tiny_family
+from tests.support.training import RECIPE, write_pairs
 
 PAIRS = 8
 BINS = ["data.layout=bins", "data.bin_size=180"]

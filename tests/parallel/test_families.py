@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel import megatron_model, policy_ranks
-from tests.parallel.forked import run_ranks
-from tests.parallel.policy_ranks import LAYOUTS, Layout
-from tests.parallel.test_conversion import assert_same_tensors, config_of
-from tests.tiny_families import SPECIAL, VOCAB, tiny_family, transformers_logprobs
+from tests.support import megatron_model, policy_ranks
+from tests.support.checkpoints import assert_same_tensors, config_of
+from tests.support.forked import run_ranks
+from tests.support.policy_ranks import LAYOUTS, Layout
+from tests.support.tiny_families import SPECIAL, VOCAB, tiny_family, transformers_logprobs
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.checkpoint.layout import read_identity, write_identity
 from treg_megatron.checkpoint.to_hf import export_checkpoint

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import reference
-from tests.parallel.conftest import RECIPE, write_pairs
-from tests.parallel.forked import run_ranks
-from tests.parallel.test_training import assert_same, records, train_on_this_rank
-from tests.tiny import tiny_tokenizer
-from tests.tiny_families import tiny_family
+from tests.support import reference
+from tests.support.forked import run_ranks
+from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny_families import tiny_family
+from tests.support.training import RECIPE, assert_same, records, train_on_this_rank, write_pairs
 from treg_megatron.checkpoint.to_hf import export_checkpoint
 
 STEPS = 3

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.parallel.conftest import RECIPE
-from tests.parallel.forked import run_ranks
+from tests.support.forked import run_ranks
+from tests.support.training import RECIPE
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.models import head
 from treg_megatron.models.head import response_logps

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.conftest import RECIPE, write_pairs
-from tests.parallel.forked import run_ranks
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.support.forked import run_ranks
+from tests.support.tiny import tiny_llama, tiny_tokenizer
+from tests.support.training import RECIPE, write_pairs
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.config.schema import LabelSection
 from treg_megatron.data.labelled_pairs import MANIFEST_NAME

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests import reference
-from tests.parallel.test_training import STEPS, Killed, assert_same, kill_when, records, run
+from tests.support import reference
+from tests.support.training import STEPS, Killed, assert_same, kill_when, records, run
 from treg_megatron.config.schema import LoraSection
 from treg_megatron.errors import UserError
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.parallel.test_training import Killed, assert_same, kill_when, records, run
+from tests.support.training import Killed, assert_same, kill_when, records, run
 
 BINS = ["data.layout=bins", "data.bin_size=180"]  # a pair has 43 to 121 tokens, a global batch 1 to 3 bins
 LAYOUTS = {

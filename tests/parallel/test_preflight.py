@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.parallel.forked import run_ranks
+from tests.support.forked import run_ranks
 from treg_megatron.config.recipe import load_recipe
 from treg_megatron.errors import UserError
 
@@ -135,7 +135,7 @@ def test_another_model_on_disk_than_the_recipe_names_is_refused(tied_run):
 
 
 def test_streams_of_another_tokenizer_are_refused(tied_run, untied_run, tmp_path):
-    from tests.tiny import tiny_tokenizer
+    from tests.support.tiny import tiny_tokenizer
 
     other = tmp_path / "other"
     tiny_tokenizer(other, vocab=300)

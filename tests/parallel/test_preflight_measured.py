@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.parallel.forked import run_ranks
+from tests.support.forked import run_ranks
 from treg_megatron.config.recipe import load_recipe
 
 LLAMA = {
@@ -191,7 +191,7 @@ def test_what_is_predicted_is_what_real_ranks_take(model, layout, precision, rec
 
 def main() -> None:
     """Print the table of docs/PREFLIGHT.md: every model, layout and recompute."""
-    from tests.parallel.forked import warm_up
+    from tests.support.forked import warm_up
 
     warm_up()
     for model, config in MODELS.items():

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.parallel.forked import run_ranks
-from tests.tiny import tiny_llama
+from tests.support.forked import run_ranks
+from tests.support.tiny import tiny_llama
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.config.schema import LabelSection

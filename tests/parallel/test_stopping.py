@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.conftest import TinyRun
-from tests.parallel.forked import run_ranks
-from tests.parallel.test_training import records, train_on_this_rank
+from tests.support.forked import run_ranks
+from tests.support.training import TinyRun, records, train_on_this_rank
 from treg_megatron.data.sampler import recorded_pairs
 from treg_megatron.training.callbacks.heartbeat import Watcher
 

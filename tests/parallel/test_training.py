@@ -1,18 +1,13 @@
 """The real trainer on forked gloo ranks: every layout trains the same, and as plain PyTorch does."""
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests import reference
-from tests.parallel.conftest import TinyRun
-from tests.parallel.forked import TIMEOUT_SECONDS, run_ranks
+from tests.support import reference
+from tests.support.training import STEPS, Killed, assert_same, kill_when, records, run
 
-STEPS = 20
 LAYOUTS = {
     "PP2": (2, ["parallel.pipeline=2"]),
     "TP2": (2, ["parallel.tensor=2"]),
@@ -25,36 +20,6 @@ LAYOUTS = {
     "padded": (1, ["data.layout=padded"]),
     "micro-batch 4": (1, ["data.micro_batch_size=4"]),
 }
-
-
-def train_on_this_rank(recipe: Path, overrides: list[str]) -> None:
-    from treg_megatron.config.recipe import load_recipe
-    from treg_megatron.train import train
-
-    train(load_recipe(recipe, overrides))
-
-
-def records(output: Path, validation: bool = False) -> list[dict]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if ("loss" not in line) == validation]
-
-
-def run(files: TinyRun, output: Path, size: int, *overrides: str, meanwhile: Callable[[], None] | None = None) -> Path:
-    run_ranks(
-        size,
-        train_on_this_rank,
-        files.recipe,
-        files.sections(output, "data.epochs=4", f"train.max_steps={STEPS}", *overrides),
-        log=output.with_suffix(".log"),
-        meanwhile=meanwhile,
-    )
-    return output
-
-
-def assert_same(found: list[float], expected: list[float], rtol: float) -> None:
-    torch.testing.assert_close(
-        torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), rtol=rtol, atol=0
-    )
 
 
 @pytest.fixture(scope="module")
@@ -162,18 +127,6 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tied_run, tmp_path):
             "data.validation=null",
             "train.first_loss_tolerance=10",
         )
-
-
-class Killed(Exception):
-    """All ranks were sent SIGKILL."""
-
-
-def kill_when(output: Path, line: str) -> None:
-    deadline = time.time() + TIMEOUT_SECONDS
-    while not (output / "metrics.jsonl").exists() or line not in (output / "metrics.jsonl").read_text():
-        assert time.time() < deadline, f"{output} never came to {line}"
-        time.sleep(0.002)
-    raise Killed
 
 
 @pytest.mark.parametrize("layout, moment", [("PP2", 8), ("TP2", 6), ("DP2", 5)])

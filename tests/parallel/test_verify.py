@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests.parallel.forked import run_ranks
-from tests.tiny import tiny_tokenizer
-from tests.tiny_families import tiny_family
+from tests.support.forked import run_ranks
+from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny_families import tiny_family
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.checkpoint.logprobs import TOLERANCE, Difference, logprob_difference
 

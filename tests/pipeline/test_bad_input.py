@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.pipeline.conftest import PAIRS, assert_refused, station
-from tests.tiny import tiny_tokenizer
-from tests.unit.test_streams import pair
+from tests.support.labelled import pair
+from tests.support.tiny import tiny_tokenizer
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.data.streams import open_streams, write_streams

@@ -63,7 +63,7 @@ def test_imported_rewards_have_the_reference_log_probs_of_the_model(folder, tiny
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tests import reference
+    from tests.support import reference
 
     model, streams = AutoModelForCausalLM.from_pretrained(tiny_hf), open_streams(folder / "b")
     for i in range(len(streams)):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import reference
 from tests.pipeline.conftest import PAIRS, ROOT, station
+from tests.support import reference
 from treg_megatron.data.streams import open_streams
 
 

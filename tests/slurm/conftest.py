@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.slurm.cluster import Cluster, missing_programs
-from tests.tiny import tiny_llama, tiny_pair, tiny_tokenizer
+from tests.support.tiny import tiny_llama, tiny_pair, tiny_tokenizer
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.data.sampler import MicrobatchOrder, recorded_pairs
 

@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from tests.tiny import TEMPLATES, tiny_llama, tiny_tokenizer  # noqa: E402
+from tests.support.tiny import TEMPLATES, tiny_llama, tiny_tokenizer  # noqa: E402
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer  # noqa: E402
 
 # No deadline: a busy machine is no failure. Few examples: these run at every change. In CI always the same ones: a

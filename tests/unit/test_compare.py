@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.unit.test_conversion import CONFIG, TOOL, hf_folder, read_tensors
+from tests.support.hf_folder import CONFIG, hf_folder, read_tensors
 from treg_megatron.checkpoint.compare import compare
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.checkpoint.to_hf import export_checkpoint
 from treg_megatron.errors import UserError
 
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
 CHANGED = "model.layers.1.self_attn.k_proj.weight"
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tiny import CHATML, HEADERS, TEMPLATES
+from tests.support.tiny import CHATML, HEADERS, TEMPLATES
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.tokenizer.conversation import Message

@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tiny import CORPUS
+from tests.support.tiny import CORPUS
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.tokenizer.conversation import Message

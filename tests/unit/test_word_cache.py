@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import CHATML, CORPUS, SPECIAL_TOKENS
+from tests.support.tiny import CHATML, CORPUS, SPECIAL_TOKENS
 from treg_megatron.tokenizer import word_cache as word_memory
 from treg_megatron.tokenizer.chat import load_tokenizer
 from treg_megatron.tokenizer.conversation import Message

@@ -1,0 +1,104 @@
+"""A tiny training run on forked ranks: its inputs, its metrics, and how it is killed."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from tests.support.forked import TIMEOUT_SECONDS, run_ranks
+from tests.support.tiny import tiny_llama, tiny_pair, tiny_tokenizer
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny.yaml"
+
+
+class TinyRun(NamedTuple):
+    """Everything that training needs, made by the stations from a random model and made-up pairs."""
+
+    recipe: Path
+    hf: Path
+    overrides: list[str]
+
+    def sections(self, output: Path, *overrides: str) -> list[str]:
+        return [*self.overrides, f"train.output={output}", *overrides]
+
+
+def write_pairs(path: Path, count: int) -> None:
+    """Pairs of different lengths, the same at every call."""
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(count):
+            file.write(json.dumps(tiny_pair(i, f"{path.stem}-{i}")) + "\n")
+
+
+def make_run(folder: Path, tied: bool) -> TinyRun:
+    from treg_megatron.checkpoint.from_hf import import_checkpoint
+    from treg_megatron.config.recipe import load_recipe, section
+    from treg_megatron.labelling.indexing import index
+    from treg_megatron.labelling.job import label
+
+    hf = folder / "hf"
+    vocab = tiny_tokenizer(hf)
+    tiny_llama(hf, layers=4, vocab=vocab, tied=tied)
+    overrides = [f"run={folder}", f"model.hf={hf}", f"data.validation={folder}/streams/heldout"]
+    for name, count in (("train", 22), ("heldout", 7)):
+        write_pairs(folder / f"{name}.jsonl", count)
+        recipe = load_recipe(
+            RECIPE,
+            [
+                *overrides,
+                f"label.pairs={folder}/{name}.jsonl",
+                f"label.output={folder}/labelled/{name}",
+                f"index.output={folder}/streams/{name}",
+            ],
+        )
+        label(section(recipe, "label"))
+        index(section(recipe, "index"))
+    import_checkpoint(hf, folder / "megatron")
+    return TinyRun(RECIPE, hf, [*overrides, f"index.output={folder}/streams/train"])
+
+
+STEPS = 20
+
+
+def train_on_this_rank(recipe: Path, overrides: list[str]) -> None:
+    from treg_megatron.config.recipe import load_recipe
+    from treg_megatron.train import train
+
+    train(load_recipe(recipe, overrides))
+
+
+def records(output: Path, validation: bool = False) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if ("loss" not in line) == validation]
+
+
+def run(files: TinyRun, output: Path, size: int, *overrides: str, meanwhile: Callable[[], None] | None = None) -> Path:
+    run_ranks(
+        size,
+        train_on_this_rank,
+        files.recipe,
+        files.sections(output, "data.epochs=4", f"train.max_steps={STEPS}", *overrides),
+        log=output.with_suffix(".log"),
+        meanwhile=meanwhile,
+    )
+    return output
+
+
+def assert_same(found: list[float], expected: list[float], rtol: float) -> None:
+    torch.testing.assert_close(
+        torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), rtol=rtol, atol=0
+    )
+
+
+class Killed(Exception):
+    """All ranks were sent SIGKILL."""
+
+
+def kill_when(output: Path, line: str) -> None:
+    deadline = time.time() + TIMEOUT_SECONDS
+    while not (output / "metrics.jsonl").exists() or line not in (output / "metrics.jsonl").read_text():
+        assert time.time() < deadline, f"{output} never came to {line}"
+        time.sleep(0.002)
+    raise Killed
