@@ -4,9 +4,7 @@ import dataclasses
 import json
 import runpy
 import shutil
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -389,19 +387,3 @@ def test_unfinished_labels_are_not_indexed(section, tmp_path):
         label(section, ArithmeticScorer(fail_after=1))
     with pytest.raises(UserError, match="its labelling job is unfinished"):
         index(IndexSection(section.output, str(tmp_path / "t"), section.model, workers=1, validation_fraction=0.0))
-
-
-@pytest.mark.parametrize(
-    "tool", ["label_tokens.py", "index_pairs.py", "sample_responses.py", "rank_responses.py", "show_rewards.py"]
-)
-def test_help_needs_nothing_heavy(tool):
-    code = textwrap.dedent(f"""\
-        import runpy, sys
-        sys.argv = ["x", "--help"]
-        try:
-            runpy.run_path({str(TOOLS / tool)!r}, run_name="__main__")
-        except SystemExit:
-            print(*{{"torch", "transformers", "pyarrow", "megatron", "nemo"}} & set(sys.modules), file=sys.stderr)
-        """)
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TOOLS.parent)
-    assert shown.stderr == "\n" and "python tools/" in shown.stdout
