@@ -12,7 +12,7 @@ import torch
 
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.utils.imports import heavy_imports
-from treg_megatron.utils.quiet import quieten
+from treg_megatron.utils.log import configure_logging
 
 GEMM = 2048
 
@@ -129,7 +129,7 @@ def switch_off(gains: dict[str, str]) -> None:
 
 
 def main() -> None:
-    quieten()
+    configure_logging()
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     for name in ("--batch", "--micro-batch", "--steps", "--max-length"):

@@ -22,9 +22,9 @@ _FORK = multiprocessing.get_context("fork")
 def warm_up() -> None:
     """Import the stack on one thread; a child would wait for other threads, which it does not inherit."""
     from treg_megatron.utils.imports import heavy_imports
-    from treg_megatron.utils.quiet import quieten
+    from treg_megatron.utils.log import configure_logging
 
-    quieten()
+    configure_logging()
     import torch
 
     torch.set_num_threads(1)

@@ -95,7 +95,7 @@ def test_a_warning_before_the_time_limit_then_a_preemption(slurm, files, uninter
     text = log(files, job)
     begun = starts(text)
     assert len(begun) == 3 and begun[1] == f"resuming from {first}" and begun[2] > begun[1]
-    assert text.count("is saved, the same command goes on from there") == 2
+    assert text.count("is saved; rerun the same command to continue") == 2
     assert_equal(run, uninterrupted)
 
 

@@ -27,9 +27,9 @@ def warm_up() -> None:
     """Import the whole stack in this process, on the CPU."""
     from treg_megatron.distributed.cpu_redirect import use_cpu
     from treg_megatron.utils.imports import heavy_imports
-    from treg_megatron.utils.quiet import quieten
+    from treg_megatron.utils.log import configure_logging
 
-    quieten()
+    configure_logging()
     import torch
 
     torch.set_num_threads(1)

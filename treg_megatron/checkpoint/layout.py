@@ -11,10 +11,10 @@ import dataclasses
 import errno
 import hashlib
 import json
+import logging
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from typing import Any
 from treg_megatron.config.recipe import with_current_keys
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import atomic_write, read_json
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "weights"
 IDENTITY = "treg.json"
@@ -99,11 +101,10 @@ def is_complete(checkpoint: Path) -> bool:
     return (checkpoint / IDENTITY).is_file() and not _marker(checkpoint).exists()
 
 
-def newest_checkpoint(run: Path, passed_over: Callable[[str], None] | None = None) -> Path | None:
+def newest_checkpoint(run: Path) -> Path | None:
     """The complete and undamaged checkpoint of the highest step in RUN/checkpoints, or None.
 
-    Args:
-        passed_over: told a line about each damaged one that is newer; on stderr if not given.
+    Logs a warning for each damaged one that is newer.
     """
     folder = Path(run) / CHECKPOINTS
     if not folder.is_dir():
@@ -117,8 +118,7 @@ def newest_checkpoint(run: Path, passed_over: Callable[[str], None] | None = Non
         wrong = damage(steps[step])
         if wrong is None:
             return steps[step]
-        line = f"checkpoint {steps[step].name} is damaged ({wrong}): passing over to the one before"
-        passed_over(line) if passed_over else print(line, file=sys.stderr)
+        logger.warning("checkpoint %s is damaged (%s): using the one before it", steps[step].name, wrong)
     return None
 
 

@@ -68,12 +68,6 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def rank_zero_print(*values: object) -> None:
-    """Print on rank 0 of the job only."""
-    if world().rank == 0:
-        print(*values, flush=True)
-
-
 def join(ranks: World, timeout: float, store: "torch.distributed.Store | None" = None) -> None:
     """Form the process group that NeMo then finds ready: NCCL on GPUs, gloo without.
 

@@ -7,20 +7,20 @@ import time
 from collections.abc import Callable
 
 from treg_megatron.errors import EXIT_BAD_INPUT, UserError
-from treg_megatron.utils.quiet import quieten
+from treg_megatron.utils.log import configure_logging, rank_of_environment
 
 RANK_ZERO_SECONDS = 20  # that rank 0 is given to say what is wrong, before another rank does
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run an entry point, quietly; a :class:`UserError` becomes one line on stderr and exit code 2."""
+    """Run a command; a :class:`UserError` becomes one line on stderr and exit code 2."""
     if "--verbose" in sys.argv:  # read here, because it decides before anything is imported that logs
         os.environ["TREG_VERBOSE"] = "1"
-    quieten()
+    configure_logging()
     try:
         main()
     except UserError as error:
-        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+        rank = rank_of_environment()
         if rank:
             _leave_it_to_rank_zero()
         print(f"error{f' on rank {rank}' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -28,7 +28,7 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; rerun the same command to continue", file=sys.stderr)
         sys.exit(130)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from treg_megatron.checkpoint.layout import (
 from treg_megatron.distributed.launch import on_rank_zero
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import bytes_in
+
+logger = logging.getLogger(__name__)
 
 DAMAGED = ".damaged"
 
@@ -136,8 +139,8 @@ def _complete(checkpoint: Path, identity: Identity, keep: int) -> None:
 def checkpoint_to_resume(run: Path) -> Path | None:
     """Clean up after an interrupted run, saying so, and find the checkpoint to go on from; for rank 0."""
     if left := remove_unfinished(run):
-        print(f"removed checkpoints that an interrupted save left unfinished: {', '.join(left)}", flush=True)
-    newest = newest_checkpoint(run, passed_over=lambda line: print(line, flush=True))
+        logger.info("removed checkpoints that an interrupted save left unfinished: %s", ", ".join(left))
+    newest = newest_checkpoint(run)
     for checkpoint in (Path(run) / CHECKPOINTS).glob("step_*"):
         if is_complete(checkpoint) and damage(checkpoint):
             # out of the way, so that it is not counted among those to keep; and kept, to look at

@@ -2,6 +2,7 @@
 
 import faulthandler
 import json
+import logging
 import os
 import sys
 import threading
@@ -13,6 +14,8 @@ import lightning.pytorch as pl
 import torch
 
 from treg_megatron.distributed.launch import World, node_name
+
+logger = logging.getLogger(__name__)
 
 QUIET_SECONDS = (
     60.0  # without a step, and rank 0 begins to say what it sees; or a quarter of the time that ends the run
@@ -88,7 +91,7 @@ class Heartbeat(pl.Callback):
                     keys = [f"heartbeat/{rank}" for rank in range(self.ranks.size)]
                     seen = {rank: json.loads(store.get(key)) for rank, key in enumerate(keys) if store.check([key])}
                     if line := watcher.look(seen, time.monotonic() - self.last):
-                        print(line, file=sys.stderr, flush=True)
+                        logger.warning(line)
         except (torch.distributed.DistError, RuntimeError):
             return  # rank 0 has ended: so will this one
 

@@ -1,0 +1,91 @@
+"""Logging of the commands: one format, rank 0 only, and the libraries' chatter left out.
+
+Modules log to ``logging.getLogger(__name__)``. A command calls :func:`configure_logging`; an application that uses this
+package as a library configures logging itself, and nothing is silenced then. NeMo and its trainer log a few hundred
+lines about optional packages, deprecations and the inside of Megatron: their informational lines and their warnings are
+dropped by name, errors come through. ``--verbose`` or ``TREG_VERBOSE=1`` lets everything through.
+"""
+
+import logging
+import os
+import sys
+import warnings
+
+#: loggers whose informational lines nobody needs to use this package
+CHATTY = (
+    *(f"{package}.utilities.rank_zero" for package in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric")),
+    *(
+        "transformers",
+        "datasets",
+        "accelerate",
+        "torch",
+        "torchao",
+        "nemo_run",
+        "absl",
+        "matplotlib",
+        "filelock",
+        "fsspec",
+        "urllib3",
+    ),
+)
+#: loggers whose warnings are about packages or devices that are not used here, too
+FALSE_ALARMS = ("nemo", "megatron", "modelopt", "nv_one_logger", "numexpr")
+#: NeMo's logger, which sets its own level when it is imported
+NEMO = "nemo_logger"
+#: warnings that only the developers of a library can act on
+WARNS = ("megatron", "nemo", "lightning", "torch", "transformers", "modelopt", "numpy", "pydantic", "hydra", "zarr")
+
+
+def configure_logging() -> None:
+    """Show this package's log lines of rank 0, and silence the libraries; call before importing torch. Idempotent."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    own = logging.getLogger("treg_megatron")
+    own.setLevel(logging.INFO)
+    own.propagate = False
+    if not own.handlers:
+        handler = _StandardStreams()
+        handler.addFilter(lambda record: _is_error(record) or not rank_of_environment())
+        own.addHandler(handler)
+    if is_verbose():
+        own.setLevel(logging.DEBUG)
+        own.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        return
+    own.handlers[0].setFormatter(_Plain())
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in FALSE_ALARMS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger(NEMO).addFilter(_is_error)
+    for package in WARNS:
+        warnings.filterwarnings("ignore", module=rf"{package}(\.|$)")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the processes that Megatron's checkpoint writer starts
+
+
+def rank_of_environment() -> int:
+    """This process' rank in its job, as torchrun or srun say."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
+def is_verbose() -> bool:
+    """Whether the user asked to see everything."""
+    return os.environ.get("TREG_VERBOSE") == "1"
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+class _StandardStreams(logging.Handler):
+    """Warnings and errors to standard error, everything else to standard output, as they are at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        print(self.format(record), file=stream, flush=True)
+
+
+class _Plain(logging.Formatter):
+    """The message alone; above INFO its level comes first."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return message if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {message}"
