@@ -43,7 +43,7 @@ def train(recipe: DictConfig) -> None:
     from treg_megatron.distributed.launch import join, leave, on_rank_zero, rank_zero_print, world
     from treg_megatron.distributed.layout import data_parallel_size, require_layout
     from treg_megatron.models.architecture import require_architecture
-    from treg_megatron.models.families import model_fields, nemo_config_class
+    from treg_megatron.models.families import model_fields
     from treg_megatron.objective import Objective
 
     model, data, parallel, optimizer, run = (
@@ -121,7 +121,7 @@ def train(recipe: DictConfig) -> None:
     ]
     # divided by the step's pairs like every gradient, the routers' becomes its mean over micro-batches
     router_aux_loss = optimizer.router_aux_loss * pairs.pairs_per_micro_batch(data_ranks)
-    config = policy_config(nemo_config_class(identity.hf_config), fields, parallel, run, router_aux_loss)
+    config = policy_config(identity.hf_config, parallel, run, router_aux_loss)
     adapters = lora.adapters(section(recipe, "lora"), config)
     if adapters is not None:
         callbacks.append(adapters)

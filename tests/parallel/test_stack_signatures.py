@@ -61,12 +61,15 @@ def test_call_binds(target, call):
 def overrides() -> list:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from nemo import lightning as nl
     from nemo.collections import llm
     from nemo.lightning.megatron_parallel import MegatronLossReduction
     from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
+    from treg_megatron.kernels import core_attention, linear
     from treg_megatron.models import layers, lora
     from treg_megatron.models import policy as model
     from treg_megatron.training import data_module as data
@@ -76,7 +79,9 @@ def overrides() -> list:
         (GPTModel, model.ResponseGPTModel, ["_postprocess"]),
         (llm.GPTConfig, model.PolicyConfig, ["configure_model"]),
         (MegatronLossReduction, model.PreferenceLossReduction, ["forward", "reduce"]),
-        (DotProductAttention, layers.SdpaAttention, ["__init__", "forward", "sharded_state_dict"]),
+        (DotProductAttention, core_attention.SdpaAttention, ["__init__", "forward", "sharded_state_dict"]),
+        (ColumnParallelLinear, linear.ColumnParallelLinearIn, ["_forward_impl"]),
+        (SelfAttention, layers.RotatedSelfAttention, ["forward"]),
         (MegatronDataSampler, data.PairSampler, ["transform_dataloader"]),
         (llm.peft.LoRA, lora.PolicyLoRA, ["transform"]),
         (nl.MegatronStrategy, strategy.PolicyStrategy, ["setup_optimizers"]),

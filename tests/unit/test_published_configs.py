@@ -11,7 +11,6 @@ from treg_megatron.models.families import (
     family_of,
     in_model_order,
     model_fields,
-    nemo_config_class,
     source_shape,
     stacked_shape,
 )
@@ -162,7 +161,7 @@ def test_experts_are_stacked_behind_layers():
     ],
 )
 def test_nemo_config_classes(config, name):
-    assert nemo_config_class(config) == name
+    assert family_of(config).nemo_classes(config)[0].__name__ == name
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,21 @@ The one file of this package that needs NeMo, and imports it when asked: everyth
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, read_identity
 from treg_megatron.checkpoint.torch_dist import CONTENT_METADATA
 from treg_megatron.config.recipe import load_recipe, section
-from treg_megatron.models.families import model_fields, nemo_config_class
+
+if TYPE_CHECKING:
+    from treg_megatron.models.policy import Policy
 
 
 def load_policy(
     checkpoint: Path, tensor: int = 1, pipeline: int = 1, expert: int = 1, sequence: bool = False
-) -> "treg_megatron.models.policy.Policy":
+) -> "Policy":
     """The policy of a checkpoint in fp32, evaluating; its ``module`` is this rank's part of Megatron's model.
 
     ``treg_megatron.training.build`` gives the model and Megatron-core loads it, as for training. The process group exists and is
@@ -38,9 +41,7 @@ def load_policy(
             f"parallel.sequence={sequence}",
         ]
     )
-    config = policy_config(
-        nemo_config_class(hf_config), model_fields(hf_config), section(recipe, "parallel"), section(recipe, "train")
-    )
+    config = policy_config(hf_config, section(recipe, "parallel"), section(recipe, "train"))
     # what NeMo's strategy fills in
     config.tensor_model_parallel_size = config.expert_tensor_parallel_size = tensor
     config.pipeline_model_parallel_size, config.pipeline_dtype = pipeline, torch.float32
