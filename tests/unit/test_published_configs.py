@@ -151,20 +151,6 @@ def test_experts_are_stacked_behind_layers():
 
 
 @pytest.mark.parametrize(
-    "config, name",
-    [
-        (MISTRAL_7B_V1, "MistralConfig7B"),
-        (QWEN25_HALF_B, "Qwen2Config"),
-        (QWEN3_8B, "Qwen3Config"),
-        (GEMMA2_9B, "Gemma2Config"),
-        (MIXTRAL_8X7B, "MixtralConfig"),
-    ],
-)
-def test_nemo_config_classes(config, name):
-    assert family_of(config).nemo_classes(config)[0].__name__ == name
-
-
-@pytest.mark.parametrize(
     "config, change, said",
     [
         (
