@@ -194,7 +194,6 @@ def build_job(plan: Plan, pairs: "PairData", steps: int, resume: Path | None) ->
     from treg_megatron.distributed.layout import data_parallel_size
     from treg_megatron.models import lora
     from treg_megatron.models.build import build_policy, policy_config
-    from treg_megatron.models.families import nemo_config_class
     from treg_megatron.training import build
     from treg_megatron.training.callbacks.checkpoints import SaveEvery
     from treg_megatron.training.callbacks.heartbeat import Heartbeat
@@ -225,7 +224,7 @@ def build_job(plan: Plan, pairs: "PairData", steps: int, resume: Path | None) ->
     # divided by the step's pairs like every gradient, the routers' becomes its mean over micro-batches
     data_ranks = data_parallel_size(plan.parallel, ranks.size)
     router_aux_loss = plan.optimizer.router_aux_loss * pairs.pairs_per_micro_batch(data_ranks)
-    config = policy_config(nemo_config_class(plan.identity.hf_config), plan.fields, plan.parallel, run, router_aux_loss)
+    config = policy_config(plan.identity.hf_config, plan.parallel, run, router_aux_loss)
     adapters = lora.adapters(section(plan.recipe, "lora"), config)
     if adapters is not None:
         callbacks.append(adapters)

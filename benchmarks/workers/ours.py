@@ -1,6 +1,7 @@
 """Our trainer, one step at a time: each line on stdin is a step, each step a line of JSON on stdout."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -97,35 +98,37 @@ def say(message: dict) -> None:
     print(json.dumps(message), flush=True)
 
 
-def switch_off(gains: dict[str, str]) -> None:
-    """Replace one of our parts by what Megatron or Hugging Face does."""
-    from treg_megatron.models import policy as model
+def kernels_without(gains: dict[str, str]) -> "Kernels":  # noqa: F821
+    """The kernels of this device, a part of them replaced by torch's or Megatron's."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
 
+    from treg_megatron.kernels.kernels import Kernels, cpu_kernels
+
+    kernels = Kernels.reference() if torch.cuda.is_available() else cpu_kernels()
     if gains.get("products") == "mkl":
-        from treg_megatron.kernels import onednn
-
-        onednn.mkl_is_slow = lambda: False
+        kernels = dataclasses.replace(kernels, linear=None)
     if gains.get("attention") == "local":
-        from megatron.core.transformer.dot_product_attention import DotProductAttention
+        kernels = dataclasses.replace(kernels, core_attention=DotProductAttention)
+    return kernels
 
-        from treg_megatron.models import layers
 
-        layers.SdpaAttention = DotProductAttention
-    if gains.get("head") == "whole":
-        chunked = model.response_logps
+def with_all_logits(config) -> None:
+    """Have the policy project every token of a row, all of the vocabulary at once."""
+    from treg_megatron.models.policy import ResponseGPTModel, ResponseTokens
 
-        class Everything(model.ResponseGPTModel):
-            def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, **kwargs):
-                rows = torch.arange(hidden_states.shape[0] * hidden_states.shape[1])
-                targets = torch.zeros(len(rows), dtype=torch.int64)
-                targets[labels.rows] = labels.targets
-                every = super()._postprocess(
-                    hidden_states, input_ids, position_ids, model.ResponseTokens(rows, targets), *args, **kwargs
-                )
-                return every[labels.rows]
+    class Everything(ResponseGPTModel):
+        block_words = 1 << 30
 
-        model.response_logps = lambda *a, **k: chunked(*a, **{**k, "block_words": 1 << 30})
-        model.ResponseGPTModel = Everything
+        def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, **kwargs):
+            rows = torch.arange(hidden_states.shape[0] * hidden_states.shape[1])
+            targets = torch.zeros(len(rows), dtype=torch.int64)
+            targets[labels.rows] = labels.targets
+            every = super()._postprocess(
+                hidden_states, input_ids, position_ids, ResponseTokens(rows, targets), *args, **kwargs
+            )
+            return every[labels.rows]
+
+    config.megatron_model = Everything
 
 
 def main() -> None:
@@ -149,7 +152,7 @@ def main() -> None:
     from treg_megatron.checkpoint.layout import read_identity
     from treg_megatron.data.streams import open_streams
     from treg_megatron.distributed.launch import world
-    from treg_megatron.models.families import model_fields, nemo_config_class
+    from treg_megatron.models.families import model_fields
     from treg_megatron.objective import Objective
 
     folder = arguments.folder
@@ -168,13 +171,14 @@ def main() -> None:
             *(o for o in arguments.overrides if not o.startswith("bench.")),
         ],
     )
-    switch_off(gains)
     data, parallel, train = (section(recipe, name) for name in ("data", "parallel", "train"))
     identity = read_identity(folder / "megatron")
     fields = model_fields(identity.hf_config)
     strategy = build.strategy(parallel, train, folder / "megatron")
     trainer = build.trainer(world(), strategy, train, int(arguments.steps), [OnDemand(fields)])
-    config = policy_config(nemo_config_class(identity.hf_config), fields, parallel, train)
+    config = policy_config(identity.hf_config, parallel, train, kernels=kernels_without(gains))
+    if gains.get("head") == "whole":
+        with_all_logits(config)
     optimizer = build.optimizer(section(recipe, "optimizer"), train, int(arguments.steps))
     trainer.fit(
         build_policy(config, Objective(**vars(section(recipe, "objective"))), optimizer),

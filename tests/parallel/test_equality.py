@@ -53,6 +53,8 @@ LAYOUTS = {
         [*BINS, "data.share_prompts=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     ),
 }
+#: the other layouts differ in what the kernels do not see
+WITH_REFERENCE_KERNELS = ["padded", "CP2xTP2+SP bins", "TP2+SP recompute", "shared prompts PP2 bins"]
 EXPERTS = {
     "single": (1, []),
     "EP2": (2, ["parallel.expert=2"]),
@@ -219,6 +221,13 @@ def run_layout(tmp_path: Path, overrides: list[str], size: int, layout: list[str
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dense_model(layout, dense, tmp_path):
+    overrides, expected = dense
+    assert_equal_steps(run_layout(tmp_path, overrides, *LAYOUTS[layout]), expected)
+
+
+@pytest.mark.parametrize("layout", WITH_REFERENCE_KERNELS)
+def test_dense_model_by_reference_kernels(layout, dense, tmp_path, monkeypatch):
+    monkeypatch.setenv("TREG_CPU_KERNELS", "reference")  # the ranks inherit it
     overrides, expected = dense
     assert_equal_steps(run_layout(tmp_path, overrides, *LAYOUTS[layout]), expected)
 

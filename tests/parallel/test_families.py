@@ -109,3 +109,24 @@ def parameter_names(checkpoint: Path) -> tuple[set[str], set[str]]:
     entries = megatron_model.sharded_state_dict(model)
     keys = {entry.key for name, entry in entries.items() if not name.endswith("_extra_state")}
     return {name for name, _ in model.named_parameters()}, keys
+
+
+@pytest.mark.parametrize(
+    "family, config_class, model_class",
+    [
+        ("Llama", "Llama31Config", "LlamaModel"),  # its rotary embedding is scaled
+        ("Mistral", "MistralConfig7B", "MistralModel"),
+        ("Qwen2", "Qwen2Config", "Qwen2Model"),
+        ("Qwen3", "Qwen3Config", "Qwen3Model"),
+        ("Gemma2", "Gemma2Config", "Gemma2Model"),
+        ("Mixtral", "MixtralConfig", "MixtralModel"),
+    ],
+)
+def test_policy_is_of_nemos_classes(family, config_class, model_class):
+    hf_config = {"architectures": [f"{family}ForCausalLM"], **SPECIAL[family]}
+    assert [c.__name__ for c in family_of(hf_config).nemo_classes(hf_config)] == [config_class, model_class]
+
+
+def test_llama_without_scaling_is_of_the_plain_config():
+    hf_config = {"architectures": ["LlamaForCausalLM"]}
+    assert family_of(hf_config).nemo_classes(hf_config)[0].__name__ == "LlamaConfig"

@@ -1,5 +1,7 @@
 """The split vocabulary against the whole one, and the torch-native layers against Megatron's own."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -66,7 +68,9 @@ def test_split_vocabulary_equals_whole(vocabulary, chunk_bytes):
 
 def rotation_and_megatrons(dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Values and gradients of both for queries in a batch and packed, and for a rotation of half the channels."""
-    from treg_megatron.kernels import rotary
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+    from treg_megatron.kernels.rotary import rotated_by
 
     results = []
     generator = torch.Generator().manual_seed(4)
@@ -77,7 +81,7 @@ def rotation_and_megatrons(dtype: torch.dtype) -> list[tuple[torch.Tensor, torch
         for values in zip(
             *(
                 _value_and_gradient(f, x, torch.cat((angles, angles), -1), upstream)
-                for f in (rotary._apply, rotary._megatrons)
+                for f in (rotated_by, _apply_rotary_pos_emb_bshd)
             )
         ):
             results.append(values)
@@ -99,15 +103,20 @@ def test_rotation_equals_megatrons(dtype):
 
 
 def block_outputs() -> dict[str, torch.Tensor]:
-    """Output and input gradient of two layers, by local spec, torch-native spec, and torch-native with packing."""
+    """Outputs and gradients of two layers by Megatron's local spec and by ours, with each set of kernels and with each
+    fast part alone; and the outputs of ours with packing."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from treg_megatron.kernels import onednn
+    from treg_megatron.kernels.kernels import Kernels
+    from treg_megatron.kernels.onednn import ProductsByOneDNN
     from treg_megatron.models.layers import torch_block_spec
 
     megatron_world()
+    onednn.mkl_is_slow, onednn.SMALLEST = lambda: True, 1
     config = TransformerConfig(
         num_layers=2,
         hidden_size=32,
@@ -129,7 +138,17 @@ def block_outputs() -> dict[str, torch.Tensor]:
     )
     lengths = [5, 9]
     tokens = torch.randint(0, 40, (2, max(lengths)), generator=torch.Generator().manual_seed(2))
-    specs = {"local": get_gpt_layer_local_spec(normalization="RMSNorm"), "native": torch_block_spec(config)}
+    everything = dataclasses.replace(Kernels.fast_cpu(), linear=ProductsByOneDNN)
+    specs = {
+        "local": get_gpt_layer_local_spec(normalization="RMSNorm"),
+        "fast": torch_block_spec(config, everything),
+        "reference": torch_block_spec(config, Kernels.reference()),
+    } | {
+        f"only {part.name}": torch_block_spec(
+            config, dataclasses.replace(Kernels.reference(), **{part.name: getattr(everything, part.name)})
+        )
+        for part in dataclasses.fields(Kernels)
+    }
     outputs, weights = {}, None
     for name, spec in specs.items():
         model = GPTModel(config, spec, vocab_size=40, max_sequence_length=16, position_embedding_type="rope")
@@ -139,47 +158,52 @@ def block_outputs() -> dict[str, torch.Tensor]:
         logits[0, : lengths[0]].square().sum().backward()
         outputs[name] = logits.detach()
         outputs[name + " gradient"] = model.embedding.word_embeddings.weight.grad
-        if name == "native":
+        outputs[name + " layers' gradients"] = torch.cat(
+            [p.grad.flatten() for n, p in sorted(model.named_parameters()) if n.startswith("decoder.layers")]
+        )
+        if name != "local":
             boundaries = torch.tensor([0, 5, 14], dtype=torch.int32)
             packed = PackedSeqParams(
                 qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=9, max_seqlen_kv=9
             )
             row = torch.cat([tokens[0, :5], tokens[1]])[None]
-            outputs["packed"] = model(
+            outputs[name + " packed"] = model(
                 row, torch.cat([torch.arange(5), torch.arange(9)])[None], None, packed_seq_params=packed
             ).detach()[0]
     return outputs
 
 
-def test_native_layers_equal_megatrons_and_packed_equals_padded():
+def test_layers_of_any_kernels_equal_megatrons_and_packed_equals_padded():
     (outputs,) = run_ranks(1, block_outputs)
-    torch.testing.assert_close(outputs["native"], outputs["local"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(outputs["native gradient"], outputs["local gradient"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(outputs["packed"][:5], outputs["native"][0, :5], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(outputs["packed"][5:], outputs["native"][1], rtol=1e-5, atol=1e-5)
+    sets = [name.removesuffix(" packed") for name in outputs if name.endswith(" packed")]
+    assert len(sets) == 7
+    for name in sets:
+        for what in ("", " gradient", " layers' gradients"):
+            torch.testing.assert_close(outputs[name + what], outputs["local" + what], rtol=1e-5, atol=1e-5)
+        packed = outputs[f"{name} packed"]
+        torch.testing.assert_close(packed[:5], outputs[name][0, :5], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(packed[5:], outputs[name][1], rtol=1e-5, atol=1e-5)
 
 
 def attention_of_a_shared_row() -> list[list[torch.Tensor]]:
-    """Output and gradients of a row of pairs: in one call, and span by span, as under a window wider than the row."""
+    """Output and gradients of a row of pairs: in one call, and span by span."""
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from treg_megatron.models import layers
+    from treg_megatron.kernels.core_attention import SdpaAttention, SharedPrompts
+    from treg_megatron.kernels.packed_attention import PackedSdpaAttention
 
     megatron_world()
     config = TransformerConfig(
         num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0
     )
-    row = layers.SharedPrompts(
-        qkv_format="thd", max_seqlen_q=9, max_seqlen_kv=9, pairs=[(2, 3, 7), (6, 1, 2), (1, 1, 1)]
-    )
+    row = SharedPrompts(qkv_format="thd", max_seqlen_q=9, max_seqlen_kv=9, pairs=[(2, 3, 7), (6, 1, 2), (1, 1, 1)])
     generator = torch.Generator().manual_seed(6)
     tensors = [torch.randn(30, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]  # 24 and padding
     upstream = torch.randn(30, 32, generator=generator)
     results = []
-    for tokens_before in (None, 99):
-        attention = layers.SdpaAttention(config, 1, AttnMaskType.causal, "self")
-        attention.tokens_before = tokens_before
+    for core_attention in (PackedSdpaAttention, SdpaAttention):
+        attention = core_attention(config, 1, AttnMaskType.causal, "self")
         out = attention(*tensors, packed_seq_params=row)
         results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), tensors)])
     return results
@@ -215,10 +239,12 @@ def test_who_shares_prompts(monkeypatch):
 
 
 def test_transformer_engines_cross_entropy_is_refused():
-    from treg_megatron.errors import UserError
-    from treg_megatron.models.policy import LlamaPolicyConfig
+    from nemo.collections import llm
 
-    config = LlamaPolicyConfig(
+    from treg_megatron.errors import UserError
+    from treg_megatron.models.policy import policy_config_class
+
+    config = policy_config_class(llm.LlamaConfig, llm.LlamaModel)(
         num_layers=1, hidden_size=8, num_attention_heads=1, apply_rope_fusion=False, cross_entropy_fusion_impl="te"
     )
     with pytest.raises(UserError, match="cross_entropy_fusion_impl=te: .* leave it at native"):

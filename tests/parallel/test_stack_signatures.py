@@ -61,12 +61,14 @@ def test_call_binds(target, call):
 def overrides() -> list:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from nemo import lightning as nl
     from nemo.collections import llm
     from nemo.lightning.megatron_parallel import MegatronLossReduction
     from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
+    from treg_megatron.kernels import core_attention
     from treg_megatron.models import layers, lora
     from treg_megatron.models import policy as model
     from treg_megatron.training import data_module as data
@@ -76,7 +78,8 @@ def overrides() -> list:
         (GPTModel, model.ResponseGPTModel, ["_postprocess"]),
         (llm.GPTConfig, model.PolicyConfig, ["configure_model"]),
         (MegatronLossReduction, model.PreferenceLossReduction, ["forward", "reduce"]),
-        (DotProductAttention, layers.SdpaAttention, ["__init__", "forward", "sharded_state_dict"]),
+        (DotProductAttention, core_attention.SdpaAttention, ["__init__", "forward", "sharded_state_dict"]),
+        (SelfAttention, layers.RotatedSelfAttention, ["forward"]),
         (MegatronDataSampler, data.PairSampler, ["transform_dataloader"]),
         (llm.peft.LoRA, lora.PolicyLoRA, ["transform"]),
         (nl.MegatronStrategy, strategy.PolicyStrategy, ["setup_optimizers"]),
@@ -109,3 +112,18 @@ def test_properties_that_we_replace_exist(owner, property_name):
     from nemo.collections import llm
 
     assert isinstance(inspect.getattr_static(getattr(llm, owner), property_name), property)
+
+
+def test_linear_layers_take_what_megatrons_functions_take():
+    from megatron.core.tensor_parallel import layers
+
+    from treg_megatron.kernels.linear import ColumnParallelLinearIn
+
+    ours = list(inspect.signature(ColumnParallelLinearIn._forward_impl).parameters)[1:]
+    for function in (layers.linear_with_grad_accumulation_and_async_allreduce, layers.linear_with_frozen_weight):
+        theirs = set(inspect.signature(function).parameters) - {"async_grad_allreduce"}
+        assert set(ours) == theirs
+    recorded = inspect.signature(layers.LinearWithGradAccumulationAndAsyncCommunication.forward)
+    assert list(recorded.parameters)[1:] == ours, "passed by position"
+    frozen = inspect.signature(layers.LinearWithFrozenWeight.forward)
+    assert list(frozen.parameters)[1:] == ["input", "weight", "bias", "allreduce_dgrad", "tp_group"]

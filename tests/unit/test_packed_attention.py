@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_attention import CHANNELS, GROUPS, HEADS, SCALE, plain
-from treg_megatron.kernels.packed_attention import Span, packed_attention
+from treg_megatron.kernels.attention import Span
+from treg_megatron.kernels.packed_attention import packed_attention
 
 sequences = st.builds(lambda n: [Span(n)], st.integers(1, 9))
 pairs = st.builds(

@@ -11,7 +11,6 @@ from treg_megatron.models.families import (
     family_of,
     in_model_order,
     model_fields,
-    nemo_config_class,
     source_shape,
     stacked_shape,
 )
@@ -149,20 +148,6 @@ def test_experts_are_stacked_behind_layers():
     assert shapes["decoder.layers.mlp.experts.experts.linear_fc2.weight"] == (32, 8, 4096, 14336)
     assert shapes["decoder.layers.mlp.router.weight"] == (32, 8, 4096)
     assert shapes["decoder.layers.pre_mlp_layernorm.weight"] == (32, 4096)
-
-
-@pytest.mark.parametrize(
-    "config, name",
-    [
-        (MISTRAL_7B_V1, "MistralConfig7B"),
-        (QWEN25_HALF_B, "Qwen2Config"),
-        (QWEN3_8B, "Qwen3Config"),
-        (GEMMA2_9B, "Gemma2Config"),
-        (MIXTRAL_8X7B, "MixtralConfig"),
-    ],
-)
-def test_nemo_config_classes(config, name):
-    assert nemo_config_class(config) == name
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,15 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from treg_megatron.kernels.rms_norm import RMSNorm
+from treg_megatron.kernels.rms_norm import FewPassRMSNorm, RMSNorm
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("zero_centered", [False, True], ids=["gamma", "1 + gamma"])
-def test_equals_the_formula(dtype, tolerance, zero_centered):
+@pytest.mark.parametrize("norm_class", [RMSNorm, FewPassRMSNorm])
+def test_equals_the_formula(norm_class, dtype, tolerance, zero_centered):
     generator = torch.Generator().manual_seed(0)
-    norm = RMSNorm(
+    norm = norm_class(
         TransformerConfig(
             num_layers=1,
             hidden_size=64,

@@ -11,7 +11,9 @@ import torch
 from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, read_identity
 from treg_megatron.checkpoint.torch_dist import CONTENT_METADATA
 from treg_megatron.config.recipe import load_recipe, section
-from treg_megatron.models.families import model_fields, nemo_config_class
+
+if TYPE_CHECKING:
+    from treg_megatron.models.policy import Policy
 
 if TYPE_CHECKING:
     from treg_megatron.models.policy import Policy
@@ -42,9 +44,7 @@ def load_policy(
             f"parallel.sequence={sequence}",
         ]
     )
-    config = policy_config(
-        nemo_config_class(hf_config), model_fields(hf_config), section(recipe, "parallel"), section(recipe, "train")
-    )
+    config = policy_config(hf_config, section(recipe, "parallel"), section(recipe, "train"))
     # what NeMo's strategy fills in
     config.tensor_model_parallel_size = config.expert_tensor_parallel_size = tensor
     config.pipeline_model_parallel_size, config.pipeline_dtype = pipeline, torch.float32

@@ -15,10 +15,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from treg_megatron.kernels.memory import keep_memory
-from treg_megatron.kernels.onednn import product_of
 from treg_megatron.utils.imports import heavy_imports
 
 _active: "_CudaMeansCpu | None" = None
+_log = logging.getLogger(__name__)
 
 
 def use_cpu() -> None:
@@ -26,6 +26,7 @@ def use_cpu() -> None:
 
     Raises:
         RuntimeError: a CUDA device is visible.
+        UserError: ``TREG_CPU_KERNELS`` names no set of kernels.
     """
     global _active
     if _active is not None:
@@ -35,9 +36,20 @@ def use_cpu() -> None:
     keep_memory()
     with heavy_imports():
         _replace_cuda_runtime()
+        from treg_megatron.kernels.kernels import cpu_kernels
+
+        cpu_kernels()  # says at start-up what it has to say
     _active = _CudaMeansCpu()
     _active.__enter__()
-    torch.autograd._engine_run_backward = backward_in(_active, torch.autograd._engine_run_backward)
+    run_backward = getattr(torch.autograd, "_engine_run_backward", None)
+    if run_backward is None:
+        _log.warning(
+            "torch %s: torch.autograd._engine_run_backward is missing; on this CPU sequence parallelism and recompute "
+            "may fail in the backward pass",
+            torch.__version__,
+        )
+    else:
+        torch.autograd._engine_run_backward = backward_in(_active, run_backward)
 
 
 def is_cpu() -> bool:
@@ -61,9 +73,6 @@ class _CudaMeansCpu(TorchFunctionMode):
             kwargs["pin_memory"] = False
         if "device" in kwargs:
             kwargs["device"] = _cpu_for_cuda(kwargs["device"])
-        product = product_of(func, args, kwargs)
-        if product is not None:
-            return product
         if func is torch.Tensor.to:
             args = (args[0], *(_cpu_for_cuda(a) for a in args[1:]))
         return func(*args, **kwargs)
@@ -164,6 +173,10 @@ def _replace_cuda_runtime() -> None:
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(buffers, name, _unless_in_place(getattr(buffers, name)))
 
+    from megatron.core.transformer.moe import token_dispatcher
+
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy_on_cpu(token_dispatcher.maybe_move_tensor_to_cpu)
+
 
 def _unless_in_place(collective: Callable) -> Callable:
     """A rank that is its whole group gathers from and scatters to itself: NCCL does nothing then, gloo copies all
@@ -179,3 +192,18 @@ def _unless_in_place(collective: Callable) -> Callable:
         return collective(output, input, *args, **kwargs)
 
     return unless_in_place
+
+
+def _as_numpy_on_cpu(move: Callable) -> Callable:
+    """The experts' all-to-all takes split sizes as an array, which Megatron makes of a tensor only on its way from a
+    GPU.
+
+    Args:
+        move: Megatron's ``maybe_move_tensor_to_cpu``.
+    """
+
+    def moved(tensor: torch.Tensor | None, as_numpy: bool = False, record_stream: bool = False):
+        tensor = move(tensor, as_numpy, record_stream)
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    return moved

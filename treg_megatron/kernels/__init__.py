@@ -1,1 +1,1 @@
-"""Building blocks of a transformer layer in torch."""
+"""What a transformer block computes with: a plain torch set, and a fast one for CPUs."""

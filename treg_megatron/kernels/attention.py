@@ -1,8 +1,17 @@
 """Causal grouped-query attention of the last tokens of a sequence, by torch's fused kernels where they know how."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Span(NamedTuple):
+    """Consecutive tokens of a packed sequence that attend to themselves, behind the first tokens of the span before."""
+
+    tokens: int
+    prompt: int = 0  # how many of the span before
 
 
 def causal_attention(

@@ -6,23 +6,23 @@ backward: a dozen small operations a sequence and layer. Here results and gradie
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from treg_megatron.kernels.attention import causal_mask, rows_to_add
-
-_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_kernels_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from treg_megatron.kernels.attention import Span, causal_mask, rows_to_add
+from treg_megatron.kernels.core_attention import SdpaAttention, spans_of
 
 
-class Span(NamedTuple):
-    """Consecutive tokens of a packed row that attend to themselves, behind the first tokens of the span before."""
+class PackedSdpaAttention(SdpaAttention):
+    """Packed sequences in one call where causal attention is all that is asked for: no window, soft-cap or dropout."""
 
-    tokens: int
-    prompt: int = 0  # how many of the span before
+    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        if self.tokens_before is not None or self.softcap is not None or (self.training and self.dropout):
+            return super().attend_packed(query, key, value, packed)
+        return packed_attention(query, key, value, spans_of(packed, len(query)), self.softmax_scale).flatten(1)
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], scale: float) -> Tensor:
@@ -37,7 +37,7 @@ class _PackedAttention(torch.autograd.Function):
         for rows, prompt in _slices(spans):
             q, k, v = query[rows], _behind(prompt, key, rows), _behind(prompt, value, rows)
             added, mask = _shape(q, k)
-            part, normaliser = _kernel(
+            part, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 _heads(q, added), _heads(k), _heads(v), 0.0, mask is None, attn_mask=mask, scale=scale
             )
             out[rows] = part[0, :, added:].transpose(0, 1)
@@ -53,7 +53,7 @@ class _PackedAttention(torch.autograd.Function):
         for (rows, prompt), normaliser in zip(_slices(ctx.spans), normalisers):
             q, k, v = query[rows], _behind(prompt, key, rows), _behind(prompt, value, rows)
             added, mask = _shape(q, k)
-            parts = _kernels_gradient(
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 _heads(grad[rows], added),
                 _heads(q, added),
                 _heads(k),

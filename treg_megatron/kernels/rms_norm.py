@@ -1,4 +1,4 @@
-"""RMSNorm that knows of sequence parallelism, in few passes over memory where torch has no kernel of its own."""
+"""RMSNorm that knows of sequence parallelism: torch's, and one for CPUs, where torch has no fused kernel."""
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +22,22 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same."""
         if not self.zero_centered:
-            if hidden.is_cuda:
-                return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
-            return _Normalised.apply(hidden, self.weight, self.eps)
+            return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
         # bf16 has 8 bits: 1 + gamma would lose most of a small gamma
         return F.rms_norm(hidden.float(), (hidden.shape[-1],), 1 + self.weight.float(), self.eps).type_as(hidden)
 
 
-class _Normalised(torch.autograd.Function):
-    """torch composes its norm of a dozen operations on a CPU, forward and again backward."""
+class FewPassRMSNorm(RMSNorm):
+    """The same in few passes over memory: torch composes it of a dozen operations on a CPU, and again backward."""
 
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same."""
+        return super().forward(hidden) if self.zero_centered else _Normalised.apply(hidden, self.weight, self.eps)
+
+
+class _Normalised(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1])

@@ -5,15 +5,21 @@ gradients move as many bytes as the products. The result is the same (arXiv 2104
 """
 
 import torch
-from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
 
-_megatrons = rope_utils._apply_rotary_pos_emb_bshd
 
+def rotated_by(x: Tensor, angles: Tensor) -> Tensor:
+    """x rotated by ``angles``; channels of ``x`` beyond those of ``angles`` stay as they are.
 
-def use_torch_rotation() -> None:
-    """Have Megatron rotate queries and keys by :func:`rotated`, for the life of the process. Idempotent."""
-    rope_utils._apply_rotary_pos_emb_bshd = _apply
+    Args:
+        x: [..., d] of any floating dtype.
+        angles: [..., channels] fp32, of a shape that broadcasts to ``x``; its two halves are equal.
+    """
+    channels = angles.shape[-1]
+    rotation = _cos_and_sin(angles, x.dtype)
+    if channels == x.shape[-1]:
+        return rotated(x, *rotation)
+    return torch.cat([rotated(x[..., :channels], *rotation), x[..., channels:]], dim=-1)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -48,21 +54,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     return out
 
 
-def _apply(
-    t: Tensor,
-    freqs: Tensor,
-    rotary_interleaved: bool = False,
-    multi_latent_attention: bool = False,
-    mscale: float = 1.0,
-) -> Tensor:
-    if rotary_interleaved or multi_latent_attention or freqs.shape[-1] != t.shape[-1]:
-        return _megatrons(t, freqs, rotary_interleaved, multi_latent_attention, mscale)
-    return rotated(t, *_cos_and_sin(freqs, mscale, t.dtype))
-
-
-def _cos_and_sin(freqs: Tensor, mscale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Kept with the angles where all layers get the same ones."""
-    kept = freqs.__dict__.setdefault("cos_and_sin", {})
-    if (mscale, dtype) not in kept:
-        kept[mscale, dtype] = (freqs.cos() * mscale).to(dtype), (freqs.sin() * mscale).to(dtype)
-    return kept[mscale, dtype]
+def _cos_and_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Kept on the tensor of angles, and so for as long as it: all layers are given the same one."""
+    kept = angles.__dict__.setdefault("cos_and_sin", {})
+    if dtype not in kept:
+        kept[dtype] = angles.cos().to(dtype), angles.sin().to(dtype)
+    return kept[dtype]

@@ -2,23 +2,16 @@
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-class SwiGLU(MegatronModule):
+def swiglu(gate_and_up: Tensor) -> Tensor:
     """[..., 2 * width], gate and up side by side -> [..., width] (arXiv 2002.05202, equation 6).
 
     The backward pass writes the two gradients where they belong and keeps nothing but the input; autograd's would put
     them together in another pass, and keep silu(gate) and a copy of up.
     """
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__(config=config)
-
-    def forward(self, gate_and_up: Tensor) -> Tensor:
-        return _SwiGLU.apply(gate_and_up)
+    return _SwiGLU.apply(gate_and_up)
 
 
 class _SwiGLU(torch.autograd.Function):

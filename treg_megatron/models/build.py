@@ -12,7 +12,10 @@ from treg_megatron.config.schema import DataSection, ParallelSection, TrainSecti
 from treg_megatron.distributed.cpu_redirect import is_cpu
 from treg_megatron.distributed.layout import can_share_prompts
 from treg_megatron.errors import UserError
+from treg_megatron.kernels.kernels import Kernels, cpu_kernels
 from treg_megatron.models import policy as policies
+from treg_megatron.models.families import family_of, model_fields
+from treg_megatron.models.router_without_te import define_te_general_gemm
 from treg_megatron.objective import Objective
 
 
@@ -39,25 +42,29 @@ CPU_FIELDS = {
 
 
 def policy_config(
-    nemo_config: str,
-    fields: dict[str, Any],
+    hf_config: dict[str, Any],
     parallel: ParallelSection,
     train: TrainSection,
     router_aux_loss: float = 0.0,
-):
-    """The NeMo config of the policy.
+    kernels: Kernels | None = None,
+) -> policies.PolicyConfig:
+    """The NeMo config of the policy of a config.json.
 
     Args:
-        nemo_config: name of NeMo's config class, as ``families.nemo_config_class`` gives it.
-        fields: its fields, as ``families.model_fields`` gives them.
         router_aux_loss: strength of the experts' load-balancing loss of one micro-batch beside the sum over its pairs.
+        kernels: of layers on plain torch; by default what ``TREG_CPU_KERNELS`` asks for on a CPU, the reference set
+            elsewhere.
 
     Raises:
-        UserError: a layout that Megatron does not train the model in.
+        UserError: a layout that Megatron does not train the model in, or an architecture that is not supported.
     """
+    family, fields = family_of(hf_config), model_fields(hf_config)
     if fields.get("num_moe_experts") and parallel.tensor > 1 and not parallel.sequence:
         raise UserError(f"parallel.tensor={parallel.tensor} of a model with experts needs parallel.sequence=true")
-    fields = dict(fields)
+    if fields.get("num_moe_experts"):
+        define_te_general_gemm()
+    if kernels is None:
+        kernels = cpu_kernels() if is_cpu() else Kernels.reference()
     vocabulary, activation = fields.pop("vocab_size"), ACTIVATIONS[fields.pop("activation")]
     schedule = {"variable_seq_lengths": True}
     if parallel.virtual_pipeline:
@@ -70,9 +77,6 @@ def policy_config(
             "batch_p2p_comm": False,
             "deallocate_pipeline_outputs": not is_cpu(),
         }
-    # Megatron's name for an activation function that is a module of the layer spec; experts take none from there
-    own_swiglu = is_cpu() and activation is F.silu and not fields.get("num_moe_experts")
-    swiglu = {"use_te_activation_func": True} if own_swiglu else {}
     balancing = {"moe_aux_loss_coeff": router_aux_loss} if fields.get("num_moe_experts") else {}
     without_engine = {"apply_rope_fusion": False, "persist_layer_norm": False} if not policies.HAVE_TE else {}
     recompute = {
@@ -80,8 +84,10 @@ def policy_config(
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[train.recompute]
-    return getattr(policies, nemo_config.replace("Config", "PolicyConfig"))(
-        **fields | without_engine | (CPU_FIELDS if is_cpu() else {}) | swiglu | recompute | schedule | balancing,
+    return policies.policy_config_class(*family.nemo_classes(hf_config))(
+        **fields | without_engine | (CPU_FIELDS if is_cpu() else {}) | recompute | schedule | balancing,
+        kernels=kernels,
+        post_layer_norms=family.post_layer_norms,
         activation_func=activation,
         true_vocab_size=vocabulary,
         vocab_size=math.ceil(vocabulary / parallel.tensor) * parallel.tensor,
@@ -113,7 +119,10 @@ def shares_prompts(fields: dict[str, Any], parallel: ParallelSection, data: Data
 
 
 def build_policy(
-    config, objective: Objective, optim: MegatronOptimizerModule | None = None, adapters: PEFT | None = None
+    config: policies.PolicyConfig,
+    objective: Objective,
+    optim: MegatronOptimizerModule | None = None,
+    adapters: PEFT | None = None,
 ) -> policies.Policy:
     """The Lightning module that is trained, of the NeMo model class that goes with ``config``."""
-    return policies.POLICIES[type(config)](config, objective, optim, adapters)
+    return policies.policy_class(config.nemo_model)(config, objective, optim, adapters)

@@ -1,24 +1,20 @@
-"""Megatron-core transformer layers on plain PyTorch kernels, where Transformer Engine is not installed.
+"""Megatron-core transformer layers on plain PyTorch, where Transformer Engine is not installed.
 
 Megatron's own "local" layers refuse sequence parallelism (their norm), packed sequences (their attention) and hold the
-whole score matrix. This spec keeps all of Megatron's modules except those two: an RMSNorm that says its gradient is
-partial under sequence parallelism, and attention on ``scaled_dot_product_attention``. Parameter names are the local
-spec's, checkpoint keys are Transformer Engine's.
+whole score matrix. This spec keeps all of Megatron's modules except those that :class:`~treg_megatron.kernels.kernels.
+Kernels` names. Parameter names are the local spec's, checkpoint keys are Transformer Engine's.
 """
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import RowParallelLinear, gather_from_sequence_parallel_region
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
@@ -26,172 +22,195 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from treg_megatron.distributed.context_parallel import ContextPart
-from treg_megatron.kernels.attention import causal_attention
-from treg_megatron.kernels.packed_attention import Span, packed_attention
-from treg_megatron.kernels.rms_norm import RMSNorm
-from treg_megatron.kernels.rotary import use_torch_rotation
-from treg_megatron.kernels.swiglu import SwiGLU
+from treg_megatron.kernels.core_attention import SdpaAttention
+from treg_megatron.kernels.kernels import Kernels
+from treg_megatron.kernels.linear import ColumnParallelLinearIn, RowParallelLinearIn
 
 
-@dataclass
-class SharedPrompts(PackedSeqParams):
-    """A packed row of pairs that hold their prompt once (microbatch.shared_row); rotation goes by position ids."""
-
-    pairs: list[tuple[int, int, int]] | None = None  # tokens of prompt, chosen, rejected; what follows is padding
-
-
-def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec:
-    """The decoder block of this pipeline stage, every layer and the final norm on PyTorch kernels.
+def torch_block_spec(config: TransformerConfig, kernels: Kernels, vp_stage: int | None = None) -> ModuleSpec:
+    """The decoder block of this pipeline stage, every layer and the final norm on ``kernels``.
 
     ``config.post_layer_norms``, where a config has it, asks for Gemma 2's norms behind attention and MLP.
     """
-    use_torch_rotation()
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
-    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.input_layernorm = kernels.norm
     if layer.submodules.pre_mlp_layernorm is not IdentityOp:
-        layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = kernels.norm
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = SdpaAttention
+    attention.core_attention = kernels.core_attention
+    if config.context_parallel_size > 1:
+        attention.core_attention = ContextParallelAttention
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if config.use_te_activation_func:  # see build.policy_config
-        layer.submodules.mlp.submodules.activation_func = SwiGLU
-    if getattr(config, "post_layer_norms", False):
-        attention.linear_proj = layer.submodules.mlp.submodules.linear_fc2 = RowParallelLinearWithNorm
+        attention.q_layernorm = attention.k_layernorm = kernels.norm
+    if kernels.rotary is not None and not config.rotary_interleaved:
+        layer.submodules.self_attention.module = RotatedSelfAttention
+        layer.submodules.self_attention.params["rotary"] = kernels.rotary
+    mlp = layer.submodules.mlp.submodules
     if config.num_moe_experts:
+        mlp = mlp.experts.submodules
         # the local spec files this norm under a fused linear_fc1, which experts have in no spec
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-        _mend_experts()
+    post_norm = kernels.norm if getattr(config, "post_layer_norms", False) else None
+    attention.linear_qkv = mlp.linear_fc1 = _column_parallel(kernels)
+    attention.linear_proj = mlp.linear_fc2 = _row_parallel(kernels, post_norm)
+    if kernels.activation is not None and config.activation_func is torch.nn.functional.silu:
+        if not config.num_moe_experts:  # experts scale what the activation gives by the router's probabilities
+            layer.submodules.mlp = _gated_mlp(mlp, kernels.activation)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return ModuleSpec(
-        module=TransformerBlock, submodules=TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+        module=TransformerBlock,
+        submodules=TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=kernels.norm),
     )
 
 
-def _mend_experts() -> None:
-    """Two places where Megatron's experts need Transformer Engine or a GPU without meaning to."""
-    # the router asks whether it is None, and it is defined only where Transformer Engine is installed
-    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
-    # the all-to-all takes split sizes as an array, which a tensor becomes only on its way from a GPU
-    token_dispatcher.maybe_move_tensor_to_cpu = _moved_to_cpu
+def _column_parallel(kernels: Kernels) -> ModuleSpec | type:
+    if kernels.linear is None:
+        return ColumnParallelLinear
+    return ModuleSpec(ColumnParallelLinearIn, params={"products": kernels.linear})
 
 
-def _moved_to_cpu(tensor: Tensor | None, as_numpy: bool = False, record_stream: bool = False):
-    moved = moe_utils.maybe_move_tensor_to_cpu(tensor, as_numpy, record_stream)
-    return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+def _row_parallel(kernels: Kernels, norm: type[torch.nn.Module] | None) -> ModuleSpec | type:
+    module, params = RowParallelLinear, {}
+    if kernels.linear is not None:
+        module, params = RowParallelLinearIn, {"products": kernels.linear}
+    if norm is None:
+        return ModuleSpec(module, params=params)
+    return ModuleSpec(_WITH_NORM[module], params=params | {"norm": norm})
 
 
-class RowParallelLinearWithNorm(RowParallelLinear):
-    """A row-parallel linear layer whose output is normalised; its parameters are named as NeMo's
+class _WithNorm:
+    """Mix-in over row-parallel linear layers whose output is normalised; the parameters are named as NeMo's
     ``TERowParallelLinearLayerNorm`` names them."""
 
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs):
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, norm: type[torch.nn.Module], **kwargs
+    ):
         super().__init__(input_size, output_size, config=config, **kwargs)
-        self.post_layernorm = RMSNorm(config, output_size, config.layernorm_epsilon)
+        self.post_layernorm = norm(config, output_size, config.layernorm_epsilon)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(hidden)
         return self.post_layernorm(output), bias
 
 
-class SdpaAttention(MegatronModule):
-    """Causal grouped-query attention on ``scaled_dot_product_attention``.
+class RowParallelLinearWithNorm(_WithNorm, RowParallelLinear):
+    """On Megatron's layer."""
 
-    Packed sequences (THD) are attended one by one: block-diagonal without a mask, and no work between sequences. Of a
-    pair that holds its prompt once, the rejected response attends to the prompt and to itself.
-    Context-parallel ranks gather the keys and values of all; each of their two pieces of a sequence attends to what
-    comes before its end.
 
-    Two options of the config have no fused kernel: a sliding window (``window_size``, in the layers that
-    ``window_attn_skip_freq`` names) takes a mask where a sequence is longer than the window, and a soft-cap on the
-    scores (``attn_logit_softcapping``) takes the whole score matrix of a sequence in fp32.
+class RowParallelLinearInWithNorm(_WithNorm, RowParallelLinearIn):
+    """On the layer that computes its products in a given context."""
+
+
+_WITH_NORM = {RowParallelLinear: RowParallelLinearWithNorm, RowParallelLinearIn: RowParallelLinearInWithNorm}
+
+
+def _gated_mlp(submodules: MLPSubmodules, activation: Callable[[Tensor], Tensor]) -> type[MLP]:
+    """Megatron's dense MLP with a gated activation of ours: [..., 2 * width] -> [..., width].
+
+    A class, and no spec: Megatron's layer compares the module of a spec with its own MLP, and warns about others.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection=None,
-    ):
-        super().__init__(config=config)
-        head_scale = getattr(config, "query_pre_attn_scalar", config.kv_channels)
-        self.softmax_scale = softmax_scale or 1 / math.sqrt(head_scale)
-        self.softcap = getattr(config, "attn_logit_softcapping", None)
-        slides = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
-        self.tokens_before = config.window_size[0] if slides else None
-        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+    class GatedMLP(MLP):
+        def __init__(self, config: TransformerConfig):
+            super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size)
+
+        def forward(self, hidden: Tensor, per_token_scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            gate_and_up, bias = self.linear_fc1(hidden)
+            if bias is not None:
+                gate_and_up = gate_and_up + bias
+            return self.linear_fc2(activation(gate_and_up))
+
+    return GatedMLP
+
+
+class RotatedSelfAttention(SelfAttention):
+    """Megatron's self-attention with a given rotary position embedding.
+
+    Megatron rotates by a function of its module, which only a patch of the whole process would replace; training takes
+    one path through its ``forward``, which is repeated here.
+
+    Args:
+        rotary: x [..., d] and angles -> x rotated.
+    """
+
+    def __init__(self, *args, rotary: Callable[[Tensor, Tensor], Tensor], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rotary = rotary
 
     def forward(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        attn_mask_type: AttnMaskType | None = None,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args,
+        rotary_pos_emb: Tensor | None = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """[s, b, heads, d] or packed [t, heads, d] -> [s, b, heads * d] or [t, heads * d]."""
-        if packed_seq_params is None:
-            out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
-            return out.permute(2, 0, 1, 3).flatten(2)
-        context = ContextPart(parallel_state.get_context_parallel_rank(), self.config.context_parallel_size)
-        if context.ranks > 1:
-            parts = _pieces(query, key, value, packed_seq_params.cu_seqlens_q.diff().tolist(), context)
-        else:
-            spans = _spans(packed_seq_params, len(query))
-            plain = self.tokens_before is None and self.softcap is None and not (self.training and self.dropout)
-            if plain and query.device.type == "cpu":
-                return packed_attention(query, key, value, spans, self.softmax_scale).flatten(1)
-            parts = _parts(query, key, value, spans)
-        out = [self._attend(*(x.transpose(0, 1)[None] for x in part)) for part in parts]
-        return torch.cat([x[0].transpose(0, 1) for x in out]).flatten(1)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return causal_attention(
+        inference_context=None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, hidden], angles [s, 1, 1, d] or of a packed batch's own tokens [t, 1, d] -> [s, b, hidden]."""
+        if inference_context is not None or rotary_pos_emb is None:
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                *args,
+                rotary_pos_emb=rotary_pos_emb,
+                attention_bias=attention_bias,
+                packed_seq_params=packed_seq_params,
+                inference_context=inference_context,
+                **kwargs,
+            )
+        query, key, value = self.get_query_key_value_tensors(hidden_states, None)
+        angles = rotary_pos_emb
+        if packed_seq_params is not None:
+            query, key, value = (x.squeeze(1) for x in (query, key, value))
+            if packed_seq_params.cu_seqlens_q is not None:
+                angles = _angles_of_tokens(angles, packed_seq_params)
+        query, key = self.rotary(query, angles), self.rotary(key, angles)
+        attend = (
+            self._checkpointed_attention_forward
+            if self.checkpoint_core_attention and self.training
+            else self.core_attention
+        )
+        out = attend(
             query,
             key,
             value,
-            self.softmax_scale,
-            self.tokens_before,
-            self.softcap,
-            self.dropout if self.training else 0.0,
+            attention_mask,
+            attn_mask_type=self.attn_mask_type,
+            attention_bias=attention_bias,
+            packed_seq_params=packed_seq_params,
         )
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Nothing to save: attention has no parameters."""
-        return {}
+        return self.linear_proj(out if packed_seq_params is None else out.reshape(len(out), 1, -1))
 
 
-def _spans(packed: PackedSeqParams, length: int) -> list[Span]:
-    """Sequences of the row, or of each pair prompt and chosen response, then the rejected response; last the padding."""
-    if not isinstance(packed, SharedPrompts):
-        return [Span(tokens) for tokens in packed.cu_seqlens_q.diff().tolist()]
-    spans = [
-        span for prompt, chosen, rejected in packed.pairs for span in (Span(prompt + chosen), Span(rejected, prompt))
+def _angles_of_tokens(angles: Tensor, packed: PackedSeqParams) -> Tensor:
+    """[longest, 1, 1, d] by position -> [t, 1, d] of this rank's tokens of packed sequences."""
+    context, angles = _context_part(), angles.squeeze(1)
+    starts = [
+        (number * (length // context.divisor), length // context.divisor)
+        for length in packed.cu_seqlens_q.diff().tolist()
+        for number in (context.pieces if context.ranks > 1 else (0,))
     ]
-    padding = length - sum(span.tokens for span in spans)
-    return [*spans, Span(padding)] if padding else spans
+    return torch.cat([angles[start : start + length] for start, length in starts])
 
 
-def _parts(query: Tensor, key: Tensor, value: Tensor, spans: list[Span]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each span the queries, and the keys and values that they see."""
-    of_each = list(zip(*(x.split([span.tokens for span in spans]) for x in (query, key, value))))
-    for span, before, (q, k, v) in zip(spans, [None, *of_each], of_each):
-        if span.prompt:
-            k, v = (torch.cat([x[: span.prompt], own]) for x, own in zip(before[1:], (k, v)))
-        yield q, k, v
+def _context_part() -> ContextPart:
+    return ContextPart(parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
+
+
+class ContextParallelAttention(SdpaAttention):
+    """Attention of a context-parallel rank to packed sequences: it gathers the keys and values of all ranks; each of
+    its two pieces of a sequence attends to what comes before its end."""
+
+    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        """[t / ranks, heads, d], [t / ranks, groups, d] of keys and of values -> [t / ranks, heads * d]."""
+        return self.attend_each(_pieces(query, key, value, packed.cu_seqlens_q.diff().tolist(), _context_part()))
 
 
 def _pieces(

@@ -5,9 +5,11 @@ reductions of the Lightning module, and ``GPTModel._postprocess``, where Megatro
 Tensor and pipeline parallelism, schedules, optimizer and checkpoints stay theirs.
 """
 
+import contextlib
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -16,18 +18,19 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections import llm
+from nemo.collections.llm.gpt.model import base as nemo_gpt
 from nemo.collections.llm.gpt.model.base import HAVE_TE, transformer_engine_layer_spec
-from nemo.collections.llm.gpt.model.llama import Llama31Config
-from nemo.collections.llm.gpt.model.mixtral import MixtralConfig
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
 from treg_megatron.errors import UserError
+from treg_megatron.kernels.core_attention import SharedPrompts
+from treg_megatron.kernels.kernels import Kernels
 from treg_megatron.models.head import response_logps
-from treg_megatron.models.layers import SharedPrompts, torch_block_spec
+from treg_megatron.models.layers import torch_block_spec
 from treg_megatron.objective import Objective, preference_loss
+from treg_megatron.utils.substitute import substituted
 
 
 class ResponseTokens(NamedTuple):
@@ -39,6 +42,8 @@ class ResponseTokens(NamedTuple):
 
 class ResponseGPTModel(MegatronGPTModel):
     """Megatron's GPT model with the response-only, chunked, vocabulary-parallel head instead of whole logits."""
+
+    block_words: int | None = None  # vocabulary entries that the head projects at a time, see response_logps
 
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, *args, packed_seq_params: PackedSeqParams | None = None, **kwargs
@@ -68,21 +73,28 @@ class ResponseGPTModel(MegatronGPTModel):
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden_states)
         tied = self.share_embeddings_and_output_weights
-        return response_logps(
-            hidden.flatten(0, 1).index_select(0, labels.rows),
-            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
-            labels.targets,
-            vocab_size=self.config.true_vocab_size,
-            group=parallel_state.get_tensor_model_parallel_group(),
-            logit_softcap=getattr(self.config, "final_logit_softcapping", None),
-        )
+        with (self.config.kernels.linear or contextlib.nullcontext)():
+            return response_logps(
+                hidden.flatten(0, 1).index_select(0, labels.rows),
+                self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+                labels.targets,
+                vocab_size=self.config.true_vocab_size,
+                group=parallel_state.get_tensor_model_parallel_group(),
+                logit_softcap=getattr(self.config, "final_logit_softcapping", None),
+                block_words=self.block_words,
+            )
 
 
 @dataclass
 class PolicyConfig:
     """Mix-in over NeMo's GPT configs: builds a :class:`ResponseGPTModel` of the same weights."""
 
-    true_vocab_size: int = 0  # words without padding
+    true_vocab_size: int = 0  # without padding
+    post_layer_norms: bool = False  # Gemma 2's norms behind attention and MLP
+    kernels: Kernels = field(default_factory=Kernels.reference)  # of layers on plain torch, and of the head
+
+    nemo_model: ClassVar[type[llm.GPTModel]]  # the Lightning module that goes with the config
+    megatron_model: ClassVar[type[MegatronGPTModel]] = ResponseGPTModel
 
     def configure_model(self, tokenizer, pre_process=None, post_process=None, vp_stage=None) -> ResponseGPTModel:
         """This stage's part of the model.
@@ -96,10 +108,9 @@ class PolicyConfig:
                 "token to all of them (TransformerEngine issue 2139), where token rewards give each its own; "
                 "leave it at native"
             )
-        model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
-        # NeMo's families build Megatron's class and then adjust it (rotary scaling, norms of Gemma); ours adds no
-        # state, so the finished object changes class rather than repeat each family's construction
-        model.__class__ = ResponseGPTModel
+        # NeMo names the class outright, and some families adjust the model that it built (rotary scaling)
+        with substituted(nemo_gpt, "MCoreGPTModel", self.megatron_model):
+            model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
         for module in model.modules():
             if isinstance(module, Router):
                 # it would multiply the auxiliary loss by tokens, because Megatron takes what we count for tokens
@@ -107,50 +118,23 @@ class PolicyConfig:
         return model
 
 
-@dataclass
-class LlamaPolicyConfig(PolicyConfig, llm.LlamaConfig):
-    pass
+@cache
+def policy_config_class(nemo_config: type[llm.GPTConfig], nemo_model: type[llm.GPTModel]) -> type[PolicyConfig]:
+    """The config dataclass of a policy, from NeMo's config dataclass and Lightning module of its architecture."""
+    name = f"{nemo_config.__name__}OfPolicy"
+    bases = (PolicyConfig, nemo_config)
+    return dataclass(type(name, bases, {"__module__": __name__, "__doc__": None, "nemo_model": nemo_model}))
 
 
-@dataclass
-class Llama31PolicyConfig(PolicyConfig, Llama31Config):
-    pass
-
-
-@dataclass
-class MistralPolicyConfig7B(PolicyConfig, llm.MistralConfig7B):
-    pass
-
-
-@dataclass
-class Qwen2PolicyConfig(PolicyConfig, llm.Qwen2Config):
-    pass
-
-
-@dataclass
-class Qwen3PolicyConfig(PolicyConfig, llm.Qwen3Config):
-    pass
-
-
-@dataclass
-class Gemma2PolicyConfig(PolicyConfig, llm.Gemma2Config):
-    post_layer_norms: bool = True
-
-
-@dataclass
-class MixtralPolicyConfig(PolicyConfig, MixtralConfig):
-    pass
-
-
-def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec:
+def layer_spec(config: PolicyConfig, vp_stage: int | None = None) -> ModuleSpec:
     """Transformer Engine's layers where it is installed, PyTorch's otherwise and for Gemma 2.
 
     NeMo's own layers for Gemma 2 refuse packed sequences, drop the sliding window where no mask is passed, and slide in
     the odd layers where the model slides in the even ones.
     """
-    if HAVE_TE and not getattr(config, "post_layer_norms", False):
+    if HAVE_TE and not config.post_layer_norms:
         return transformer_engine_layer_spec(config)
-    return torch_block_spec(config, vp_stage=vp_stage)
+    return torch_block_spec(config, config.kernels, vp_stage)
 
 
 def data_step(iterator) -> dict[str, Any]:
@@ -258,36 +242,7 @@ class Policy:
         return self._validation_loss_reduction
 
 
-class LlamaPolicy(Policy, llm.LlamaModel):
-    """Llama-architecture policy."""
-
-
-class MistralPolicy(Policy, llm.MistralModel):
-    """Mistral-architecture policy."""
-
-
-class Qwen2Policy(Policy, llm.Qwen2Model):
-    """Policy of the Qwen 2 and 2.5 architecture."""
-
-
-class Qwen3Policy(Policy, llm.Qwen3Model):
-    """Policy of the dense Qwen 3 architecture."""
-
-
-class Gemma2Policy(Policy, llm.Gemma2Model):
-    """Gemma-2-architecture policy; NeMo's class scales the embeddings."""
-
-
-class MixtralPolicy(Policy, llm.MixtralModel):
-    """Mixtral-architecture policy."""
-
-
-POLICIES: dict[type[PolicyConfig], type[Policy]] = {
-    LlamaPolicyConfig: LlamaPolicy,
-    Llama31PolicyConfig: LlamaPolicy,
-    MistralPolicyConfig7B: MistralPolicy,
-    Qwen2PolicyConfig: Qwen2Policy,
-    Qwen3PolicyConfig: Qwen3Policy,
-    Gemma2PolicyConfig: Gemma2Policy,
-    MixtralPolicyConfig: MixtralPolicy,
-}
+@cache
+def policy_class(nemo_model: type[llm.GPTModel]) -> type[Policy]:
+    """The policy's Lightning module, from NeMo's of its architecture."""
+    return type(f"{nemo_model.__name__}Policy", (Policy, nemo_model), {"__module__": __name__})

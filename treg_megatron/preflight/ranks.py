@@ -12,8 +12,9 @@ from nemo.collections.llm.fn.mixin import FNMixin
 from nemo.lightning.megatron_parallel import DDP
 
 from treg_megatron.config.schema import LoraSection, ObjectiveSection, OptimizerSection, ParallelSection, TrainSection
+from treg_megatron.kernels.core_attention import SdpaAttention
+from treg_megatron.kernels.kernels import Kernels, cpu_kernels
 from treg_megatron.models.build import build_policy, policy_config
-from treg_megatron.models.families import model_fields, nemo_config_class
 from treg_megatron.models.lora import adapters
 from treg_megatron.objective import Objective
 from treg_megatron.training import build
@@ -70,12 +71,12 @@ def build_rank(
         fused: with the fused kernels that a GPU has and a CPU lacks.
     """
     strategy = build.strategy(parallel, train, initial_weights=None)
-    config = policy_config(nemo_config_class(hf_config), model_fields(hf_config), parallel, train)
+    on_meta = torch.distributed.get_backend() == "fake"
+    config = policy_config(hf_config, parallel, train, kernels=planned_kernels(fused, on_meta))
     if fused:
-        for name in ("bias_activation_fusion", "bias_dropout_fusion", "use_te_activation_func"):
+        for name in ("bias_activation_fusion", "bias_dropout_fusion"):
             setattr(config, name, type(config).__dataclass_fields__[name].default)
         config.deallocate_pipeline_outputs = True
-    on_meta = torch.distributed.get_backend() == "fake"
     if on_meta and config.num_moe_experts:
         # balanced routing as Megatron knows it, and without asking the data how many tokens each expert gets
         config.moe_pad_expert_input_to_capacity, config.moe_expert_capacity_factor = True, 1.0
@@ -103,6 +104,18 @@ def build_rank(
     return Rank(
         policies, wrapped, get_megatron_optimizer(policies[0].optim.config, wrapped, use_gloo_process_groups=False)
     )
+
+
+def planned_kernels(fused: bool, on_meta: bool) -> Kernels:
+    """The kernels whose memory is that of the real ones.
+
+    Args:
+        fused: see :func:`build_rank`. Fused kernels keep for the backward pass what the fast set of a CPU keeps; of an
+            activation Megatron has its own fused form.
+        on_meta: attention cuts by values, which packed kernels of a CPU would do with tensors of their own.
+    """
+    kernels = dataclasses.replace(Kernels.fast_cpu(), activation=None, linear=None) if fused else cpu_kernels()
+    return dataclasses.replace(kernels, core_attention=SdpaAttention) if on_meta else kernels
 
 
 class _Walkable(FNMixin, torch.nn.Module):

@@ -4,12 +4,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from megatron.core.optimizer import ChainedOptimizer
+from megatron.core import optimizer as optimizers
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import init_model_parallel
 
 from treg_megatron.distributed.cpu_redirect import is_cpu
+from treg_megatron.utils.substitute import substituted
 
 
 class PolicyStrategy(nl.MegatronStrategy):
@@ -31,13 +32,10 @@ class PolicyStrategy(nl.MegatronStrategy):
                 self.data_sampler.setup(self.cluster_environment.global_rank())
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        super().setup_optimizers(trainer)
-        for optimizer in self.optimizers:
-            whole = optimizer.mcore_optimizer
-            for part in whole.chained_optimizers if isinstance(whole, ChainedOptimizer) else [whole]:
-                if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam):
-                    part.__class__ = TorchAdamDistributedOptimizer  # adds no state, only methods
-                    part.fuse_on_cpu()
+        # Megatron names the class outright; with a fused Adam its own is right
+        own = TorchAdamDistributedOptimizer if issubclass(optimizers.Adam, torch.optim.Adam) else DistributedOptimizer
+        with substituted(optimizers, "DistributedOptimizer", own):
+            super().setup_optimizers(trainer)
 
 
 class TorchAdamDistributedOptimizer(DistributedOptimizer):
@@ -47,6 +45,10 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):
     for each parameter: absent before the first step, when Megatron reads it to describe what it wants loaded; missing
     from the loaded tensors; and one shared object after loading, so that each parameter would advance it for all.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fuse_on_cpu()
 
     def sharded_state_dict(self, model_sharded_state_dict: dict, is_loading: bool = False, *args, **kwargs) -> dict:
         if is_loading:

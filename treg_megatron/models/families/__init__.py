@@ -2,19 +2,17 @@
 
 A map is a table of :class:`Parameter` rows. Everything else is derived from it and from ``config.json``: the keys and
 shapes in a Megatron checkpoint, the names inside a model, the shapes that the Hugging Face folder must hold, and the
-way back. A new architecture is a file here with a table and a function that turns its ``config.json`` into Megatron's
-fields.
+way back. A new architecture is one file here, imported below: docs/CONVERSION.md shows a whole one.
 """
 
 from typing import Any
 
 from treg_megatron.errors import UserError
+
+# each registers its architecture
+from treg_megatron.models.families import gemma2, llama, mistral, mixtral, qwen2, qwen3  # noqa: F401
 from treg_megatron.models.families.decoder import OUTPUT_LAYER
-from treg_megatron.models.families.family import Family, in_model_order, places
-from treg_megatron.models.families.gemma2 import GEMMA2
-from treg_megatron.models.families.llama import LLAMA
-from treg_megatron.models.families.mistral import MISTRAL
-from treg_megatron.models.families.mixtral import MIXTRAL
+from treg_megatron.models.families.family import FAMILIES, Family, in_model_order, places, register
 from treg_megatron.models.families.parameters import (
     HFTensor,
     Interleaving,
@@ -27,8 +25,6 @@ from treg_megatron.models.families.parameters import (
     stacked_shape,
     stacking,
 )
-from treg_megatron.models.families.qwen2 import QWEN2
-from treg_megatron.models.families.qwen3 import QWEN3
 
 __all__ = [
     "FAMILIES",
@@ -44,17 +40,13 @@ __all__ = [
     "interleaving",
     "model_fields",
     "name_at",
-    "nemo_config_class",
     "parameter_shape",
     "places",
+    "register",
     "source_shape",
     "stacked_shape",
     "stacking",
 ]
-
-FAMILIES: dict[str, Family] = {
-    family.architecture: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, MIXTRAL)
-}
 
 #: fields in which two config.json may differ and be of one model: neither shapes nor what is computed depend on them
 FREE_FIELDS = {"seq_length", "init_method_std", "attention_dropout"}
@@ -93,8 +85,3 @@ def model_fields(hf_config: dict) -> dict[str, Any]:
         return family.fields(hf_config)
     except KeyError as error:
         raise UserError(f"config.json of a {family.architecture} lacks {error}") from None
-
-
-def nemo_config_class(hf_config: dict) -> str:
-    """Name of the config dataclass in ``nemo.collections.llm`` that takes :func:`model_fields`."""
-    return family_of(hf_config).nemo_config(hf_config)

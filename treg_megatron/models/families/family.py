@@ -1,7 +1,7 @@
 """What an architecture is made of."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -12,23 +12,33 @@ from treg_megatron.models.families.parameters import Parameter, stacking
 WITHOUT_EXTRA_STATE = ("embedding.word_embeddings", "output_layer", "decoder.layers.{layer}.mlp.router")
 
 
-@dataclass(frozen=True)
-class Family:
-    """An architecture that can be converted and trained.
+class Family(ABC):
+    """An architecture that can be converted and trained: a subclass in a file of its own, under :func:`register`.
 
     Attributes:
         architecture: the name in ``architectures`` of config.json.
         layer: its parameters in every layer.
-        fields: turns config.json into Megatron's fields, or refuses it.
-        nemo_config: name of NeMo's config dataclass for a config.json.
         ignored_suffixes: tensors that old folders hold and that are no weights.
+        post_layer_norms: whether the outputs of attention and MLP are normalised, as Gemma 2's are.
     """
 
     architecture: str
     layer: tuple[Parameter, ...]
-    fields: Callable[[dict], dict[str, Any]]
-    nemo_config: Callable[[dict], str]
     ignored_suffixes: tuple[str, ...] = ()
+    post_layer_norms: bool = False
+
+    @abstractmethod
+    def fields(self, hf_config: dict[str, Any]) -> dict[str, Any]:
+        """Turn config.json into Megatron's fields, see :func:`treg_megatron.models.families.model_fields`.
+
+        Raises:
+            UserError: an option that is not supported.
+            KeyError: config.json lacks a field.
+        """
+
+    @abstractmethod
+    def nemo_classes(self, hf_config: dict[str, Any]) -> tuple[type, type]:
+        """NeMo's config dataclass, which takes the fields, and its Lightning module; imported here, when asked for."""
 
     def parameters(self, fields: dict[str, Any]) -> list[Parameter]:
         """All parameters of a model with these fields, in the order of its Hugging Face tensors."""
@@ -43,6 +53,22 @@ class Family:
             "decoder.layers.{layer}.self_attention.core_attention",
             *(module for module in owners if module not in WITHOUT_EXTRA_STATE),
         ]
+
+
+#: the supported architectures, by the name in config.json
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: type[Family]) -> type[Family]:
+    """Class decorator: support this architecture.
+
+    Raises:
+        ValueError: another family has the name.
+    """
+    if family.architecture in FAMILIES:
+        raise ValueError(f"{family.architecture} is registered by {type(FAMILIES[family.architecture]).__name__}")
+    FAMILIES[family.architecture] = family()
+    return family
 
 
 def places(name: str, fields: dict[str, Any]) -> list[tuple[int, ...]]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from treg_megatron.models.families.decoder import ATTENTION, ATTENTION_NORM, MLP, mlp_norm
-from treg_megatron.models.families.family import Family
+from treg_megatron.models.families.family import Family, register
 from treg_megatron.models.families.fields import (
     decoder_fields,
     refuse_options,
@@ -25,27 +25,30 @@ POST_NORMS = (
 )
 
 
-def _fields(hf_config: dict) -> dict[str, Any]:
-    refuse_options(hf_config, "attention_bias")
-    fields = decoder_fields(hf_config, "gelu_pytorch_tanh", "hidden_activation", tied_by_default=True)
-    sliding = sliding_layers(hf_config, [layer % 2 == 0 for layer in range(fields["num_layers"])])
-    return (
-        fields
-        | rope_fields(hf_config)
-        | window_fields(hf_config.get("sliding_window", 4096), sliding)
-        | {
-            "kv_channels": hf_config["head_dim"],
-            "layernorm_zero_centered_gamma": True,
-            "query_pre_attn_scalar": hf_config["query_pre_attn_scalar"],
-            "attn_logit_softcapping": hf_config["attn_logit_softcapping"],
-            "final_logit_softcapping": hf_config["final_logit_softcapping"],
-        }
-    )
+@register
+class Gemma2(Family):
+    architecture = "Gemma2ForCausalLM"
+    layer = (ATTENTION_NORM, *ATTENTION, mlp_norm("pre_feedforward_layernorm"), *MLP, *POST_NORMS)
+    post_layer_norms = True
 
+    def fields(self, hf_config: dict) -> dict[str, Any]:
+        refuse_options(hf_config, "attention_bias")
+        fields = decoder_fields(hf_config, "gelu_pytorch_tanh", "hidden_activation", tied_by_default=True)
+        sliding = sliding_layers(hf_config, [layer % 2 == 0 for layer in range(fields["num_layers"])])
+        return (
+            fields
+            | rope_fields(hf_config)
+            | window_fields(hf_config.get("sliding_window", 4096), sliding)
+            | {
+                "kv_channels": hf_config["head_dim"],
+                "layernorm_zero_centered_gamma": True,
+                "query_pre_attn_scalar": hf_config["query_pre_attn_scalar"],
+                "attn_logit_softcapping": hf_config["attn_logit_softcapping"],
+                "final_logit_softcapping": hf_config["final_logit_softcapping"],
+            }
+        )
 
-GEMMA2 = Family(
-    architecture="Gemma2ForCausalLM",
-    layer=(ATTENTION_NORM, *ATTENTION, mlp_norm("pre_feedforward_layernorm"), *MLP, *POST_NORMS),
-    fields=_fields,
-    nemo_config=lambda c: "Gemma2Config",
-)
+    def nemo_classes(self, hf_config: dict) -> tuple[type, type]:
+        from nemo.collections import llm
+
+        return llm.Gemma2Config, llm.Gemma2Model

@@ -3,7 +3,7 @@
 from typing import Any
 
 from treg_megatron.models.families.decoder import ATTENTION, ATTENTION_NORM
-from treg_megatron.models.families.family import Family
+from treg_megatron.models.families.family import Family, register
 from treg_megatron.models.families.fields import decoder_fields, rope_fields, window_fields
 from treg_megatron.models.families.parameters import HFTensor, Parameter
 
@@ -30,23 +30,26 @@ MOE = (
 )
 
 
-def _fields(hf_config: dict) -> dict[str, Any]:
-    fields = decoder_fields(hf_config) | rope_fields(hf_config)
-    return (
-        fields
-        | window_fields(hf_config.get("sliding_window"), [True] * fields["num_layers"])
-        | {
-            "num_moe_experts": hf_config["num_local_experts"],
-            "moe_router_topk": hf_config["num_experts_per_tok"],
-            "moe_router_load_balancing_type": "aux_loss",
-            "moe_aux_loss_coeff": 0.0,  # the recipe's, in training: build.policy_config
-        }
-    )
+@register
+class Mixtral(Family):
+    architecture = "MixtralForCausalLM"
+    layer = (ATTENTION_NORM, *ATTENTION, *MOE)
 
+    def fields(self, hf_config: dict) -> dict[str, Any]:
+        fields = decoder_fields(hf_config) | rope_fields(hf_config)
+        return (
+            fields
+            | window_fields(hf_config.get("sliding_window"), [True] * fields["num_layers"])
+            | {
+                "num_moe_experts": hf_config["num_local_experts"],
+                "moe_router_topk": hf_config["num_experts_per_tok"],
+                "moe_router_load_balancing_type": "aux_loss",
+                "moe_aux_loss_coeff": 0.0,  # the recipe's, in training: build.policy_config
+            }
+        )
 
-MIXTRAL = Family(
-    architecture="MixtralForCausalLM",
-    layer=(ATTENTION_NORM, *ATTENTION, *MOE),
-    fields=_fields,
-    nemo_config=lambda c: "MixtralConfig",
-)
+    def nemo_classes(self, hf_config: dict) -> tuple[type, type]:
+        from nemo.collections import llm
+        from nemo.collections.llm.gpt.model.mixtral import MixtralConfig
+
+        return MixtralConfig, llm.MixtralModel

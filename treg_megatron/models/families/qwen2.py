@@ -3,7 +3,7 @@
 from typing import Any
 
 from treg_megatron.models.families.decoder import ATTENTION, ATTENTION_NORM, MLP, QKV_BIAS, mlp_norm
-from treg_megatron.models.families.family import Family
+from treg_megatron.models.families.family import Family, register
 from treg_megatron.models.families.fields import decoder_fields, rope_fields, sliding_layers, window_fields
 
 
@@ -14,14 +14,16 @@ def qwen_window_fields(hf_config: dict, layers: int) -> dict[str, Any]:
     return window_fields(window, sliding_layers(hf_config, [layer >= first for layer in range(layers)]))
 
 
-def _fields(hf_config: dict) -> dict[str, Any]:
-    fields = decoder_fields(hf_config) | rope_fields(hf_config)
-    return fields | qwen_window_fields(hf_config, fields["num_layers"]) | {"add_qkv_bias": True}
+@register
+class Qwen2(Family):
+    architecture = "Qwen2ForCausalLM"
+    layer = (ATTENTION_NORM, *ATTENTION, QKV_BIAS, mlp_norm("post_attention_layernorm"), *MLP)
 
+    def fields(self, hf_config: dict) -> dict[str, Any]:
+        fields = decoder_fields(hf_config) | rope_fields(hf_config)
+        return fields | qwen_window_fields(hf_config, fields["num_layers"]) | {"add_qkv_bias": True}
 
-QWEN2 = Family(
-    architecture="Qwen2ForCausalLM",
-    layer=(ATTENTION_NORM, *ATTENTION, QKV_BIAS, mlp_norm("post_attention_layernorm"), *MLP),
-    fields=_fields,
-    nemo_config=lambda c: "Qwen2Config",
-)
+    def nemo_classes(self, hf_config: dict) -> tuple[type, type]:
+        from nemo.collections import llm
+
+        return llm.Qwen2Config, llm.Qwen2Model

@@ -1,0 +1,111 @@
+"""Megatron's core attention on ``scaled_dot_product_attention``: padded batches and packed sequences."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+
+from treg_megatron.kernels.attention import Span, causal_attention
+
+
+@dataclass
+class SharedPrompts(PackedSeqParams):
+    """A packed sequence of pairs that hold their prompt once; rotation goes by position ids."""
+
+    pairs: list[tuple[int, int, int]] | None = None  # tokens of prompt, chosen, rejected; what follows is padding
+
+
+class SdpaAttention(MegatronModule):
+    """Causal grouped-query attention on ``scaled_dot_product_attention``.
+
+    Packed sequences (THD) are attended one by one: block-diagonal without a mask, and no work between sequences. Of a
+    pair that holds its prompt once, the rejected response attends to the prompt and to itself.
+
+    Two options of the config have no fused kernel: a sliding window (``window_size``, in the layers that
+    ``window_attn_skip_freq`` names) takes a mask where a sequence is longer than the window, and a soft-cap on the
+    scores (``attn_logit_softcapping``) takes the whole score matrix of a sequence in fp32.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+    ):
+        super().__init__(config=config)
+        head_scale = getattr(config, "query_pre_attn_scalar", config.kv_channels)
+        self.softmax_scale = softmax_scale or 1 / math.sqrt(head_scale)
+        self.softcap = getattr(config, "attn_logit_softcapping", None)
+        slides = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.tokens_before = config.window_size[0] if slides else None
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """[s, b, heads, d] or packed [t, heads, d] -> [s, b, heads * d] or [t, heads * d]."""
+        if packed_seq_params is None:
+            out = self.attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
+            return out.permute(2, 0, 1, 3).flatten(2)
+        return self.attend_packed(query, key, value, packed_seq_params)
+
+    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        """[t, heads, d], [t, groups, d] of keys and of values -> [t, heads * d]."""
+        return self.attend_each(parts_of(query, key, value, spans_of(packed, len(query))))
+
+    def attend_each(self, parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        """Queries, keys and values of consecutive tokens at a time, [n, heads, d] -> [t, heads * d]."""
+        out = [self.attend(*(x.transpose(0, 1)[None] for x in part)) for part in parts]
+        return torch.cat([x[0].transpose(0, 1) for x in out]).flatten(1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[b, heads, q, d], [b, groups, s, d] of keys and of values -> [b, heads, q, d]."""
+        dropout = self.dropout if self.training else 0.0
+        return causal_attention(query, key, value, self.softmax_scale, self.tokens_before, self.softcap, dropout)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Nothing to save: attention has no parameters."""
+        return {}
+
+
+def spans_of(packed: PackedSeqParams, length: int) -> list[Span]:
+    """The packed sequences, or of each pair prompt and chosen response, then the rejected response; last the padding.
+
+    Args:
+        length: tokens, padding included.
+    """
+    if not isinstance(packed, SharedPrompts):
+        return [Span(tokens) for tokens in packed.cu_seqlens_q.diff().tolist()]
+    spans = [
+        span for prompt, chosen, rejected in packed.pairs for span in (Span(prompt + chosen), Span(rejected, prompt))
+    ]
+    padding = length - sum(span.tokens for span in spans)
+    return [*spans, Span(padding)] if padding else spans
+
+
+def parts_of(query: Tensor, key: Tensor, value: Tensor, spans: list[Span]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each span the queries, and the keys and values that they see."""
+    of_each = list(zip(*(x.split([span.tokens for span in spans]) for x in (query, key, value))))
+    for span, before, (q, k, v) in zip(spans, [None, *of_each], of_each):
+        if span.prompt:
+            k, v = (torch.cat([x[: span.prompt], own]) for x, own in zip(before[1:], (k, v)))
+        yield q, k, v

@@ -1,0 +1,89 @@
+"""The kernels of a transformer block, and which set of them a CPU runs."""
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from treg_megatron.errors import UserError
+from treg_megatron.kernels.core_attention import SdpaAttention
+from treg_megatron.kernels.onednn import ProductsByOneDNN, mkl_is_slow
+from treg_megatron.kernels.packed_attention import PackedSdpaAttention
+from treg_megatron.kernels.private_operators import unusable_operator
+from treg_megatron.kernels.rms_norm import FewPassRMSNorm, RMSNorm
+from treg_megatron.kernels.rotary import rotated_by
+from treg_megatron.kernels.swiglu import swiglu
+
+#: the environment variable that chooses among :data:`SETS`
+VARIABLE = "TREG_CPU_KERNELS"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a block on plain torch is built from; each part can be replaced on its own (``dataclasses.replace``).
+
+    Attributes:
+        norm: module class, built as ``norm(config, hidden_size, eps)``: [..., hidden] -> [..., hidden].
+        activation: SwiGLU, [..., 2 * width] with gate and up side by side -> [..., width]; None: Megatron's own,
+            whatever the activation function.
+        rotary: rotary position embedding, x [..., d] and angles that broadcast to it -> x rotated; None: Megatron's own.
+        core_attention: module class that takes the place of Megatron's ``DotProductAttention``.
+        linear: makes the context in which linear layers and the head compute their matrix products; None: torch's
+            products, as they are.
+    """
+
+    norm: type[torch.nn.Module]
+    activation: Callable[[Tensor], Tensor] | None
+    rotary: Callable[[Tensor, Tensor], Tensor] | None
+    core_attention: type[torch.nn.Module]
+    linear: Callable[[], AbstractContextManager] | None
+
+    @staticmethod
+    def reference() -> "Kernels":
+        """Public torch operators and Megatron's own compositions of them; runs on any device."""
+        return Kernels(norm=RMSNorm, activation=None, rotary=None, core_attention=SdpaAttention, linear=None)
+
+    @staticmethod
+    def fast_cpu() -> "Kernels":
+        """Fewer passes over memory, one call per packed sequence, and oneDNN's products where MKL is slow."""
+        return Kernels(
+            norm=FewPassRMSNorm,
+            activation=swiglu,
+            rotary=rotated_by,
+            core_attention=PackedSdpaAttention,
+            linear=ProductsByOneDNN if mkl_is_slow() else None,
+        )
+
+
+SETS = {"fast": Kernels.fast_cpu, "reference": Kernels.reference}
+
+
+def cpu_kernels() -> Kernels:
+    """The set that ``TREG_CPU_KERNELS`` names, ``fast`` by default.
+
+    The fast set needs private torch operators. Where this torch lacks one, or has it with other arguments, the
+    reference set takes its place, and one logged line says so.
+
+    Raises:
+        UserError: the variable names no set.
+    """
+    name = os.environ.get(VARIABLE) or "fast"
+    if name not in SETS:
+        raise UserError(f"{VARIABLE}={name}: choose one of {', '.join(SETS)}")
+    if name == "fast" and _log_unusable(unusable_operator()):
+        name = "reference"
+    return SETS[name]()
+
+
+@cache  # one line per process
+def _log_unusable(problem: str | None) -> bool:
+    if problem is not None:
+        _log.warning("torch %s: %s; the CPU runs the reference kernels, which are slower", torch.__version__, problem)
+    return problem is not None
