@@ -13,8 +13,8 @@ from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.training import RECIPE, write_pairs
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.config.schema import LabelSection
-from treg_megatron.data.labelled_pairs import MANIFEST_NAME
 from treg_megatron.labelling.job import label
+from treg_megatron.utils.shard_job import MANIFEST_NAME
 
 KILLS = 20
 

@@ -11,13 +11,14 @@ from tests.support.tiny import tiny_llama
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.config.schema import LabelSection
-from treg_megatron.data.labelled_pairs import MANIFEST_NAME, SIDES, read_labelled
+from treg_megatron.data.labelled_pairs import SIDES, read_labelled
 from treg_megatron.distributed.launch import World
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.job import label
 from treg_megatron.labelling.scoring import ScoredSequence
 from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
 from treg_megatron.labelling.scoring.megatron import MegatronScorer, _require_same_model, replica
+from treg_megatron.utils.shard_job import MANIFEST_NAME
 
 LAYOUTS = {"TP1": (1, 1), "TP3": (3, 1), "PP2": (1, 2)}
 

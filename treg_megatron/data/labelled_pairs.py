@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import atomic_write, read_manifest
+from treg_megatron.utils.shard_job import MANIFEST_NAME
 
 MANIFEST_FORMAT, MANIFEST_VERSION = "treg-megatron labelled pairs", 1
-MANIFEST_NAME = "manifest.json"
 
 _METADATA_KEY = b"treg_megatron"
 _ROWS_AT_ONCE = 1024

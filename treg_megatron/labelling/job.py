@@ -7,25 +7,20 @@ the reference log-probs that training needs, and after the prompts x_better and 
 
 (Zhou et al., "T-REG", ACL 2025, section 3.2).
 
-The input is cut into portions of ``shard_pairs`` pairs, and each becomes one Parquet file, written atomically. A file
-carries the fingerprint of its run, so an interrupted job goes on with what is not finished, and files of another run
-are never mixed in. Portions are labelled independently of each other: any number of processes share them out, and
-which of them labels a portion changes nothing in it. Whoever finds all of them finished writes the manifest.
+The input is cut into portions of ``shard_pairs`` pairs, and each becomes one Parquet file that carries the fingerprint
+of its run, so files of another run are never mixed in (:mod:`treg_megatron.utils.shard_job`).
 """
 
-import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from treg_megatron.config.schema import LabelSection
 from treg_megatron.data.labelled_pairs import (
     MANIFEST_FORMAT,
-    MANIFEST_NAME,
     MANIFEST_VERSION,
     SIDES,
     LabelledPair,
@@ -42,9 +37,11 @@ from treg_megatron.labelling.prompt_pair import PromptPair, load_prompt_pair
 from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, response_ids
 from treg_megatron.labelling.scoring import ScoredSequence, Scorer
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
-from treg_megatron.utils.files import read_manifest, remove_partials, write_manifest
+from treg_megatron.utils.files import read_manifest
 from treg_megatron.utils.progress import Progress
+from treg_megatron.utils.shard_job import MANIFEST_NAME, ShardJob, Share, remove_leftovers, require_same_run
 
+SHARD_PATTERN = "shard-{:05d}.parquet"
 REVISION_TOO_LONG = "revision prompt and response do not fit max_revision_length"
 
 _PASSES = ("reference", "better", "worse")
@@ -56,20 +53,6 @@ class _Prepared:
 
     pair: Pair
     sequences: dict[str, dict[str, ScoredSequence]]
-
-
-class _Share(NamedTuple):
-    """Which portions this process labels, and whose leftovers it clears: numbers that are ``index`` modulo ``count``.
-
-    ``writes`` is False on the ranks of a split model that only help to compute.
-    """
-
-    index: int
-    count: int
-    writes: bool
-
-    def __contains__(self, number: int) -> bool:
-        return number % self.count == self.index
 
 
 def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any] | None:
@@ -93,38 +76,36 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     output = Path(section.output)
     tokenizer = load_tokenizer(section.model)
     prompt_pair = load_prompt_pair(section.prompt_pair)
-    # Everything is read once before the first forward pass: a broken row must not show up after hours of scoring.
-    drops: Counter[str] = Counter()
-    total = sum(1 for _ in read_pairs(section.pairs, drops, section.format))
     run = _fingerprint(section, tokenizer, prompt_pair)
     share = _share(section)
-    if share.writes:
-        remove_partials(output / MANIFEST_NAME, share)
+    remove_leftovers(output, share)
     if (output / MANIFEST_NAME).exists():
         manifest = read_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
         _require_same_run(manifest["run"], run, output / MANIFEST_NAME)
         return manifest
-    finished = _finished_shards(output, run)
-    portions = range(-(-total // section.shard_pairs))
-    mine = [portion for portion in portions if portion in share]
+    # Everything is read once before the first forward pass: a broken row must not show up after hours of scoring.
+    drops: Counter[str] = Counter()
+    total = sum(1 for _ in read_pairs(section.pairs, drops, section.format))
+    job = ShardJob(output, SHARD_PATTERN, total, section.shard_pairs, share)
+    for path in sorted(output.glob("*.parquet")):
+        metadata = read_shard_metadata(path) if path in job.paths else None
+        _require_same_run((metadata or {}).get("run"), run, path)
+    finished = job.finished()
     # ranks of a split model start together or not at all
-    needed = mine if section.engine == "huggingface" else portions
+    needed = job.mine if section.engine == "huggingface" else job.portions
     if any(portion not in finished for portion in needed):
         scorer = scorer or _load_scorer(section)
         _require_fitting_model(section, scorer, tokenizer)
-        sizes = {portion: min(section.shard_pairs, total - portion * section.shard_pairs) for portion in mine}
-        done = sum(size for portion, size in sizes.items() if portion in finished)
-        with Progress("label", "pairs", sum(sizes.values()), done, shown=share.writes and share.index == 0) as progress:
-            for portion, pairs in _portions(section):
-                if portion in share and portion not in finished:
-                    metadata, labelled = _label_portion(pairs, run, section, tokenizer, prompt_pair, scorer, progress)
-                    if share.writes:
-                        write_shard(_shard_path(output, portion), labelled, metadata)
+        with job.progress("label", "pairs", finished) as progress:
+            for portion, pairs in job.unfinished(read_pairs(section.pairs, format=section.format), finished):
+                metadata, labelled = _label_portion(pairs, run, section, tokenizer, prompt_pair, scorer, progress)
+                if share.writes:
+                    write_shard(job.path(portion), labelled, metadata)
         if section.engine == "megatron":
             scorer.close()
-    if not share.writes or any(not _shard_path(output, portion).exists() for portion in portions):
+    if not share.writes or len(job.finished()) < len(job.portions):
         return None
-    return _finish(output, portions, drops, run, section, share)
+    return _finish(job, drops, run, section)
 
 
 def _label_portion(
@@ -217,43 +198,13 @@ def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], sect
     )
 
 
-# -- portions, resume, manifest ----------------------------------------------------------------------------------------
-
-
-def _portions(section: LabelSection) -> Iterator[tuple[int, list[Pair]]]:
-    portion: list[Pair] = []
-    number = 0
-    for pair in read_pairs(section.pairs, format=section.format):
-        portion.append(pair)
-        if len(portion) == section.shard_pairs:
-            yield number, portion
-            number, portion = number + 1, []
-    if portion:
-        yield number, portion
-
-
-def _shard_path(output: Path, portion: int) -> Path:
-    return output / f"shard-{portion:05d}.parquet"
-
-
-def _finished_shards(output: Path, run: dict) -> set[int]:
-    finished = set()
-    for path in sorted(output.glob("*.parquet")):
-        number = re.fullmatch(r"shard-(\d+)", path.stem)
-        metadata = read_shard_metadata(path) if number else None
-        _require_same_run((metadata or {}).get("run"), run, path)
-        finished.add(int(number[1]))
-    return finished
+# -- fingerprint and manifest ------------------------------------------------------------------------------------------
 
 
 def _require_same_run(found: dict | None, run: dict, path: Path) -> None:
-    if found != run:
-        different = (
-            "of other origin"
-            if found is None
-            else "a run with another " + ", ".join(name for name in run if found.get(name) != run[name])
-        )
-        raise UserError(f"{path} is {different}; name another label.output, or remove that folder")
+    if found is None:
+        raise UserError(f"{path} is of other origin; name another label.output, or remove that folder")
+    require_same_run(found, run, f"{path} is a run", "label.output")
 
 
 def _fingerprint(section: LabelSection, tokenizer: ChatTokenizer, prompt_pair: PromptPair) -> dict[str, Any]:
@@ -272,13 +223,11 @@ def _fingerprint(section: LabelSection, tokenizer: ChatTokenizer, prompt_pair: P
     }
 
 
-def _finish(
-    output: Path, portions: range, drops: Counter[str], run: dict, section: LabelSection, share: _Share
-) -> dict[str, Any]:
+def _finish(job: ShardJob, drops: Counter[str], run: dict, section: LabelSection) -> dict[str, Any]:
     shards, drops = [], Counter(drops)
     means = {side: _Mean() for side in SIDES}
     magnitude = _Mean()
-    for path in (_shard_path(output, portion) for portion in portions):
+    for path in job.paths:
         pairs = 0
         for pair in read_labelled(path):
             pairs += 1
@@ -291,11 +240,9 @@ def _finish(
     kept = sum(shard["pairs"] for shard in shards)
     if not kept:
         for shard in shards:
-            (output / shard["file"]).unlink(missing_ok=True)
+            (job.output / shard["file"]).unlink(missing_ok=True)
         raise UserError(f"{section.pairs}: no pair is left to label ({_listed(drops)})")
-    # processes that finish at the same moment all write it, with the same content
-    write_manifest(
-        output / MANIFEST_NAME,
+    return job.finish(
         MANIFEST_FORMAT,
         MANIFEST_VERSION,
         {
@@ -305,9 +252,7 @@ def _finish(
             "run": run,
             "shards": shards,
         },
-        writer=share.index,
     )
-    return read_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
 
 
 class _Mean:
@@ -330,14 +275,14 @@ def _listed(drops: Counter[str]) -> str:
 # -- the reference model -----------------------------------------------------------------------------------------------
 
 
-def _share(section: LabelSection) -> _Share:
+def _share(section: LabelSection) -> Share:
     here = world()
     if section.engine == "huggingface":
-        return _Share(here.rank, here.size, True)
+        return Share(here.rank, here.size, True)
     from treg_megatron.labelling.scoring.megatron import replica
 
     index, count, first = replica(here, section.tensor, section.pipeline)
-    return _Share(index, count, first)
+    return Share(index, count, first)
 
 
 def _load_scorer(section: LabelSection) -> Scorer:

@@ -18,9 +18,10 @@ from treg_megatron.config.schema import RankSection
 from treg_megatron.data.pairs import IDENTICAL_RESPONSES
 from treg_megatron.data.records import read_rows
 from treg_megatron.errors import UserError
-from treg_megatron.sampling.sample import FORMAT, MANIFEST_NAME, VERSION
+from treg_megatron.sampling.sample import FORMAT, VERSION
 from treg_megatron.utils.files import atomic_write, read_manifest
 from treg_megatron.utils.progress import Progress
+from treg_megatron.utils.shard_job import MANIFEST_NAME
 
 EQUAL_SCORES = "all responses have the same score"
 TOO_FEW = "fewer than two usable responses"

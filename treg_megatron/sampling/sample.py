@@ -19,9 +19,10 @@ from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.utils.files import atomic_write, read_manifest, sha256_of, sha256_of_json, write_manifest
 from treg_megatron.utils.progress import Progress
+from treg_megatron.utils.shard_job import ShardJob, remove_leftovers, require_same_run
 
 FORMAT, VERSION = "treg-megatron samples", 1
-RUN_NAME, MANIFEST_NAME = "run.json", "manifest.json"
+RUN_NAME, SHARD_PATTERN = "run.json", "samples-{:05d}.jsonl"
 PROMPT_TOO_LONG = "prompt is longer than max_prompt_length"
 REPEATED_PROMPT = "repeats an earlier prompt"
 
@@ -72,21 +73,20 @@ def sample(section: SampleSection, sampler: Sampler | None = None) -> dict[str, 
         },
     }
     _require_same_run(output, run)
-    parts = [prompts[i : i + section.shard_prompts] for i in range(0, len(prompts), section.shard_prompts)]
-    paths = [output / f"samples-{number:05d}.jsonl" for number in range(len(parts))]
-    if not all(path.exists() for path in paths):
+    job = ShardJob(output, SHARD_PATTERN, len(prompts), section.shard_prompts)
+    finished = job.finished()
+    remove_leftovers(output, job.share)
+    if len(finished) < len(job.portions):
         sampler = sampler or _load_sampler(section, tokenizer)
         write_manifest(output / RUN_NAME, FORMAT, VERSION, {"run": run})
-        done = sum(len(part) for part, path in zip(parts, paths) if path.exists())
-        with Progress("sample", "prompts", len(prompts), done) as progress:
-            for part, path in zip(parts, paths):
-                if not path.exists():
-                    rows = _sample_part(part, section, tokenizer, sampler, progress)
-                    with atomic_write(path) as partial:
-                        partial.write_text(
-                            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-                        )
-    return _finish(output, paths, len(prompts), drops, run)
+        with job.progress("sample", "prompts", finished) as progress:
+            for portion, part in job.unfinished(prompts, finished):
+                rows = _sample_part(part, section, tokenizer, sampler, progress)
+                with atomic_write(job.path(portion)) as partial:
+                    partial.write_text(
+                        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+                    )
+    return _finish(job, drops, run)
 
 
 def read_prompts(path: str | Path, drops: Counter[str]) -> Iterator[Prompt]:
@@ -152,11 +152,7 @@ def _require_sensible(section: SampleSection) -> None:
 def _require_same_run(output: Path, run: dict[str, Any]) -> None:
     if (output / RUN_NAME).exists():
         found = read_manifest(output / RUN_NAME, FORMAT, VERSION)["run"]
-        if found != run:
-            different = ", ".join(name for name in run if found.get(name) != run[name])
-            raise UserError(
-                f"{output} holds samples with another {different}; name another sample.output, or remove that folder"
-            )
+        require_same_run(found, run, f"{output} holds samples", "sample.output")
     elif output.is_dir() and any(output.iterdir()):
         raise UserError(f"{output} is not empty and holds no {RUN_NAME}; name another sample.output")
 
@@ -192,15 +188,14 @@ def _sample_part(
     ]
 
 
-def _finish(output: Path, paths: list[Path], prompts: int, drops: Counter[str], run: dict) -> dict[str, Any]:
-    rows = [row for path in paths for _, row in (read_rows(path) if path.stat().st_size else ())]
+def _finish(job: ShardJob, drops: Counter[str], run: dict) -> dict[str, Any]:
+    rows = [row for path in job.paths for _, row in (read_rows(path) if path.stat().st_size else ())]
     if not rows:
-        raise UserError(f"no prompt is left to answer: {prompts} {PROMPT_TOO_LONG}")
+        raise UserError(f"no prompt is left to answer: {job.total} {PROMPT_TOO_LONG}")
     responses = [response for row in rows for response in row["responses"]]
-    if prompts > len(rows):
-        drops[PROMPT_TOO_LONG] += prompts - len(rows)
-    write_manifest(
-        output / MANIFEST_NAME,
+    if job.total > len(rows):
+        drops[PROMPT_TOO_LONG] += job.total - len(rows)
+    return job.finish(
         FORMAT,
         VERSION,
         {
@@ -209,10 +204,9 @@ def _finish(output: Path, paths: list[Path], prompts: int, drops: Counter[str], 
             "truncated": sum(not response["finished"] for response in responses),
             "drops": dict(sorted(drops.items())),
             "run": run,
-            "shards": [path.name for path in paths],
+            "shards": [path.name for path in job.paths],
         },
     )
-    return read_manifest(output / MANIFEST_NAME, FORMAT, VERSION)
 
 
 def _load_sampler(section: SampleSection, tokenizer: ChatTokenizer) -> Sampler:

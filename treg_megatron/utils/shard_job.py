@@ -1,0 +1,128 @@
+"""Resumable shard jobs: input cut into portions, each written as one file, shared out over processes.
+
+A shard is written atomically, so a file that exists is finished, and an interrupted job goes on with those that do not.
+Portions do not depend on each other: any number of processes share them out, and which of them works on a portion
+changes nothing in it. Every process that finds all shards finished writes the manifest, with the same content.
+"""
+
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from treg_megatron.errors import UserError
+from treg_megatron.utils.files import read_manifest, remove_partials, write_manifest
+from treg_megatron.utils.progress import Progress
+
+MANIFEST_NAME = "manifest.json"
+
+Item = TypeVar("Item")
+
+
+class Share(NamedTuple):
+    """The portions of this process: those whose number is ``index`` modulo ``count``.
+
+    ``writes`` is False on processes that only help to compute, such as the other ranks of a split model.
+    """
+
+    index: int = 0
+    count: int = 1
+    writes: bool = True
+
+    def __contains__(self, number: int) -> bool:
+        return number % self.count == self.index
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """The shards of a job in the folder ``output``.
+
+    Attributes:
+        pattern: file name of a shard, such as ``shard-{:05d}.parquet``.
+        total: number of items of the whole input.
+        shard_size: items in a shard; the last may hold fewer.
+    """
+
+    output: Path
+    pattern: str
+    total: int
+    shard_size: int
+    share: Share = Share()
+
+    @property
+    def portions(self) -> range:
+        """Numbers of all portions."""
+        return range(-(-self.total // self.shard_size))
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of all portions, finished or not."""
+        return [self.path(portion) for portion in self.portions]
+
+    @property
+    def mine(self) -> list[int]:
+        """Numbers of this process' portions."""
+        return [portion for portion in self.portions if portion in self.share]
+
+    def path(self, portion: int) -> Path:
+        """The file of a portion."""
+        return self.output / self.pattern.format(portion)
+
+    def finished(self) -> set[int]:
+        """Numbers of the portions whose file is there."""
+        return {portion for portion in self.portions if self.path(portion).exists()}
+
+    def progress(self, command: str, unit: str, finished: Container[int]) -> Progress:
+        """Progress over this process' items, shown by the first process only."""
+        sizes = {p: min(self.shard_size, self.total - p * self.shard_size) for p in self.mine}
+        done = sum(size for portion, size in sizes.items() if portion in finished)
+        shown = self.share.writes and self.share.index == 0
+        return Progress(command, unit, sum(sizes.values()), done, shown=shown)
+
+    def unfinished(self, items: Iterable[Item], finished: Container[int]) -> Iterator[tuple[int, list[Item]]]:
+        """This process' portions that are not ``finished``, with their items; reads no further than the last of them.
+
+        Args:
+            items: the whole input, in order.
+        """
+        due = [portion for portion in self.mine if portion not in finished]
+        if not due:
+            return
+        wanted, portion = set(due), []
+        for position, item in enumerate(items):
+            number = position // self.shard_size
+            if number in wanted:
+                portion.append(item)
+                if len(portion) == self.shard_size or position + 1 == self.total:
+                    yield number, portion
+                    portion = []
+                    if number == due[-1]:
+                        return
+
+    def finish(self, format: str, version: int, content: dict[str, Any]) -> dict[str, Any]:
+        """Write the manifest and return it as read back."""
+        write_manifest(self.output / MANIFEST_NAME, format, version, content, writer=self.share.index)
+        return read_manifest(self.output / MANIFEST_NAME, format, version)
+
+
+def remove_leftovers(output: Path, share: Share) -> None:
+    """Remove the partial manifests that killed processes left, of those whose share this process has taken over."""
+    if share.writes:
+        remove_partials(output / MANIFEST_NAME, share)
+
+
+def require_same_run(found: dict[str, Any] | None, run: dict[str, Any], what: str, key: str) -> None:
+    """Check that existing output was made by the run that is to go on.
+
+    Args:
+        found: fingerprint of the run that made it; None where it has none.
+        run: fingerprint of this run.
+        what: the subject of the message, such as ``out/shard-00000.parquet is a run``.
+        key: recipe key that names the output folder.
+
+    Raises:
+        UserError: they differ.
+    """
+    if found != run:
+        different = ", ".join(name for name in run if (found or {}).get(name) != run[name])
+        raise UserError(f"{what} with another {different}; name another {key}, or remove that folder")
