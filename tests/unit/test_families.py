@@ -120,9 +120,9 @@ def test_a_tied_model_has_no_output_layer():
     [
         (
             {"architectures": ["MambaForCausalLM"]},
-            "MambaForCausalLM is not supported; known: Gemma2ForCausalLM, LlamaForCausalLM",
+            "MambaForCausalLM is not supported; known: LlamaForCausalLM",
         ),
-        ({"architectures": None}, "known: Gemma2ForCausalLM, LlamaForCausalLM"),
+        ({"architectures": None}, "known: LlamaForCausalLM"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),

@@ -9,8 +9,11 @@ from typing import Any
 
 from treg_megatron.errors import UserError
 
-# each registers its architecture
-from treg_megatron.models.families import gemma2, llama, mistral, mixtral, qwen2, qwen3  # noqa: F401
+# each registers its architecture, in the order in which messages name them
+# isort: off
+from treg_megatron.models.families import llama, mistral, qwen2, qwen3, gemma2, mixtral  # noqa: F401
+
+# isort: on
 from treg_megatron.models.families.decoder import OUTPUT_LAYER
 from treg_megatron.models.families.family import FAMILIES, Family, in_model_order, places, register
 from treg_megatron.models.families.parameters import (
