@@ -9,14 +9,12 @@ conversion neither splits digits nor knows the special tokens of this model.
 
 import argparse
 import importlib.util
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treg_megatron.errors import UserError
 from treg_megatron.utils import entry
-from treg_megatron.utils.files import sha256_of
+from treg_megatron.utils.files import atomic_folder, sha256_of
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -76,11 +74,9 @@ def build_smollm2(output: Path) -> bool:
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
 
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    os.replace(partial, output)
+    with atomic_folder(output, nbytes=sum(tensor.nbytes for tensor in model.state_dict().values())) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return True
 
 

@@ -16,29 +16,29 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from treg_megatron.config.schema import ObjectiveSection
 from treg_megatron.errors import UserError
 
 LARGEST_ALPHA = 2.0  # beyond it a token's gradient can change sign, since |r_t| <= 0.5
 _UNUSUAL_ALPHA = 1.0  # the paper searched up to 0.5
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised. The fields are the recipe's section ``objective``, where each is explained.
+@dataclass
+class Objective(ObjectiveSection):
+    """What is minimised: the recipe's section ``objective``, where each field is explained, with values that make sense.
 
     Raises:
         UserError: a value out of range, or a combination that means nothing.
     """
 
-    loss_type: str
-    beta: float
-    gamma: float
-    label_smoothing: float
-    alpha: float
-    weight: str
-    weight_margin: bool
-    token_rewards: str
-    sft_loss_weight: float
+    @classmethod
+    def of(cls, section: ObjectiveSection) -> "Objective":
+        """The objective that a recipe's section describes.
+
+        Raises:
+            UserError: as the constructor.
+        """
+        return cls(**vars(section))
 
     def __post_init__(self):
         refuse = _refuse_if

@@ -155,7 +155,7 @@ def checked(recipe: DictConfig) -> Plan:
     model, data, parallel, optimizer, run = (
         section(recipe, name) for name in ("model", "data", "parallel", "optimizer", "train")
     )
-    objective = Objective(**vars(section(recipe, "objective")))
+    objective = Objective.of(section(recipe, "objective"))
     ranks = world()
     checkpoint = Path(model.checkpoint)
     identity = read_identity(checkpoint)

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 
 from treg_megatron.config.recipe import load_recipe, section
+from treg_megatron.preflight.costs import FORWARD_AND_BACKWARD, forward_flops
 from treg_megatron.utils.imports import heavy_imports
 from treg_megatron.utils.log import configure_logging
 
@@ -79,14 +80,9 @@ class OnDemand(pl.Callback):
 
 
 def flops(fields: dict, sequences: list[int], scored: int) -> float:
-    """Forward + backward of one micro-batch: 6 per weight and token, causal attention, the head on scored rows only."""
-    hidden, heads, groups, channels = (
-        fields[k] for k in ("hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
-    )
-    weights = hidden * channels * (2 * heads + 2 * groups) + 3 * hidden * fields["ffn_hidden_size"]
-    tokens = sum(sequences)
-    attention = sum(2 * 2 * n * n / 2 * heads * channels for n in sequences)
-    return 3 * (fields["num_layers"] * (2 * weights * tokens + attention) + 2 * hidden * fields["vocab_size"] * scored)
+    """Operations of one micro-batch's forward and backward passes, the head on scored positions only."""
+    layers = (forward_flops(fields, tokens, 0).total for tokens in sequences)
+    return FORWARD_AND_BACKWARD * (sum(layers) + forward_flops(fields, 0, scored).head)
 
 
 def synchronize() -> None:
@@ -181,7 +177,7 @@ def main() -> None:
         with_all_logits(config)
     optimizer = build.optimizer(section(recipe, "optimizer"), train, int(arguments.steps))
     trainer.fit(
-        build_policy(config, Objective(**vars(section(recipe, "objective"))), optimizer),
+        build_policy(config, Objective.of(section(recipe, "objective")), optimizer),
         datamodule=PairData(data, open_streams(data.train), None, parallel),
     )
 

@@ -102,4 +102,6 @@ def test_the_module_map_names_every_module():
         assert f"`{path.name}`" in by_folder.get(where, ""), f"the module map lacks {inside}"
     for folder, lines in by_folder.items():
         for name in re.findall(r"`(\w+\.py)`", lines):
-            assert (ROOT / PACKAGE / folder / name).is_file(), f"the module map names {folder}{name}, which is not there"
+            assert (ROOT / PACKAGE / folder / name).is_file(), (
+                f"the module map names {folder}{name}, which is not there"
+            )

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 import treg_megatron
 from treg_megatron.checkpoint.buffers import Scratch
-from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, Identity, write_identity, written_whole
+from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, Identity, write_identity
 from treg_megatron.checkpoint.safetensors_stream import DTYPES, StoredTensor, tensors_in_folder
 from treg_megatron.checkpoint.torch_dist import TorchDistWriter
 from treg_megatron.errors import UserError
@@ -27,7 +27,7 @@ from treg_megatron.models.families import (
     stacked_shape,
     stacking,
 )
-from treg_megatron.utils.files import read_json
+from treg_megatron.utils.files import atomic_folder, read_json
 
 
 def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False) -> Identity:
@@ -55,7 +55,7 @@ def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False
     )
 
     nbytes = sum(tensor.nbytes for tensor in stored.values())
-    with written_whole(output, nbytes) as folder:
+    with atomic_folder(output, nbytes) as folder:
         weights = folder / WEIGHTS
         weights.mkdir()
         with (

@@ -6,22 +6,18 @@ RUN/checkpoints/step_000020/ ...                   the checkpoints of a training
 RUN/checkpoints/step_000020-unfinished             NeMo's marker beside a checkpoint that is being written
 """
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from treg_megatron.config.recipe import with_current_keys
 from treg_megatron.errors import UserError
-from treg_megatron.utils.files import atomic_write, read_json
+from treg_megatron.utils.files import atomic_write, hash_blocks, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -148,11 +144,11 @@ def damage(checkpoint: Path) -> str | None:
 def _fingerprint(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        for block in range(BLOCKS):
-            if size > BLOCKS * BLOCK_BYTES:
-                stream.seek(block * (size - BLOCK_BYTES) // (BLOCKS - 1))
-            digest.update(stream.read(BLOCK_BYTES))
+    if size > BLOCKS * BLOCK_BYTES:
+        offsets = [block * (size - BLOCK_BYTES) // (BLOCKS - 1) for block in range(BLOCKS)]
+    else:
+        offsets = range(0, size, BLOCK_BYTES)
+    hash_blocks(digest, path, offsets, BLOCK_BYTES)
     return f"{size} bytes, sha256 {digest.hexdigest()}"
 
 
@@ -175,45 +171,6 @@ def find_checkpoint(folder: Path) -> Path:
         return newest
     read_identity(folder)
     return folder
-
-
-@contextlib.contextmanager
-def written_whole(output: Path, nbytes: int) -> Iterator[Path]:
-    """Yields an empty folder beside ``output`` that becomes ``output`` when the block ends, and vanishes if it fails.
-
-    A folder left by a killed process is deleted and written anew.
-
-    Raises:
-        UserError: ``output`` exists, or its disk has no room for ``nbytes``.
-    """
-    refuse_existing(output)
-    unfinished = output.with_name(output.name + ".unfinished")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if unfinished.exists():
-            shutil.rmtree(unfinished)
-        free = shutil.disk_usage(output.parent).free
-        if nbytes > free:
-            raise UserError(
-                f"not enough disk space for {output}: it needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-            )
-        unfinished.mkdir()
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from None
-    try:
-        yield unfinished
-        unfinished.rename(output)
-    except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk of {output} is full; nothing was written") from None
-        raise
-
-
-def refuse_existing(output: Path) -> None:
-    """Raises :class:`UserError` if ``output`` exists: nothing is ever overwritten."""
-    if output.exists():
-        raise UserError(f"{output} already exists; delete it or choose another folder")
 
 
 def _marker(checkpoint: Path) -> Path:

@@ -49,7 +49,7 @@ def load_policy(
     config.tensor_model_parallel_size = config.expert_tensor_parallel_size = tensor
     config.pipeline_model_parallel_size, config.pipeline_dtype = pipeline, torch.float32
     config.expert_model_parallel_size, config.sequence_parallel = expert, sequence
-    policy = build_policy(config, Objective(**vars(section(recipe, "objective"))))
+    policy = build_policy(config, Objective.of(section(recipe, "objective")))
     policy.configure_model()
     model = policy.eval().module
     wanted = model.sharded_state_dict(prefix=MODEL_PREFIX, metadata=CONTENT_METADATA)

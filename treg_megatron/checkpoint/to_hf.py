@@ -21,8 +21,6 @@ from treg_megatron.checkpoint.layout import (
     Identity,
     find_checkpoint,
     read_identity,
-    refuse_existing,
-    written_whole,
 )
 from treg_megatron.checkpoint.model_card import model_card
 from treg_megatron.checkpoint.safetensors_stream import (
@@ -46,7 +44,7 @@ from treg_megatron.models.families import (
     source_shape,
     stacked_shape,
 )
-from treg_megatron.utils.files import read_json
+from treg_megatron.utils.files import atomic_folder, read_json, refuse_existing
 
 SHARD_BYTES = 5_000_000_000  # Hugging Face's own default
 
@@ -116,7 +114,7 @@ def export_checkpoint(
     planned = planned_tensors(family, fields, target_dtype)
     shards = plan_shards(planned, shard_bytes)
     nbytes = sum(tensor.nbytes for tensor in planned)
-    with written_whole(output, nbytes) as folder:
+    with atomic_folder(output, nbytes) as folder:
         with tqdm(total=nbytes, desc="export", unit="B", unit_scale=True, disable=not progress) as bar:
             sources = (
                 exported_tensors(reader, family, fields, target_dtype)
@@ -156,7 +154,7 @@ def export_adapter(checkpoint: str | Path, base: str | Path, output: str | Path)
         )
     tensors = low_rank.peft_tensors()
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    with written_whole(output, nbytes) as folder:
+    with atomic_folder(output, nbytes) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         _write_json(folder / "adapter_config.json", low_rank.peft_config(str(base)))
         (folder / "README.md").write_text(model_card(identity, identity.run), encoding="utf-8")

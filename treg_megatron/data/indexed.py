@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from treg_megatron.errors import UserError
-from treg_megatron.utils.files import sha256_of
+from treg_megatron.utils.files import hash_blocks, sha256_of
 
 DTYPE_CODES = {
     np.dtype(name): code
@@ -146,10 +146,9 @@ class IndexedReader:
 
 def ends_of(path: Path) -> str:
     """Hex digest of the first and the last bytes of a file: tells files apart at the price of two reads."""
-    with open(path, "rb") as stream:
-        first = stream.read(_END)
-        stream.seek(max(path.stat().st_size - _END, 0))
-        return hashlib.sha256(first + stream.read(_END)).hexdigest()
+    digest = hashlib.sha256()
+    hash_blocks(digest, path, (0, max(path.stat().st_size - _END, 0)), _END)
+    return digest.hexdigest()
 
 
 def _mapped(path: Path) -> np.ndarray:

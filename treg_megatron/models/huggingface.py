@@ -8,6 +8,7 @@ import torch
 
 from treg_megatron.distributed.launch import world
 from treg_megatron.errors import UserError
+from treg_megatron.utils.files import hash_blocks
 from treg_megatron.utils.imports import heavy_imports
 
 _FINGERPRINT_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
@@ -24,10 +25,8 @@ def model_identity(folder: str | Path) -> dict[str, str]:
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(json.dumps([path.name, size]).encode())
-        with open(path, "rb") as stream:
-            for sample in range(_FINGERPRINT_SAMPLES):
-                stream.seek(size * sample // _FINGERPRINT_SAMPLES)
-                digest.update(stream.read(_SAMPLE_BYTES))
+        offsets = (size * sample // _FINGERPRINT_SAMPLES for sample in range(_FINGERPRINT_SAMPLES))
+        hash_blocks(digest, path, offsets, _SAMPLE_BYTES)
     return {"name": folder.resolve().name, "sha256": digest.hexdigest()}
 
 

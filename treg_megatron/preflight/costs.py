@@ -107,9 +107,14 @@ class Checkpoint(NamedTuple):
     seconds: float
 
 
+def checkpoint_bytes(trainable: int, frozen: int, precision: str) -> int:
+    """Weights once, and for each trained parameter its fp32 main parameter and Adam's two moments."""
+    return (trainable + frozen) * ELEMENT[precision] + trainable * 12
+
+
 def checkpoint(trainable: int, frozen: int, precision: str, cluster: ClusterSection) -> Checkpoint:
-    """Weights once, and of what trains the fp32 main parameter and Adam's two moments."""
-    nbytes = (trainable + frozen) * ELEMENT[precision] + trainable * 12
+    """What one save of so many parameters costs."""
+    nbytes = checkpoint_bytes(trainable, frozen, precision)
     return Checkpoint(nbytes, nbytes / (cluster.storage_bandwidth * 1e9))
 
 

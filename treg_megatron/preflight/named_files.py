@@ -29,7 +29,7 @@ def check_files(sections: Sections) -> tuple[list[str], int | None]:
         if prefix is None or not _made(prefix):
             continue
         streams = open_streams(prefix)
-        require_trainable(streams, sections.data, Objective(**vars(sections.objective)))
+        require_trainable(streams, sections.data, Objective.of(sections.objective))
         if hf.exists():
             require_same_tokenizer(streams.manifest, hf)
         lines.append(

@@ -19,10 +19,10 @@ from treg_megatron.data.blend import parse_blend
 from treg_megatron.data.indexed import ends_of
 from treg_megatron.distributed.launch import World, connect, join, leave, node_name, world
 from treg_megatron.errors import UserError
+from treg_megatron.preflight.costs import checkpoint_bytes
 from treg_megatron.utils.files import bytes_in
 
 ANSWER_SECONDS = 120
-BYTES_A_PARAMETER = {"fp32": 16, "bf16": 14}  # in a checkpoint: weights, fp32 main parameters of bf16, two Adam moments
 ALL_REDUCE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
@@ -44,7 +44,7 @@ def check(recipe: DictConfig) -> None:
             store.set(f"name {ranks.rank}", node_name())
             store.set(f"node {ranks.rank}", json.dumps({"node": node_name(), **describe_node(inputs, Path(answer))}))
         if ranks.rank == 0:
-            store.set("verdict", verdict(_nodes(store, ranks), checkpoint_bytes(recipe), output))
+            store.set("verdict", verdict(_nodes(store, ranks), bytes_needed(recipe), output))
             Path(answer).unlink()
         answer = store.get("verdict").decode()
     store.add("read", 1)
@@ -91,7 +91,7 @@ def files_of_training(recipe: DictConfig) -> tuple[dict[str, Path], Path]:
     return inputs, Path(run.output).absolute()
 
 
-def checkpoint_bytes(recipe: DictConfig) -> int:
+def bytes_needed(recipe: DictConfig) -> int:
     """Room that the run's checkpoints still need, one more than are kept: the oldest goes when the newest is whole."""
     model, run = section(recipe, "model"), section(recipe, "train")
     source = Path(model.checkpoint)
@@ -100,7 +100,7 @@ def checkpoint_bytes(recipe: DictConfig) -> int:
     itemsize = 4 if read_identity(source).dtype == "float32" else 2
     parameters = bytes_in(source) // itemsize
     written = bytes_in(Path(run.output) / "checkpoints")
-    return max(parameters * BYTES_A_PARAMETER[run.precision] * (run.save_total_limit + 1) - written, 0)
+    return max(checkpoint_bytes(parameters, 0, run.precision) * (run.save_total_limit + 1) - written, 0)
 
 
 def describe_node(inputs: dict[str, Path], probe: Path) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def require_possible(sections: Sections) -> dict[str, Any]:
         UserError: what cannot work.
     """
     fields = model_fields(hf_config_of(sections.model))
-    Objective(**vars(sections.objective))
+    Objective.of(sections.objective)
     layout.require_tensor_inside_node(sections.parallel, sections.cluster.gpus_per_node)
     layout.require_layout(fields, sections.parallel, sections.data, sections.ranks)
     if sections.label.engine == "megatron":

@@ -83,7 +83,7 @@ def build_rank(
     transform = adapters(lora, config)
     policies = []
     for vp_stage in [{"vp_stage": chunk} for chunk in range(parallel.virtual_pipeline or 0)] or [{}]:
-        policy = build_policy(config, Objective(**vars(objective)), build.optimizer(optimizer, train, steps=1))
+        policy = build_policy(config, Objective.of(objective), build.optimizer(optimizer, train, steps=1))
         strategy.connect(policy)
         with torch.device("meta") if on_meta else torch.device("cpu"):
             policy.configure_model(**vp_stage)

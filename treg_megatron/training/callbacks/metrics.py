@@ -19,6 +19,7 @@ from tqdm import tqdm
 from treg_megatron.errors import UserError
 from treg_megatron.models.policy import StepResult
 from treg_megatron.objective import means
+from treg_megatron.utils.files import atomic_write
 
 VALIDATION = "validation/"
 SHOWN = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
@@ -143,6 +144,5 @@ def forget_after(path: Path, step: int) -> None:
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if step > 0 and line.endswith("\n") and json.loads(line)["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        with atomic_write(path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
