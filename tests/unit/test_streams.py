@@ -204,8 +204,8 @@ def test_damaged_files_are_not_opened(chatml, tmp_path):
     refused(bin_path, None, "t_tokens.bin does not exist")
     refused(bin_path, good_bin[:-1], "has 81 bytes, its manifest says 82")
     refused(idx_path, good_idx + b"x", "its manifest says")
-    refused(idx_path, b"X" + good_idx[1:], "is no Megatron index")
-    refused(idx_path, good_idx[:17] + b"\x63" + good_idx[18:], "is no Megatron index")
+    refused(idx_path, b"X" + good_idx[1:], "is not a Megatron index")
+    refused(idx_path, good_idx[:17] + b"\x63" + good_idx[18:], "is not a Megatron index")
     refused(idx_path, good_idx[:34] + b"\x09" + good_idx[35:], "offsets do not follow from lengths")
     refused(idx_path, good_idx[:18] + b"\xff" * 8 + good_idx[26:], "does not fit its")
     refused(idx_path, good_idx[:-1] + b"\x01", "documents do not cover the sequences")
@@ -369,9 +369,9 @@ def test_blends_leave_no_pair_out_and_keep_the_shares(chatml, tmp_path):
     together = open_streams(f"{tmp_path}/a {tmp_path}/b")
     assert [together.pair_id(i) for i in range(40)] == [p.pair_id for p in MANY]
     for written, message in (
-        (f"0.5 {tmp_path}/a {tmp_path}/b", "is no blend"),
+        (f"0.5 {tmp_path}/a {tmp_path}/b", "is not a blend"),
         (f"-1 {tmp_path}/a", "positive"),
-        (f"1e-9 {tmp_path}/a 1 {tmp_path}/b", "give the larger streams more weight"),
+        (f"1e-9 {tmp_path}/a 1 {tmp_path}/b", "give the larger datasets more weight"),
     ):
         with pytest.raises(UserError, match=message):
             open_streams(written)
