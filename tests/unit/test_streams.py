@@ -109,7 +109,7 @@ def test_replaced_streams_leave_nothing_behind(chatml, tmp_path):
     "pairs, message",
     [
         ([], "there are no pairs"),
-        ([*THREE, THREE[0]], "pair_id 'a' comes twice"),
+        ([*THREE, THREE[0]], "pair_id 'a' occurs twice"),
         ([pair("a", 3, 4, 5, vocab=10_000)], "holds a token id that the tokenizer of"),
         ([THREE[0], pair("b", 1, 2, 3, reference=False)], "pair b lacks reference log-probs"),
         ([pair("b", 1, 2, 3, reference=False), THREE[0]], "pair a has reference log-probs"),
@@ -306,9 +306,9 @@ def test_merging_keeps_the_order_named(chatml, tmp_path):
     write_streams(tmp_path / "whole", MANY, chatml)
     merge_streams(tmp_path / "merged", [tmp_path / name for name in ("part10", "part9", "last")])
     assert bytes_of(tmp_path / "merged") == bytes_of(tmp_path / "whole")
-    with pytest.raises(UserError, match="pair_id 'p0' of .*part10 is in an earlier part, too"):
+    with pytest.raises(UserError, match="pair_id 'p0' of .*part10 is also in an earlier part"):
         merge_streams(tmp_path / "twice", [tmp_path / "whole", tmp_path / "part10"])
-    with pytest.raises(UserError, match="cannot be merged into themselves"):
+    with pytest.raises(UserError, match="cannot be merged into itself"):
         merge_streams(tmp_path / "whole", [tmp_path / "whole"])
     write_streams(tmp_path / "free", [pair("x", 1, 2, 3, reference=False)], chatml)
     with pytest.raises(UserError, match="their manifests differ in reference_logprobs"):

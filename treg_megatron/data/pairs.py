@@ -50,7 +50,7 @@ def read_pairs(
 
     The format is detected from the first record and applies to the whole file. A pair's id is the record's
     ``pair_id`` or ``id``, else a hash of its content. Pairs without a training signal are dropped and counted by reason
-    in ``drops``: identical responses, equal scores, and records that repeat an earlier one with the same id and content.
+    in ``drops``: identical responses, equal scores, and records that repeat an earlier id and content.
 
     Args:
         format: the name of one of :data:`~treg_megatron.data.formats.FORMATS`, or ``auto``.
