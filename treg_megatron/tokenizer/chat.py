@@ -36,7 +36,8 @@ class ChatTokenizer:
     Attributes:
         folder: where the tokenizer was loaded from.
         sha256: hash of everything that determines the ids of a text: vocabulary, merges, normalisation,
-            pre-tokenization and added tokens. Saving and loading, padding, truncation and automatic BOS/EOS do not change it.
+            pre-tokenization and added tokens. Saving and loading, padding, truncation and automatic BOS/EOS do not
+            change it.
         template_sha256: hash of the chat template's text.
         vocab_size: number of ids, added tokens included.
     """
