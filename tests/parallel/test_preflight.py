@@ -112,11 +112,15 @@ def test_more_nodes_than_one_needs_are_told_at_thousands_of_ranks():
         (
             "llama3_70b",
             ["data.global_batch_size=127"],
-            "global_batch_size=127 is no multiple of .* 2 data-parallel ranks",
+            "global_batch_size=127 is not a multiple of .* 2 data-parallel ranks",
         ),
         ("llama3_70b", ["cluster.nodes=3"], "needs a multiple of 32 processes, 24 were started"),
-        ("llama3_8b", ["data.seq_length=16384"], "seq_length=16384 is longer than the 8192 positions"),
-        ("llama3_8b", ["data.layout=bins", "data.micro_batch_size=2"], "micro_batch_size=2 means nothing there"),
+        (
+            "llama3_8b",
+            ["data.seq_length=16384"],
+            "seq_length=16384 exceeds the model's maximum sequence length of 8192 tokens",
+        ),
+        ("llama3_8b", ["data.layout=bins", "data.micro_batch_size=2"], "micro_batch_size=2 has no meaning there"),
         ("llama3_8b", ["objective.alpha=2.5"], "objective.alpha is 2.5: outside .* sign"),
         ("qwen2.5_7b", ["parallel.tensor=8"], "tensor=8 does not divide the model's 28 attention heads; .* 1, 2, 4"),
         ("mixtral_8x7b", ["parallel.expert=3"], "expert=3 does not divide the model's 8 experts; .* 1, 2, 4, 8"),

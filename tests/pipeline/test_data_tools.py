@@ -123,7 +123,7 @@ def test_merge_split_info_verify(folder):
 def test_what_cannot_be_done_is_said(folder, tiny_hf, tmp_path):
     assert_refused(
         station("tools/streams.py", "merge", folder / "twice", folder / "a", folder / "a"),
-        "pair_id 'p0' of .*a is in an earlier part, too",
+        "pair_id 'p0' of .*a is also in an earlier part",
     )
     assert_refused(station("tools/streams.py", "info", folder / "absent"), "absent.manifest.json does not exist")
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))

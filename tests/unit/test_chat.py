@@ -91,7 +91,7 @@ def test_conversations_keep_all_their_turns(tokenizers, template):
 
 
 def test_a_template_that_refuses_is_the_users_business(tokenizers):
-    with pytest.raises(UserError, match="refuses a conversation of user, user: Conversation roles must alternate"):
+    with pytest.raises(UserError, match="rejects a conversation of user, user: Conversation roles must alternate"):
         tokenizers["turns"].encode_prompt((*QUESTION, *QUESTION))
 
 
@@ -136,7 +136,7 @@ def test_a_space_before_the_response_belongs_to_the_response(chatml, tmp_path):
 @pytest.mark.parametrize(
     "template, message",
     [
-        (CHATML.replace("<|im_end|>", ""), "ends a response with no special token"),
+        (CHATML.replace("<|im_end|>", ""), "does not end a response with a special token"),
         (CHATML.replace("message['content']", "message['content'] | upper"), "does not render a response"),
         (CHATML.replace("message['content']", "message['content'] | replace('evil', 'good')"), "rewrites the response"),
         (CHATML.replace("{% for", "{{ messages | length }}{% for"), "does not render a response"),
@@ -178,5 +178,5 @@ def test_unusable_folders(chatml, tmp_path):
     with pytest.raises(UserError, match="has no chat template"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="does not load"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         load_tokenizer(tmp_path)

@@ -107,10 +107,10 @@ CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"chosen": "good", "rejected": "bad"}, "no beginning in common"),
+        ({"chosen": "good", "rejected": "bad"}, "no common prefix"),
         ({"chosen": CHAT, "rejected": [{"role": "user", "content": "other"}, CHAT[1]]}, "the same conversation up to"),
         ({"chosen": CHAT[:1], "rejected": CHAT[:1]}, "chosen must end with a turn of the assistant"),
-        ({"prompt": "other", "chosen": CHAT, "rejected": CHAT}, "prompt is no user turn of chosen"),
+        ({"prompt": "other", "chosen": CHAT, "rejected": CHAT}, "prompt is not among the user turns of chosen"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "up to the last `Ass"),
         ({"prompt": "a", "all_generated_responses": ["x"], "all_rm_scores": [1, 2]}, "lists of the same length"),
         ({"prompt": "a", "all_generated_responses": ["x", "y"], "all_rm_scores": [1, "2"]}, "must hold numbers"),

@@ -125,11 +125,11 @@ def test_an_empty_shard_is_read(tmp_path):
         ),
         (
             {"rejected_ref_logprobs": [[3.0], [-4.0, -5.0]]},
-            "row 1 (pair_id 'a'): rejected_ref_logprobs holds a value that is no finite log-prob",
+            "row 1 (pair_id 'a'): rejected_ref_logprobs holds a value that is not a finite log-prob",
         ),
         (
             {"rejected_ref_logprobs": [[-float("inf")], [-4.0, -5.0]]},
-            "row 1 (pair_id 'a'): rejected_ref_logprobs holds a value that is no finite log-prob",
+            "row 1 (pair_id 'a'): rejected_ref_logprobs holds a value that is not a finite log-prob",
         ),
         ({"rejected_tokens": [[1, 7, 9], [5, 7, 8]]}, "row 1 (pair_id 'a'): what precedes the responses differs"),
     ],

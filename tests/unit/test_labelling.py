@@ -204,11 +204,11 @@ def test_a_template_that_cannot_render_is_told_with_the_pair(section, tiny_folde
             )
         ),
     )
-    with pytest.raises(UserError, match="turns.jsonl, pair twice: the chat template of .* refuses a conversation"):
+    with pytest.raises(UserError, match="turns.jsonl, pair twice: the chat template of .* rejects a conversation"):
         label(section, ArithmeticScorer())
     assert not Path(section.output).exists()
     (folder / "chat_template.jinja").write_text("{% for message in messages %}")
-    with pytest.raises(UserError, match="the chat template of .* refuses a conversation"):
+    with pytest.raises(UserError, match="the chat template of .* rejects a conversation"):
         label(section, ArithmeticScorer())
 
 

@@ -106,7 +106,7 @@ GOOD = json.dumps(row("first"))
         (f"[{GOOD}] x", "'x' follows the closing ']'"),
         (GOOD + "\n[1]\n", "row 2: expected a JSON object, got list"),
         ("[" * 100_000, "row 1 does not parse as JSON"),
-        (json.dumps({"question": "?"}), "row 1: keys 'question' are no known kind of preference pair"),
+        (json.dumps({"question": "?"}), "row 1: unrecognised preference format with keys 'question'; supported: "),
         (GOOD + "\n" + json.dumps({"prompt": "Q", "chosen": "a"}), "row 2: key 'rejected' is missing"),
         (json.dumps(row(chosen=" \n")), "row 1: chosen is an empty response"),
         (json.dumps(row(rejected=3)), "row 1: rejected must be a list of messages, got int"),

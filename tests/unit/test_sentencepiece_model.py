@@ -111,7 +111,7 @@ def test_the_hash_notices_other_pieces_and_templates(trained, tmp_path):
 
 
 def test_unusable_models(trained, tmp_path):
-    with pytest.raises(UserError, match="is no SentencePiece model"):
+    with pytest.raises(UserError, match="is not a SentencePiece model"):
         with_template(tmp_path, b"not a model")
     model = (trained.folder / "tokenizer.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(model)

@@ -45,5 +45,7 @@ def test_rows_point_at_the_token_before_each_response_token(shapes, multiple):
 )
 def test_where_prompts_cannot_be_shared(overrides, experts):
     recipe = load_recipe("recipes/tiny.yaml", ["data.share_prompts=true", *overrides])
-    with pytest.raises(UserError, match="data.share_prompts computes a prompt once in a packed row"):
+    with pytest.raises(
+        UserError, match="data.share_prompts computes the prompt of each pair once in a packed sequence"
+    ):
         require_layout(FIELDS | {"num_moe_experts": experts}, section(recipe, "parallel"), section(recipe, "data"), 2)

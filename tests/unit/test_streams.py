@@ -98,7 +98,7 @@ def test_replaced_streams_leave_nothing_behind(chatml, tmp_path):
     "pairs, message",
     [
         ([], "there are no pairs"),
-        ([*THREE, THREE[0]], "pair_id 'a' comes twice"),
+        ([*THREE, THREE[0]], "pair_id 'a' occurs twice"),
         ([pair("a", 3, 4, 5, vocab=10_000)], "holds a token id that the tokenizer of"),
         ([THREE[0], pair("b", 1, 2, 3, reference=False)], "pair b lacks reference log-probs"),
         ([pair("b", 1, 2, 3, reference=False), THREE[0]], "pair a has reference log-probs"),
@@ -193,8 +193,8 @@ def test_damaged_files_are_not_opened(chatml, tmp_path):
     refused(bin_path, None, "t_tokens.bin does not exist")
     refused(bin_path, good_bin[:-1], "has 81 bytes, its manifest says 82")
     refused(idx_path, good_idx + b"x", "its manifest says")
-    refused(idx_path, b"X" + good_idx[1:], "is no Megatron index")
-    refused(idx_path, good_idx[:17] + b"\x63" + good_idx[18:], "is no Megatron index")
+    refused(idx_path, b"X" + good_idx[1:], "is not a Megatron index")
+    refused(idx_path, good_idx[:17] + b"\x63" + good_idx[18:], "is not a Megatron index")
     refused(idx_path, good_idx[:34] + b"\x09" + good_idx[35:], "offsets do not follow from lengths")
     refused(idx_path, good_idx[:18] + b"\xff" * 8 + good_idx[26:], "does not fit its")
     refused(idx_path, good_idx[:-1] + b"\x01", "documents do not cover the sequences")
@@ -295,9 +295,9 @@ def test_merging_keeps_the_order_named(chatml, tmp_path):
     write_streams(tmp_path / "whole", MANY, chatml)
     merge_streams(tmp_path / "merged", [tmp_path / name for name in ("part10", "part9", "last")])
     assert bytes_of(tmp_path / "merged") == bytes_of(tmp_path / "whole")
-    with pytest.raises(UserError, match="pair_id 'p0' of .*part10 is in an earlier part, too"):
+    with pytest.raises(UserError, match="pair_id 'p0' of .*part10 is also in an earlier part"):
         merge_streams(tmp_path / "twice", [tmp_path / "whole", tmp_path / "part10"])
-    with pytest.raises(UserError, match="cannot be merged into themselves"):
+    with pytest.raises(UserError, match="cannot be merged into itself"):
         merge_streams(tmp_path / "whole", [tmp_path / "whole"])
     write_streams(tmp_path / "free", [pair("x", 1, 2, 3, reference=False)], chatml)
     with pytest.raises(UserError, match="their manifests differ in reference_logprobs"):
@@ -358,9 +358,9 @@ def test_blends_leave_no_pair_out_and_keep_the_shares(chatml, tmp_path):
     together = open_streams(f"{tmp_path}/a {tmp_path}/b")
     assert [together.pair_id(i) for i in range(40)] == [p.pair_id for p in MANY]
     for written, message in (
-        (f"0.5 {tmp_path}/a {tmp_path}/b", "is no blend"),
+        (f"0.5 {tmp_path}/a {tmp_path}/b", "is not a blend"),
         (f"-1 {tmp_path}/a", "positive"),
-        (f"1e-9 {tmp_path}/a 1 {tmp_path}/b", "give the larger streams more weight"),
+        (f"1e-9 {tmp_path}/a 1 {tmp_path}/b", "give the larger datasets more weight"),
     ):
         with pytest.raises(UserError, match=message):
             open_streams(written)

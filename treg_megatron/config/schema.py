@@ -1,6 +1,6 @@
-"""The keys of a recipe: a dataclass for each section gives every key its type and its help text, and holds no values.
+"""Recipe schema: one dataclass per section, with the type and help text of every key.
 
-A default value stands in ``recipes/base.yaml`` and nowhere else.
+It holds no values: defaults are in ``recipes/base.yaml`` only.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def key(help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A recipe key: its meaning, and the values that it may take where they are few."""
+    """A recipe key with its help text and, for an enumeration, the permitted values."""
     return dataclasses.field(metadata={"help": help, "choices": choices})
 
 
@@ -20,7 +20,7 @@ class ModelSection:
     hf: str = key("Hugging Face folder of the model: config.json, tokenizer and, for import, safetensors weights")
     architecture: str | None = key(
         "name of a published config.json under treg_megatron/models/architectures, or the path of "
-        "one: what preflight builds where hf is not on disk; null: hf must be"
+        "one: what preflight builds when hf is not on disk; null: hf must be on disk"
     )
     checkpoint: str = key("Megatron checkpoint of the same model, as convert_checkpoint.py import writes it")
 
@@ -29,28 +29,28 @@ class ModelSection:
 class SampleSection:
     """Responses of a model to prompts: the first half of on-policy pairs."""
 
-    model: str = key("Hugging Face folder of the model that is sampled: tokenizer, and weights where it runs here")
-    prompts: str = key("prompts to answer, a JSON or JSONL file; of preference pairs, their prompts")
+    model: str = key(
+        "Hugging Face folder of the model to sample from: tokenizer, and weights when it runs in this process"
+    )
+    prompts: str = key("prompts to answer, a JSON or JSONL file; preference pairs are accepted for their prompts")
     output: str = key("folder for the samples (JSONL) and their manifest")
     engine: str = key(
         "what generates: this process, a server that speaks OpenAI's completions protocol, or vLLM",
         choices=("huggingface", "server", "vllm"),
     )
-    server: str | None = key("engine server: its address up to and with /v1")
-    server_model: str | None = key("engine server: name of the model there; null asks the server for its first")
-    timeout: float = key("engine server: seconds that an answer may take before it is asked for again")
-    max_attempts: int = key(
-        "engine server: how often an answer is asked for, with growing pauses, before the job stops"
-    )
-    seeds: list[int] = key("one response to each prompt for each seed")
-    temperature: float = key("temperature of the distribution that is sampled; 0 takes the likeliest token each time")
-    top_p: float = key("share of the probability that is sampled from, in (0, 1]")
-    max_new_tokens: int = key("tokens of a response; one that is cut off there is marked")
-    max_prompt_length: int = key("tokens that a prompt may have; longer ones are dropped and counted")
-    batch_prompts: int = key("prompts that are answered at once")
+    server: str | None = key("engine server: its base URL, up to and including /v1")
+    server_model: str | None = key("engine server: model name on the server; null takes the first that it lists")
+    timeout: float = key("engine server: request timeout in seconds, after which the request is retried")
+    max_attempts: int = key("engine server: attempts per request, with increasing pauses, before the job stops")
+    seeds: list[int] = key("random seeds; each gives one response per prompt")
+    temperature: float = key("sampling temperature; 0 is greedy decoding")
+    top_p: float = key("nucleus sampling: probability mass to sample from, in (0, 1]")
+    max_new_tokens: int = key("maximum tokens per response; a response cut off there is marked as truncated")
+    max_prompt_length: int = key("maximum tokens per prompt; longer prompts are dropped and counted")
+    batch_prompts: int = key("prompts per generation batch")
     dtype: str = key("precision of the model", choices=("float32", "bfloat16"))
     device: str = key("engine huggingface: where the model runs: auto, cpu or cuda")
-    shard_prompts: int = key("prompts in one output shard: what an interrupted job loses at most")
+    shard_prompts: int = key("prompts per output shard: the most work that an interrupted job loses")
 
 
 @dataclass
@@ -60,14 +60,14 @@ class RankSection:
     samples: str = key("folder that sample_responses wrote")
     output: str = key("preference pairs to write, a JSONL file")
     scores: str = key(
-        "where scores come from: a reward model, a key of each sampled response, or your own function",
+        "source of the scores: a reward model, a key of each sampled response, or your own function",
         choices=("reward_model", "column", "function"),
     )
     reward_model: str | None = key("Hugging Face folder of a sequence-classification model")
     column: str | None = key("key of each response in the samples that holds its score")
     function: str | None = key("MODULE:NAME of a function (messages, responses) -> scores")
-    allow_remote_code: bool = key("whether code in the reward model's folder (ArmoRM has some) may be executed")
-    truncated: str = key("what becomes of responses that were cut off", choices=("keep", "drop"))
+    allow_remote_code: bool = key("whether code in the reward model's folder may be executed (ArmoRM needs it)")
+    truncated: str = key("what to do with truncated responses", choices=("keep", "drop"))
     dtype: str = key("precision of the reward model", choices=("float32", "bfloat16"))
     device: str = key("where the reward model runs: auto, cpu or cuda")
 
@@ -78,26 +78,25 @@ class LabelSection:
 
     model: str = key("Hugging Face folder of the reference model")
     pairs: str = key("preference pairs to label: JSON, JSONL, Parquet, an Arrow folder, or hub:OWNER/NAME")
-    format: str = key("kind of preference pairs: auto recognises it, tools/inspect_pairs.py --help lists the names")
+    format: str = key("preference format; auto detects it, tools/inspect_pairs.py --help lists the names")
     output: str = key("folder for the labelled pairs (Parquet) and their manifest")
     prompt_pair: str = key("name of a built-in better/worse prompt pair, or the path of your own YAML file")
-    max_length: int = key("tokens that the prompt with its response may have: what training sees")
+    max_length: int = key("maximum tokens of prompt + response, the sequence that training sees")
     max_revision_length: int | None = key(
-        "tokens that a better or worse prompt with the response may have; "
-        "null: as many as the reference model has positions"
+        "maximum tokens of a better or worse prompt + response; null: the reference model's maximum sequence length"
     )
     engine: str = key(
-        "what holds the reference model: each process whole, or Megatron split over ranks",
+        "how the reference model runs: whole in each process, or in Megatron, split over ranks",
         choices=("huggingface", "megatron"),
     )
     checkpoint: str = key("engine megatron: Megatron checkpoint of the reference model")
     tensor: int = key("engine megatron: tensor-parallel size")
     pipeline: int = key("engine megatron: pipeline-parallel size")
-    batch_tokens: int = key("tokens in one forward pass of the reference model")
+    batch_tokens: int = key("tokens per forward pass of the reference model")
     dtype: str = key("precision of the reference model", choices=("float32", "bfloat16"))
     device: str = key("where the reference model runs: auto, cpu or cuda")
-    reward_eot: bool = key("whether the end-of-turn token gets a token reward like the others")
-    shard_pairs: int = key("pairs in one output shard: what an interrupted job loses at most")
+    reward_eot: bool = key("whether the end-of-turn token gets a token reward too")
+    shard_pairs: int = key("pairs per output shard: the most work that an interrupted job loses")
 
 
 @dataclass
@@ -105,17 +104,17 @@ class IndexSection:
     """Labelled pairs to aligned Megatron indexed datasets."""
 
     labelled: str = key("folder or Parquet file of labelled pairs, or a text file of pairs with token rewards")
-    output: str = key("PREFIX of the streams: PREFIX_tokens.bin, PREFIX_tokens.idx, ...")
-    tokenizer: str = key("Hugging Face folder of the tokenizer that the training model uses")
-    workers: int = key("processes that write a shard each; the streams are the same whatever their number")
+    output: str = key("PREFIX of the aligned dataset: PREFIX_tokens.bin, PREFIX_tokens.idx, ...")
+    tokenizer: str = key("Hugging Face folder of the training model's tokenizer")
+    workers: int = key("processes, each writing one shard; the output does not depend on their number")
     validation_fraction: float = key(
-        "share of the pairs, chosen by a hash of pair_id, that goes to PREFIX_validation instead; 0 makes none"
+        "fraction of the pairs, chosen by a hash of pair_id, written to PREFIX_validation instead; 0: no validation set"
     )
 
 
 @dataclass
 class ObjectiveSection:
-    """What is minimised: docs/METHOD.md has the formulas."""
+    """The training objective; docs/METHOD.md has the formulas."""
 
     loss_type: str = key(
         "preference loss; dpo_norm is DPO with rewards averaged over a response's tokens, sft maximum "
@@ -124,12 +123,12 @@ class ObjectiveSection:
     )
     beta: float = key("KL strength of DPO and IPO, reward scale of SimPO; > 0")
     gamma: float = key("SimPO's target margin, in units of the reward (the paper states gamma / beta); >= 0")
-    label_smoothing: float = key("cDPO: share of pairs whose preference is assumed to be flipped, in [0, 0.5)")
+    label_smoothing: float = key("cDPO: fraction of preferences assumed to be flipped, in [0, 0.5)")
     alpha: float = key("strength of the token-level regulariser, in [0, 2]; 0 is the plain preference loss")
     weight: str = key("weight of the regulariser: sg(sigma(-margin)), or 1", choices=("dynamic", "static"))
     weight_margin: bool = key("SimPO: whether the dynamic weight includes gamma, as SimPO's own gradient weight does")
     token_rewards: str = key(
-        "where r_t comes from: the streams, the policy's own detached log-ratio, or nowhere",
+        "source of r_t: the aligned dataset, the policy's own detached log-ratio, or none",
         choices=("contrastive", "implicit", "none"),
     )
     sft_loss_weight: float = key("strength of a full-token SFT term on the chosen response; >= 0")
@@ -137,55 +136,59 @@ class ObjectiveSection:
 
 @dataclass
 class DataSection:
-    """What is trained on, and in what portions."""
+    """Training data and batching."""
 
-    train: str = key("PREFIX of the training streams, or several with weights: 0.3 PREFIX_A 0.7 PREFIX_B")
-    validation: str | None = key("PREFIX of the held-out streams; null trains without validation")
-    seq_length: int = key("longest sequence (prompt + response) in tokens; longer pairs are refused")
-    micro_batch_size: int = key("pairs in one forward pass of one data-parallel rank")
-    global_batch_size: int = key("pairs in one optimizer step over all ranks")
+    train: str = key(
+        "PREFIX of the aligned training dataset, or a weighted blend of several: 0.3 PREFIX_A 0.7 PREFIX_B"
+    )
+    validation: str | None = key("PREFIX of the aligned validation dataset; null trains without validation")
+    seq_length: int = key("maximum sequence length (prompt + response) in tokens; longer pairs are an error")
+    micro_batch_size: int = key("pairs per forward pass and data-parallel rank")
+    global_batch_size: int = key("pairs per optimizer step, over all ranks")
     layout: str = key(
-        "sequences of a micro-batch: one after the other in one row, or one a row, padded; bins: packed, "
-        "and as many pairs as fit bin_size instead of micro_batch_size",
+        "how a micro-batch holds its sequences: packed into one sequence, or padded, one per row; bins: packed, "
+        "with as many pairs as fit bin_size instead of micro_batch_size",
         choices=("packed", "padded", "bins"),
     )
     bin_size: int | None = key(
-        "layout bins: tokens of a micro-batch, both sequences of its pairs; null: 2 x seq_length, which holds any pair"
+        "layout bins: maximum tokens per micro-batch, counting both sequences of a pair; "
+        "null: 2 x seq_length, which fits any pair"
     )
     share_prompts: bool | None = key(
-        "whether the two sequences of a pair share the computation of their prompt: the same loss and gradients of fewer "
-        "tokens; layouts packed and bins, without Transformer Engine, context parallelism or experts; null: on a CPU, "
-        "where these allow it"
+        "whether the prompt of a pair is computed once for both sequences: the same loss and gradients from fewer "
+        "tokens; layouts packed and bins, without Transformer Engine, context parallelism or experts; null: on "
+        "CPU, when these allow it"
     )
-    pad_to_multiple_of: int = key("rows are padded to a multiple of this many tokens")
+    pad_to_multiple_of: int = key("padded lengths are a multiple of this many tokens")
     epochs: int = key("passes over the training pairs")
-    seed: int = key("seed of the order of the pairs")
+    seed: int = key("seed of the shuffling of the pairs")
 
     @property
     def tokens_of_a_bin(self) -> int:
+        """Tokens per bin: ``bin_size``, or 2 x ``seq_length`` where that is null."""
         return self.bin_size or 2 * self.seq_length
 
 
 @dataclass
 class ParallelSection:
-    """How one model is spread over ranks; data parallelism takes the ranks that are left."""
+    """Model-parallel sizes; the remaining ranks form the data-parallel group."""
 
     tensor: int = key("tensor-parallel size")
     pipeline: int = key("pipeline-parallel size")
     sequence: bool = key("sequence parallelism inside the tensor-parallel group")
     expert: int = key("expert-parallel size of a mixture-of-experts model")
-    virtual_pipeline: int | None = key("interleaved schedule: model chunks of each pipeline stage; null: one")
-    context: int = key("context-parallel size: ranks that share each sequence; layouts packed and bins")
+    virtual_pipeline: int | None = key("interleaved schedule: model chunks per pipeline stage; null: no interleaving")
+    context: int = key("context-parallel size: ranks that each sequence is split over; layouts packed and bins")
 
 
 @dataclass
 class LoraSection:
-    """Low-rank adapters instead of training every weight; the reference stays the cached one."""
+    """Low-rank adapters (LoRA); reference log-probs are still the cached ones."""
 
     rank: int | None = key("rank of the adapters; null trains every weight")
     alpha: float = key("adapters are scaled by alpha / rank")
     dropout: float = key("dropout before the adapters, in [0, 1)")
-    targets: list[str] = key("Megatron's names of the linear layers that get an adapter")
+    targets: list[str] = key("linear layers that get an adapter, by their names in Megatron")
 
 
 @dataclass
@@ -193,17 +196,17 @@ class OptimizerSection:
     """AdamW on the distributed optimizer, cosine schedule with linear warm-up."""
 
     lr: float = key("peak learning rate")
-    min_lr: float = key("learning rate at the end of the cosine")
-    warmup_fraction: float = key("share of all steps spent warming up")
+    min_lr: float = key("learning rate at the end of the cosine schedule")
+    warmup_fraction: float = key("fraction of all steps spent in linear warm-up")
     weight_decay: float = key("decoupled weight decay")
     beta1: float = key("Adam beta1")
     beta2: float = key("Adam beta2")
     eps: float = key("Adam epsilon")
     router_aux_loss: float = key(
-        "mixture of experts: coefficient of the load-balancing loss, a mean over micro-batches "
-        "beside the mean over pairs; 0 leaves it out"
+        "mixture of experts: coefficient of the load-balancing loss, averaged over micro-batches "
+        "(the preference loss is averaged over pairs); 0 disables it"
     )
-    clip_grad: float = key("largest global gradient norm; 0 turns clipping off")
+    clip_grad: float = key("maximum global gradient norm; 0 disables clipping")
 
 
 @dataclass
@@ -215,57 +218,59 @@ class TrainSection:
     max_steps: int | None = key("stop after this many optimizer steps; null runs all epochs")
     save_every: int = key("optimizer steps between checkpoints")
     save_total_limit: int = key("how many of the newest checkpoints stay on disk")
-    save_in_background: bool = key("whether training goes on while a checkpoint is written from a copy in memory")
+    save_in_background: bool = key("whether training continues while a checkpoint is written from a copy in memory")
     validate_every: int = key("optimizer steps between validations; also run before the first step and after the last")
-    recompute: str = key("activation recompute", choices=("none", "selective", "full"))
-    seed: int = key("seed of everything random in the model (dropout; initialisation where no checkpoint is given)")
+    recompute: str = key("activation recomputation", choices=("none", "selective", "full"))
+    seed: int = key("seed of the model's randomness (dropout; initialisation where no checkpoint is given)")
     hang_timeout_s: float = key(
         "seconds without a step (or a micro-batch of validation, or a checkpoint) after which every "
-        "rank prints its stack and ends"
+        "rank prints its stack trace and exits"
     )
-    record_pairs: bool = key("whether RUN/pairs/ records the pairs that each step trained on")
+    record_pairs: bool = key("whether to record the pairs that each step trained on in RUN/pairs/")
     first_loss_tolerance: float = key(
-        "how far the first preference loss may be from its known value, e.g. ln 2 for DPO"
+        "maximum deviation of the first preference loss from its known value, e.g. ln 2 for DPO"
     )
 
 
 @dataclass
 class ExportSection:
-    """A checkpoint as a Hugging Face folder."""
+    """Export of a checkpoint to a Hugging Face folder."""
 
     checkpoint: str = key("training checkpoint, or a run's folder for its newest one")
-    base: str = key("Hugging Face folder that gives config.json and the tokenizer")
+    base: str = key("Hugging Face folder to take config.json and the tokenizer from")
     output: str = key("Hugging Face folder to write")
     dtype: str = key(
         "precision of the written weights; auto keeps the base model's",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     lora: str = key(
-        "what a run with adapters becomes: the base model with them merged in, or a folder that peft loads",
+        "export of a LoRA run: the base model with the adapters merged, or an adapter folder for peft",
         choices=("merged", "adapter"),
     )
-    shard_size: float = key("largest weight file in GB (10^9 bytes); larger models are split and get an index")
+    shard_size: float = key("largest weight file in GB (10^9 bytes); larger models are sharded, with an index")
 
 
 @dataclass
 class ClusterSection:
-    """The machines that the recipe is meant for: what preflight compares with. No other station reads it."""
+    """The cluster that the recipe is meant for; only preflight reads this section."""
 
-    device: str = key("what computes: gpus with fused kernels, or processes on a CPU", choices=("gpu", "cpu"))
-    nodes: int = key("machines")
-    gpus_per_node: int = key("ranks of a node: its GPUs, or the processes on a CPU")
-    gpu_memory: float = key("memory of one rank, in GB (10^9 bytes)")
-    peak_tflops: float = key("arithmetic peak of one rank in the training precision, in 10^12 operations a second")
-    mfu: float = key("model FLOPs utilisation that times are stated at, in (0, 1]")
-    node_bandwidth: float = key("what one rank sends to others of its node, in GB (10^9 bytes) a second")
-    network_bandwidth: float = key("what one rank sends to other nodes, in GB a second")
-    storage_bandwidth: float = key("what the file system takes from the whole job, in GB a second")
-    pairs: int | None = key("training pairs, where the streams do not exist yet to be counted")
+    device: str = key("device: gpu with fused kernels, or cpu processes", choices=("gpu", "cpu"))
+    nodes: int = key("number of nodes")
+    gpus_per_node: int = key("ranks per node: its GPUs, or its processes when device is cpu")
+    gpu_memory: float = key("memory per rank, in GB (10^9 bytes)")
+    peak_tflops: float = key(
+        "peak throughput per rank in the training precision, in TFLOP/s (10^12 operations per second)"
+    )
+    mfu: float = key("model FLOPs utilisation assumed for time estimates, in (0, 1]")
+    node_bandwidth: float = key("bandwidth per rank within a node, in GB/s (10^9 bytes per second)")
+    network_bandwidth: float = key("bandwidth per rank between nodes, in GB/s")
+    storage_bandwidth: float = key("file-system write bandwidth for the whole job, in GB/s")
+    pairs: int | None = key("number of training pairs, for when the aligned dataset does not exist yet")
 
 
 @dataclass
 class Recipe:
-    """A whole run, station by station."""
+    """A complete recipe: one section per pipeline step or concern."""
 
     name: str
     run: str

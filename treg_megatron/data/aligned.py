@@ -1,14 +1,14 @@
-"""Aligned streams as they are read: labelled pairs in Megatron indexed datasets that agree document by document.
+"""Reader of aligned datasets: labelled pairs as Megatron indexed datasets that match document by document.
 
     PREFIX_tokens           uint16 or int32   prompt + response
     PREFIX_token_rewards    float32           value t belongs to response token t
     PREFIX_ref_logprobs     float32           the same; absent for reference-free runs
-    PREFIX_pair_ids         uint8             the pair's name in UTF-8
-    PREFIX.manifest.json                      what made them, and what they must look like
+    PREFIX_pair_ids         uint8             the pair's id in UTF-8
+    PREFIX.manifest.json                      provenance, sizes and hashes
 
 Each is a ``.bin`` and an ``.idx`` file; a document is a pair and has two sequences, chosen and rejected (one in
-PREFIX_pair_ids). Rewards and log-probs are as long as the response, which is the suffix of the tokens, so the length of
-the prompt needs no stream. :mod:`treg_megatron.data.streams` writes, joins, divides and opens them.
+PREFIX_pair_ids). Rewards and log-probs are as long as the response, which is the suffix of the tokens, so prompt
+lengths need not be stored. :mod:`treg_megatron.data.streams` writes, merges, splits and opens these datasets.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ TOKENS, TOKEN_REWARDS, REF_LOGPROBS, PAIR_IDS = "tokens", "token_rewards", "ref_
 
 
 class PairRecord(NamedTuple):
-    """One pair of opened streams: read-only views, tokens in the stored number type, values fp32 a response token."""
+    """One pair: read-only views; tokens uint16 or int32 [s], rewards and log-probs fp32 [response tokens]."""
 
     pair_id: str
     chosen_tokens: np.ndarray
@@ -39,12 +39,15 @@ class PairRecord(NamedTuple):
 
 
 class PairStreams:
-    """Streams opened for reading in any order. Made by :func:`open_streams`; pickles as its prefix.
+    """Aligned dataset with random access to its pairs. Made by :func:`open_streams`; pickles as its prefix.
 
     Attributes:
         manifest: what :func:`write_streams` wrote.
-        sequence_lengths: int32 [pairs, 2], tokens of chosen and rejected, prompts included.
-        response_lengths: int32 [pairs, 2], tokens of the responses.
+        sequence_lengths: int32 [pairs, 2], tokens of the chosen and rejected sequences, prompt included.
+        response_lengths: int32 [pairs, 2], tokens of the chosen and rejected responses.
+
+    Raises:
+        UserError: a file is missing, damaged or from another dataset, or the files disagree.
     """
 
     def __init__(self, prefix: str | Path):
@@ -83,20 +86,20 @@ class PairStreams:
         return PairStreams, (self.prefix,)
 
     def reader(self, name: str) -> IndexedReader:
-        """One stream as it lies on disk; REF_LOGPROBS must be there."""
+        """The indexed dataset ``name``; REF_LOGPROBS must be present."""
         return {TOKENS: self._tokens, TOKEN_REWARDS: self._rewards, REF_LOGPROBS: self._reference, PAIR_IDS: self._ids}[
             name
         ]
 
     def pair_id(self, pair: int) -> str:
-        """The name of a pair, as the file that it comes from gives it."""
+        """Id of a pair, as given in its source file."""
         return self._ids[pair].tobytes().decode()
 
     def require_unchanged(self) -> None:
         """Compare every byte with the manifest.
 
         Raises:
-            UserError: a file's sha256 is another than the manifest's.
+            UserError: the sha256 of a file differs from the manifest's.
         """
         for path, file in _files(self.prefix, self.manifest):
             if sha256_of(path) != file["sha256"]:
@@ -105,7 +108,7 @@ class PairStreams:
     def _check_agreement(self) -> None:
         pairs = self.manifest["pairs"]
         if pairs < 1:
-            raise UserError(f"streams {self.prefix} hold no pairs; index again")
+            raise UserError(f"aligned dataset {self.prefix} holds no pairs; index again")
         readers = {
             TOKENS: self._tokens,
             TOKEN_REWARDS: self._rewards,
@@ -136,22 +139,22 @@ class PairStreams:
     def _refuse(self, wrong_sequences: np.ndarray, message: str) -> None:
         if wrong_sequences.any():
             i = int(wrong_sequences.argmax())
-            told = message.format(
+            detail = message.format(
                 pair=f"pair {i // 2} ({self.pair_id(i // 2)}, {'rejected' if i % 2 else 'chosen'})",
                 tokens=self._tokens.lengths[i],
                 rewards=self._rewards.lengths[i],
                 reference=None if self._reference is None else self._reference.lengths[i],
             )
-            raise UserError(f"streams {self.prefix} disagree: {told}; index again")
+            raise UserError(f"the files of aligned dataset {self.prefix} disagree: {detail}; index again")
 
 
 def stream_paths(prefix: str | Path, name: str) -> tuple[Path, Path]:
-    """The .bin and .idx file of one stream."""
+    """The .bin and .idx path of one indexed dataset of PREFIX."""
     return Path(f"{prefix}_{name}.bin"), Path(f"{prefix}_{name}.idx")
 
 
 def manifest_path(prefix: str | Path) -> Path:
-    """The manifest of the streams PREFIX."""
+    """Path of the manifest of the aligned dataset PREFIX."""
     return Path(f"{prefix}.manifest.json")
 
 
@@ -171,10 +174,10 @@ _TOKENIZER_KEYS = {"sha256": str, "chat_template_sha256": str, "vocab_size": int
 
 
 def streams_manifest(prefix: str | Path) -> dict[str, Any]:
-    """The manifest of the streams PREFIX, every key there and of its type.
+    """Read the manifest of the aligned dataset PREFIX, checking that every key is present and of its type.
 
     Raises:
-        UserError: it is missing, or is none.
+        UserError: the manifest is missing or invalid.
     """
     path = manifest_path(prefix)
     manifest = read_manifest(path, MANIFEST_FORMAT, MANIFEST_VERSION)
@@ -185,7 +188,7 @@ def streams_manifest(prefix: str | Path) -> dict[str, Any]:
     _require_keys(manifest["files"], files, path, "files.")
     for name, file in manifest["files"].items():
         if name.partition(".")[0] not in names:
-            raise UserError(f"{path}: files names {name!r}, which is no stream of these; index again")
+            raise UserError(f"{path}: files names {name!r}, which is not part of this dataset; index again")
         _require_keys(file, _FILE_KEYS, path, f"files.{name}.")
     manifest.setdefault("labels", None)
     return manifest
@@ -196,8 +199,8 @@ def _require_keys(found: dict[str, Any], expected: dict[str, type], path: Path, 
         value = found.get(key)
         if not isinstance(value, type) or (type is int and (isinstance(value, bool) or value < 0)):
             raise UserError(
-                f"{path}: {where}{key} is {'missing' if key not in found else repr(value)[:60]}, where "
-                f"{type.__name__} is due; index again"
+                f"{path}: {where}{key} is {'missing' if key not in found else repr(value)[:60]}, but "
+                f"{type.__name__} is expected; index again"
             )
 
 
@@ -217,15 +220,15 @@ def _check_sizes(prefix: Path, manifest: dict[str, Any]) -> None:
             raise UserError(f"{path} does not exist, but {manifest_path(prefix)} lists it; index again")
         if path.stat().st_size != file["bytes"]:
             raise UserError(
-                f"{path} has {path.stat().st_size} bytes, its manifest says {file['bytes']}: it was cut, "
-                "or belongs to other streams; index again"
+                f"{path} has {path.stat().st_size} bytes, its manifest says {file['bytes']}: it was truncated, "
+                "or belongs to another dataset; index again"
             )
 
 
 def _changed(path: Path) -> UserError:
     return UserError(
-        f"{path} has changed since it was written, or belongs to other streams: its hash is not the "
-        "manifest's; index again"
+        f"{path} has changed since it was written, or belongs to another dataset: its hash differs from "
+        "the manifest's; index again"
     )
 
 

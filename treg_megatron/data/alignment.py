@@ -1,17 +1,21 @@
-"""Where a response token is predicted: the project's only shift by one.
+"""Alignment of logits with response tokens: the only shift by one in the project.
 
 A causal model's output at position i predicts token i + 1. Everything else in this project is stored by the token it
-belongs to, so whoever turns model outputs into values of tokens asks here, and nowhere shifts by himself.
+belongs to, so code that turns model outputs into per-token values must call this module; nothing else shifts indices.
 """
 
 
 def score_positions(prompt_length: int, response_length: int) -> slice:
     """The positions whose *next* token is a response token, in a sequence of prompt followed by response.
 
-    ``logits[score_positions(p, r)]`` has one row for each response token: row t predicts ``tokens[p + t]``.
+    For logits [s, vocab], ``logits[score_positions(p, r)]`` is [r, vocab], and its row t predicts ``tokens[p + t]``.
+
+    Args:
+        prompt_length: prompt tokens, at least 1.
+        response_length: response tokens, end-of-turn token included.
 
     Raises:
-        ValueError: an empty prompt, because nothing predicts the first token of a sequence.
+        ValueError: the prompt is empty: nothing predicts the first token of a sequence.
     """
     if prompt_length < 1:
         raise ValueError("a response needs at least one prompt token before it")

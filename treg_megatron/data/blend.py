@@ -1,8 +1,8 @@
-"""Several streams read as one, in the proportions that Megatron users write: ``0.3 PREFIX_A 0.7 PREFIX_B``.
+"""Weighted blend of aligned datasets, in Megatron's notation: ``0.3 PREFIX_A 0.7 PREFIX_B``.
 
-Weights are shares of the pairs of an epoch. An epoch is as long as it takes for every pair to come at least once, so
-nothing is left out: streams with more weight than pairs are gone through several times. Without weights,
-``PREFIX_A PREFIX_B``, every pair comes exactly once.
+Weights are shares of the pairs of an epoch. An epoch is long enough for every pair to occur at least once, so datasets
+whose weight exceeds their share of the pairs are repeated. Without weights, ``PREFIX_A PREFIX_B``, every pair occurs
+exactly once.
 """
 
 from typing import Any
@@ -12,17 +12,28 @@ import numpy as np
 from treg_megatron.data.aligned import PairRecord, PairStreams
 from treg_megatron.errors import UserError
 
-_LONGEST = 100  # times the pairs that there are; more is a slip of the pen in the weights
+_LONGEST = 100  # epoch length as a multiple of all pairs; more than this is almost certainly a typo in the weights
 
 
 class BlendedStreams:
-    """Read like :class:`~treg_megatron.data.aligned.PairStreams`; ``prefix`` is the blend as it was written."""
+    """Blend with the reading interface of :class:`~treg_megatron.data.aligned.PairStreams`.
+
+    Attributes:
+        prefix: the blend as written in the recipe.
+        parts: the datasets blended.
+        sequence_lengths, response_lengths: int32 [pairs, 2], as in ``PairStreams``, repeats included.
+
+    Raises:
+        UserError: the parts were made with different tokenizers, or the weights make an unreasonably long epoch.
+    """
 
     def __init__(self, written: str, parts: list[PairStreams], weights: list[float] | None):
         self.prefix, self.parts = written, parts
         for part in parts[1:]:
             if part.manifest["tokenizer"]["sha256"] != parts[0].manifest["tokenizer"]["sha256"]:
-                raise UserError(f"streams {part.prefix} and {parts[0].prefix} were made with different tokenizers")
+                raise UserError(
+                    f"aligned datasets {part.prefix} and {parts[0].prefix} were made with different tokenizers"
+                )
         counts = _counts([len(part) for part in parts], weights)
         self._part = np.repeat(np.arange(len(parts)), counts)
         self._pair = np.concatenate([np.arange(count) % len(part) for part, count in zip(parts, counts)])
@@ -60,17 +71,21 @@ class BlendedStreams:
         return record._replace(chosen_ref_logprobs=None, rejected_ref_logprobs=None)
 
     def require_unchanged(self) -> None:
-        """:meth:`PairStreams.require_unchanged` of every part."""
+        """Check every part with :meth:`PairStreams.require_unchanged`.
+
+        Raises:
+            UserError: a file of a part does not match its manifest.
+        """
         for part in self.parts:
             part.require_unchanged()
 
     def pair_id(self, pair: int) -> str:
-        """The name of a pair in the streams that it comes from."""
+        """Id of a pair in the dataset that it comes from."""
         return self.parts[self._part[pair]].pair_id(int(self._pair[pair]))
 
 
 def parse_blend(written: str) -> tuple[list[str], list[float] | None]:
-    """Prefixes and weights of a blend.
+    """Prefixes and weights of a blend; the weights are None if it has none.
 
     Raises:
         UserError: numbers and prefixes do not alternate, or a weight is not positive.
@@ -81,7 +96,9 @@ def parse_blend(written: str) -> tuple[list[str], list[float] | None]:
         return words, None
     weights, prefixes = numbers[::2], words[1::2]
     if len(words) % 2 or None in weights or any(number is not None for number in numbers[1::2]):
-        raise UserError(f"{written!r} is no blend of streams: write WEIGHT PREFIX WEIGHT PREFIX ..., or prefixes alone")
+        raise UserError(
+            f"{written!r} is not a blend of aligned datasets: write WEIGHT PREFIX WEIGHT PREFIX ..., or prefixes alone"
+        )
     if not all(0 < weight < float("inf") for weight in weights):
         raise UserError(f"{written!r}: weights must be positive numbers")
     return prefixes, weights
@@ -94,9 +111,9 @@ def _counts(pairs: list[int], weights: list[float] | None) -> list[int]:
     epoch = max(count / share for count, share in zip(pairs, shares))
     if epoch > _LONGEST * sum(pairs):
         raise UserError(
-            f"with shares {', '.join(f'{share:.2g}' for share in shares)} an epoch that leaves no pair out "
-            f"has {epoch:.3g} pairs where the streams have {sum(pairs)}: give the "
-            "larger streams more weight"
+            f"with shares {', '.join(f'{share:.2g}' for share in shares)} an epoch that covers every pair "
+            f"has {epoch:.3g} pairs, but the datasets have only {sum(pairs)}: give the "
+            "larger datasets more weight"
         )
     return [max(count, round(share * epoch)) for count, share in zip(pairs, shares)]
 

@@ -1,4 +1,4 @@
-"""Whether the pairs of aligned datasets can be trained on as a recipe says."""
+"""Validation of an aligned dataset against the recipe."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ def require_enough(pairs: int, data: DataSection, where: str) -> None:
     """Check that there is at least one global batch.
 
     Raises:
-        UserError: there is not.
+        UserError: there are fewer pairs than ``data.global_batch_size``.
     """
     if pairs < data.global_batch_size:
         raise UserError(
@@ -22,10 +22,11 @@ def require_enough(pairs: int, data: DataSection, where: str) -> None:
 
 
 def require_trainable(streams: PairStreams, data: DataSection, objective: Objective) -> None:
-    """Check that every pair of streams fits the recipe, and that they hold what the objective reads.
+    """Check that every pair fits the recipe, and that the dataset holds what the objective reads.
 
     Raises:
-        UserError: fewer pairs than one global batch, a pair longer than ``data.seq_length``, no reference log-probs.
+        UserError: fewer training pairs than one global batch, a pair longer than ``data.seq_length``, or no reference
+            log-probs for an objective that needs them.
     """
     if str(streams.prefix) == data.train:
         require_enough(len(streams), data, str(streams.prefix))

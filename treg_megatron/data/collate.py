@@ -1,8 +1,10 @@
-"""Pairs to the tensors of one forward pass.
+"""Collation of pairs into the tensors of one forward pass (padded, packed, or packed with shared prompts).
 
-Only response tokens are scored, so a micro-batch carries them flat: which row of the hidden states predicts each, its
-id, its token reward and its reference log-prob. That list is the same whether the sequences lie padded, one a row, or
-packed, one after the other in a single row; the layout is settled here and nobody after needs to know it.
+Only response tokens are scored, so a micro-batch carries them as flat arrays: the row of the hidden states that
+predicts each, its id, its token reward and its reference log-prob. Whether sequences are padded, one per row, or packed
+into one sequence is decided here; downstream code is layout-agnostic.
+
+Dimensions: b rows, s tokens per row, n response tokens of the micro-batch on this rank.
 """
 
 import math
@@ -27,27 +29,29 @@ def collate(
     context: ContextPart = WHOLE,
     share_prompts: bool = False,
 ) -> dict[str, Any]:
-    """One micro-batch of 0 or more pairs; without pairs it is a row of padding whose loss is 0.
+    """One micro-batch of 0 or more pairs; without pairs it consists of padding and its loss is 0.
 
     Args:
-        pad_to_multiple_of: a row's length is a multiple of this; as large as the longest row, it makes all rows equal.
-        context: the part of every sequence that this rank holds; layout packed alone can be split.
-        share_prompts: whether a pair's prompt stands in its row once; layout packed and whole sequences only.
+        layout: padded or packed; the recipe's layout bins is packed here.
+        pad_to_multiple_of: s is a multiple of this; the largest s of all micro-batches gives them all the same length.
+        context: the part of every sequence that this context-parallel rank holds; only layout packed can be split.
+        share_prompts: store the prompt of each pair once; only for layout packed without context parallelism.
 
     Returns:
         tokens, position_ids: [b, s] int64; packed: b = 1.
-        cu_seqlens: [sequences + 1] int32 and max_seqlen: int, of whole sequences, packed only; padding is a sequence of
-            its own. Where prompts are shared, pairs instead of cu_seqlens: list of (prompt, chosen, rejected) tokens.
-        rows: [n] int64, which row of the [s * b, hidden] flattened hidden states predicts response token n.
-        targets: [n] int64, its id. lengths: list of int, tokens here of chosen 0, rejected 0, chosen 1, ...
-        token_rewards, ref_logps: [n] fp32, absent where the streams have none. pair_ids: list of str.
+        cu_seqlens: [sequences + 1] int32 and max_seqlen: int, of whole sequences, packed only; padding forms a separate
+            sequence. With share_prompts, pairs replaces cu_seqlens: list of (prompt, chosen, rejected) token counts.
+        rows: [n] int64, index into the flattened hidden states [s * b, hidden] that predicts each response token.
+        targets: [n] int64, ids of the response tokens. lengths: list of int, response tokens on this rank of chosen 0,
+            rejected 0, chosen 1, ...
+        token_rewards: [n] fp32. ref_logps: [n] fp32, absent if the dataset has none. pair_ids: list of str.
     """
     sequences = [tokens for r in records for tokens in (r.chosen_tokens, r.rejected_tokens)]
     responses = [len(rewards) for r in records for rewards in (r.chosen_token_rewards, r.rejected_token_rewards)]
     scored = [score_positions(len(s) - n, n) for s, n in zip(sequences, responses, strict=True)]
     positions = [np.arange(part.start, part.stop) for part in scored]
     widths = [context.padded(len(s)) for s in sequences]
-    here = [context.holds(p, width) for p, width in zip(positions, widths)]  # of each response: which tokens are ours
+    here = [context.holds(p, width) for p, width in zip(positions, widths)]  # masks per response
 
     def flat(of_each: Sequence[np.ndarray], dtype: type = np.float32) -> torch.Tensor:
         return _flat([np.asarray(values)[mine] for values, mine in zip(of_each, here, strict=True)], dtype)
@@ -70,7 +74,8 @@ def collate(
 
 
 def row_multiple(data: DataSection, parallel: ParallelSection) -> int:
-    """What a row's length is a multiple of: the recipe's, and what sequence parallelism divides a rank's part by."""
+    """Number of tokens that a row's length must be a multiple of: the recipe's, and what context and sequence
+    parallelism divide it by."""
     divisor = ContextPart(0, parallel.context).divisor
     return math.lcm(data.pad_to_multiple_of, divisor * (parallel.tensor if parallel.sequence else 1))
 
@@ -78,11 +83,12 @@ def row_multiple(data: DataSection, parallel: ParallelSection) -> int:
 def packed_row(
     sequences: list[torch.Tensor], positions: list[np.ndarray], multiple: int = 1, context: ContextPart = WHOLE
 ) -> dict[str, Any]:
-    """Sequences in one row, one after the other: tokens, position_ids, cu_seqlens, max_seqlen, rows of :func:`collate`.
+    """One packed sequence: tokens, position_ids, cu_seqlens, max_seqlen and rows as :func:`collate` describes them.
 
     Args:
         sequences: [s] int64 each.
-        positions: of each sequence those that predict its response tokens, on this rank.
+        positions: int64 per sequence, the positions on this rank that predict its response tokens.
+        multiple: the packed length is a multiple of this.
     """
     sequences = [_lengthened(s, context.padded(len(s))) for s in sequences]
     total = sum(len(s) for s in sequences)
@@ -103,28 +109,30 @@ def packed_row(
 def shared_row(
     sequences: list[torch.Tensor], positions: list[np.ndarray], responses: list[int], multiple: int = 1
 ) -> dict[str, Any]:
-    """Pairs in one row, their prompt once: prompt, chosen, rejected of each; tokens, position_ids, pairs, max_seqlen and
-    rows of :func:`collate`.
+    """One packed sequence with shared prompts: prompt, chosen response and rejected response of each pair in turn.
+
+    Returns tokens, position_ids, pairs, max_seqlen and rows as :func:`collate` describes them.
 
     Args:
         sequences: [s] int64 each: chosen 0, rejected 0, chosen 1, ...
-        positions: of each sequence those that predict its response tokens.
-        responses: tokens of each response.
+        positions: int64 per sequence, the positions that predict its response tokens.
+        responses: number of tokens of each response.
+        multiple: the packed length is a multiple of this.
     """
-    parts, places, rows, pairs, start = [], [], [], [], 0
+    parts, position_ids, rows, pairs, start = [], [], [], [], 0
     for first in range(0, len(sequences), 2):
         (chosen, rejected), (of_chosen, of_rejected) = sequences[first : first + 2], positions[first : first + 2]
         prompt = len(chosen) - responses[first]
         parts += [chosen, rejected[prompt:]]
-        places += [torch.arange(len(chosen)), torch.arange(prompt, len(rejected))]
-        # behind the prompt, the rejected response's tokens stand after the chosen one's
+        position_ids += [torch.arange(len(chosen)), torch.arange(prompt, len(rejected))]
+        # the rejected response follows the chosen one, so its positions after the prompt shift by the chosen length
         rows += [start + of_chosen, start + np.where(of_rejected < prompt, of_rejected, of_rejected + responses[first])]
         pairs.append((prompt, responses[first], len(rejected) - prompt))
         start += len(chosen) + len(rejected) - prompt
     padding = _round_up(max(start, 1), multiple) - start
     return {
         "tokens": torch.cat([*parts, torch.full((padding,), PADDING_TOKEN)])[None],
-        "position_ids": torch.cat([*places, torch.arange(padding)])[None],
+        "position_ids": torch.cat([*position_ids, torch.arange(padding)])[None],
         "pairs": pairs,
         "max_seqlen": max([padding, *map(len, sequences)]),
         "rows": _flat(rows, np.int64),

@@ -1,6 +1,6 @@
-"""The preference formats that people have, one small function each, in one table.
+"""Readers for the common preference-data formats, in one table.
 
-To add a format: write the function that turns a row into an :class:`Answered` and give it a line in :data:`FORMATS`.
+To add a format: write a function that turns a record into an :class:`Answered`, and add an entry to :data:`FORMATS`.
 """
 
 import re
@@ -13,7 +13,7 @@ AUTO = "auto"  # recognise the format from the first record
 
 
 class Answered(NamedTuple):
-    """A conversation and two answers to it, the preferred one first, with their scores where the row has any."""
+    """A conversation and two answers to it, the preferred one first, with scores where the record has them."""
 
     messages: tuple[Message, ...]
     chosen: str
@@ -23,13 +23,13 @@ class Answered(NamedTuple):
 
 
 class NoPreference(Exception):
-    """A row whose answers are ranked or scored equal: it is well-formed and teaches nothing."""
+    """A well-formed record whose answers are ranked or scored equal, so it carries no training signal."""
 
 
 class PairFormat(NamedTuple):
-    """A kind of file: its name, its keys in words, how a row is recognised, and how one is read.
+    """A preference-data format: its name, a description of its keys, a predicate for its records, and a reader.
 
-    ``read`` raises ``ValueError`` for a row that cannot be used, :class:`NoPreference` for one without a preference.
+    ``read`` raises ``ValueError`` for an unusable record, :class:`NoPreference` for one without a preference.
     """
 
     name: str
@@ -53,7 +53,7 @@ def _ultrafeedback(row: dict) -> Answered:
     answered = _trl_implicit(row)
     prompt = _text(_required(row, "prompt"), "prompt")
     if prompt.strip() not in (message.content.strip() for message in answered.messages if message.role == "user"):
-        raise ValueError("prompt is no user turn of chosen and rejected")
+        raise ValueError("prompt is not among the user turns of chosen and rejected")
     return answered
 
 
@@ -64,7 +64,7 @@ def _common_beginning(row: dict) -> Answered:
     if chosen == rejected:
         raise NoPreference
     if not spaces:
-        raise ValueError("chosen and rejected have no beginning in common that could be the prompt")
+        raise ValueError("chosen and rejected have no common prefix that could be the prompt")
     start, end = spaces[-1]
     while rejected[start:end] != chosen[start:end]:
         end -= 1  # the answers themselves begin with different white space
@@ -164,7 +164,7 @@ _OPENAI = _Keys("role", "content", {role: role for role in ("system", "user", "a
 _SHAREGPT = _Keys("from", "value", {"human": "user", "gpt": "assistant", **_OPENAI.roles})
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
-#: Order matters: the first that matches the first row is taken, so a format stands before one whose keys it extends.
+#: Order matters: the first match of the first record wins, so a format precedes those whose keys it extends.
 FORMATS = (
     PairFormat(
         "sharegpt", "conversations, chosen, rejected", lambda row: _has(row, "conversations", *_SIDES), _sharegpt
@@ -231,7 +231,7 @@ def _required(row: dict, name: str) -> Any:
 
 
 def _scores(row: dict, *more: str) -> tuple[Any, Any]:
-    """Scores of both sides, unchecked, under the names that data sets use."""
+    """Scores of both sides, unvalidated, under the key names in common use."""
     names = [(f"{side}_score", f"score_{side}", *(name for name in more if name.startswith(side))) for side in _SIDES]
     return tuple(next((row[n] for n in side if row.get(n) is not None), None) for side in names)
 

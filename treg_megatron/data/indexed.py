@@ -1,18 +1,18 @@
-"""Megatron's indexed dataset, written and read without Megatron.
+"""Reader and writer of Megatron's indexed dataset format, without importing Megatron.
 
-A ``.bin`` file holds sequences of one number type one after the other; its ``.idx`` file says where each begins and
-which sequences make up a document. Little-endian:
+A ``.bin`` file holds concatenated sequences of one dtype; its ``.idx`` file says where each begins and which sequences
+make up a document. Layout of the index, little-endian:
 
     9 bytes   magic "MMIDIDX\\0\\0"
     8 bytes   version, 1
-    1 byte    number type (the codes of :data:`DTYPE_CODES`)
+    1 byte    dtype (the codes of :data:`DTYPE_CODES`)
     8 bytes   S, the number of sequences
     8 bytes   D, one more than the number of documents
-    S int32   length of each sequence in numbers
+    S int32   length of each sequence in elements
     S int64   offset of each sequence in the .bin file in bytes
     D int64   the first sequence of each document, and S
 
-megatron-core's ``IndexedDataset`` reads what is written here, and the other way round.
+The format is that of ``megatron.core.datasets.indexed_dataset.IndexedDataset``: each reads what the other writes.
 """
 
 import array
@@ -38,9 +38,9 @@ _MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
 
 
 class IndexedWriter:
-    """Writes documents, of at most 65,535 sequences, one after the other.
+    """Streaming writer of documents of at most 65,535 sequences each.
 
-    Memory grows by 4 bytes a sequence and 2 a document; :meth:`finish` needs 8 more for each of either for a moment.
+    Memory grows by 4 bytes per sequence and 2 per document; :meth:`finish` briefly needs 8 more for each of either.
     """
 
     def __init__(self, bin_path: Path, idx_path: Path, dtype: np.dtype | type):
@@ -51,7 +51,7 @@ class IndexedWriter:
         self._document_sizes = array.array("H")
 
     def add_document(self, sequences: Sequence[np.ndarray]) -> None:
-        """Append a document of sequences, which are cast to the dataset's number type."""
+        """Append a document of sequences, each 1-D and cast to the dataset's dtype."""
         for sequence in sequences:
             content = np.ascontiguousarray(sequence, dtype=self.dtype).data.cast("B")
             self._bin.write(content)
@@ -60,7 +60,7 @@ class IndexedWriter:
         self._document_sizes.append(len(sequences))
 
     def append(self, reader: "IndexedReader") -> None:
-        """Append all documents of another dataset of the same number type."""
+        """Append all documents of another dataset of the same dtype."""
         for start in range(0, reader.numbers.nbytes, _COPIED_AT_ONCE):
             content = reader.numbers.view(np.uint8)[start : start + _COPIED_AT_ONCE].data
             self._bin.write(content)
@@ -99,23 +99,25 @@ class IndexedReader:
     """A memory-mapped indexed dataset.
 
     Attributes:
-        dtype: number type of the sequences.
-        lengths: int32 [sequences], numbers in each.
-        document_starts: int64 [documents + 1], first sequence of each document, and the number of sequences.
-        numbers: all sequences, one after the other; a read-only view of the file.
+        dtype: of the sequences.
+        lengths: int32 [sequences], elements of each.
+        document_starts: int64 [documents + 1], first sequence of each document, then the number of sequences.
+        numbers: all sequences concatenated, [elements] of ``dtype``; a read-only view of the file.
 
     Raises:
-        UserError: a file is missing, is no indexed dataset, or index and data do not agree.
+        UserError: a file is missing, is not an indexed dataset, or index and data disagree.
     """
 
     def __init__(self, bin_path: Path, idx_path: Path):
         index = _mapped(idx_path)
         if len(index) < _HEADER.size:
-            raise UserError(f"{idx_path} is cut off: {len(index)} bytes are no index")
+            raise UserError(f"{idx_path} is truncated: {len(index)} bytes are too few for an index")
         magic, version, code, sequences, boundaries = _HEADER.unpack(index[: _HEADER.size].tobytes())
         dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
         if magic != _MAGIC or version != _VERSION or code not in dtypes:
-            raise UserError(f"{idx_path} is no Megatron index (magic {magic!r}, version {version}, number type {code})")
+            raise UserError(
+                f"{idx_path} is not a Megatron index (magic {magic!r}, version {version}, dtype code {code})"
+            )
         if len(index) != _HEADER.size + sequences * (4 + 8) + boundaries * 8:
             raise UserError(f"{idx_path} has {len(index)} bytes, which does not fit its {sequences} sequences")
         self.dtype = dtypes[code]
@@ -139,13 +141,13 @@ class IndexedReader:
         return len(self.lengths)
 
     def __getitem__(self, sequence: int) -> np.ndarray:
-        """The numbers of one sequence, a read-only view of the file."""
+        """One sequence, [length] of ``dtype``; a read-only view of the file."""
         start = self._starts[sequence]
         return self.numbers[start : start + self.lengths[sequence]]
 
 
 def ends_of(path: Path) -> str:
-    """Hex digest of the first and the last bytes of a file: tells files apart at the price of two reads."""
+    """SHA-256 hex digest of the first and last 64 KiB of a file: a cheap fingerprint that costs two reads."""
     digest = hashlib.sha256()
     hash_blocks(digest, path, (0, max(path.stat().st_size - _END, 0)), _END)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What a file of preference pairs holds, before anything is computed from it."""
+"""Statistics of a file of preference pairs."""
 
 from collections import Counter
 from pathlib import Path
@@ -15,19 +15,20 @@ _QUANTILES = (0.0, 0.5, 0.95, 1.0)
 def inspect_pairs(
     source: str | Path, format: str = AUTO, tokenizer: ChatTokenizer | None = None, max_length: int | None = None
 ) -> dict[str, Any]:
-    """Read all pairs of ``source`` and say what they are.
+    """Read all pairs of ``source`` and compute their statistics.
 
     Args:
-        tokenizer: counts lengths in its tokens; without one they are in characters.
-        max_length: counts the pairs of which prompt + response is longer.
+        format: name of a format, or ``auto``.
+        tokenizer: lengths are in its tokens; None: in characters.
+        max_length: maximum of prompt + response, in the same unit, for ``too_long``.
 
     Returns:
-        format, pairs, drops (rows by reason), unusable (rows), first_unusable (messages), turns (pairs by number of
-        turns), system (pairs with a system message), repeated_prompts, scored, chosen_scored_lower, unit,
-        lengths (minimum, median, 95th percentile and maximum of prompt, chosen, rejected, longest), too_long.
+        format, pairs, drops (records by reason), unusable (number of records), first_unusable (messages), turns (pairs
+        by number of turns), system (pairs with a system message), repeated_prompts, scored, chosen_scored_lower, unit,
+        lengths (minimum, median, 95th percentile and maximum of prompt, chosen, rejected, longest), too_long (pairs).
 
     Raises:
-        UserError: a file without any pair, or of no known kind.
+        UserError: the file has no usable pair, or its format is not recognised.
     """
     drops: Counter[str] = Counter()
     unusable: list[str] = []
@@ -72,7 +73,7 @@ def inspect_pairs(
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report for people, a fact a line."""
+    """The report of :func:`inspect_pairs` as text, one statistic per line."""
     lines = [f"{report['pairs']} pairs, read as {report['format']}"]
     lines += [f"left out: {count} {reason}" for reason, count in sorted(report["drops"].items())]
     lines += [f"cannot be used: {report['unusable']} rows"] * bool(report["unusable"])

@@ -1,9 +1,8 @@
 """Labelled pairs: token ids, token rewards and reference log-probs of preference pairs, as Parquet.
 
-One row a pair. ``chosen_tokens`` and ``rejected_tokens`` are prompt followed by response; the lists of rewards and
-log-probs have one value for each response token, value t for response token t. Anyone can write such a file from any
-source of token rewards, so nothing in it is taken on trust when it is read. Files that are written here carry a checksum
-of every page.
+One row per pair. ``chosen_tokens`` and ``rejected_tokens`` are prompt followed by response; the lists of rewards and
+log-probs have one value per response token, value t for response token t. Anyone can write such a file from any source
+of token rewards, so everything in it is validated when it is read. Files written here carry a checksum per page.
 """
 
 import itertools
@@ -46,7 +45,7 @@ _OPTIONAL = {
 
 @dataclass(frozen=True)
 class LabelledPair:
-    """A row: int32 token ids, fp32 values a response token, and for people the scores and texts, where known."""
+    """One labelled pair: int32 token ids [s], fp32 values [response tokens]; readable scores and texts where known."""
 
     pair_id: str
     chosen_tokens: np.ndarray
@@ -63,10 +62,10 @@ class LabelledPair:
 
 
 def write_shard(path: str | Path, pairs: Iterable[LabelledPair], metadata: dict[str, Any] | None = None) -> int:
-    """Write labelled pairs as one Parquet file, atomically, and return how many there were.
+    """Write labelled pairs as one Parquet file, atomically, and return their number.
 
-    Memory holds some rows at a time. ``metadata`` (JSON values) travels inside the file; it is written after the last
-    pair, so that it may count what happened on the way.
+    Memory holds one batch of rows at a time. ``metadata`` (JSON values) is stored in the file; it is written after the
+    last pair, so it may be filled in while the pairs are produced.
     """
     pairs, written = iter(pairs), 0
     rows = list(itertools.islice(pairs, _ROWS_AT_ONCE))
@@ -93,7 +92,7 @@ def write_shard(path: str | Path, pairs: Iterable[LabelledPair], metadata: dict[
 
 
 def read_shard_metadata(path: str | Path) -> dict[str, Any] | None:
-    """What :func:`write_shard` was given as ``metadata``; None for a file of other origin.
+    """The ``metadata`` given to :func:`write_shard`; None for a file written by something else.
 
     Raises:
         UserError: the file is missing or is not Parquet.
@@ -105,13 +104,13 @@ def read_shard_metadata(path: str | Path) -> dict[str, Any] | None:
 def read_labelled(path: str | Path, first: int = 0, last: int | None = None) -> Iterator[LabelledPair]:
     """Read and check labelled pairs, row by row, from one Parquet file or from all those of a folder.
 
-    ``first`` and ``last`` (one after the last) choose rows by their number over all files, from 0.
+    ``first`` and ``last`` (exclusive) select rows by their index over all files, from 0.
 
-    Files are read in the natural order of their names (part-2 before part-10); memory holds some rows at a time. Wider
+    Files are read in the natural order of their names (part-2 before part-10), one batch of rows at a time. Wider
     integers and floats are accepted where their values fit.
 
     Raises:
-        UserError: a file, column, type or value that does not fulfil the contract, with file, row and pair_id.
+        UserError: a file, column, type or value is invalid; the message names file, row and pair_id.
     """
     before = 0
     for file in labelled_files(path):
@@ -123,7 +122,7 @@ def read_labelled(path: str | Path, first: int = 0, last: int | None = None) -> 
 
 
 def count_rows(path: str | Path) -> int:
-    """Rows of one Parquet file or of all those of a folder, without reading them.
+    """Number of rows of one Parquet file or of all those of a folder, from the metadata alone.
 
     Raises:
         UserError: as :func:`read_labelled`.
@@ -132,7 +131,11 @@ def count_rows(path: str | Path) -> int:
 
 
 def labelled_files(path: str | Path) -> list[Path]:
-    """The Parquet files that ``path`` stands for, in reading order."""
+    """The Parquet files at ``path``, in reading order.
+
+    Raises:
+        UserError: ``path`` does not exist, or is a folder without .parquet files.
+    """
     path = Path(path)
     if path.is_file():
         return [path]
@@ -148,10 +151,10 @@ def labelled_files(path: str | Path) -> list[Path]:
 
 
 def labelling_run(path: str | Path) -> dict[str, Any] | None:
-    """What made labelled pairs (reference model, prompt pair, tokenizer, ...); None where they are of other origin.
+    """Provenance of labelled pairs (reference model, prompt pair, tokenizer, ...); None if not written by label_tokens.
 
     Raises:
-        UserError: the labelling job is unfinished, or the files are not the ones that its manifest vouches for.
+        UserError: the labelling job is unfinished, or the files differ from those listed in its manifest.
     """
     path, files = Path(path), labelled_files(path)
     if path.is_file():
@@ -179,7 +182,7 @@ def labelling_run(path: str | Path) -> dict[str, Any] | None:
 
 
 class _Lists(NamedTuple):
-    """A list column: the values of all rows, and where each row's begin."""
+    """A list column: the concatenated values of all rows, and the offset of each row."""
 
     values: np.ndarray
     offsets: np.ndarray
@@ -223,7 +226,7 @@ def _read_file(path: Path, begin: int, end: int) -> Iterator[LabelledPair]:
             yield from pairs
             first_row += batch.num_rows
         if first_row <= end:  # a damaged page can look like one of a kind that readers skip
-            raise UserError(f"{path} ends after row {first_row - 1}, where {end} were announced: it is damaged")
+            raise UserError(f"{path} ends after row {first_row - 1}, but its metadata promises {end}: it is damaged")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: text that is not UTF-8 in row {first_row} or after ({error.reason})") from None
     except (pa.ArrowException, OSError) as error:
@@ -231,7 +234,7 @@ def _read_file(path: Path, begin: int, end: int) -> Iterator[LabelledPair]:
 
 
 def _batches(parquet: pq.ParquetFile, columns: list[str], begin: int, end: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Rows begin to end of a file, some at a time, each with the number of its first row, from 1."""
+    """Batches of the rows [begin, end) of a file, each with the number of its first row, from 1."""
     groups, starts = [], [0]
     for group in range(parquet.num_row_groups):
         starts.append(starts[-1] + parquet.metadata.row_group(group).num_rows)
@@ -319,8 +322,8 @@ def _check(columns: dict[str, _Lists]) -> None:
         _refuse_rows(
             rewards.lengths >= tokens.lengths,
             lambda row: (
-                f"{side}_token_rewards has {rewards.lengths[row]} values for {tokens.lengths[row]} tokens; it needs one "
-                "for each response token, and at least one prompt token stands before them"
+                f"{side}_token_rewards has {rewards.lengths[row]} values for {tokens.lengths[row]} tokens; it needs "
+                "one per response token, and at least one prompt token must precede them"
             ),
         )
         _refuse_values(tokens, tokens.values < 0, f"{side}_tokens holds a negative id")
@@ -338,7 +341,7 @@ def _check(columns: dict[str, _Lists]) -> None:
             _refuse_values(
                 reference,
                 ~((reference.values <= _LOGPROB_TOLERANCE) & np.isfinite(reference.values)),
-                f"{side}_ref_logprobs holds a value that is no finite log-prob",
+                f"{side}_ref_logprobs holds a value that is not a finite log-prob",
             )
 
 

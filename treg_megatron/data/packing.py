@@ -1,9 +1,10 @@
-"""Pairs, kept whole, into bins of a fixed size: micro-batches of about equally many tokens.
+"""Bin packing of pairs into micro-batches of similar token counts, by first-fit decreasing.
 
-A global batch stays ``global_batch_size`` pairs. Its pairs are put into bins, first fit, longest first, and the bins
-are dealt out to the data-parallel ranks. So the bins of a step depend on the seed and the lengths alone, and a run
-resumes at any step on any number of ranks, as without bins. Megatron's schedule takes one number of micro-batches for
-the whole run: that of the step with the most bins. Where a step has fewer, the rest are empty and weigh nothing,
+A global batch remains ``global_batch_size`` pairs. Its pairs, never split, are packed into bins of ``bin_size``
+tokens: taken longest first, each goes into the first bin with room (first-fit decreasing). The bins are distributed
+round-robin over data-parallel ranks. The bins of a step thus depend only on the seed and the lengths, and a run resumes
+at any step on any number of ranks, as without bins. Megatron's schedule uses one number of micro-batches for the whole
+run, that of the step with the most bins; in other steps the remaining micro-batches are empty and contribute nothing,
 because the loss is divided by pairs and not by micro-batches.
 """
 
@@ -17,10 +18,17 @@ from treg_megatron.errors import UserError
 
 
 def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
-    """Divide items of the given lengths into bins of ``size``; indices by bin, longest first, the same at every call.
+    """Pack items into bins of ``size`` by first-fit decreasing; ties keep their order, so the result is deterministic.
+
+    Args:
+        lengths: int64 [items], tokens of each item.
+        size: capacity of a bin in tokens.
+
+    Returns:
+        Indices of the items of each bin, longest first.
 
     Raises:
-        ValueError: an item longer than a bin.
+        ValueError: an item is longer than a bin.
     """
     if len(lengths) and lengths.max() > size:
         raise ValueError(f"an item of {lengths.max()} does not fit a bin of {size}")
@@ -40,9 +48,16 @@ def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
 
 
 class BinOrder:
-    """Batch sampler: the pairs of each bin of one data-parallel rank, step after step.
+    """Deterministic, resumable batch sampler that yields the bins of one data-parallel rank.
 
-    Iterating yields ``micro_batches`` lists of indices a step, possibly empty, of at most ``bin_size`` tokens together.
+    Iterating yields ``micro_batches`` lists of pair indices per step, each possibly empty and of at most ``bin_size``
+    tokens in total.
+
+    Args:
+        lengths: int64 [pairs], tokens of each pair (:func:`pair_lengths`).
+        rank, ranks: data-parallel rank and size.
+        micro_batches: micro-batches per step and rank (:func:`micro_batches` of :func:`most_bins`).
+        seed: of the shuffling; None keeps the order of the dataset.
     """
 
     def __init__(
@@ -66,27 +81,27 @@ class BinOrder:
         self.first_step, self.steps = first_step, self._pairs.steps
 
     def __len__(self) -> int:
-        """Micro-batches of the whole run: Lightning counts those before ``first_step`` as fetched."""
+        """Micro-batches of the whole run: Lightning counts those before ``first_step`` as already fetched."""
         return self.steps * self.micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first_step, self.steps):
             bins = self.bins(step)
             for micro in range(self.micro_batches):
-                number = micro * self.ranks + self.rank
-                yield bins[number] if number < len(bins) else []
+                index = micro * self.ranks + self.rank
+                yield bins[index] if index < len(bins) else []
 
     def bins(self, step: int) -> list[list[int]]:
-        """Indices of the pairs in each bin of one step, over all ranks: the same for every layout."""
+        """Pair indices of each bin of one step, over all ranks; independent of the parallel layout."""
         batch = self._pairs.global_batch(step)
         return [batch[bin].tolist() for bin in pack(self.lengths[batch], self.bin_size)]
 
 
 def pair_lengths(sequence_lengths: np.ndarray, bin_size: int, name: str) -> np.ndarray:
-    """Tokens of each pair, int64 [pairs], from those of its two sequences, int32 [pairs, 2].
+    """Tokens per pair, int64 [pairs], from the lengths of its two sequences, int32 [pairs, 2].
 
     Raises:
-        UserError: a pair of the streams ``name`` that does not fit a bin.
+        UserError: a pair of the aligned dataset ``name`` does not fit a bin.
     """
     lengths = sequence_lengths.sum(axis=1, dtype=np.int64)
     if lengths.max() > bin_size:
@@ -100,11 +115,11 @@ def pair_lengths(sequence_lengths: np.ndarray, bin_size: int, name: str) -> np.n
 def most_bins(
     lengths: np.ndarray, bin_size: int, global_batch_size: int, epochs: int = 1, seed: int | None = None
 ) -> int:
-    """Bins of the step that needs the most, over all epochs."""
+    """Largest number of bins of any step, over all epochs."""
     order = BinOrder(lengths, bin_size, global_batch_size, 0, 1, micro_batches=1, epochs=epochs, seed=seed)
     return max(len(order.bins(step)) for step in range(order.steps))
 
 
 def micro_batches(bins: int, ranks: int, group: int = 1) -> int:
-    """Micro-batches a rank and step that hold ``bins`` bins over all ranks, a multiple of ``group``."""
+    """Micro-batches per rank and step that hold ``bins`` bins over all ranks, rounded up to a multiple of ``group``."""
     return math.ceil(bins / (ranks * group)) * group

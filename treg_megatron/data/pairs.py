@@ -1,4 +1,4 @@
-"""Preference pairs from files of any known format, one after the other, in the order of the file."""
+"""Streaming reader of preference pairs from files of any supported format."""
 
 import hashlib
 import json
@@ -22,10 +22,10 @@ EQUAL_SCORES = "equal scores or ranks"
 
 @dataclass(frozen=True)
 class Pair:
-    """A conversation that ends with a user turn, and two answers to it, one preferred.
+    """A preference pair: a conversation that ends with a user turn, and a chosen and a rejected response to it.
 
-    Of answers that were sampled, ``chosen_ids`` and ``rejected_ids`` are their token ids, end-of-turn token included
-    where the model ended its turn, and ``tokenizer`` is the hash of the tokenizer that they belong to.
+    For sampled responses, ``chosen_ids`` and ``rejected_ids`` are the sampled token ids, with the end-of-turn token if
+    the model ended its turn, and ``tokenizer`` is the hash of the tokenizer they were sampled with.
     """
 
     pair_id: str
@@ -45,19 +45,19 @@ def read_pairs(
     format: str = AUTO,
     unusable: Callable[[str], None] | None = None,
 ) -> Iterator[Pair]:
-    """Read the preference pairs of a file, folder or hub data set (:mod:`treg_megatron.data.records`), whatever its size.
+    """Stream the preference pairs of a file, folder or hub dataset (:mod:`treg_megatron.data.records`) of any size.
 
-    The format is recognised by the first row and holds for the whole file. A pair's id is the row's ``pair_id`` or
-    ``id``, else a hash of its content. Pairs that can teach nothing are left out and counted by reason in ``drops``:
-    identical responses, equal scores, and rows that repeat an earlier row with the same id and content.
+    The format is detected from the first record and applies to the whole file. A pair's id is the record's
+    ``pair_id`` or ``id``, else a hash of its content. Pairs without a training signal are dropped and counted by reason
+    in ``drops``: identical responses, equal scores, and records that repeat an earlier id and content.
 
     Args:
         format: the name of one of :data:`~treg_megatron.data.formats.FORMATS`, or ``auto``.
-        unusable: told of each row that cannot be used, instead of the error.
+        unusable: called with a message for each unusable record, instead of raising.
 
     Raises:
-        UserError: the file is missing, is of no known kind, or holds a row that cannot be used. The message names the
-            file and the row, counted from 1; in JSONL a row is a line.
+        UserError: the file is missing, its format is not recognised, or it holds an unusable record. The message names
+            the file and the record's number, counted from 1 ("row"); in JSONL that is the line.
     """
     for pair, _ in read_pairs_and_rows(source, drops, format, unusable):
         yield pair
@@ -69,7 +69,7 @@ def read_pairs_and_rows(
     format: str = AUTO,
     unusable: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Pair, dict]]:
-    """:func:`read_pairs`, each with its row for whoever needs more of it."""
+    """:func:`read_pairs`, with the record that each pair was read from."""
     drops = Counter() if drops is None else drops
     reader = None if format == AUTO else format_named(format)
     seen_ids, seen_pairs = Seen(), Seen()
@@ -89,8 +89,8 @@ def read_pairs_and_rows(
                 drops[REPEATED_PAIR] += 1
             elif pair.pair_id in seen_ids:
                 raise ValueError(
-                    f"pair_id {pair.pair_id!r} already belongs to an earlier row with other content; give "
-                    "every pair an id of its own, or none"
+                    f"pair_id {pair.pair_id!r} already belongs to an earlier row with different content; give "
+                    "every pair a unique id, or none"
                 )
             else:
                 seen_ids.add(pair.pair_id)
@@ -107,26 +107,26 @@ def read_pairs_and_rows(
 
 
 def recognise(row: dict) -> PairFormat:
-    """The format of a row.
+    """Detect the format of a record.
 
     Raises:
-        ValueError: it is none.
+        ValueError: no format matches.
     """
     for format in FORMATS:
         if format.matches(row):
             return format
     keys = ", ".join(map(repr, row)) or "none"
     raise ValueError(
-        f"keys {keys} are no known kind of preference pair; known: "
+        f"unrecognised preference format with keys {keys}; supported: "
         + "; ".join(f"{format.name} ({format.keys})" for format in FORMATS)
     )
 
 
 def format_named(name: str) -> PairFormat:
-    """The format of a name.
+    """Look up a format by name.
 
     Raises:
-        UserError: there is none.
+        UserError: no format has this name.
     """
     for format in FORMATS:
         if format.name == name:
@@ -135,7 +135,7 @@ def format_named(name: str) -> PairFormat:
 
 
 def conversation_text(messages: tuple[Message, ...]) -> str:
-    """A conversation as text for people and prompts: ``Role: content`` paragraphs."""
+    """A conversation as ``Role: content`` paragraphs, for display and for prompts."""
     return "\n\n".join(f"{message.role.capitalize()}: {message.content}" for message in messages)
 
 
@@ -155,7 +155,9 @@ def _pair(row: dict, format: PairFormat) -> tuple[Pair, str]:
         pair_id = _pair_id(row, content_hash)
         pair_id.encode()
     except UnicodeEncodeError:
-        raise ValueError("text with half of a surrogate pair (a \\ud800-like escape), which is no character") from None
+        raise ValueError(
+            "text with half of a surrogate pair (an escape such as \\ud800), which is not a valid character"
+        ) from None
     return Pair(
         pair_id,
         messages,

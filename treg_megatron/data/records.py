@@ -1,11 +1,11 @@
-"""The rows of a data file, one after the other, whatever its size, and what identifies the file.
+"""Streaming reader of the records of a data file of any size, and the file's identity.
 
-    JSON, JSONL         plain, or compressed by gzip or zstd; recognised by their first bytes, not by their names
+    JSON, JSONL         plain, or compressed by gzip or zstd; detected by magic bytes, not by file name
     Parquet             one file, or a folder of them
-    Arrow               a folder that ``datasets``' ``save_to_disk`` wrote
-    hub:NAME            a data set of the Hugging Face hub: ``hub:OWNER/NAME``, ``hub:OWNER/NAME@REVISION:SPLIT``
+    Arrow               a folder written by ``datasets``' ``save_to_disk``
+    hub:NAME            a dataset of the Hugging Face hub: ``hub:OWNER/NAME``, ``hub:OWNER/NAME@REVISION:SPLIT``
 
-Only the last needs the ``datasets`` package, and a network.
+Only the last needs the ``datasets`` package and network access.
 """
 
 import codecs
@@ -33,12 +33,12 @@ _HUB_NAME = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^:]+))?(:(
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[int, Any]]:
-    """Numbered rows of a file, folder or hub data set, in its order.
+    """Numbered records of a file, folder or hub dataset, in order.
 
-    Rows count from 1; in JSONL a row is a line, in a folder the count runs through all its files.
+    Numbers start at 1; in JSONL they are line numbers, in a folder they run through all its files.
 
     Raises:
-        UserError: a source that is missing, is none of the kinds, or is damaged; the message names file and row.
+        UserError: the source is missing, of an unsupported kind, or damaged; the message names file and row.
     """
     if str(source).startswith(HUB):
         return enumerate(_load_from_hub(str(source)), start=1)
@@ -51,12 +51,12 @@ def read_rows(source: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether a file begins as Parquet does."""
+    """Whether a file begins with the magic bytes of Parquet."""
     return _magic(path) == _PARQUET
 
 
 def source_identity(source: str | Path) -> dict[str, str]:
-    """What tells one input from another: a file's name and hash, or a hub data set's name and fingerprint.
+    """Identity of an input: name and hash of a file or folder, or name and fingerprint of a hub dataset.
 
     Raises:
         UserError: as :func:`read_rows`.
@@ -101,7 +101,7 @@ def _folder_rows(folder: Path) -> Iterator[tuple[int, Any]]:
 
 
 def natural_order(path: Path) -> list[tuple[int, int | str]]:
-    """Sorting key: part-2 before part-10."""
+    """Sort key for natural order: part-2 before part-10."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"([0-9]+)", path.name)]
 
 
@@ -129,7 +129,7 @@ def _parquet_tables(path: Path) -> Iterator[Any]:
         rows += batch.num_rows
         yield batch
     if rows != file.metadata.num_rows:  # a damaged page can look like one of a kind that readers skip
-        raise ValueError(f"{file.metadata.num_rows} rows were announced, the file is damaged")
+        raise ValueError(f"{file.metadata.num_rows} rows expected from the metadata: the file is damaged")
 
 
 def _arrow_tables(path: Path) -> Iterator[Any]:
@@ -259,7 +259,7 @@ class _Lookahead:
         self.ended = not more
 
     def skip_space(self) -> str:
-        """The next character that is no white space, which is not consumed; empty at the end of the stream."""
+        """The next character other than white space, without consuming it; empty at the end of the stream."""
         while True:
             while self.position < len(self.text):
                 if self.text[self.position] not in _SPACE:
@@ -273,7 +273,7 @@ class _Lookahead:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.position)
-                if end < len(self.text) or self.ended:  # a number may go on in the next chunk
+                if end < len(self.text) or self.ended:  # a number may continue in the next chunk
                     self.position = end
                     return value
             except json.JSONDecodeError as error:

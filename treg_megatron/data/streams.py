@@ -1,4 +1,4 @@
-"""Aligned streams (:mod:`treg_megatron.data.aligned`): write, merge, split, open, verify."""
+"""Writing, merging, splitting, opening and verifying aligned datasets (:mod:`treg_megatron.data.aligned`)."""
 
 import contextlib
 import hashlib
@@ -36,18 +36,18 @@ _UINT16_VOCABULARY = 65500  # megatron-core's own limit for two-byte tokens
 def write_streams(
     prefix: str | Path, pairs: Iterable[LabelledPair], tokenizer: ChatTokenizer, labels: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Write labelled pairs as aligned streams; all files appear together at the end, or none does.
+    """Write labelled pairs as an aligned dataset; all files appear together at the end, or none does.
 
     Args:
-        tokenizer: the one that made the tokens; its hashes go into the manifest.
-        labels: what made the labels, for the manifest.
+        tokenizer: the one that produced the tokens; its hashes go into the manifest.
+        labels: provenance of the labels, for the manifest.
 
     Returns:
         The manifest.
 
     Raises:
-        UserError: no pairs, a token that the tokenizer does not have, a pair_id that comes twice, pairs with and
-            without reference log-probs, a folder that cannot be written.
+        UserError: there are no pairs, a token id is outside the vocabulary, a pair_id is repeated, only some pairs have
+            reference log-probs, or the folder cannot be written.
     """
     pairs = iter(pairs)
     first = next(pairs, None)
@@ -69,23 +69,25 @@ def write_streams(
 
 
 def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, Any]:
-    """Write the pairs of several streams one after the other, in the order of ``parts``, and return the manifest.
+    """Concatenate aligned datasets in the order of ``parts``, and return the manifest.
+
+    Parts of different labelling runs may be merged; the manifest then lists the labels of each.
 
     Raises:
-        UserError: parts that were made with different tokenizers or by different labelling runs, only some with
-            reference log-probs, a pair_id that comes twice, or a part that is the output.
+        UserError: there are no parts, the parts differ in tokenizer or token dtype, only some have reference log-probs,
+            a pair_id is repeated, or a part is the output.
     """
     if not parts:
-        raise UserError(f"there are no streams to merge to {prefix}")
+        raise UserError(f"there are no aligned datasets to merge into {prefix}")
     if Path(prefix).resolve() in (Path(part).resolve() for part in parts):
-        raise UserError(f"streams {prefix} cannot be merged into themselves; name another output")
+        raise UserError(f"aligned dataset {prefix} cannot be merged into itself; name another output")
     opened = [verify(part) for part in parts]
     first = opened[0].manifest
     for streams in opened[1:]:
         for name in ("tokenizer", "token_dtype", "reference_logprobs"):
             if streams.manifest[name] != first[name]:
                 raise UserError(
-                    f"streams {streams.prefix} and {opened[0].prefix} do not go together: "
+                    f"aligned datasets {streams.prefix} and {opened[0].prefix} cannot be merged: "
                     f"their manifests differ in {name}"
                 )
     all_labels = [streams.manifest["labels"] for streams in opened]
@@ -95,7 +97,7 @@ def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, 
         for streams in opened:
             for pair in range(len(streams)):
                 if (pair_id := streams.pair_id(pair)) in seen:
-                    raise UserError(f"pair_id {pair_id!r} of {streams.prefix} is in an earlier part, too")
+                    raise UserError(f"pair_id {pair_id!r} of {streams.prefix} is also in an earlier part")
                 seen.add(pair_id)
             for name, writer in writers.items():
                 writer.append(streams.reader(name))
@@ -112,12 +114,12 @@ def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, 
 
 
 def split_streams(source: PairStreams, outputs: Sequence[str | Path], fraction: float) -> list[dict[str, Any]]:
-    """Divide streams into training (``outputs[0]``) and validation (``outputs[1]``), and return the manifests.
+    """Split a dataset into training (``outputs[0]``) and validation (``outputs[1]``), and return the manifests.
 
-    A hash of pair_id alone decides, so a pair stays on its side whatever else the streams hold.
+    Only a hash of pair_id decides, so a pair stays on its side whatever else the dataset holds.
 
     Raises:
-        UserError: a side without pairs.
+        UserError: a side would have no pairs.
     """
     is_validation = np.array([in_validation(source.pair_id(pair), fraction) for pair in range(len(source))])
     manifests = []
@@ -145,7 +147,7 @@ def split_streams(source: PairStreams, outputs: Sequence[str | Path], fraction: 
 
 
 def in_validation(pair_id: str, fraction: float) -> bool:
-    """Whether a pair belongs to the validation share: the same answer on every machine."""
+    """Whether a pair belongs to the validation set; deterministic: derived from a hash of its id."""
     return int.from_bytes(hashlib.sha256(pair_id.encode()).digest()[:8], "big") < fraction * 2**64
 
 
@@ -153,7 +155,7 @@ def in_validation(pair_id: str, fraction: float) -> bool:
 def _stream_writers(
     prefix: str | Path, token_dtype: np.dtype | type, reference_logprobs: bool
 ) -> Iterator[tuple[dict[str, IndexedWriter], dict[str, Any]]]:
-    """Writers by stream and the manifest to fill; when the block ends well, all files appear together."""
+    """Writers by name and the manifest to fill; all files appear together when the block ends without an error."""
     dtypes = {TOKENS: token_dtype, TOKEN_REWARDS: np.float32, REF_LOGPROBS: np.float32, PAIR_IDS: np.uint8}
     if not reference_logprobs:
         del dtypes[REF_LOGPROBS]
@@ -175,19 +177,19 @@ def _stream_writers(
         }
         partials[-1].write_text(manifest_text(MANIFEST_FORMAT, MANIFEST_VERSION, manifest), encoding="utf-8")
     if not reference_logprobs:
-        for leftover in stream_paths(prefix, REF_LOGPROBS):  # of streams that these ones replaced
+        for leftover in stream_paths(prefix, REF_LOGPROBS):  # of a dataset that this one replaced
             leftover.unlink(missing_ok=True)
 
 
 def open_streams(prefix: str | Path) -> PairStreams | BlendedStreams:
-    """Open aligned streams and check what is cheap to check: sizes, counts, lengths against each other,
-    and the first and last bytes of every file.
+    """Open an aligned dataset or blend, with the cheap checks: sizes, counts, matching lengths, and the first and last
+    bytes of every file.
 
     Args:
-        prefix: of the streams, or several as :mod:`treg_megatron.data.blend` reads them: ``0.3 PREFIX_A 0.7 PREFIX_B``.
+        prefix: of the dataset, or a blend (:mod:`treg_megatron.data.blend`): ``0.3 PREFIX_A 0.7 PREFIX_B``.
 
     Raises:
-        UserError: a missing or foreign file, or streams that do not fit each other or their manifest.
+        UserError: a file is missing or foreign, or the files do not match each other or the manifest.
     """
     if len(str(prefix).split()) < 2 or manifest_path(prefix).exists():
         return PairStreams(prefix)
@@ -196,10 +198,10 @@ def open_streams(prefix: str | Path) -> PairStreams | BlendedStreams:
 
 
 def verify(prefix: str | Path) -> PairStreams:
-    """:func:`open_streams`, and every byte against the manifest.
+    """Open one aligned dataset and compare every byte with the manifest.
 
     Raises:
-        UserError: also where a file's sha256 is another than the manifest's.
+        UserError: as :func:`open_streams`, or the sha256 of a file differs from the manifest's.
     """
     streams = PairStreams(prefix)
     streams.require_unchanged()
@@ -207,17 +209,17 @@ def verify(prefix: str | Path) -> PairStreams:
 
 
 def require_same_tokenizer(manifest: dict[str, Any], tokenizer_folder: str | Path) -> None:
-    """Check that streams hold ids of the tokenizer in ``tokenizer_folder``.
+    """Check that the token ids of a dataset come from the tokenizer in ``tokenizer_folder``.
 
     Raises:
-        UserError: they were made with another one.
+        UserError: they come from another tokenizer.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     if manifest["tokenizer"]["sha256"] != tokenizer.sha256:
         raise UserError(
-            f"the streams were made with another tokenizer than that of {tokenizer_folder} "
+            f"the aligned dataset was made with another tokenizer than that of {tokenizer_folder} "
             f"({manifest['tokenizer']['sha256'][:12]}, not {tokenizer.sha256[:12]}): label and index with "
-            "the tokenizer of the model that is trained"
+            "the tokenizer of the model to be trained"
         )
 
 
@@ -233,7 +235,7 @@ def _write_pairs(
                 f"({tokenizer.vocab_size} tokens) does not have: it was made with another one"
             )
         if pair.pair_id in seen:
-            raise UserError(f"pair_id {pair.pair_id!r} comes twice; ids must be unique")
+            raise UserError(f"pair_id {pair.pair_id!r} occurs twice; ids must be unique")
         seen.add(pair.pair_id)
         if (pair.chosen_ref_logprobs is not None) != (REF_LOGPROBS in writers):
             raise UserError(

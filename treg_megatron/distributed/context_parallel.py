@@ -1,8 +1,9 @@
-"""Which part of a sequence a context-parallel rank holds.
+"""Load-balanced split of sequences over context-parallel ranks.
 
-Causal attention costs the end of a sequence more than its beginning. Megatron and Transformer Engine therefore cut each
-packed sequence into 2 * ranks equal pieces and give rank r the pieces r and 2 * ranks - 1 - r, one after the other; the
-sequence is padded to a multiple of 2 * ranks for it.
+With causal attention the end of a sequence costs more than its beginning. Each sequence is therefore padded to a
+multiple of 2 * ranks and cut into 2 * ranks equal chunks; rank r holds chunks r and 2 * ranks - 1 - r, in that order.
+The split must match what attention assumes. Upstream, ``megatron.core.utils.get_batch_on_this_cp_rank`` does it for
+unpacked batches and ``transformer_engine_torch.thd_get_partitioned_indices`` for each sequence of a packed (THD) batch.
 """
 
 from typing import NamedTuple
@@ -12,49 +13,54 @@ import torch
 
 
 class ContextPart(NamedTuple):
-    """One rank's part of every sequence."""
+    """The part of every sequence that one context-parallel rank holds.
+
+    Attributes:
+        rank: index in the context-parallel group.
+        ranks: size of the group; 1 leaves sequences whole and unpadded.
+    """
 
     rank: int
     ranks: int
 
     @property
     def divisor(self) -> int:
-        """What the length of a sequence must be a multiple of."""
+        """Number that every padded sequence length is a multiple of."""
         return 1 if self.ranks == 1 else 2 * self.ranks
 
     @property
     def pieces(self) -> tuple[int, int]:
-        """Numbers of this rank's two pieces."""
+        """Indices of this rank's two chunks, of 2 * ranks."""
         return self.rank, 2 * self.ranks - 1 - self.rank
 
     def padded(self, length: int | np.ndarray) -> int | np.ndarray:
-        """The length after padding."""
+        """Sequence length in tokens, or array of lengths, rounded up to a multiple of :attr:`divisor`."""
         return -(-length // self.divisor) * self.divisor
 
     def of(self, sequence: torch.Tensor) -> torch.Tensor:
-        """[padded length] -> [padded length / ranks]: what this rank holds."""
+        """This rank's part of a padded sequence: [padded length] -> [padded length / ranks]."""
         if self.ranks == 1:
             return sequence
-        pieces = sequence.view(self.divisor, -1)
-        return torch.cat([pieces[number] for number in self.pieces])
+        chunks = sequence.view(self.divisor, -1)
+        return torch.cat([chunks[index] for index in self.pieces])
 
     def whole(self, parts: torch.Tensor) -> torch.Tensor:
-        """[ranks, padded length / ranks, ...], what :meth:`of` gave each rank -> [padded length, ...]."""
-        pieces = parts.unflatten(1, (2, -1))
-        return torch.cat([pieces[:, 0].flatten(0, 1), pieces[:, 1].flip(0).flatten(0, 1)])
+        """Inverse of :meth:`of`: every rank's part, [ranks, padded length / ranks, ...] -> [padded length, ...]."""
+        chunks = parts.unflatten(1, (2, -1))
+        return torch.cat([chunks[:, 0].flatten(0, 1), chunks[:, 1].flip(0).flatten(0, 1)])
 
     def holds(self, positions: np.ndarray, width: int) -> np.ndarray:
-        """[n] bool: which positions of a sequence of padded length ``width`` lie on this rank."""
+        """Mask, bool [n], of the positions (int64 [n]) on this rank, in a sequence of padded length ``width``."""
         if self.ranks == 1:
             return np.ones(len(positions), dtype=bool)
         return np.isin(positions // (width // self.divisor), self.pieces)
 
     def row(self, positions: np.ndarray, width: int) -> np.ndarray:
-        """[n] int64: where positions that this rank holds stand in what :meth:`of` gives."""
+        """Indices into the output of :meth:`of`, int64 [n], of positions that this rank holds (int64 [n])."""
         if self.ranks == 1:
             return positions
-        piece, offset = np.divmod(positions, width // self.divisor)
-        return np.where(piece == self.rank, 0, width // self.divisor) + offset
+        chunk, offset = np.divmod(positions, width // self.divisor)
+        return np.where(chunk == self.rank, 0, width // self.divisor) + offset
 
 
 WHOLE = ContextPart(rank=0, ranks=1)

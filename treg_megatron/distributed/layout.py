@@ -1,4 +1,4 @@
-"""Whether a parallel layout fits a model, its data and the ranks: known before anything heavy is imported."""
+"""Validation of a parallel layout against model, data and rank count; imports neither torch nor Megatron."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from treg_megatron.errors import UserError
 
 
 def data_parallel_size(parallel: ParallelSection, ranks: int) -> int:
-    """Ranks that are left for data parallelism.
+    """Data-parallel size: ranks divided by tensor x pipeline x context size.
 
     Raises:
-        UserError: tensor times pipeline times context size does not divide the ranks.
+        UserError: the number of ranks is not a multiple of tensor x pipeline x context size.
     """
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     if ranks % model_ranks:
@@ -24,13 +24,13 @@ def data_parallel_size(parallel: ParallelSection, ranks: int) -> int:
 
 
 def require_layout(fields: dict[str, Any], parallel: ParallelSection, data: DataSection, ranks: int) -> None:
-    """Everything that a layout must satisfy: what training asks first, and preflight without the cluster.
+    """Check all layout constraints; training runs this first, preflight runs it without the cluster.
 
     Args:
         fields: the model's sizes, as ``families.model_fields`` gives them.
 
     Raises:
-        UserError: the first thing that cannot work, with what would.
+        UserError: the first constraint that fails, with values that satisfy it where they can be listed.
     """
     require_batch(data)
     data_parallel_size(parallel, ranks)
@@ -39,19 +39,20 @@ def require_layout(fields: dict[str, Any], parallel: ParallelSection, data: Data
 
 
 def can_share_prompts(fields: dict[str, Any], parallel: ParallelSection, data: DataSection) -> bool:
-    """Whether the layout allows ``data.share_prompts``; the stack has a say, too (``build.shares_prompts``)."""
+    """Whether the layout allows ``data.share_prompts``; the installed stack must allow it too
+    (``build.shares_prompts``)."""
     return data.layout != "padded" and parallel.context == 1 and not fields.get("num_moe_experts")
 
 
 def require_split(fields: dict[str, Any], tensor: int, pipeline: int, section: str) -> None:
-    """Check that a model can be split into so many parts.
+    """Check that tensor and pipeline sizes divide the model.
 
     Args:
         fields: the model's sizes, as ``families.model_fields`` gives them.
-        section: the recipe's, whose keys ``tensor`` and ``pipeline`` these are.
+        section: recipe section that ``tensor`` and ``pipeline`` come from, for the message.
 
     Raises:
-        UserError: one of them does not divide it, with the values that would.
+        UserError: one of them does not, with the values that would.
     """
     heads, groups = fields["num_attention_heads"], fields["num_query_groups"]
     for name, size in (
@@ -76,13 +77,13 @@ def require_split(fields: dict[str, Any], tensor: int, pipeline: int, section: s
 
 
 def require_divisible(fields: dict[str, Any], parallel: ParallelSection, data: DataSection, ranks: int) -> None:
-    """Check every quantity that a layout splits.
+    """Check every quantity that a layout divides, and that its options can be combined.
 
     Args:
         fields: the model's sizes, as ``families.model_fields`` gives them.
 
     Raises:
-        UserError: one that does not divide, with the values that would.
+        UserError: a size that does not divide, with the values that would, or an unsupported combination.
     """
     require_split(fields, parallel.tensor, parallel.pipeline, "parallel")
     if parallel.virtual_pipeline:
@@ -95,13 +96,15 @@ def require_divisible(fields: dict[str, Any], parallel: ParallelSection, data: D
                 f"{parallel.pipeline} does not divide the model's {fields['num_layers']} layers"
             )
         if data.layout != "bins":
-            raise UserError(f"parallel.virtual_pipeline needs rows of one length: data.layout=bins, not {data.layout}")
+            raise UserError(
+                f"parallel.virtual_pipeline needs sequences of one length: data.layout=bins, not {data.layout}"
+            )
     if parallel.context > 1 and data.layout == "padded":
         raise UserError("parallel.context splits packed sequences: data.layout=packed or bins, not padded")
     if data.share_prompts and not can_share_prompts(fields, parallel, data):
         raise UserError(
-            "data.share_prompts computes a prompt once in a packed row: it needs data.layout=packed or bins, "
-            "parallel.context=1 and a model without experts; set it to false"
+            "data.share_prompts computes the prompt of each pair once in a packed sequence: it needs "
+            "data.layout=packed or bins, parallel.context=1 and a model without experts; set it to false"
         )
     if parallel.sequence and parallel.tensor == 1:
         raise UserError(
@@ -110,23 +113,23 @@ def require_divisible(fields: dict[str, Any], parallel: ParallelSection, data: D
     per_pass = data.micro_batch_size * data_parallel_size(parallel, ranks)
     if data.global_batch_size % per_pass:
         raise UserError(
-            f"data.global_batch_size={data.global_batch_size} is no multiple of data.micro_batch_size="
+            f"data.global_batch_size={data.global_batch_size} is not a multiple of data.micro_batch_size="
             f"{data.micro_batch_size} x {per_pass // data.micro_batch_size} data-parallel ranks = {per_pass}"
         )
     if data.seq_length > fields["seq_length"]:
         raise UserError(
-            f"data.seq_length={data.seq_length} is longer than the {fields['seq_length']} positions that the "
-            f"model was trained for"
+            f"data.seq_length={data.seq_length} exceeds the model's maximum sequence length of "
+            f"{fields['seq_length']} tokens"
         )
 
 
 def require_tensor_inside_node(parallel: ParallelSection, ranks_per_node: int) -> None:
-    """Check that tensor-parallel groups do not cross nodes: they exchange activations in every layer.
+    """Check that tensor-parallel groups, which exchange activations in every layer, stay within a node.
 
-    Training does not ask this: it works, at the speed of the network.
+    Training does not require this: it works across nodes, at the speed of the network.
 
     Raises:
-        UserError: they do.
+        UserError: a group spans nodes.
     """
     if ranks_per_node % parallel.tensor:
         fitting = [n for n in range(1, ranks_per_node + 1) if ranks_per_node % n == 0]
@@ -137,10 +140,10 @@ def require_tensor_inside_node(parallel: ParallelSection, ranks_per_node: int) -
 
 
 def require_experts_divide(fields: dict[str, Any], parallel: ParallelSection, ranks: int) -> None:
-    """Check that experts and the ranks that hold them come out even.
+    """Check that experts divide evenly over expert-parallel ranks.
 
     Raises:
-        UserError: they do not, with the values that would.
+        UserError: they do not, with the expert-parallel sizes that would.
     """
     experts, data_ranks = fields.get("num_moe_experts"), data_parallel_size(parallel, ranks)
     if parallel.expert == 1:
@@ -155,16 +158,16 @@ def require_experts_divide(fields: dict[str, Any], parallel: ParallelSection, ra
         )
     if data_ranks % parallel.expert:
         raise UserError(
-            f"parallel.expert={parallel.expert} shares experts out among data-parallel ranks, of which there "
-            f"are {data_ranks}: it must divide them"
+            f"parallel.expert={parallel.expert} distributes experts over the data-parallel ranks: it must divide "
+            f"their number, {data_ranks}"
         )
 
 
 def require_batch(data: DataSection) -> None:
-    """Check that a micro-batch and a global batch mean something.
+    """Check the batch sizes and lengths of the ``data`` section.
 
     Raises:
-        UserError: a size below 1, or bins with a micro-batch size.
+        UserError: a size is below 1, or ``data.layout=bins`` is combined with a micro-batch size other than 1.
     """
     for name in ("seq_length", "micro_batch_size", "global_batch_size", "epochs", "pad_to_multiple_of"):
         if getattr(data, name) < 1:
@@ -172,6 +175,6 @@ def require_batch(data: DataSection) -> None:
     if data.layout == "bins" and data.micro_batch_size != 1:
         raise UserError(
             f"data.layout=bins packs as many pairs as fit data.bin_size into a micro-batch: "
-            f"data.micro_batch_size={data.micro_batch_size} means nothing there, set it to 1 and choose "
+            f"data.micro_batch_size={data.micro_batch_size} has no meaning there; set it to 1 and choose "
             "data.bin_size"
         )

@@ -1,4 +1,4 @@
-"""What the installed stack offers, said aloud once, and refused early where it would fail late."""
+"""Version check and one-line summary of the installed stack (torch, megatron-core, NeMo, TE, Apex)."""
 
 import importlib.metadata
 import importlib.util
@@ -11,10 +11,11 @@ TESTED = {"megatron-core": "0.15", "nemo-toolkit": "2.7"}
 
 
 def require_stack() -> None:
-    """Refuse library versions that are known not to train.
+    """Reject library versions that training does not support, before anything is built from them.
 
     Raises:
-        UserError: another megatron-core or NeMo line than the tested one, or a package ``apex`` that is not NVIDIA's.
+        UserError: megatron-core or NeMo is missing or not of the tested release line (:data:`TESTED`), or the installed
+            package ``apex`` is not NVIDIA's.
     """
     for package, line in TESTED.items():
         version = _version(package)
@@ -22,7 +23,7 @@ def require_stack() -> None:
             raise UserError(f"{package} is not installed: pip install -c constraints.txt -e .")
         if not version.startswith(line + "."):
             raise UserError(
-                f"{package} {version} is installed, {line}.x is what this release was tested with: "
+                f"{package} {version} is installed, but this release was tested with {line}.x: "
                 f"pip install -c constraints.txt -e ."
             )
     if importlib.util.find_spec("apex") and not importlib.util.find_spec("apex.optimizers"):
@@ -30,10 +31,10 @@ def require_stack() -> None:
 
 
 def describe_stack() -> str:
-    """One line: what computes, what communicates, what steps the optimizer."""
+    """One line for the log: device, library versions, layer and Adam implementations, collectives backend."""
     cuda = torch.cuda.is_available()
     engine, apex = _version("transformer-engine"), importlib.util.find_spec("apex") is not None
-    device = torch.cuda.get_device_name(0) if cuda else f"CPU, {torch.get_num_threads()} threads a rank"
+    device = torch.cuda.get_device_name(0) if cuda else f"CPU, {torch.get_num_threads()} threads per rank"
     adam = "Transformer Engine" if engine else "Apex" if apex else "torch"
     return " | ".join(
         (

@@ -1,7 +1,8 @@
-"""Text to token ids, once: after this only ids travel, so that no boundary can move.
+"""Chat tokenizer: conversations to token ids, with the exact boundary between prompt and response.
 
-A trained sequence is the ids of the prompt followed by the ids of the response. The prompt is what the model's chat
-template renders up to where the assistant's words begin; the response is those words and one end-of-turn token.
+Text is tokenized once; all later steps use ids, so the boundary cannot move. A training sequence is the prompt's ids
+followed by the response's. The prompt is what the model's chat template renders up to the start of the assistant's
+text; the response is that text and one end-of-turn token.
 """
 
 import functools
@@ -22,7 +23,7 @@ from treg_megatron.tokenizer.word_cache import WordMemory, known_cuts
 from treg_megatron.utils.files import sha256_of_json
 from treg_megatron.utils.imports import heavy_imports
 
-# Llama 3.2's template writes today's date into the system turn unless it is given one; labels must not change with it.
+# Llama 3.2's template puts today's date into the system turn unless given one; labels must not depend on it.
 _FIXED_DATE = "26 Jul 2024"
 _PROBE = "response"
 _REMEMBERED = 64
@@ -33,8 +34,10 @@ class ChatTokenizer:
     """A tokenizer together with its chat template. Made by :func:`load_tokenizer`.
 
     Attributes:
-        sha256: hash of what decides the ids of a text: vocabulary, merges, normalisation, splitting, added tokens.
-            Saving and loading, padding, truncation and automatic BOS/EOS leave it unchanged.
+        folder: where the tokenizer was loaded from.
+        sha256: hash of everything that determines the ids of a text: vocabulary, merges, normalisation,
+            pre-tokenization and added tokens. Saving and loading, padding, truncation and automatic BOS/EOS do not
+            change it.
         template_sha256: hash of the chat template's text.
         vocab_size: number of ids, added tokens included.
     """
@@ -74,14 +77,14 @@ class ChatTokenizer:
         self._last_prompt = (None, "")
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation that ends with a user turn, up to where the assistant's words begin.
+        """Ids of a conversation that ends with a user turn, up to the start of the assistant's text.
 
-        Special tokens come from the template alone, so BOS is never doubled, and words of the conversation that look
-        like a special token are encoded as ordinary text. Where the template has no system role, the system message
-        heads the first user turn.
+        Special tokens come only from the template, so BOS is never doubled, and text in the conversation that looks
+        like a special token is encoded as ordinary text. If the template has no system role, the system message is
+        prepended to the first user turn.
 
         Raises:
-            UserError: the template refuses the conversation (for instance roles that do not alternate).
+            UserError: the template rejects the conversation (for instance roles that do not alternate).
         """
         disguise = self._disguise(message.content for message in messages)
         text = self._rendered_prompt(messages, disguise)
@@ -98,20 +101,21 @@ class ChatTokenizer:
     def encode_response(self, messages: Sequence[Message], response: str) -> list[int]:
         """Ids of ``response`` as the template renders it after ``messages``, and exactly one end-of-turn token.
 
-        Some templates strip the response, and then so do the ids. Words of the response that look like a special token
-        are encoded as ordinary text. What the template puts after the end-of-turn token belongs to nobody.
+        If the template strips the response, so do the ids. Text in the response that looks like a special token is
+        encoded as ordinary text. Whatever the template puts after the end-of-turn token is left out.
 
         Raises:
-            UserError: the template refuses the conversation, rewrites the response, or ends it with no special token.
+            UserError: the template rejects the conversation, rewrites the response, or does not end it with a special
+                token.
         """
         words, _, end_of_turn = self._split_response(messages, response)
         return [*self._encode(words, special=False), end_of_turn]
 
     def encode_response_with_spans(self, messages: Sequence[Message], response: str) -> tuple[list[int], np.ndarray]:
-        """:meth:`encode_response`, and for each id but the end-of-turn token its characters in ``response``.
+        """:meth:`encode_response`, and the character span in ``response`` of each id except the end-of-turn token.
 
-        The characters are int [tokens, 2]: the first, and one after the last. Tokens that share a character, as bytes
-        of it do, have it in common; what no token claims for itself, such as a space, belongs to the token after it.
+        Spans are int64 [tokens, 2]: start and end (exclusive). Tokens that are bytes of one character share it;
+        characters that no token covers, such as a space, belong to the next token.
         """
         words, shift, end_of_turn = self._split_response(messages, response)
         ids, spans = self._engine.encode_with_spans(words)
@@ -130,7 +134,7 @@ class ChatTokenizer:
         return self.encode_response([Message("user", "prompt")], _PROBE)[-1]
 
     def sampled(self, ids: Sequence[int]) -> Sampled:
-        """A response from the ids that a model generated, and perhaps padding behind its end-of-turn token."""
+        """A response from generated ids, which may have padding after the end-of-turn token."""
         ids = list(ids)
         finished = self.end_of_turn in ids
         ids = ids[: ids.index(self.end_of_turn) + 1] if finished else ids
@@ -139,7 +143,7 @@ class ChatTokenizer:
         return Sampled(text, ids, finished)
 
     def _split_response(self, messages: Sequence[Message], response: str) -> tuple[str, int, int]:
-        """The text to encode, where its first character stands in ``response`` (-1: before it), the end-of-turn id."""
+        """Text to encode, offset of its first character in ``response`` (-1: before it), and end-of-turn id."""
         disguise = self._disguise([*(message.content for message in messages), response])
         prompt = self._rendered_prompt(messages, disguise)
         whole = self._render([*messages, Message("assistant", response)], False, disguise)
@@ -162,7 +166,7 @@ class ChatTokenizer:
 
     def _rendered_prompt(self, messages: Sequence[Message], disguise: Mapping[str, str]) -> str:
         key = (tuple(messages), tuple(disguise.items()))
-        if self._last_prompt[0] != key:  # asked for again for each response to it
+        if self._last_prompt[0] != key:  # requested again for each response
             self._last_prompt = key, self._render(messages, True, disguise) + self._before_response
         return self._last_prompt[1]
 
@@ -177,12 +181,12 @@ class ChatTokenizer:
         for token in self._encode(text):
             if token in self._special_ids:
                 return token
-        raise UserError(f"the chat template of {self.folder} ends a response with no special token")
+        raise UserError(f"the chat template of {self.folder} does not end a response with a special token")
 
     def _probe_text_before_response(self) -> str:
-        """What the template writes between its generation prompt and the response, such as an empty block of thoughts.
+        """Text between the template's generation prompt and the response, such as an empty thinking block.
 
-        A space alone belongs to the response: a model that continues the prompt generates it.
+        A lone space belongs to the response: a model that continues the prompt generates it.
         """
         question = [Message("user", "prompt")]
         prompt = self._render(question, True)
@@ -199,7 +203,7 @@ class ChatTokenizer:
             return False
 
     def _disguise(self, contents: Iterable[str]) -> dict[str, str]:
-        """A private character for each special token that contents spell out, so that rendering tells them apart."""
+        """A private-use character per special token spelled out in contents, to tell it from the template's own."""
         text = "\0".join(contents)
         spelled = sorted(set(self._special_text.findall(text)))
         unused = (chr(code) for code in range(0x10FFFD, 0xF0000, -1) if chr(code) not in text) if spelled else ()
@@ -223,7 +227,7 @@ class ChatTokenizer:
             return text
         except (TemplateError, TypeError) as error:
             raise UserError(
-                f"the chat template of {self.folder} refuses a conversation of "
+                f"the chat template of {self.folder} rejects a conversation of "
                 f"{', '.join(m.role for m in messages)}: {error}"
             ) from None
 
@@ -231,17 +235,17 @@ class ChatTokenizer:
         return self._engine.encode(text, special)
 
     def _encode_within(self, text: str) -> list[int]:
-        """Ids of a text that stands between special tokens, without taking any of it for one."""
+        """Ids of a text between special tokens, none of it recognised as one."""
         if not self._puts_space_first:
             return self._encode(text, special=False)
-        # The tokenizer puts a space before what it takes for a beginning. A line break has a token of its own, so what
-        # follows one is encoded as in the middle of a text.
+        # The tokenizer prepends a space to what it takes for the start of a text. A line break is a separate token, so
+        # what follows one is encoded as in mid-text.
         before, ids = self._encode("\n", special=False), self._encode("\n" + text, special=False)
         return ids[len(before) :] if ids[: len(before)] == before else self._encode(text, special=False)
 
 
 class _FastEngine:
-    """A fast tokenizer's own encoder, without the padding and truncation that it may be set to."""
+    """A fast tokenizer's own encoder, with padding and truncation turned off."""
 
     def __init__(self, tokenizer: Any):
         self._backend = tokenizer.backend_tokenizer
@@ -262,7 +266,7 @@ class _FastEngine:
         return self._memories[special].encode(text) if self._memories else self.encode_whole(text, special).ids
 
     def encode_with_spans(self, text: str) -> tuple[list[int], Any]:
-        """Ids of a text without special tokens, and the characters of each."""
+        """Ids of a text without special tokens, and the character span of each."""
         if self._memories:
             return self._memories[False].encode_with_spans(text)
         encoded = self.encode_whole(text, False)
@@ -278,8 +282,8 @@ def load_tokenizer(folder: str | Path) -> ChatTokenizer:
     """Load a tokenizer and its chat template from this machine; nothing is downloaded or executed.
 
     Args:
-        folder: a Hugging Face folder with a fast tokenizer; or a SentencePiece ``.model`` file, or a folder with one
-            and nothing of Hugging Face's, with ``chat_template.jinja`` beside it.
+        folder: a Hugging Face folder with a fast tokenizer; or a SentencePiece ``.model`` file, or a folder with
+            ``tokenizer.model`` and no Hugging Face tokenizer, with ``chat_template.jinja`` in the same folder.
 
     Raises:
         UserError: the folder is missing, or has no such tokenizer or no chat template.
@@ -300,11 +304,11 @@ def load_tokenizer(folder: str | Path) -> ChatTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"the tokenizer of {folder} does not load: {error}") from None
+        raise UserError(f"the tokenizer of {folder} cannot be loaded: {error}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{folder} holds a slow tokenizer; save it as a fast one (tokenizer.json) first")
     if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {folder} has no chat template; take the instruction-tuned model's tokenizer")
+        raise UserError(f"the tokenizer of {folder} has no chat template; use the instruction-tuned model's tokenizer")
     return ChatTokenizer(tokenizer, folder)
 
 

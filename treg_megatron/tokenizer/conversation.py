@@ -1,4 +1,4 @@
-"""A turn of a conversation, and a response that a model sampled."""
+"""Conversation turns and sampled responses."""
 
 from typing import NamedTuple
 
@@ -11,13 +11,13 @@ class Message(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """A response.
+    """A response sampled from a model.
 
     Attributes:
-        text: its words, without special tokens.
-        ids: the sampled token ids, with the end-of-turn token where the model ended its turn; None where the engine
-            does not tell them.
-        finished: False for a response that was cut off.
+        text: decoded text, without special tokens.
+        ids: the sampled token ids, with the end-of-turn token if the model ended its turn; None if the engine does
+            not return them.
+        finished: False for a truncated response.
     """
 
     text: str

@@ -1,8 +1,8 @@
-"""A SentencePiece ``.model`` file as the tokenizer that :class:`~treg_megatron.tokenizer.chat.ChatTokenizer` works with.
+"""SentencePiece backend for :class:`~treg_megatron.tokenizer.chat.ChatTokenizer`, from a ``.model`` file.
 
-Text is encoded literally: the space that SentencePiece puts before every text by itself, and its removal of doubled
-spaces, are turned off, because the chat template says where spaces are. Control tokens are those of the model, and the
-template beside it (``chat_template.jinja``) writes them.
+Text is encoded literally: SentencePiece's dummy prefix and removal of extra white space are turned off, because the
+chat template decides where spaces go. The control tokens are the model's, and the template in the same folder
+(``chat_template.jinja``) writes them.
 """
 
 import re
@@ -21,7 +21,8 @@ class SentencePieceTokenizer:
     """The part of Hugging Face's tokenizer interface that we use.
 
     Raises:
-        UserError: a file that is no SentencePiece model, one that rewrites text, or no chat template beside it.
+        UserError: the file is not a SentencePiece model, its normaliser rewrites text, or there is no chat template
+            next to it.
     """
 
     def __init__(self, path: Path):
@@ -39,11 +40,11 @@ class SentencePieceTokenizer:
             model.normalizer_spec.remove_extra_whitespaces = False
             self._pieces = SentencePieceProcessor(model_proto=model.SerializeToString())
         except Exception as error:
-            raise UserError(f"{path} is no SentencePiece model: {error}") from None
+            raise UserError(f"{path} is not a SentencePiece model: {error}") from None
         if rewrites:
             raise UserError(
                 f"{path} rewrites text before it encodes it (normalisation {model.normalizer_spec.name}): "
-                "a response could not be told from its ids"
+                "a response could not be recovered from its ids"
             )
         try:
             self.chat_template = (path.parent / TEMPLATE_NAME).read_text(encoding="utf-8")
@@ -63,7 +64,7 @@ class SentencePieceTokenizer:
             for name, i in (("bos_token", self._pieces.bos_id()), ("eos_token", self._pieces.eos_id()))
             if i >= 0
         }
-        # training settings that the file also holds (paths, thread counts) decide no id
+        # the file also holds training settings (paths, thread counts), which do not affect ids
         self.sha256 = sha256_of_json(
             [[p.piece, p.score, int(p.type)] for p in model.pieces]
             + [
@@ -77,13 +78,19 @@ class SentencePieceTokenizer:
         return self._pieces.vocab_size()
 
     def get_chat_template(self) -> str:
+        """Text of the chat template."""
         return self.chat_template
 
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        """Vocabulary entries of ids."""
         return self._pieces.id_to_piece(ids)
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """Ids of a text; ``special`` says whether control tokens are recognised in it."""
+        """Ids of a text; ``special`` says whether control tokens are recognised in it.
+
+        Raises:
+            UserError: the vocabulary cannot encode the text.
+        """
         ids: list[int] = []
         for part in self._control_text.split(text) if special else [text]:
             if special and part in self._control:
@@ -91,11 +98,11 @@ class SentencePieceTokenizer:
             elif part:
                 ids += self._pieces.encode(part)
         if self._pieces.unk_id() in ids:
-            raise UserError(f"{self.path} lacks tokens for {text[:40]!r}")
+            raise UserError(f"{self.path} has no tokens for {text[:40]!r}")
         return ids
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a text without control tokens, and the characters of each; the bytes of one character share it."""
+        """Ids of a text without control tokens, and the span of characters (start, end) of each; bytes share it."""
         ids = self.encode(text, special=False)
         spans, position, bytes_seen = [], 0, 0
         for i in ids:
@@ -110,6 +117,7 @@ class SentencePieceTokenizer:
         return ids, spans
 
     def decode(self, ids: list[int], **_: Any) -> str:
+        """Text of ids, control tokens included."""
         controls = set(self._control.values())
         return "".join(
             "".join(self._pieces.id_to_piece(list(run))) if control else self._pieces.decode(list(run))

@@ -1,14 +1,14 @@
-"""Ids of a text, part by part: a word that came before is looked up instead of being encoded again.
+"""Token-id cache keyed by pre-token: repeated words are looked up instead of being encoded again.
 
-A byte-level tokenizer cuts text where a regular expression says, and no token crosses a cut. So the ids of a text are
-those of its parts in a row, wherever it is divided at such places. The places that are used here,
+A byte-level tokenizer splits text by a regular expression, and no token crosses a split. The ids of a text are
+therefore the concatenated ids of its parts if it is divided only at such points. The points used here,
 
     before a single space that has no white space on either side,
     between an ASCII letter or digit and ASCII punctuation or a line break,
 
-are cut at by each of the expressions of :data:`_EXPRESSIONS`, whatever stands around them. Apostrophes are left alone
-(``it's``), and so are the characters that added tokens such as ``<|im_end|>`` are spelled with. Tokenizers of other
-kinds have no memory and encode every text whole.
+are splits of every expression of :data:`_EXPRESSIONS`, whatever the context. Apostrophes (``it's``) and the characters
+of added tokens such as ``<|im_end|>`` are never split points. Other kinds of tokenizers have no cache and encode every
+text whole.
 """
 
 import json
@@ -20,25 +20,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# What Llama 3 and Qwen 2 to 3 cut text with; GPT-2's expression is built into the stage ByteLevel.
+# The pre-tokenization of Llama 3 and of Qwen 2 to 3; GPT-2's expression is built into the stage ByteLevel.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _EXPRESSIONS = {_WORDS % "{1,3}", _WORDS % ""}
 
-_MOST = 1 << 17  # parts that are remembered, of at most so many characters: some 30 MB
+_MOST = 1 << 17  # cached parts, each of at most _LONGEST characters: about 30 MB
 _LONGEST = 48
-_SPACE_BYTE = "\u0120"  # how a byte-level model spells a space; it spells ASCII letters as they are
+_SPACE_BYTE = "\u0120"  # the byte-level encoding of a space; ASCII letters encode as themselves
 
 
 class Cuts(NamedTuple):
-    """How a tokenizer divides text.
+    """How a tokenizer's text may be divided.
 
     Attributes:
-        parts: finds the parts of a text; in a row they are the text.
-        word_model: a word of ASCII letters, with :data:`_SPACE_BYTE` before it or not, to its tokens; None where more
-            than the tokenizer's model has a say in them.
+        parts: matches the parts of a text; concatenated, they are the text.
+        word_model: maps a word of ASCII letters, optionally preceded by :data:`_SPACE_BYTE`, to its tokens; None if
+            these do not depend on the tokenizer's model alone.
     """
 
     parts: re.Pattern[str]
@@ -46,10 +46,11 @@ class Cuts(NamedTuple):
 
 
 class WordMemory:
-    """Encodes texts that a tokenizer's :func:`known_cuts` divide.
+    """Caching encoder for tokenizers with :func:`known_cuts`.
 
     Args:
-        encode: a text to something with ``ids`` and their ``offsets``, without regard for what stands around it.
+        encode: maps a text, on its own, to an encoding with ``ids`` and ``offsets``.
+        cuts: how the text may be divided.
     """
 
     def __init__(self, encode: Callable[[str], Any], cuts: Cuts):
@@ -60,7 +61,7 @@ class WordMemory:
         return self._table(self._found(self._parts.findall(text)))[:, 0].tolist()
 
     def encode_with_spans(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Ids of a text and the characters of each, int [tokens, 2]: the first, and one after the last."""
+        """Ids of a text and the character span of each, int64 [tokens, 2]: start and end (exclusive)."""
         parts = self._parts.findall(text)
         found = self._found(parts)
         table = self._table(found)
@@ -79,7 +80,7 @@ class WordMemory:
 
 
 class _Known(dict[str, bytes]):
-    """Parts and their tokens: id, first character, and one after the last, as the bytes of C ints."""
+    """Parts and their tokens: id, first character and end (exclusive) of each, as the bytes of C ints."""
 
     def __init__(self, encode: Callable[[str], Any], word_model: Callable[[str], list[Any]] | None):
         self._encode, self._word_model = encode, word_model
@@ -97,7 +98,8 @@ class _Known(dict[str, bytes]):
         return tokens
 
     def _tokens_of_word(self, part: str) -> array | None:
-        """Most parts are a word after a space: the model alone takes half the time. None for other parts."""
+        """Tokens of a word, optionally after a space; None for other parts. Most parts are such words, and calling the
+        model directly takes half the time."""
         word = part.removeprefix(" ")
         if self._word_model is None or not (word.isascii() and word.isalpha()):
             return None
@@ -105,11 +107,11 @@ class _Known(dict[str, bytes]):
         for token in self._word_model(word if len(word) == len(part) else _SPACE_BYTE + word):
             start, end = end, end + len(token.value)
             tokens.extend((token.id, start, end))
-        return tokens if end == len(part) else None  # a letter that the vocabulary lacks
+        return tokens if end == len(part) else None  # None: the vocabulary lacks a letter
 
 
 def known_cuts(backend: Any) -> Cuts | None:
-    """How a tokenizer of the package ``tokenizers`` divides text; None if it has no known cuts."""
+    """How text may be divided for a tokenizer of the package ``tokenizers``; None if it is not of a known kind."""
     settings = json.loads(backend.to_str())
     stage, model = settings["pre_tokenizer"] or {}, settings["model"]
     stages = stage["pretokenizers"] if stage.get("type") == "Sequence" else [stage]
