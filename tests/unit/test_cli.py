@@ -30,6 +30,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["", *main.COMMANDS])
 def test_help_imports_nothing_heavy(command):
     done = run("-X", "importtime", "-m", "treg_megatron.cli", *command.split(), "--help")

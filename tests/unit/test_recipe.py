@@ -128,6 +128,7 @@ def test_a_checkpoint_with_renamed_keys_still_gives_its_recipe(tmp_path):
     assert resolved(load_recipe(recipe_at(tmp_path))) == resolved(recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -82,6 +82,7 @@ def related_sequences(vocab: int) -> list[ScoredSequence]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_tokens", [1, 70, 100_000])
 @pytest.mark.parametrize("window", [None, 11])
 def test_sharing_prefixes_changes_nothing(tmp_path, batch_tokens, window):
