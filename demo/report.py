@@ -1,4 +1,4 @@
-"""What the demo shows at its end: figures of the run, and one answer of the model before and after."""
+"""Report of the demo: training metrics, token rewards, and one answer of the model before and after training."""
 
 import json
 import math
@@ -17,7 +17,12 @@ SAMPLE_TOKENS = 48
 
 
 def write_report(recipe: Recipe, root: Path, seconds: dict[str, float]) -> str:
-    """Write RUN/report.md and return its text."""
+    """Write RUN/report.md and return its text.
+
+    Args:
+        root: the folder that the recipe's relative paths start from.
+        seconds: duration of each step.
+    """
     label, data, train, export = (section(recipe, name) for name in ("label", "data", "train", "export"))
     records = [json.loads(line) for line in (root / train.output / "metrics.jsonl").read_text().splitlines()]
     first_step = next(r for r in records if r["step"] == 1 and "loss/preference" in r)
@@ -32,7 +37,7 @@ def write_report(recipe: Recipe, root: Path, seconds: dict[str, float]) -> str:
             "",
             *sample_section(conversation, root / label.model, root / export.output),
             "",
-            *station_section(seconds),
+            *step_section(seconds),
             "",
             f"The aligned model: {export.output} (transformers loads it with AutoModelForCausalLM.from_pretrained)",
             f"TensorBoard:       {train.output}/tensorboard",
@@ -62,8 +67,8 @@ def training_section(first_step: dict, before: dict, after: dict) -> Iterator[st
     yield f"| reward accuracy | none yet | {after['validation/rewards/accuracies']:.0%} |"
     yield ""
     yield (
-        "A reward is beta x (log-prob of the policy - log-prob of the reference). Before training the two are one "
-        "model: every reward and margin is 0 up to rounding, and accuracy would only compare rounding errors."
+        "A reward is beta x (log-prob of the policy - log-prob of the reference). Before training, policy and "
+        "reference are the same model: all rewards and margins are 0 up to rounding, so accuracy is meaningless."
     )
 
 
@@ -77,12 +82,14 @@ def token_reward_section(labelled: dict[str, Path]) -> Iterator[str]:
 
 
 def mean_token_reward(folder: Path, side: str) -> float:
+    """Mean over all response tokens of one side (chosen or rejected) of a labelled data set."""
     return float(np.concatenate([getattr(pair, f"{side}_token_rewards") for pair in read_labelled(folder)]).mean())
 
 
 def sample_conversation(pairs: Path) -> list[dict[str, str]]:
-    rows = (json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines())
-    return next(row["prompt"] for row in rows if row["pair_id"] == SAMPLE_PAIR)
+    """The prompt of the pair SAMPLE_PAIR, as a list of messages."""
+    records = (json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines())
+    return next(record["prompt"] for record in records if record["pair_id"] == SAMPLE_PAIR)
 
 
 def sample_section(conversation: list[dict[str, str]], original: Path, aligned: Path) -> Iterator[str]:
@@ -94,6 +101,7 @@ def sample_section(conversation: list[dict[str, str]], original: Path, aligned: 
 
 
 def greedy_answer(conversation: list[dict[str, str]], folder: Path) -> str:
+    """Up to SAMPLE_TOKENS greedily decoded tokens of a Hugging Face model, as one line."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -105,10 +113,10 @@ def greedy_answer(conversation: list[dict[str, str]], folder: Path) -> str:
     return " ".join(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).split())
 
 
-def station_section(seconds: dict[str, float]) -> Iterator[str]:
-    """How long each station took."""
-    yield "| station | seconds |"
+def step_section(seconds: dict[str, float]) -> Iterator[str]:
+    """Duration of each step."""
+    yield "| step | seconds |"
     yield "|---|---:|"
     for name, taken in seconds.items():
         yield f"| {name} | {taken:.0f} |"
-    yield f"| together | {sum(seconds.values()):.0f} |"
+    yield f"| total | {sum(seconds.values()):.0f} |"

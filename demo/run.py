@@ -1,9 +1,9 @@
-"""From preference pairs to an aligned Hugging Face model, station by station, on this machine.
+"""End-to-end demo: from preference pairs to an aligned Hugging Face model, on this machine.
 
     make demo                     or:   python demo/run.py [--fresh]
 
-Every station is a command of its own, printed before it runs, that works as well without this script. Finished
-stations are skipped: an interrupted demo goes on where it stopped.
+Each step is a separate command, printed before it runs, which also works without this script. Finished steps are
+skipped, so an interrupted demo continues where it stopped.
 """
 
 import argparse
@@ -31,8 +31,8 @@ RANKS = 2
 
 
 @dataclass(frozen=True)
-class Station:
-    """One command, and what exists once it has finished; training has no such file, it knows where it stopped."""
+class Step:
+    """One command and the path that exists once it has finished; None for training, which resumes by itself."""
 
     name: str
     arguments: list[str]
@@ -42,32 +42,32 @@ class Station:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fresh", action="store_true", help="delete what an earlier demo wrote and start over")
+    parser.add_argument("--fresh", action="store_true", help="delete the output of an earlier demo and start over")
     arguments = parser.parse_args(argv)
     recipe = load_recipe(ROOT / RECIPE)
     folder = ROOT / recipe.run
     if arguments.fresh and folder.exists():
         shutil.rmtree(folder)
     progress = Progress(folder / "demo.json")
-    for station in stations(recipe):
-        run_station(station, progress)
+    for step in steps(recipe):
+        run_step(step, progress)
     start = time.monotonic()
     print("\n== report", flush=True)
     text = write_report(recipe, ROOT, progress.seconds)
     print(f"report took {time.monotonic() - start:.0f} s\n\n{text}")
 
 
-def stations(recipe: Recipe) -> list[Station]:
-    """The demo's commands in their order."""
+def steps(recipe: Recipe) -> list[Step]:
+    """The demo's commands, in order."""
     model, train, export = (section(recipe, name) for name in ("model", "train", "export"))
     labelled = {split: str(Path(section(recipe, "label").output).with_name(split)) for split in PAIRS}
     streams = {"train": section(recipe, "data").train, "heldout": section(recipe, "data").validation}
     from_recipe = ["--recipe", RECIPE]
     return [
-        Station("model", ["demo/smollm2.py", "--output", model.hf], Path(model.hf)),
-        Station("import", ["tools/convert_checkpoint.py", "import", *from_recipe], Path(model.checkpoint)),
+        Step("model", ["demo/smollm2.py", "--output", model.hf], Path(model.hf)),
+        Step("import", ["tools/convert_checkpoint.py", "import", *from_recipe], Path(model.checkpoint)),
         *(
-            Station(
+            Step(
                 f"label {split}",
                 ["tools/label_tokens.py", *from_recipe, "--pairs", PAIRS[split], "--output", labelled[split]],
                 Path(labelled[split], "manifest.json"),
@@ -75,14 +75,14 @@ def stations(recipe: Recipe) -> list[Station]:
             for split in PAIRS
         ),
         *(
-            Station(
+            Step(
                 f"index {split}",
                 ["tools/index_pairs.py", *from_recipe, "--labelled", labelled[split], "--output", streams[split]],
                 Path(streams[split] + ".manifest.json"),
             )
             for split in PAIRS
         ),
-        Station(
+        Step(
             "train",
             [
                 "-m",
@@ -97,15 +97,15 @@ def stations(recipe: Recipe) -> list[Station]:
             None,
             RANKS,
         ),
-        Station("export", ["tools/convert_checkpoint.py", "export", *from_recipe], Path(export.output)),
+        Step("export", ["tools/convert_checkpoint.py", "export", *from_recipe], Path(export.output)),
     ]
 
 
 class Progress:
-    """Seconds of each finished station, kept in a file, with a digest of what they were made from.
+    """Duration of each finished step in seconds, kept in a file together with a digest of the inputs.
 
     Raises:
-        UserError: the pairs or the recipe changed since the first station ran.
+        UserError: the pairs or the recipe changed since the first step ran.
     """
 
     def __init__(self, path: Path):
@@ -116,39 +116,39 @@ class Progress:
         found = json.loads(path.read_text()) if path.exists() else {"inputs": self.inputs, "seconds": {}}
         if found["inputs"] != self.inputs:
             raise UserError(
-                f"the recipe or the pairs changed since {path.parent} was begun; "
+                f"the recipe or the pairs have changed since {path.parent} was started; "
                 "start over with: make demo ARGS=--fresh"
             )
         self.seconds: dict[str, float] = found["seconds"]
 
     def add(self, name: str, seconds: float) -> None:
+        """Record that a step finished."""
         self.seconds[name] = seconds
         with atomic_write(self.path) as partial:
             partial.write_text(json.dumps({"inputs": self.inputs, "seconds": self.seconds}, indent=2) + "\n")
 
 
-def run_station(station: Station, progress: Progress) -> None:
-    """Run a station that has not finished yet; one that fails ends the demo with its exit code."""
-    if station.name in progress.seconds or station.output is not None and (ROOT / station.output).exists():
-        print(f"\n== {station.name}: finished before", flush=True)
+def run_step(step: Step, progress: Progress) -> None:
+    """Run a step unless it has finished before; a failing step ends the demo with its exit code."""
+    if step.name in progress.seconds or step.output is not None and (ROOT / step.output).exists():
+        print(f"\n== {step.name}: finished before", flush=True)
         return
-    print(f"\n== {station.name}: python {' '.join(station.arguments)}", flush=True)
+    print(f"\n== {step.name}: python {' '.join(step.arguments)}", flush=True)
     start = time.monotonic()
-    code = subprocess.run([sys.executable, *station.arguments], cwd=ROOT, env=environment(station)).returncode
+    code = subprocess.run([sys.executable, *step.arguments], cwd=ROOT, env=environment(step)).returncode
     if code != 0:
         print(
-            f"\nthe demo stops: station {station.name} failed, its message stands above; "
-            "the same command goes on from here",
+            f"\nthe demo stops: step {step.name} failed, see its message above; the same command continues from here",
             file=sys.stderr,
         )
         sys.exit(code if code > 0 else 128 - code)
-    progress.add(station.name, time.monotonic() - start)
-    print(f"{station.name} took {progress.seconds[station.name]:.0f} s", flush=True)
+    progress.add(step.name, time.monotonic() - start)
+    print(f"{step.name} took {progress.seconds[step.name]:.0f} s", flush=True)
 
 
-def environment(station: Station) -> dict[str, str]:
-    """Several ranks share the cores evenly: more threads than cores make all of them wait."""
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // station.ranks))} if station.ranks > 1 else {}
+def environment(step: Step) -> dict[str, str]:
+    """The step's environment variables: several ranks share the cores evenly, as oversubscription slows all of them."""
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // step.ranks))} if step.ranks > 1 else {}
     return {**threads, **os.environ}
 
 

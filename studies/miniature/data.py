@@ -16,22 +16,22 @@ from treg_megatron.utils.files import atomic_write
 EVERYDAY, BETTER, WORSE = Writer(error_rate=None, filler_rate=0.15), Writer(0.0, 0.0), Writer(0.8, 0.5)
 
 
-def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_records(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """JSONL, whole or not at all."""
     with atomic_write(path) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
+def read_records(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def prompt_rows(name: str, tasks: list[Task]) -> list[dict[str, Any]]:
+def prompt_records(name: str, tasks: list[Task]) -> list[dict[str, Any]]:
     """Prompts as ``tools/sample_responses.py`` reads them."""
     return [{"prompt_id": f"{name}-{i}", "prompt": task.prompt} for i, task in enumerate(tasks)]
 
 
-def reference_rows(tasks: list[Task], examples: int, pair: PromptPair, seed: int) -> list[dict[str, Any]]:
+def reference_records(tasks: list[Task], examples: int, pair: PromptPair, seed: int) -> list[dict[str, Any]]:
     """What the reference learns: half everyday answers, half revisions of them, for better and for worse.
 
     Preference pairs for ``objective.loss_type=sft``, which learns the chosen response; the rejected is a stand-in.
@@ -59,7 +59,7 @@ def reference_rows(tasks: list[Task], examples: int, pair: PromptPair, seed: int
     return rows
 
 
-def truth_rows(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def truth_records(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Ranked pairs with the verifier's marks for token rewards, 0.5 right, -0.5 wrong: for ``import_rewards.py``."""
     return [
         row

@@ -39,7 +39,7 @@ def credit_set(labelled: Path, pairs: Path) -> dict[str, np.ndarray]:
     Returns:
         right: [n] bool, the verifier's marks. reward: [n] the labels r_t. ref_logp: [n]. pair: [n] int, whose token.
     """
-    by_id = {row["pair_id"]: row for row in data.read_rows(pairs)}
+    by_id = {row["pair_id"]: row for row in data.read_records(pairs)}
     columns: dict[str, list] = {"right": [], "reward": [], "ref_logp": [], "pair": []}
     for number, pair in enumerate(read_labelled(labelled)):
         for side in SIDES:
@@ -91,7 +91,7 @@ def curves(metrics: Path) -> dict[str, np.ndarray]:
 
 
 def _rows(samples: Path) -> list[dict]:
-    return [row for path in sorted(samples.glob("samples-*.jsonl")) for row in data.read_rows(path)]
+    return [row for path in sorted(samples.glob("samples-*.jsonl")) for row in data.read_records(path)]
 
 
 def _scorer(folder: Path):

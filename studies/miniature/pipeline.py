@@ -1,4 +1,4 @@
-"""The study's steps as command lines of the public stations; what is finished is not done again."""
+"""Steps of the study as command lines of the public tools; finished steps are skipped."""
 
 import shutil
 import subprocess
@@ -8,7 +8,7 @@ from typing import Any
 
 from studies.miniature import data, measure, model, world
 from studies.miniature.configuration import PROMPT_PAIR, RECIPE, ROOT, Run, Study
-from studies.miniature.warm import station
+from studies.miniature.warm import step
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.prompt_pair import load_prompt_pair
 
@@ -16,16 +16,16 @@ REFERENCE = "reference"
 
 
 def write_world(study: Study) -> None:
-    """Prompts of every split, the rows that the reference learns from, and its random weights."""
+    """Write the prompts of every split, the reference's training data and its random weights."""
     settings, reference = study.world, study.reference
     sizes = settings["prompts"]
     drawn = {**sizes, "train": max(sizes["train"], reference["tasks"])}
     tasks = world.splits(settings["seed"], drawn, settings["shares"])
     for split, size in sizes.items():
-        data.write_rows(study.run / "prompts" / f"{split}.jsonl", data.prompt_rows(split, tasks[split][:size]))
-    data.write_rows(
+        data.write_records(study.run / "prompts" / f"{split}.jsonl", data.prompt_records(split, tasks[split][:size]))
+    data.write_records(
         study.run / REFERENCE / "rows.jsonl",
-        data.reference_rows(
+        data.reference_records(
             tasks["train"][: reference["tasks"]], reference["examples"], load_prompt_pair(PROMPT_PAIR), settings["seed"]
         ),
     )
@@ -33,7 +33,7 @@ def write_world(study: Study) -> None:
 
 
 def train_reference(study: Study) -> None:
-    """Import, index, train with the objective `sft`, export, and import again for the runs to start from."""
+    """Train the reference with the objective `sft`, export it, and import it again for the runs to start from."""
     folder = study.run / REFERENCE
     random, start, streams = folder / "random", folder / "random-megatron", folder / "streams"
     log = study.run / "logs" / f"{REFERENCE}.log"
@@ -82,7 +82,7 @@ def train_reference(study: Study) -> None:
             ],
             log,
         )
-        station(
+        step(
             "tools/convert_checkpoint.py",
             "export",
             *_recipe(study),
@@ -94,11 +94,11 @@ def train_reference(study: Study) -> None:
             folder / "hf",
             log=log,
         )
-    station("tools/convert_checkpoint.py", "import", *_recipe(study), log=log)
+    step("tools/convert_checkpoint.py", "import", *_recipe(study), log=log)
 
 
 def make_pairs(study: Study, split: str) -> None:
-    """On-policy pairs of a split with token rewards: sample, rank, label; and the tokens that credit is measured on."""
+    """Make on-policy pairs with token rewards (sample, rank, label), and the token set that credit is measured on."""
     run, log = study.run, study.run / "logs" / f"pairs-{split}.log"
     samples, pairs, labelled = run / "samples" / split, run / "pairs" / f"{split}.jsonl", run / "labelled" / split
     _unless(
@@ -126,9 +126,11 @@ def make_pairs(study: Study, split: str) -> None:
 
 
 def index_training_pairs(study: Study) -> None:
-    """Streams to train on: with the reference's token rewards, and with the verifier's marks in their place."""
+    """Index the training sets: one with the reference's token rewards, one with the verifier's marks instead."""
     run, log = study.run, study.run / "logs" / "streams.log"
-    data.write_rows(run / "pairs" / "truth.jsonl", data.truth_rows(data.read_rows(run / "pairs" / "train.jsonl")))
+    data.write_records(
+        run / "pairs" / "truth.jsonl", data.truth_records(data.read_records(run / "pairs" / "train.jsonl"))
+    )
     _unless(
         run / "labelled" / "truth.parquet",
         "tools/import_rewards.py",
@@ -153,22 +155,22 @@ def index_training_pairs(study: Study) -> None:
 
 
 def result_path(study: Study, name: str, split: str) -> Path:
-    """Where the measures of a run, or of the reference, on a split are kept."""
+    """Path of the measurements of a run, or of the reference, on a split."""
     return study.run / "results" / f"{name}.{split}.npz"
 
 
 def train_and_measure(study: Study, run: Run, split: str) -> None:
-    """One run from the reference to its measures; checkpoints and answers are not kept."""
+    """Train one run from the reference and measure it; checkpoints and answers are deleted afterwards."""
     folder, log = study.run / "runs" / run.name, study.run / "logs" / f"{run.name}.log"
     if not (folder / "hf").exists():
-        station(
+        step(
             "treg_megatron.train",
             *_recipe(study),
             *_overrides(run.overrides),
             f"train.output={folder / 'train'}",
             log=log,
         )
-        station(
+        step(
             "tools/convert_checkpoint.py",
             "export",
             *_recipe(study),
@@ -183,12 +185,18 @@ def train_and_measure(study: Study, run: Run, split: str) -> None:
 
 
 def measure_reference(study: Study, split: str) -> None:
-    """The same measures of the reference itself."""
+    """Measure the reference itself."""
     measure_policy(study, REFERENCE, study.run / REFERENCE / split, study.run / REFERENCE / "hf", split, {})
 
 
 def measure_policy(study: Study, name: str, folder: Path, hf: Path, split: str, more: dict[str, Any]) -> None:
-    """Greedy and sampled answers to the prompts of a split, and what measure.py makes of them."""
+    """Generate greedy and sampled answers to the prompts of a split, and save their measurements.
+
+    Args:
+        folder: for the answers.
+        hf: the policy's Hugging Face folder.
+        more: arrays to save with the measurements.
+    """
     log, prompts = study.run / "logs" / f"{name}.log", study.run / "prompts" / f"{split}.jsonl"
     ways = {"greedy": {"sample.temperature": 0.0, "sample.seeds": [0]}, "sampled": study.measure["sampled"]}
     found: dict[str, Any] = dict(more)
@@ -223,7 +231,7 @@ def _overrides(settings: dict[str, Any]) -> list[str]:
 
 def _unless(output: Path, program: str, *arguments: object, log: Path) -> None:
     if not output.exists():
-        station(program, *arguments, log=log)
+        step(program, *arguments, log=log)
 
 
 def _launch(ranks: int, arguments: list[str], log: Path) -> None:
@@ -237,5 +245,5 @@ def _launch(ranks: int, arguments: list[str], log: Path) -> None:
     if code:
         raise UserError(
             f"the reference's training failed with exit code {code}, see the end of {log}; "
-            "the same command goes on from here"
+            "the same command continues from here"
         )

@@ -26,7 +26,7 @@ class Results:
             ]
             for method in study.methods
         }
-        self.tasks = [task_of(row["prompt"]) for row in data.read_rows(study.run / "prompts" / "test.jsonl")]
+        self.tasks = [task_of(row["prompt"]) for row in data.read_records(study.run / "prompts" / "test.jsonl")]
         resamples = study.measure["resamples"]
         self.draw = Bootstrap(len(study.seeds), len(self.tasks), resamples)
         self.draw_pairs = Bootstrap(len(study.seeds), int(self.credit["pair"].max()) + 1, resamples)

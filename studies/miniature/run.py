@@ -1,16 +1,16 @@
-"""Does token-level reward regularization give right tokens the credit, in a world where the truth is known?
+"""Miniature study: does token-level reward regularisation credit the right tokens, on a task with known ground truth?
 
     make study                       or:   python -m studies.miniature.run
-    python -m studies.miniature.run --smoke         # the same in three minutes, with figures that mean nothing
+    python -m studies.miniature.run --smoke         # every step in three minutes, with meaningless figures
 
 Trains a reference from scratch, makes on-policy pairs with it, searches each method's settings on development
-prompts, writes the choice down, and only then answers test prompts; docs/STUDY.md is written from the results.
-Interrupted at any moment, the same command goes on where it was. One seed, one result, bit for bit.
+prompts, records the choice, and only then answers test prompts; docs/STUDY.md is written from the results.
+After an interruption the same command continues where it stopped. Results are deterministic, bit for bit.
 """
 
 import os
 
-# before torch is imported anywhere: one thread and one device, whose sums have one order
+# before torch is imported anywhere: one thread on one device, for a fixed order of summation
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import argparse  # noqa: E402
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--study", type=Path, default=HERE / "study.yaml", metavar="YAML", help="another study.yaml")
     parser.add_argument("--smoke", action="store_true", help="the small study of smoke.yaml")
-    parser.add_argument("--fresh", action="store_true", help="delete what an earlier study wrote and start over")
+    parser.add_argument("--fresh", action="store_true", help="delete the output of an earlier study and start over")
     parser.add_argument("--processes", type=int, metavar="N", help="runs at a time (default: the study's)")
     arguments = parser.parse_args(argv)
     study = load_study(HERE / "smoke.yaml" if arguments.smoke else arguments.study)
@@ -51,10 +51,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def conduct(study: Study, processes: int) -> None:
-    """All steps in their order; those that are finished are skipped.
+    """Run all steps in order; finished ones are skipped.
 
     Raises:
-        UserError: the run folder is of a study with another world, reference or recipe, or one is at work in it.
+        UserError: the run folder belongs to a study with another world, reference or recipe, or is in use.
     """
     lock, started = begin(study), time.monotonic()
     warm_up()
@@ -77,14 +77,18 @@ def conduct(study: Study, processes: int) -> None:
 
 
 def begin(study: Study) -> IO[str]:
-    """Make the run folder this study's, or find that it is; returns the lock on it, which children hold, too."""
+    """Claim the run folder for this study, or check that it belongs to it; return the lock, which children share.
+
+    Raises:
+        UserError: see :func:`conduct`.
+    """
     study.run.mkdir(parents=True, exist_ok=True)
     lock = open(study.run / "lock", "w", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
-            f"a study is at work in {study.run}, perhaps the last runs of one that was stopped: wait for it"
+            f"a study is running in {study.run}, perhaps the last runs of one that was stopped: wait for it to end"
         ) from None
     path = study.run / "study.json"
     if not path.exists():
@@ -92,18 +96,19 @@ def begin(study: Study) -> IO[str]:
             partial.write_text(json.dumps({"digest": study.digest}) + "\n", encoding="utf-8")
     elif json.loads(path.read_text(encoding="utf-8"))["digest"] != study.digest:
         raise UserError(
-            f"the world, the reference or the recipe changed since {study.run} was begun; start over with: "
+            f"the world, the reference or the recipe has changed since {study.run} was started; start over with: "
             "make study ARGS=--fresh"
         )
     return lock
 
 
 def pair_jobs(study: Study, *splits: str) -> dict[str, Callable[[], None]]:
+    """Jobs that make the pairs of some splits, by name."""
     return {f"pairs of {split}": functools.partial(pipeline.make_pairs, study, split) for split in splits}
 
 
 def measure_all(study: Study, runs: list[Run], split: str, processes: int) -> None:
-    """Every run that has no result yet, and the reference."""
+    """Train and measure every run without a result on a split, and measure the reference."""
     jobs = (
         {}
         if pipeline.result_path(study, pipeline.REFERENCE, split).exists()
@@ -118,7 +123,13 @@ def measure_all(study: Study, runs: list[Run], split: str, processes: int) -> No
 
 
 def choose(study: Study) -> dict[str, int]:
-    """The setting of each method whose sampled answers to development prompts score best, written down once."""
+    """The setting of each method with the best mean score of sampled answers to development prompts.
+
+    The choice is made once and recorded in the run folder.
+
+    Raises:
+        UserError: the recorded choice is for other methods.
+    """
     path = study.run / "choice.json"
     if not path.exists():
         scores: dict[str, dict[int, float]] = {}
@@ -132,11 +143,12 @@ def choose(study: Study) -> dict[str, int]:
             )
     choice = json.loads(path.read_text(encoding="utf-8"))
     if set(choice) != set(study.methods):
-        raise UserError(f"{path} was written for other methods; remove {study.run}, or set the methods back")
+        raise UserError(f"{path} was written for other methods; remove {study.run}, or restore the methods")
     return choice
 
 
 def say(what: str) -> None:
+    """Print a heading."""
     print(f"\n== {what}", flush=True)
 
 

@@ -1,7 +1,7 @@
-"""Stations as a user starts them, in processes forked from one that has imported everything they need.
+"""Command lines run in processes forked from one that has imported everything they need.
 
-Starting Python with NeMo takes ten seconds, a run of the study takes twenty: so this process imports once, and each
-command line runs in a child of it, as ``python tools/X.py ...`` or ``python -m MODULE ...`` would.
+Starting Python with NeMo takes ten seconds, a run of the study twenty. So this process imports once, and each command
+line runs in a child of it, as ``python tools/X.py ...`` or ``python -m MODULE ...`` would.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ _FORK = multiprocessing.get_context("fork")
 
 
 def warm_up() -> None:
-    """Import the stack on one thread; a child would wait for other threads, which it does not inherit."""
+    """Import the stack on a single thread: forked children would wait for threads that they do not inherit."""
     from treg_megatron.utils.imports import heavy_imports
     from treg_megatron.utils.log import configure_logging
 
@@ -39,14 +39,14 @@ def warm_up() -> None:
         import treg_megatron.sampling.huggingface  # noqa: F401
 
 
-def station(program: str, *arguments: object, log: Path) -> None:
-    """Run ``python PROGRAM ARGUMENTS``; what it prints is added to ``log``.
+def step(program: str, *arguments: object, log: Path) -> None:
+    """Run ``python PROGRAM ARGUMENTS`` in a child process and append its output to ``log``.
 
     Args:
-        program: a path like tools/label_tokens.py, or the name of a module.
+        program: a path such as tools/label_tokens.py, or the name of a module.
 
     Raises:
-        UserError: it failed; the log says why.
+        UserError: the program failed; the log says why.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     child = _FORK.Process(target=_execute, args=(program, [str(argument) for argument in arguments], log))
@@ -55,15 +55,19 @@ def station(program: str, *arguments: object, log: Path) -> None:
     if child.exitcode:
         raise UserError(
             f"{program} failed with exit code {child.exitcode}, see the end of {log}; "
-            "the same command goes on from here"
+            "the same command continues from here"
         )
 
 
 def run_jobs(jobs: dict[str, Callable[[], None]], processes: int, what: str) -> None:
-    """Call each job in a child, ``processes`` at a time, in order.
+    """Call each job in a child process, in order, ``processes`` at a time.
+
+    Args:
+        jobs: by name.
+        what: what to call a job in messages, such as "run".
 
     Raises:
-        UserError: one failed; those that run beside it are waited for, no other is begun.
+        UserError: a job failed; those already running are waited for, no other is started.
     """
     waiting, running, failed, start = list(jobs), {}, [], time.monotonic()
     while running or (waiting and not failed):
@@ -77,7 +81,7 @@ def run_jobs(jobs: dict[str, Callable[[], None]], processes: int, what: str) -> 
             done = len(jobs) - len(waiting) - len(running)
             print(f"{what} {done} of {len(jobs)}: {name}, {time.monotonic() - start:.0f} s", flush=True)
     if failed:
-        raise UserError(f"{what} {', '.join(failed)} failed, see above; the same command goes on from here")
+        raise UserError(f"{what} {', '.join(failed)} failed, see above; the same command continues from here")
 
 
 def _exit_code(job: BaseProcess) -> int | None:

@@ -82,7 +82,7 @@ def test_a_recipe_with_adapters_fits_and_trains_them_alone(name, whole):
 def test_tiny_runs_on_whatever_model_it_is_given(tied_run):
     done = preflight("tiny", *tied_run.overrides)
     assert done.code == 0
-    assert f"{tied_run.hf}: there" in done.printed and "22 pairs" in done.printed, "files that exist are checked"
+    assert f"{tied_run.hf}: found" in done.printed and "22 pairs" in done.printed, "files that exist are checked"
 
 
 def test_the_stated_clusters_are_those_of_the_headers():
@@ -164,9 +164,9 @@ def test_a_70b_layout_that_needs_96_gb():
 
 def test_suggestions_fit_and_come_with_their_memory():
     done = preflight("smollm2_135m", "parallel.pipeline=1", suggest=True)
-    lines = [line for line in done.printed.splitlines() if " s a step, " in line]
+    lines = [line for line in done.printed.splitlines() if " s per step, " in line]
     assert len(lines) > 1
-    assert all(float(line.split(" s a step, ")[1].split(" GB")[0]) <= 6 for line in lines)
+    assert all(float(line.split(" s per step, ")[1].split(" GB")[0]) <= 6 for line in lines)
     steps = [float(line.split()[0]) for line in lines]
     assert steps == sorted(steps)
 

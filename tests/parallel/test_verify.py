@@ -42,5 +42,5 @@ def test_the_same_weights_under_another_config_compute_otherwise(model):
 
 def test_a_text_without_two_tokens_is_refused(model):
     hf, checkpoint = model
-    with pytest.raises(AssertionError, match="one to predict another from needs two"):
+    with pytest.raises(AssertionError, match="a log-prob needs at least two"):
         compute(checkpoint, hf, ["a"])

@@ -93,11 +93,11 @@ def test_a_lost_result_comes_back_bit_for_bit(settings, study):
 def test_two_studies_in_one_folder_are_refused(settings, study):
     with open(study.run / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert_refused(conduct(settings), "a study is at work in")
+        assert_refused(conduct(settings), "a study is running in")
 
 
 def test_another_world_is_refused(settings, study):
     keys = yaml.safe_load(settings.read_text()) | {"world": {"seed": 1}}
     changed = settings.with_name("changed.yaml")
     changed.write_text(yaml.safe_dump(keys))
-    assert_refused(conduct(changed), "changed since .* was begun; start over with")
+    assert_refused(conduct(changed), "changed since .* was started; start over with")

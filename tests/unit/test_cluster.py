@@ -57,12 +57,12 @@ def node(name: str, **differs) -> dict:
     "second, pattern",
     [
         ({}, "^$"),
-        ({"packages": {"python": "3.11.7", "torch": "2.12.0"}}, "^n2 has torch 2.12.0, others have 2.13.0"),
-        ({"packages": {"python": "3.11.7"}}, "^n2 has torch not installed, others have 2.13.0"),
+        ({"packages": {"python": "3.11.7", "torch": "2.12.0"}}, "^n2 has torch 2.12.0, the others have 2.13.0"),
+        ({"packages": {"python": "3.11.7"}}, "^n2 has torch not installed, the others have 2.13.0"),
         ({"inputs": {"data.train=s": None}}, "^n2 does not see data.train=s"),
-        ({"inputs": {"data.train=s": "bb"}}, "^n2 sees another file than others as data.train=s"),
+        ({"inputs": {"data.train=s": "bb"}}, "^n2 sees a different file than the others as data.train=s"),
         ({"probe": False}, r"^n2 does not see /out \(train.output\) as n1 does"),
-        ({"free": 10**9}, r"^n2 has 1.0 GB free in /out \(train.output\), the checkpoints take 5.0 GB"),
+        ({"free": 10**9}, r"^n2 has 1.0 GB free in /out \(train.output\), the checkpoints need 5.0 GB"),
         ({"silent": True}, "^n2 did not answer"),
     ],
 )
@@ -72,9 +72,7 @@ def test_the_odd_node_out_is_named(second, pattern):
 
 def test_an_input_that_no_node_sees():
     nodes = [node(name, inputs={"data.train=s": None}) for name in ("n1", "n2")]
-    assert verdict(nodes, 0, Path("/out")).startswith(
-        "n1 does not see data.train=s; n2 does not see data.train=s. Mend"
-    )
+    assert verdict(nodes, 0, Path("/out")).startswith("n1 does not see data.train=s; n2 does not see data.train=s. Fix")
 
 
 def checkpoint(run: Path, step: int, size: int) -> Path:

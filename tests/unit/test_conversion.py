@@ -189,7 +189,7 @@ def other_config(change: dict):
     "damage, said",
     [
         (truncated, "is truncated: .* bytes of"),
-        (cut_in_header, "truncated or no safetensors file"),
+        (cut_in_header, "truncated or not a safetensors file"),
         (without_tensor, "lacks tensor model.layers.1.mlp.up_proj.weight"),
         (with_extra_tensor, "has tensor model.layers.0.self_attn.q_proj.bias, which is not part of a Llama"),
         (with_two_precisions, "mixes BF16 and F32"),

@@ -73,7 +73,7 @@ def test_no_two_splits_share_a_set_of_items():
 
 def test_the_reference_reads_the_prompts_that_label_it():
     pair = load_prompt_pair(PROMPT_PAIR)
-    rows = data.reference_rows([ADD], 40, pair, 1)
+    rows = data.reference_records([ADD], 40, pair, 1)
     kinds = {row["pair_id"].split("-")[0]: row for row in rows}
     assert set(kinds) == {"everyday", "better", "worse"}
     for kind, other in (("better", "worse"), ("worse", "better")):
@@ -96,7 +96,7 @@ def test_marks_of_sampled_ids():
     }
     assert data.marks(row, "chosen") == [False] + [True] * 21
     assert data.marks(row, "rejected") == [True] * 18  # cut off: no end to mark
-    truth = data.truth_rows([row])[0]
+    truth = data.truth_records([row])[0]
     assert truth["chosen_token_rewards"] == [-0.5] + [0.5] * 21 and truth["chosen_token_ids"] == ids
 
 

@@ -1,7 +1,8 @@
-"""Low-rank adapters of a training checkpoint: merged into the base model's weights, or as ``peft`` names them.
+"""LoRA adapters of a training checkpoint: merged into the base model's weights, or exported in ``peft``'s format.
 
-An adapter of a Megatron parameter is two matrices, A [rank, in] and B [rows, rank], and means W + alpha / rank * B A
-(LoRA, arXiv 2106.09685, section 4.1). The Hugging Face tensors that the parameter holds share A; each has its rows of B.
+The adapter of a Megatron parameter W [out, in] is two matrices, A [rank, in] and B [out, rank], and adds
+alpha / rank * B A to W (LoRA, arXiv 2106.09685, section 4.1). The Hugging Face tensors held by the parameter share A;
+each has its own rows of B.
 """
 
 from collections.abc import Iterator
@@ -29,17 +30,22 @@ ADAPTER = ".adapter."
 
 
 class Adapters:
-    """The adapters of one checkpoint; they are small enough to be read one parameter at a time into memory.
+    """The adapters of one checkpoint, read into memory one parameter at a time.
 
     Args:
-        lora: the recipe's section that the run was trained with.
+        reader: the checkpoint that holds the adapters.
+        lora: section ``lora`` of the recipe that the run was trained with.
     """
 
     def __init__(self, reader: TorchDistReader, family: Family, fields: dict[str, Any], lora: dict[str, Any]):
         self._reader, self._family, self._fields, self._lora = reader, family, fields, lora
 
     def of(self, parameter: Parameter, place: tuple[int, ...]) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
-        """A, and for each of the parameter's Hugging Face tensors its B; None where it has no adapter."""
+        """Adapter of the parameter at a place (its layer and expert); None if it has none.
+
+        Returns:
+            A [rank, in], and for each of the parameter's Hugging Face tensors its B [rows, rank], all fp32.
+        """
         module = parameter.name.removesuffix(".weight")
         inward, outward = (
             f"{MODEL_PREFIX}{checkpoint_key(module)}{ADAPTER}{name}.weight" for name in ("linear_in", "linear_out")
@@ -57,8 +63,13 @@ class Adapters:
         return a, [layout.part(b, i).reshape(-1, rank) for i in range(len(parameter.sources))]
 
     def merged_tensors(self, base: dict[str, StoredTensor], dtype: torch.dtype) -> Iterator[list[memoryview]]:
-        """The bytes of each Hugging Face tensor of the model in ``dtype``, in the order of a transformers model; each
-        until the next is asked for. The sum is taken in fp32."""
+        """Bytes of each Hugging Face tensor with its adapter added, in the order of a transformers model.
+
+        The sum is computed in fp32 and rounded to ``dtype``. The bytes are valid until the next tensor is requested.
+
+        Args:
+            base: tensors of the base model's folder, by name.
+        """
         read, written = Scratch(), Scratch()
         scale = self._lora["alpha"] / self._lora["rank"]
         for parameter, place in in_model_order(self._family, self._fields):
@@ -75,7 +86,7 @@ class Adapters:
                 yield [as_bytes(tensor)]
 
     def peft_tensors(self) -> dict[str, torch.Tensor]:
-        """lora_A and lora_B of every adapted Hugging Face tensor, fp32, by the names that peft looks for."""
+        """lora_A [rank, in] and lora_B [rows, rank] of every adapted Hugging Face tensor, fp32, under peft's names."""
         tensors = {}
         for parameter, place in in_model_order(self._family, self._fields):
             adapter = self.of(parameter, place)
@@ -86,7 +97,7 @@ class Adapters:
         return tensors
 
     def peft_config(self, base: str) -> dict[str, Any]:
-        """adapter_config.json on top of the Hugging Face folder ``base``."""
+        """Content of adapter_config.json, with the Hugging Face folder ``base`` as base model."""
         modules = {name.split(".")[-3] for name in self.peft_tensors()}
         return {
             "peft_type": "LORA",
@@ -105,14 +116,16 @@ class Adapters:
 def adapters_of(
     reader: TorchDistReader, identity: Identity, family: Family, fields: dict[str, Any], checkpoint: Path
 ) -> Adapters | None:
-    """The adapters of a checkpoint, or None where it holds whole weights.
+    """The adapters of a checkpoint, or None if it has none.
 
     Raises:
-        UserError: it has adapters, but what made it does not say of which scale.
+        UserError: it has adapters, but its recorded recipe lacks their rank and scale.
     """
     if not any(ADAPTER in key for key in reader.tensors):
         return None
     lora = identity.run.get("recipe", {}).get("lora", {})
     if not lora.get("rank"):
-        raise UserError(f"checkpoint {checkpoint} has adapters, but its treg.json names no lora.rank and lora.alpha")
+        raise UserError(
+            f"checkpoint {checkpoint} has adapters, but its treg.json does not record lora.rank and lora.alpha"
+        )
     return Adapters(reader, family, fields, lora)

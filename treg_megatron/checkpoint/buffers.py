@@ -1,4 +1,4 @@
-"""Moving tensors between files and memory at the speed of ``cp``."""
+"""Fast transfer of tensors between files and memory, in pieces and without extra copies."""
 
 import errno
 import io
@@ -12,16 +12,16 @@ import torch
 
 from treg_megatron.errors import UserError
 
-# The size that `cp` uses. One write of a whole tensor makes the kernel allocate its page cache in huge pieces, which
-# took 5 to 10 times as long on a virtual machine (Linux 6.18, ext4).
+# The size that `cp` uses. Writing a whole tensor at once makes the kernel allocate its page cache in huge pieces,
+# which took 5 to 10 times as long on a virtual machine (Linux 6.18, ext4).
 PIECE_BYTES = 128 * 1024
 
-# Two file systems of different kinds, or one that does not offer it.
+# copy_file_range fails so between different kinds of file systems, or on one that does not support it.
 CANNOT_COPY_INSIDE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Stretch(NamedTuple):
-    """Bytes of a file that are wanted as they are."""
+    """A byte range of a file, to be copied unchanged."""
 
     path: Path
     start: int
@@ -29,9 +29,9 @@ class Stretch(NamedTuple):
 
 
 class Scratch:
-    """Memory that is used again for the next tensor: one buffer, as large as the largest tensor asked of it so far.
+    """Reusable buffer for one tensor at a time, as large as the largest tensor requested so far.
 
-    Allocating gigabytes anew for each tensor costs more time than filling them.
+    Allocating gigabytes anew for each tensor takes longer than filling them.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Scratch:
         """An uninitialised tensor over the buffer, valid until the next call; its storage has exactly its size."""
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes > len(self._bytes):
-            self._bytes = torch.empty(0, dtype=torch.uint8)  # let go of the old one before taking a larger one
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # free the old one before allocating a larger one
             self._bytes = torch.empty(nbytes, dtype=torch.uint8)
         if nbytes == 0:
             return torch.empty(shape, dtype=dtype)
@@ -49,12 +49,13 @@ class Scratch:
 
 
 class OutputFile(io.FileIO):
-    """A file that is written in pieces of :data:`PIECE_BYTES`, whatever the size of the data."""
+    """Output file that writes data of any size in pieces of :data:`PIECE_BYTES`."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "wb")
 
     def write(self, data) -> int:
+        """Write all of a bytes-like object; return its size in bytes."""
         view = memoryview(data).cast("B")
         written = 0
         while written < len(view):
@@ -62,10 +63,10 @@ class OutputFile(io.FileIO):
         return written
 
     def copy(self, stretch: Stretch) -> int:
-        """Append a stretch of another file, inside the kernel where the file systems can; the bytes written.
+        """Append a byte range of another file, inside the kernel where supported; return the bytes written.
 
         Raises:
-            UserError: the other file is shorter.
+            UserError: the other file is too short.
         """
         copied = 0
         with open(stretch.path, "rb", buffering=0) as source:
@@ -89,17 +90,17 @@ class OutputFile(io.FileIO):
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, shared with it."""
+    """The bytes of a contiguous CPU tensor, sharing its memory."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def read_pieces(stretch: Stretch) -> Iterator[memoryview]:
-    """A stretch of a file in pieces small enough to stay in the processor's cache until they are written.
+    """Read a byte range in pieces small enough to stay in the processor's cache until they are written.
 
-    Each piece is valid until the next one is asked for.
+    Each piece is valid until the next one is requested.
 
     Raises:
-        UserError: the file is shorter.
+        UserError: the file is too short.
     """
     path, start, nbytes = stretch
     buffer = memoryview(bytearray(min(PIECE_BYTES, nbytes)))
@@ -114,10 +115,10 @@ def read_pieces(stretch: Stretch) -> Iterator[memoryview]:
 
 
 def read_into(path: Path, start: int, target: torch.Tensor) -> None:
-    """Fill a contiguous CPU tensor with the bytes at ``start``.
+    """Fill a contiguous CPU tensor with the bytes of a file from offset ``start``.
 
     Raises:
-        UserError: the file is shorter.
+        UserError: the file is too short.
     """
     with open(path, "rb") as file:
         file.seek(start)

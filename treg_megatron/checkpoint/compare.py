@@ -1,6 +1,6 @@
-"""Whether two models hold the same weights, bit for bit: Hugging Face folders and Megatron checkpoints, in any mixture.
+"""Bitwise comparison of the weights of two models, each a Hugging Face folder or a Megatron checkpoint.
 
-A checkpoint is compared as the folder that an export would write, and nothing is written. One tensor of each is in
+A checkpoint is compared as the folder that an export would write, without writing it. One tensor of each model is in
 memory at a time.
 """
 
@@ -22,10 +22,10 @@ from treg_megatron.utils.files import read_json
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found.
+    """Result of a comparison.
 
     Attributes:
-        tensors, nbytes: what was compared, in the first model.
+        tensors, nbytes: number and size of the first model's tensors.
         different: names of tensors that only one model has, or that differ in shape, precision or value.
     """
 
@@ -37,10 +37,11 @@ class Comparison:
 def compare(a: Path, b: Path) -> Comparison:
     """Compare the weights of two models.
 
-    A checkpoint beside a folder takes the folder's precision, since that is what it would be exported in.
+    If one is a checkpoint and the other a folder, the checkpoint is compared in the folder's precision, the one it
+    would be exported in.
 
     Raises:
-        UserError: one of them is no model, or is damaged.
+        UserError: one of them is not a model, or is damaged.
     """
     if is_checkpoint(b) and not is_checkpoint(a):
         a, b = b, a
@@ -59,15 +60,15 @@ def compare(a: Path, b: Path) -> Comparison:
 
 
 class _FolderWeights:
-    """The weights of a Hugging Face folder, whatever its architecture."""
+    """Weights of a Hugging Face folder of any architecture."""
 
     def __init__(self, folder: Path) -> None:
         self._stored: dict[str, StoredTensor] = tensors_in_folder(folder)
         if _is_tied(folder):
-            self._stored.pop("lm_head.weight", None)  # a second copy, which transformers ignores, too
+            self._stored.pop("lm_head.weight", None)  # a second copy, which transformers ignores too
         unknown = {tensor.dtype for tensor in self._stored.values()} - DTYPES.keys()
         if unknown:
-            raise UserError(f"{folder} has {unknown.pop()} weights; known: {', '.join(DTYPES)}")
+            raise UserError(f"{folder} has {unknown.pop()} weights; supported: {', '.join(DTYPES)}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +82,7 @@ class _FolderWeights:
 
 
 class _CheckpointWeights:
-    """The weights of a Megatron checkpoint under their Hugging Face names."""
+    """Weights of a Megatron checkpoint, under their Hugging Face names."""
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         checkpoint = find_checkpoint(folder)
@@ -95,7 +96,7 @@ class _CheckpointWeights:
         return planned_tensors(self._family, self._fields, self.dtype)
 
     def read(self, names: list[str]) -> Iterator[list[memoryview | Stretch]]:
-        """In the order of the family, which is that of ``names`` when both sides are checkpoints of one model."""
+        """The tensors in the family's order, which equals ``names`` if both sides are checkpoints of one model."""
         return exported_tensors(self._reader, self._family, self._fields, self.dtype)
 
 

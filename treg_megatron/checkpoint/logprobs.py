@@ -1,4 +1,4 @@
-"""Whether a Megatron checkpoint computes what transformers computes from a Hugging Face folder."""
+"""Per-token log-prob comparison of a Megatron checkpoint with transformers on a Hugging Face folder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from treg_megatron.checkpoint.policy import load_policy
 from treg_megatron.errors import UserError
 from treg_megatron.utils.imports import heavy_imports
 
-# Both sides compute in fp32 and round differently, layer by layer.
+# Largest accepted difference in nats: both sides compute in fp32, with different rounding in every layer.
 TOLERANCE = 1e-4
 
 TEXTS = (
@@ -24,17 +24,18 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Difference:
-    """Per-token log-probs of two models: how many tokens, and by how much they differ at most."""
+    """Number of tokens scored by both models, and the largest absolute difference of their log-probs, in nats."""
 
     tokens: int
     largest: float
 
 
 def logprob_difference(checkpoint: Path, hf: Path, texts: Sequence[str]) -> Difference:
-    """Compare log p(token | tokens before it) over ``texts``, both models in fp32, one after the other in memory.
+    """Compare log p(token | tokens before it) over ``texts``, both models in fp32, one at a time in memory.
 
     Raises:
-        UserError: no complete checkpoint, no loadable folder or tokenizer, or a text of fewer than two tokens.
+        UserError: the checkpoint is incomplete, the folder or its tokenizer does not load, or a text has fewer than
+            two tokens.
     """
     ids = [_ids(hf, text) for text in texts]
     found = torch.cat(_megatron_logprobs(find_checkpoint(checkpoint), ids))
@@ -51,7 +52,7 @@ def _ids(hf: Path, text: str) -> torch.Tensor:
         raise UserError(f"the tokenizer of {hf} does not load: {error}") from None
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     if len(ids) < 2:
-        raise UserError(f"the text {text!r} has {len(ids)} tokens: one to predict another from needs two")
+        raise UserError(f"the text {text!r} has {len(ids)} tokens: a log-prob needs at least two")
     return ids
 
 
@@ -68,7 +69,7 @@ def _megatron_logprobs(checkpoint: Path, ids: list[torch.Tensor]) -> list[torch.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(1)  # modules ask for Megatron's random state even where all weights are loaded
+        model_parallel_cuda_manual_seed(1)  # modules need Megatron's RNG state although all weights are loaded
         policy = load_policy(checkpoint)
         with torch.no_grad():
             return [forward_step(policy, data_step(iter([_batch(x)]))).cpu() for x in ids]
@@ -78,7 +79,7 @@ def _megatron_logprobs(checkpoint: Path, ids: list[torch.Tensor]) -> list[torch.
 
 
 def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One sequence, every token but the first scored."""
+    """A batch of one sequence that scores every token but the first."""
     return {
         "tokens": ids[None],
         "position_ids": torch.arange(len(ids))[None],
@@ -91,7 +92,7 @@ def _transformers_logprobs(hf: Path, ids: list[torch.Tensor]) -> list[torch.Tens
     from transformers import AutoModelForCausalLM
 
     try:
-        # eager: the model's own attention, of which other implementations leave things out (Gemma 2's soft-cap)
+        # eager is the reference implementation; others leave parts out (Gemma 2's soft-capping)
         model = AutoModelForCausalLM.from_pretrained(
             hf,
             dtype=torch.float32,

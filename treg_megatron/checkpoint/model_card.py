@@ -1,4 +1,4 @@
-"""The README.md of an exported model: which model it came from and which run made it."""
+"""Model card (README.md) of an exported model: its base model and the run that trained it."""
 
 import re
 from pathlib import Path
@@ -12,11 +12,11 @@ PAPER = "[T-REG](https://arxiv.org/abs/2412.02685)"
 
 
 def model_card(identity: Identity, run: dict[str, Any]) -> str:
-    """Model card in Markdown with Hugging Face's YAML header.
+    """The model card in Markdown, with Hugging Face's YAML header.
 
-    ``run`` holds plain values: ``recipe``, ``data`` (the manifest of the training streams), ``step`` and ``metrics``
-    (the last of the run) get a section each where they are there, and so does whatever else it holds. Empty: a plain
-    conversion.
+    Args:
+        run: plain values, empty for a conversion without training. ``recipe``, ``data`` (the training set's manifest)
+            and ``metrics`` (the run's last, of ``step``) get a section each if present, as does any other key.
     """
     name = identity.hf_config.get("_name_or_path", "")
     base = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else Path(identity.source).name

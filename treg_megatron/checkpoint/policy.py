@@ -1,6 +1,6 @@
-"""The model that trains, on the weights of a checkpoint, outside of a training run.
+"""Policy model with the weights of a checkpoint, outside of a training run.
 
-The one file of this package that needs NeMo, and imports it when asked: everything else converts without it.
+The only module of this package that needs NeMo, which it imports on use: conversion works without it.
 """
 
 from pathlib import Path
@@ -22,13 +22,17 @@ if TYPE_CHECKING:
 def load_policy(
     checkpoint: Path, tensor: int = 1, pipeline: int = 1, expert: int = 1, sequence: bool = False
 ) -> "Policy":
-    """The policy of a checkpoint in fp32, evaluating; its ``module`` is this rank's part of Megatron's model.
+    """Load a checkpoint's policy in fp32, in evaluation mode; its ``module`` is this rank's part of Megatron's model.
 
-    ``treg_megatron.training.build`` gives the model and Megatron-core loads it, as for training. The process group exists and is
-    split by Megatron's ``parallel_state`` into these sizes.
+    The model is built and loaded as for training. Megatron's ``parallel_state`` must have been initialised with the
+    same sizes.
+
+    Args:
+        checkpoint: a complete checkpoint.
+        tensor, pipeline, expert, sequence: the parallel layout, as in section ``parallel`` of a recipe.
 
     Raises:
-        UserError: no complete checkpoint, or a layout that the model does not train in.
+        UserError: the checkpoint is incomplete, or the model does not support the layout.
     """
     from megatron.core import dist_checkpointing
 

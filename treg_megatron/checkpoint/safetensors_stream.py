@@ -1,7 +1,7 @@
-"""Safetensors, one tensor at a time: read into memory that is there already, written in the order of a known plan.
+"""Streaming reader and writer of safetensors files, one tensor at a time.
 
-The library's own functions map whole files or hold a whole shard in memory. The format is a JSON header behind its
-length, then the tensors' bytes.
+The library's own functions map whole files or hold a whole shard in memory. The format is the length of a JSON header,
+the header, then the tensors' bytes.
 """
 
 import json
@@ -26,7 +26,12 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a safetensors file; ``dtype`` is the format's own code ("F32", "BF16", ...)."""
+    """Location of a tensor in a safetensors file.
+
+    Attributes:
+        dtype: the format's own code ("F32", "BF16", ...).
+        start, nbytes: byte range in ``file``.
+    """
 
     file: Path
     dtype: str
@@ -35,13 +40,17 @@ class StoredTensor:
     nbytes: int
 
     def read_into(self, target: torch.Tensor) -> None:
-        """Read it into a contiguous tensor of its shape and dtype."""
+        """Read the tensor into a contiguous CPU tensor of the same shape and dtype.
+
+        Raises:
+            UserError: the file is too short.
+        """
         read_into(self.file, self.start, target)
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor that is going to be written."""
+    """Name, shape and dtype of a tensor to be written."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,14 +58,16 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def tensors_in_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a Hugging Face folder, by name, sharded or not.
+    """All tensors of a Hugging Face folder by name, from one file or several shards.
 
     Raises:
-        UserError: no safetensors weights (pickled weights are never loaded), a missing, truncated or corrupt shard.
+        UserError: the folder has no safetensors weights (pickled weights are never loaded), or a shard is missing,
+            truncated or corrupt.
     """
     if not folder.is_dir():
         raise UserError(f"Hugging Face folder {folder} does not exist")
@@ -81,7 +92,7 @@ def tensors_in_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def tensors_in_file(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of one safetensors file, by name; reads the header alone.
+    """All tensors of one safetensors file by name; reads only the header.
 
     Raises:
         UserError: the file is missing, truncated or not a safetensors file.
@@ -92,7 +103,7 @@ def tensors_in_file(path: Path) -> dict[str, StoredTensor]:
     with open(path, "rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
-            raise UserError(f"{path} is truncated or no safetensors file; download it again")
+            raise UserError(f"{path} is truncated or not a safetensors file; download it again")
         start = 8 + header_bytes
         try:
             header = json.loads(file.read(header_bytes))
@@ -108,7 +119,7 @@ def tensors_in_file(path: Path) -> dict[str, StoredTensor]:
                 if name != "__metadata__"
             }
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path} is no safetensors file (bad header); download it again") from None
+            raise UserError(f"{path} is not a safetensors file (bad header); download it again") from None
     end = max((t.start + t.nbytes for t in tensors.values()), default=start)
     if end > size:
         raise UserError(f"{path} is truncated: {size} bytes of {end}; download it again")
@@ -120,8 +131,11 @@ def tensors_in_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def plan_shards(tensors: Iterable[PlannedTensor], shard_bytes: int) -> dict[str, list[PlannedTensor]]:
-    """Split tensors, in order, into files of at most ``shard_bytes`` (or of one larger tensor), by Hugging Face's
-    file names."""
+    """Split tensors, in order, into files of at most ``shard_bytes`` each; a larger tensor gets a file of its own.
+
+    Returns:
+        The tensors of each file, by Hugging Face's file names.
+    """
     shards: list[list[PlannedTensor]] = []
     size = 0
     for tensor in tensors:
@@ -136,7 +150,7 @@ def plan_shards(tensors: Iterable[PlannedTensor], shard_bytes: int) -> dict[str,
 
 
 def index_of(shards: dict[str, list[PlannedTensor]]) -> dict:
-    """The content of model.safetensors.index.json."""
+    """Content of model.safetensors.index.json."""
     return {
         "metadata": {"total_size": sum(t.nbytes for shard in shards.values() for t in shard)},
         "weight_map": {t.name: name for name, shard in shards.items() for t in shard},
@@ -144,11 +158,14 @@ def index_of(shards: dict[str, list[PlannedTensor]]) -> dict:
 
 
 class ShardWriter:
-    """Writes one safetensors file whose tensors are known beforehand and come in that order. A context manager."""
+    """Writer of one safetensors file whose tensors are known beforehand and are written in that order.
+
+    A context manager.
+    """
 
     def __init__(self, path: Path, tensors: list[PlannedTensor]) -> None:
         self._remaining = list(reversed(tensors))
-        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers rejects files without it
         offset = 0
         for tensor in tensors:
             header[tensor.name] = {
@@ -168,10 +185,14 @@ class ShardWriter:
     def __exit__(self, exception_type: type | None, *_) -> None:
         self._file.close()
         if exception_type is None and self._remaining:
-            raise RuntimeError(f"{self._remaining[-1].name} was planned and not written")
+            raise RuntimeError(f"{self._remaining[-1].name} was planned but not written")
 
     def write(self, name: str, pieces: Iterable[memoryview | Stretch]) -> None:
-        """Append the bytes of the next tensor."""
+        """Append the next tensor's bytes, given in pieces.
+
+        Raises:
+            RuntimeError: name or size is not that of the next planned tensor.
+        """
         planned = self._remaining.pop()
         written = sum(
             self._file.copy(piece) if isinstance(piece, Stretch) else self._file.write(piece) for piece in pieces

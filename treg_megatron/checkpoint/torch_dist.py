@@ -1,8 +1,9 @@
-"""Megatron-core's ``torch_dist`` checkpoints without Megatron-core: one process, one chunk of a tensor at a time.
+"""Reader and writer of Megatron-core's ``torch_dist`` checkpoints, without Megatron-core, in a single process.
 
 On disk such a checkpoint is PyTorch's distributed-checkpoint format (``.metadata``, and ``*.distcp`` files that hold
-each chunk as ``torch.save`` wrote it) plus ``metadata.json`` (which format) and ``common.pt`` (what is not sharded).
-Chunks are rectangles of a tensor, so any tensor- and pipeline-parallel layout can read what any other has written.
+each chunk as written by ``torch.save``) plus ``metadata.json`` (the format) and ``common.pt`` (what is not sharded).
+Chunks are rectangles of a tensor, so any tensor- and pipeline-parallel layout can read what any other has written. One
+chunk is in memory at a time.
 """
 
 import json
@@ -38,14 +39,17 @@ TORCH_DIST = {
     "common_backend_version": 1,
 }
 
-# What NeMo passes as the content metadata of its own checkpoints: layers stacked along axis 0, and no optimizer.
+# The content metadata that NeMo passes for its own checkpoints: layers stacked along axis 0, no optimizer.
 CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 DATA_FILE_BYTES = 5_000_000_000
 
 
 class TorchDistWriter:
-    """Writes a checkpoint into an empty folder, chunk by chunk. A context manager; complete once it has exited."""
+    """Writer of a checkpoint into an empty folder, chunk by chunk.
+
+    A context manager; the checkpoint is complete once it has exited without an exception.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -54,7 +58,7 @@ class TorchDistWriter:
         self._file: OutputFile | None = None
 
     def __enter__(self) -> "TorchDistWriter":
-        # torch.load does not look at the checksums, and computing them takes longer than writing
+        # torch.load does not verify the checksums, and computing them takes longer than writing
         self._crc32 = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)
         return self
@@ -69,9 +73,12 @@ class TorchDistWriter:
             (self._folder / METADATA).write_bytes(pickle.dumps(self._metadata))
 
     def write_chunk(self, key: str, chunk: torch.Tensor, offsets: tuple[int, ...], shape: tuple[int, ...]) -> None:
-        """Write the rectangle of tensor ``key`` (of global ``shape``) that begins at ``offsets``.
+        """Write the rectangle of tensor ``key`` that begins at ``offsets``.
 
-        ``chunk`` is contiguous and owns exactly its storage.
+        Args:
+            chunk: a contiguous CPU tensor of any dtype whose storage has exactly its size.
+            offsets: index of the chunk's first element in the whole tensor.
+            shape: of the whole tensor.
         """
         entry = self._metadata.state_dict_metadata.setdefault(
             key, TensorStorageMetadata(TensorProperties(chunk.dtype), torch.Size(shape), [])
@@ -99,13 +106,13 @@ class TorchDistWriter:
 
 
 class TorchDistReader:
-    """Reads the tensors of a checkpoint that any parallel layout has written."""
+    """Reader of the tensors of a checkpoint, whatever parallel layout has written it."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the metadata alone.
+        """Read only the metadata.
 
         Raises:
-            UserError: no torch_dist checkpoint, or one that is damaged.
+            UserError: the folder is not a torch_dist checkpoint, or is damaged.
         """
         self._folder = folder
         try:
@@ -125,13 +132,15 @@ class TorchDistReader:
         self._scratch = Scratch()
 
     def read_into(self, key: str, target: torch.Tensor, place: tuple[int, ...] = ()) -> None:
-        """Read a tensor, or what lies at ``place`` of one that stacks layers (and experts) on its leading axes.
+        """Read a tensor, or one layer (and expert) of a tensor that stacks them on its leading axes.
 
-        ``target`` is contiguous, of the stored dtype, and may have fewer rows than are stored: a vocabulary without
-        its padding.
+        Args:
+            target: a contiguous CPU tensor of the stored dtype. It may have fewer rows than are stored, for a
+                vocabulary without its padding.
+            place: index on the leading axes.
 
         Raises:
-            UserError: the chunks in the checkpoint do not cover it, or cannot be read.
+            UserError: the chunks in the checkpoint do not cover the target, or cannot be read.
         """
         for part in self._parts(key, place, 0, tuple(target.shape)):
             path, start, rows = self._locate(part)
@@ -145,9 +154,10 @@ class TorchDistReader:
     def rows_in_files(
         self, key: str, place: tuple[int, ...], first_row: int, shape: tuple[int, ...]
     ) -> list[Stretch] | None:
-        """Where ``shape[0]`` rows of a tensor (at a place of it) lie, in order.
+        """Byte ranges of ``shape[0]`` rows of a tensor, in order, starting at ``first_row``.
 
-        None if some chunk holds less than whole rows, so that the rows are nowhere in one stretch.
+        Returns:
+            None if some chunk holds only parts of rows, so that rows are not contiguous in the files.
 
         Raises:
             UserError: as :meth:`read_into`.
@@ -162,7 +172,7 @@ class TorchDistReader:
         return stretches
 
     def _parts(self, key: str, place: tuple[int, ...], first_row: int, shape: tuple[int, ...]) -> list["_Part"]:
-        """The chunks that overlap a rectangle: whole rows of a tensor (at a place of it) from ``first_row`` on."""
+        """The chunks that overlap ``shape[0]`` whole rows of a tensor from ``first_row`` on."""
         parts = []
         for chunk in self.tensors[key].chunks:
             if not all(o <= i < o + s for i, o, s in zip(place, chunk.offsets, chunk.sizes)):
@@ -182,25 +192,25 @@ class TorchDistReader:
                 )
         covered = sum(math.prod(s.stop - s.start for s in part.in_target) for part in parts)
         if covered != math.prod(shape):
-            raise UserError(f"{self._folder}: {key} is incomplete: {covered} of {math.prod(shape)} values are there")
+            raise UserError(f"{self._folder}: {key} is incomplete: it has {covered} of {math.prod(shape)} values")
         return parts
 
     def _locate(self, part: "_Part") -> tuple[Path, int, torch.Tensor]:
-        """File and first byte of the chunk's rows that a part needs, and those rows as a meta tensor."""
+        """File and offset in bytes of the chunk's rows that a part needs, and those rows as a meta tensor."""
         info = self._storage[MetadataIndex(part.key, part.chunk.offsets)]
         path = self._folder / info.relative_path
         if getattr(info, "transform_descriptors", None):
-            raise UserError(f"{path}: {part.key} is stored with {info.transform_descriptors}, which cannot be read")
+            raise UserError(f"{path}: {part.key} is stored with {info.transform_descriptors}, which is not supported")
         try:
             with open(path, "rb") as file:
-                # on the meta device torch.load reads where the values lie and not the values
+                # with the meta device torch.load reads where the values are stored, but not the values
                 stored = torch.load(
                     _create_file_view(file, info.offset, info.length), map_location="meta", weights_only=True
                 )
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
         if not stored.is_contiguous():
-            raise UserError(f"{path}: {part.key} is not stored row by row, which cannot be read")
+            raise UserError(f"{path}: {part.key} is not stored contiguously, which is not supported")
         rows = stored[(*part.place, part.in_chunk[0])]
         start = stored.untyped_storage()._checkpoint_offset + rows.storage_offset() * rows.element_size()
         return path, info.offset + start, rows
@@ -208,8 +218,12 @@ class TorchDistReader:
 
 @dataclass(frozen=True)
 class _Part:
-    """The overlap of one chunk with a rectangle that is read: the layer's and expert's place in the chunk, and the
-    overlap's position there and in the rectangle."""
+    """Overlap of one chunk with a rectangle that is read.
+
+    Attributes:
+        place: index of the layer and expert within the chunk.
+        in_chunk, in_target: position of the overlap in the chunk and in the rectangle.
+    """
 
     key: str
     chunk: ChunkStorageMetadata
@@ -219,7 +233,7 @@ class _Part:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Reads ``.metadata`` without running or importing anything but the plain data classes it is made of."""
+    """Unpickler of ``.metadata`` that imports nothing but the plain data classes it consists of."""
 
     SAFE = {
         ("torch", "Size"),
@@ -237,10 +251,10 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise pickle.UnpicklingError(f"its metadata holds {module}.{name}, which does not belong there")
+        raise pickle.UnpicklingError(f"its metadata refers to {module}.{name}, which is not allowed")
 
 
 class _Record:
-    """Stands for Megatron-core's subclasses of the metadata classes: attributes and no behaviour."""
+    """Stand-in for Megatron-core's subclasses of the metadata classes: attributes without behaviour."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...

@@ -1,1 +1,1 @@
-"""Whether a recipe would run on a cluster, found out on a laptop: real models on meta tensors, in a fake world."""
+"""Dry run of a recipe on a cluster: real models on meta tensors in a fake process group, without a GPU."""

@@ -1,6 +1,6 @@
-"""The most memory that a step's tensors take on a rank, from running the real forward and backward pass.
+"""Peak activation memory of a rank in a training step, from one real forward and backward pass on meta tensors.
 
-One micro-batch is run; the schedule says how many of them are in flight when.
+One micro-batch is run; the pipeline schedule determines how many of them are in flight at each moment.
 """
 
 import math
@@ -25,28 +25,33 @@ LAYERS, HEAD = "layers", "log-prob head"
 
 
 class Pass(NamedTuple):
-    """Bytes of one micro-batch on one model chunk."""
+    """Memory of one micro-batch on one model chunk, in bytes."""
 
-    kept: int  # between its forward and its backward pass
-    forward: dict[str, int]  # most at any moment of the forward pass, while LAYERS or the HEAD ran
-    backward: dict[str, int]  # the same of the backward pass, what was kept included
-    moved: Counter[tuple[str, str]]  # put into collectives, see LiveTensors
+    kept: int  # saved between the forward and the backward pass
+    forward: dict[str, int]  # peak of the forward pass by phase (LAYERS, HEAD)
+    backward: dict[str, int]  # peak of the backward pass by phase, including what was kept
+    moved: Counter[tuple[str, str]]  # passed to collectives, see LiveTensors
 
 
 class Peak(NamedTuple):
-    """Bytes at the moment of a step when a rank's tensors take the most."""
+    """Memory at the peak of a step, in bytes."""
 
-    activations: int  # kept for backward passes to come
+    activations: int  # kept for pending backward passes
     working: int  # temporaries of the layer that runs
-    head: int  # what the log-prob head adds to that
+    head: int  # added by the log-prob head
 
     @property
     def total(self) -> int:
+        """All bytes at the peak."""
         return sum(self)
 
 
 def largest_micro_batch(data: DataSection, parallel: ParallelSection) -> dict:
-    """The micro-batch that takes the most memory: as long as the recipe allows, and nearly all of it responses."""
+    """The largest micro-batch that the recipe allows: sequences of full length, nearly all of them response tokens.
+
+    Ignores ``data.share_prompts``, under which the two responses of a pair share the prompt's tokens: with it, real
+    micro-batches are smaller and the estimate is too high.
+    """
     sequences, tokens = 2 * data.micro_batch_size, 2 * data.micro_batch_size * data.seq_length
     if data.layout == "bins":
         tokens = data.tokens_of_a_bin
@@ -56,7 +61,7 @@ def largest_micro_batch(data: DataSection, parallel: ParallelSection) -> dict:
 
 
 def micro_batch(data: DataSection, parallel: ParallelSection, sequences: list[tuple[int, int]]) -> dict:
-    """A micro-batch of a given shape on meta tensors.
+    """A collated micro-batch on meta tensors (``cu_seqlens`` alone stays on the CPU).
 
     Args:
         sequences: (tokens, response tokens) of chosen 0, rejected 0, chosen 1, ...
@@ -68,12 +73,13 @@ def micro_batch(data: DataSection, parallel: ParallelSection, sequences: list[tu
         row_multiple(data, parallel),
         ContextPart(0, parallel.context),
     )
-    # the ends of sequences stay: attention cuts its input by their values
+    # cu_seqlens keeps its values: attention splits its input by them
     return {k: v.to("meta") if isinstance(v, torch.Tensor) and k != "cu_seqlens" else v for k, v in batch.items()}
 
 
 def run_chunk(rank: Rank, chunk: int, batch: dict) -> Pass:
-    """Run a micro-batch forward and backward through a model chunk of a rank in a fake world."""
+    """Run a micro-batch forward and backward through one model chunk of a rank; call it inside a process group, real or
+    fake."""
     policy = rank.policies[chunk]
     model, config = policy.module, policy.config
     live = LiveTensors(rank.tensors_at_rest())
@@ -107,10 +113,12 @@ def run_chunk(rank: Rank, chunk: int, batch: dict) -> Pass:
 
 
 def peak(passes: list[Pass], schedule: list[Event], held: int) -> Peak:
-    """The peak over a step whose model chunks run as ``schedule`` says.
+    """Peak memory of a step.
 
     Args:
-        held: bytes of the gradient that was last sent to the stage before: the schedule keeps it until the next one.
+        passes: memory of one micro-batch on each model chunk.
+        schedule: order in which the chunks run.
+        held: bytes of the gradient last sent to the previous stage, which the schedule keeps until it sends the next.
     """
     in_flight: Counter[int] = Counter()
     most = {LAYERS: 0, HEAD: 0}
@@ -131,7 +139,7 @@ def peak(passes: list[Pass], schedule: list[Event], held: int) -> Peak:
 
 
 def hidden_bytes(batch: dict, config: TransformerConfig) -> int:
-    """Bytes of the hidden states that one stage sends to the next for a micro-batch."""
+    """Bytes of the hidden states [s, b, h] that one stage sends to the next per micro-batch."""
     return math.prod(_hidden_shape(batch, config)) * config.params_dtype.itemsize
 
 
@@ -146,7 +154,7 @@ def _hidden_shape(batch: dict, config: TransformerConfig) -> tuple[int, int, int
 
 
 def pair_of(chosen: tuple[int, int], rejected: tuple[int, int]) -> PairRecord:
-    """A pair of nothing but its shape: (tokens, response tokens) of each side."""
+    """A pair of zeros with the given (tokens, response tokens) of each side."""
     tokens = [np.zeros(length, dtype=np.int32) for length, _ in (chosen, rejected)]
     values = [np.zeros(responses, dtype=np.float32) for _, responses in (chosen, rejected)]
     return PairRecord("", *tokens, *values, *values)

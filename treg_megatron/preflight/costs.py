@@ -1,4 +1,4 @@
-"""What a step and the stations around it cost: arithmetic, bytes over links, bytes to disk."""
+"""Cost of a training step, checkpoints and labelling: FLOPs, bytes communicated, bytes on disk."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,28 +9,32 @@ from treg_megatron.config.schema import ClusterSection, DataSection, LabelSectio
 if TYPE_CHECKING:
     from treg_megatron.preflight.activations import Pass
 
-FORWARD_AND_BACKWARD = 3  # the backward pass does each product's arithmetic twice
-ELEMENT = {"fp32": 4, "bf16": 2}
+FORWARD_AND_BACKWARD = 3  # in forward passes: the backward pass has two products for each of the forward pass
+ELEMENT = {"fp32": 4, "bf16": 2}  # bytes
 
 
 class Work(NamedTuple):
-    """Multiply-adds times two, of one sequence's forward pass."""
+    """FLOPs of one sequence's forward pass (a multiply-add is two)."""
 
-    layers: float  # every matrix product of the layers, those of an expert only for the tokens sent to it
-    attention: float  # scores and weighted values, causal: half of the square
+    layers: float  # matrix products of the layers; experts count for the tokens routed to them
+    attention: float  # scores and weighted values; causal, so half of the square
     head: float  # the output embedding on response tokens
 
     @property
     def total(self) -> float:
+        """All FLOPs of the forward pass."""
         return sum(self)
 
 
 def forward_flops(fields: dict[str, Any], tokens: int, responses: int) -> Work:
-    """Operations of one sequence: 2 per weight and token in every product, 4 per head width, pair of positions and head
-    in attention (arXiv 2205.05198, appendix A, with causal attention counted as half).
+    """FLOPs of one sequence's forward pass: 2 per weight and token in every matrix product; in attention 4 per head,
+    unit of head width and visible pair of positions (arXiv 2205.05198, appendix A, with causal attention counted as
+    half).
 
     Args:
-        fields: the model's sizes, as ``families.model_fields`` gives them.
+        fields: the model's sizes, from ``families.model_fields``.
+        tokens: length of the sequence.
+        responses: response tokens, the only ones that the log-prob head computes.
     """
     hidden, heads, width = fields["hidden_size"], fields["num_attention_heads"], fields["kv_channels"]
     attention_weights = hidden * width * (2 * heads + 2 * fields["num_query_groups"])
@@ -48,26 +52,26 @@ def forward_flops(fields: dict[str, Any], tokens: int, responses: int) -> Work:
 
 
 def _positions(tokens: int, window: int) -> float:
-    """Pairs of a query and a key that it may see, at most ``window`` tokens back."""
+    """Number of (query, visible key) pairs in causal attention with a sliding window."""
     seen = min(tokens, window)
     return seen * seen / 2 + (tokens - seen) * seen
 
 
 def step_flops(fields: dict[str, Any], data: DataSection) -> float:
-    """Of one optimizer step with every sequence as long as the recipe allows and half of it response."""
+    """FLOPs of one optimizer step if every sequence has the full length and half of it is response."""
     sequence = forward_flops(fields, data.seq_length, data.seq_length // 2).total
     return FORWARD_AND_BACKWARD * 2 * data.global_batch_size * sequence
 
 
 def label_flops(fields: dict[str, Any], data: DataSection, pairs: int) -> float:
-    """Of labelling: three forward passes a response; the two revision prompts hold the response once more."""
+    """FLOPs of labelling: three forward passes per response, two of them under a revision prompt, which repeats it."""
     plain = forward_flops(fields, data.seq_length, data.seq_length // 2).total
     revision = forward_flops(fields, data.seq_length * 3 // 2, data.seq_length // 2).total
     return pairs * 2 * (plain + 2 * revision)
 
 
 def hours(flops: float, ranks: int, cluster: ClusterSection) -> float:
-    """At the utilisation that the recipe states."""
+    """Hours that all ranks take for some FLOPs at the recipe's utilisation, ``cluster.mfu``."""
     return flops / (ranks * cluster.peak_tflops * 1e12 * cluster.mfu) / 3600
 
 
@@ -81,11 +85,12 @@ def moved_in_a_step(
     stages: int,
     data_ranks: int,
 ) -> dict[str, int]:
-    """Bytes that one rank puts into the collectives of each kind of group, and receives from its pipeline neighbour.
+    """Bytes that a rank passes to the collectives of each kind of group and to its pipeline neighbours per step.
 
     Args:
-        names: of the groups, see :func:`treg_megatron.preflight.world.group_names`.
-        gradients, weights: bytes of the rank's buffers, which data parallelism reduces and gathers once a step.
+        passes: one micro-batch on each model chunk of the rank.
+        names: kinds of the process groups, see :func:`treg_megatron.preflight.world.group_names`.
+        gradients, weights: bytes of the rank's buffers, which data parallelism reduces and gathers once per step.
         hidden: bytes of a micro-batch's hidden states between two stages.
     """
     moved: Counter[str] = Counter()
@@ -101,7 +106,7 @@ def moved_in_a_step(
 
 
 class Checkpoint(NamedTuple):
-    """A training checkpoint: bytes, and seconds that the file system takes for it."""
+    """Size of a training checkpoint in bytes, and the seconds that writing it takes."""
 
     nbytes: int
     seconds: float
@@ -113,13 +118,13 @@ def checkpoint_bytes(trainable: int, frozen: int, precision: str) -> int:
 
 
 def checkpoint(trainable: int, frozen: int, precision: str, cluster: ClusterSection) -> Checkpoint:
-    """What one save of so many parameters costs."""
+    """Cost of one checkpoint: bytes, and seconds to write them."""
     nbytes = checkpoint_bytes(trainable, frozen, precision)
     return Checkpoint(nbytes, nbytes / (cluster.storage_bandwidth * 1e9))
 
 
 def label_memory(parameters: int, label: LabelSection, fields: dict[str, Any]) -> float:
-    """Bytes of a labelling rank: its weights, and one layer's activations of a forward pass."""
+    """Memory of a labelling rank in bytes: its weights and one layer's activations in a forward pass."""
     element = {"float32": 4, "bfloat16": 2}[label.dtype]
     split = label.tensor * label.pipeline if label.engine == "megatron" else 1
     token = 4 * fields["hidden_size"] + 3 * fields["ffn_hidden_size"] // label.tensor

@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that are alive, and what collectives move, while a program runs."""
+"""Dispatch mode that tracks the bytes of live tensors and the traffic of collectives."""
 
 import weakref
 from collections import Counter
@@ -13,17 +13,17 @@ c10d = torch.ops.c10d
 
 
 class LiveTensors(TorchDispatchMode):
-    """While active, every storage that an operation returns counts from then on until it is freed.
+    """Counts every storage that an operation returns, from then on until it is freed.
 
     Works on real tensors, where it measures a running program, and on meta tensors, where collectives return at once.
 
     Args:
-        at_rest: tensors whose storages do not count (weights, gradient buffers, optimizer state).
+        at_rest: tensors whose storages are not counted (weights, gradient buffers, optimizer state).
 
     Attributes:
         now: bytes alive.
-        peaks: the most that were alive in each phase, see :meth:`end_phase`.
-        moved: bytes that this rank puts into collectives, by (name of the process group, operation).
+        peaks: peak of the bytes alive in each phase, see :meth:`end_phase`.
+        moved: bytes that this rank passes to collectives, by (name of the process group, operation).
     """
 
     def __init__(self, at_rest: list[torch.Tensor]):
@@ -32,11 +32,11 @@ class LiveTensors(TorchDispatchMode):
         self.peaks: dict[str, int] = {}
         self.moved: Counter[tuple[str, str]] = Counter()
         self._seen: dict[int, weakref.ref] = {}
-        self._at_rest = [tensor.untyped_storage() for tensor in at_rest]  # kept, so that no other takes its identity
+        self._at_rest = [tensor.untyped_storage() for tensor in at_rest]  # kept alive, so that their ids stay unique
         self._ignored = {id(storage) for storage in self._at_rest}
 
     def end_phase(self, name: str) -> None:
-        """What ran since the last call was ``name``; phases of one name count as one."""
+        """Attribute what ran since the last call to phase ``name``; phases with the same name are merged."""
         self.peaks[name] = max(self._peak, self.peaks.get(name, 0))
         self._peak = self.now
 
@@ -75,7 +75,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def _done_at_once(func, args):
-    """What a collective on meta tensors returns: its output argument, and work that has been done."""
+    """The result of a collective on meta tensors: its output argument and a completed work handle."""
     work = FakeWork().boxed()
     if func in (c10d.alltoall_base_.default, c10d.send.default, c10d.recv_.default):
         return work

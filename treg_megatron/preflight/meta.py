@@ -1,4 +1,4 @@
-"""Megatron on meta tensors: shapes without bytes, on the kernels that the real device would take."""
+"""Megatron on meta tensors: shapes without data, with the kernels that the real device would use."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,12 +14,13 @@ from treg_megatron.distributed.cpu_redirect import backward_in
 
 @contextlib.contextmanager
 def on_meta(gpu: bool) -> Iterator[None]:
-    """Inside, :class:`OnMeta` sees every torch call, those of a backward pass too.
+    """Activate :class:`OnMeta` for every torch call, including those of backward passes.
 
-    torch leaves a mode while it runs a call that the mode saw, such as the backward pass of recomputed layers;
-    ``runtime.cpu`` mends that for its own mode, which would come before this one.
+    torch disables a mode while it runs a call that the mode intercepted, such as the backward pass of recomputed
+    layers. ``distributed.cpu_redirect`` re-enables its own mode there, by the same patch; that patch is replaced here,
+    because its mode would take precedence over this one.
     """
-    mended = torch.autograd._engine_run_backward
+    previous = torch.autograd._engine_run_backward
     mode = OnMeta(gpu)
 
     with mode:
@@ -27,18 +28,18 @@ def on_meta(gpu: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            torch.autograd._engine_run_backward = mended
+            torch.autograd._engine_run_backward = previous
 
 
 class OnMeta(TorchFunctionMode):
-    """Puts what asks for the CUDA device on the meta device, and answers there for what depends on data.
+    """Redirects CUDA allocations to the meta device, and substitutes a result where an operation depends on data.
 
-    A meta tensor has no fused kernels. Where it would take the kernel that keeps most, it takes here what real devices
-    take: attention that keeps queries, keys, values, outputs and a float a row; on a GPU also a norm that keeps its
-    input and a float a row.
+    Meta tensors have no fused kernels and would take the implementation that saves the most for the backward pass.
+    This mode takes what real devices use: attention that saves queries, keys, values, outputs and one float per query
+    and head; on a GPU also a norm that saves its input and one float per token.
 
     Args:
-        gpu: whether the real device is a GPU; a CPU has no fused norm.
+        gpu: whether the real device is a GPU; CPUs have no fused norm.
     """
 
     def __init__(self, gpu: bool):
@@ -55,7 +56,7 @@ class OnMeta(TorchFunctionMode):
         if not args or not isinstance(args[0], Tensor) or not args[0].is_meta:
             return func(*args, **kwargs)
         if func is Tensor.type and len(args) == 1:
-            return func(*args).replace("meta.", "")  # the distributed optimizer sorts parameters by their type's name
+            return func(*args).replace("meta.", "")  # the distributed optimizer groups parameters by this name
         if func is F.scaled_dot_product_attention:
             return _flash_attention(*args, **kwargs)
         if func is F.rms_norm and self.gpu:
@@ -85,7 +86,7 @@ def _fused_norm(hidden: Tensor, normalized_shape: tuple[int, ...], weight: Tenso
 
 
 class _FusedNorm(torch.autograd.Function):
-    """The shapes of a fused RMSNorm."""
+    """RMSNorm that allocates what a fused kernel would: it saves its input, the weight and one fp32 value per token."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:

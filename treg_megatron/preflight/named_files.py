@@ -1,4 +1,4 @@
-"""The files that a recipe names, where they exist already: whether they belong together."""
+"""Consistency checks of the files that a recipe names, as far as they exist."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ from treg_megatron.preflight.plan import Sections
 
 
 def check_files(sections: Sections) -> tuple[list[str], int | None]:
-    """Check streams, tokenizer and checkpoint against each other as training will, as far as they are on disk.
+    """Check datasets, tokenizer and checkpoint against each other as training does, as far as they are on disk.
 
     Returns:
-        One line on each, and the number of training pairs: of the streams, or ``cluster.pairs``, or None.
+        One line per file, and the number of training pairs: from the training set, else ``cluster.pairs``, else None.
 
     Raises:
-        UserError: two of them do not belong together, or one is damaged.
+        UserError: two of them do not match, or one is damaged.
     """
     model, lines, pairs = sections.model, [], sections.cluster.pairs
     checkpoint, hf = Path(model.checkpoint), Path(model.hf)
@@ -40,7 +40,7 @@ def check_files(sections: Sections) -> tuple[list[str], int | None]:
     if pairs is not None:
         require_enough(pairs, sections.data, "the training set")
     for what, path in (("Hugging Face folder", hf), ("checkpoint", checkpoint)):
-        lines.append(f"{what} {path}: {'there' if path.exists() else 'not on this machine, unchecked'}")
+        lines.append(f"{what} {path}: {'found' if path.exists() else 'not on this machine, not checked'}")
     return lines, pairs
 
 

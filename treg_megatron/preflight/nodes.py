@@ -27,10 +27,10 @@ ALL_REDUCE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
 def check(recipe: DictConfig) -> None:
-    """Check the nodes of this process' job; every rank calls it.
+    """Check the nodes of this process's job; every rank must call it.
 
     Raises:
-        UserError: on every rank; the message names the node.
+        UserError: on every rank, if a node fails the check; the message names the node.
     """
     ranks = world()
     inputs, output = files_of_training(recipe)
@@ -48,7 +48,7 @@ def check(recipe: DictConfig) -> None:
             Path(answer).unlink()
         answer = store.get("verdict").decode()
     store.add("read", 1)
-    while ranks.rank == 0 and store.add("read", 0) < ranks.size:  # rank 0 takes the store with it
+    while ranks.rank == 0 and store.add("read", 0) < ranks.size:  # rank 0 hosts the store, so it leaves last
         time.sleep(0.01)
     if answer:
         raise UserError(answer)
@@ -56,7 +56,7 @@ def check(recipe: DictConfig) -> None:
 
 
 def write_probe(output: Path) -> str:
-    """The path of a new file in the folder that the run writes to, or what is wrong with that folder."""
+    """Create a probe file in the run's output folder; return its path, or an error message if that fails."""
     probe = output / f".node_check-{secrets.token_hex(8)}"
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def write_probe(output: Path) -> str:
 
 
 def _nodes(store, ranks: World) -> list[dict[str, Any]]:
-    """What each node says of itself."""
+    """The report of each node, see :func:`describe_node`; a node that did not answer is marked as silent."""
     nodes = []
     for rank in range(0, ranks.size, ranks.local_size):
         try:
@@ -79,7 +79,7 @@ def _nodes(store, ranks: World) -> list[dict[str, Any]]:
 
 
 def files_of_training(recipe: DictConfig) -> tuple[dict[str, Path], Path]:
-    """The files that every node must see, by the keys that name them, and the folder that is written."""
+    """The input files that every node must see, by the recipe key that names them, and the output folder."""
     model, data, run = (section(recipe, name) for name in ("model", "data", "train"))
     inputs = {
         f"model.checkpoint={model.checkpoint}": Path(model.checkpoint) / IDENTITY,
@@ -92,11 +92,14 @@ def files_of_training(recipe: DictConfig) -> tuple[dict[str, Path], Path]:
 
 
 def bytes_needed(recipe: DictConfig) -> int:
-    """Room that the run's checkpoints still need, one more than are kept: the oldest goes when the newest is whole."""
+    """Bytes of disk space that the run's checkpoints still need.
+
+    Counts one more than are kept, because the oldest is deleted only once the newest is complete.
+    """
     model, run = section(recipe, "model"), section(recipe, "train")
     source = Path(model.checkpoint)
     if not (source / IDENTITY).is_file():
-        return 0  # it is about to be refused
+        return 0  # training will refuse to start
     itemsize = 4 if read_identity(source).dtype == "float32" else 2
     parameters = bytes_in(source) // itemsize
     written = bytes_in(Path(run.output) / "checkpoints")
@@ -104,7 +107,7 @@ def bytes_needed(recipe: DictConfig) -> int:
 
 
 def describe_node(inputs: dict[str, Path], probe: Path) -> dict[str, Any]:
-    """What this node has and sees."""
+    """Installed packages, digests of the visible input files, visibility of the probe file and free space, in bytes."""
     packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return {
         "packages": {"python": platform.python_version(), **packages},
@@ -115,37 +118,42 @@ def describe_node(inputs: dict[str, Path], probe: Path) -> dict[str, Any]:
 
 
 def verdict(nodes: list[dict[str, Any]], needed: int, output: Path) -> str:
-    """One line on what is wrong, or nothing; what most nodes have counts as right."""
+    """One line on what is wrong, or an empty string. A node that differs from the majority counts as wrong.
+
+    Args:
+        nodes: their reports, see :func:`describe_node`.
+        needed: bytes that the checkpoints need in ``output``.
+    """
     wrong = [f"{node['node']} did not answer within {ANSWER_SECONDS} s" for node in nodes if node.get("silent")]
     nodes = [node for node in nodes if not node.get("silent")]
     for node in nodes:
         if not node["probe"]:
             wrong.append(
-                f"{node['node']} does not see {output} (train.output) as {nodes[0]['node']} does: it must be on a "
-                "disk that all nodes share"
+                f"{node['node']} does not see {output} (train.output) as {nodes[0]['node']} does: it must be on "
+                "storage that all nodes share"
             )
         elif node["free"] < needed:
             wrong.append(
                 f"{node['node']} has {node['free'] / 1e9:.1f} GB free in {output} (train.output), the checkpoints "
-                f"take {needed / 1e9:.1f} GB"
+                f"need {needed / 1e9:.1f} GB"
             )
     for what, has, _, name in _differences(nodes, "inputs"):
         wrong.append(
-            f"{name} does not see {what}" if has is None else f"{name} sees another file than others as {what}"
+            f"{name} does not see {what}" if has is None else f"{name} sees a different file than the others as {what}"
         )
     for what, has, usual, name in _differences(nodes, "packages"):
-        wrong.append(f"{name} has {what} {has or 'not installed'}, others have {usual or 'it not installed'}")
+        wrong.append(f"{name} has {what} {has or 'not installed'}, the others have {usual or 'it not installed'}")
     if not wrong:
         return ""
     return (
         "; ".join(wrong[:4])
         + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-        + ". Mend it, or leave the node out: sbatch --exclude"
+        + ". Fix the node or exclude it: sbatch --exclude"
     )
 
 
 def _differences(nodes: list[dict[str, Any]], kind: str) -> list[tuple[str, str | None, str | None, str]]:
-    """(what, found, usual, node) where a node differs from most, or where an input is nowhere."""
+    """(what, found, usual, node) wherever a node differs from the majority, or no node sees an input."""
     found = []
     for what in sorted({what for node in nodes for what in node[kind]}):
         usual = Counter(node[kind].get(what) for node in nodes).most_common(1)[0][0]
@@ -158,10 +166,10 @@ def _differences(nodes: list[dict[str, Any]], kind: str) -> list[tuple[str, str 
 
 
 def devices(ranks: World, store: Any) -> None:
-    """Let every device compute, and all ranks reduce a tensor together; print how fast.
+    """Run a matrix product on every device and an all-reduce over all ranks; rank 0 prints the bandwidth.
 
     Raises:
-        UserError: on every rank, a device that computes wrongly or not at all.
+        UserError: on every rank, if a device gives a wrong result or an error.
     """
     import torch
 
@@ -176,14 +184,14 @@ def devices(ranks: World, store: Any) -> None:
     torch.distributed.all_gather_object(answers, (node_name(), well))
     if bad := sorted({node for node, well in answers if not well}):
         raise UserError(
-            f"devices of {', '.join(bad)} compute wrongly or not at all: leave the node out, sbatch --exclude"
+            f"the devices of {', '.join(bad)} give wrong results or errors: exclude the node, sbatch --exclude"
         )
     seconds = _all_reduce_seconds(kind)
     size = ALL_REDUCE_BYTES[kind]
-    on_wire = size * 2 * (ranks.size - 1) / ranks.size  # what a ring sends and receives
+    on_wire = size * 2 * (ranks.size - 1) / ranks.size  # bytes that each rank of a ring sends
     if ranks.rank == 0:
         print(
-            f"nodes: {ranks.nodes} with {ranks.local_size} ranks each, the same packages, all folders visible; "
+            f"nodes: {ranks.nodes} with {ranks.local_size} ranks each, same packages, all folders visible; "
             f"all-reduce of {size >> 20} MiB over all ranks: {on_wire / seconds / 1e9:.2f} GB/s",
             flush=True,
         )

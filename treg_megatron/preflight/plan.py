@@ -1,4 +1,4 @@
-"""A recipe on a cluster: what every rank would hold and do, as data; :mod:`.report` says it in words."""
+"""Preflight plan of a recipe on a cluster: memory and communication of each pipeline stage (see :mod:`.report`)."""
 
 import copy
 import dataclasses
@@ -27,14 +27,14 @@ from treg_megatron.preflight import activations, costs, schedule
 from treg_megatron.preflight.ranks import AtRest, build_rank, bytes_at_rest, parameters_of_the_model
 from treg_megatron.preflight.world import fake_world, group_names, rank_of_stage
 
-#: NCCL's own buffers for each group of several GPUs; an allowance, not measured here
+#: allowance for NCCL's buffers per process group; not measured
 NCCL_BYTES_PER_GROUP = 256 << 20
-#: share of what comes and goes in a step that the caching allocator loses to gaps; an allowance, not measured here
+#: allowance for fragmentation of the caching allocator, as a share of a step's peak; not measured
 FRAGMENTATION = 0.08
 
 
 class Sections(NamedTuple):
-    """The sections of a recipe that decide whether it runs."""
+    """The sections of a recipe that decide whether it fits."""
 
     model: ModelSection
     parallel: ParallelSection
@@ -48,10 +48,11 @@ class Sections(NamedTuple):
 
     @property
     def ranks(self) -> int:
+        """Number of ranks (GPUs or processes) in the cluster."""
         return self.cluster.nodes * self.cluster.gpus_per_node
 
     def with_keys(self, **keys: dict[str, Any]) -> "Sections":
-        """The same with other values: ``with_keys(parallel={"tensor": 4})``."""
+        """A copy with some keys replaced: ``with_keys(parallel={"tensor": 4})``."""
         return self._replace(
             **{name: dataclasses.replace(getattr(self, name), **values) for name, values in keys.items()}
         )
@@ -59,16 +60,17 @@ class Sections(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """Bytes on each rank of a pipeline stage."""
+    """Memory of each rank of a pipeline stage, in bytes."""
 
     at_rest: AtRest
     peak: activations.Peak
     communication: int
     fragmentation: int
-    moved: dict[str, int]  # bytes that a rank puts into collectives in a step, by kind of group
+    moved: dict[str, int]  # bytes that a rank passes to collectives per step, by kind of group
 
     @property
     def parts(self) -> dict[str, int]:
+        """Bytes by use, in the order of the report's columns."""
         return {
             "weights": self.at_rest.weights,
             "gradients": self.at_rest.gradients,
@@ -83,66 +85,70 @@ class Stage:
 
     @property
     def total(self) -> int:
+        """Bytes that the rank needs at its peak."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe would take on its cluster."""
+    """Resources that a recipe needs on its cluster."""
 
     sections: Sections
     fields: dict[str, Any]
-    trainable: int  # parameters of the whole model, each counted once
+    trainable: int  # parameters of the whole model (of the stages built), each counted once
     frozen: int
     stages: dict[int, Stage]
     data_ranks: int
-    micro_batches: int  # of a rank in a step
+    micro_batches: int  # per rank and step
 
     @property
     def memory(self) -> float:
-        """Bytes that a rank has."""
+        """Memory of a rank in bytes, as the recipe states it."""
         return self.sections.cluster.gpu_memory * 1e9
 
     @property
     def fullest(self) -> int:
+        """Index of the pipeline stage that needs the most memory."""
         return max(self.stages, key=lambda stage: self.stages[stage].total)
 
     @property
     def fits(self) -> bool:
+        """Whether every stage fits into a rank's memory."""
         return self.stages[self.fullest].total <= self.memory
 
     @property
     def bubble(self) -> float:
-        """Share of a step in which a stage waits for others (arXiv 2104.04473, section 2.2)."""
+        """Pipeline bubble: share of a step in which a stage is idle (arXiv 2104.04473, section 2.2)."""
         parallel = self.sections.parallel
         waiting = (parallel.pipeline - 1) / (parallel.virtual_pipeline or 1)
         return waiting / (self.micro_batches + waiting)
 
     @property
     def step_seconds(self) -> float:
-        """At the stated utilisation, which covers communication; recompute and the pipeline's bubble come on top."""
+        """Seconds per step at the stated utilisation (``cluster.mfu``), which includes communication but neither
+        recompute nor the pipeline bubble: both are added here."""
         recomputed = 4 / 3 if self.sections.train.recompute == "full" else 1.0
         flops = costs.step_flops(self.fields, self.sections.data) * recomputed
         return 3600 * costs.hours(flops, self.sections.ranks, self.sections.cluster) / (1 - self.bubble)
 
 
 def sections_of(config: DictConfig) -> Sections:
-    """The sections of a recipe, each checked by itself.
+    """The sections of a recipe, each validated on its own.
 
     Raises:
         UserError: see :func:`treg_megatron.config.recipe.section`.
     """
     config = copy.deepcopy(config)
     if OmegaConf.is_missing(config.label, "pairs"):
-        config.label.pairs = "(not named yet)"  # what is to be labelled decides nothing here
+        config.label.pairs = "(not named yet)"  # preflight does not need to know what is labelled
     return Sections(*(recipe.section(config, name) for name in Sections._fields))
 
 
 def require_possible(sections: Sections) -> dict[str, Any]:
-    """Everything that training would refuse before it starts; the model's fields.
+    """Check everything that training validates before it starts; return the model's fields.
 
     Raises:
-        UserError: what cannot work.
+        UserError: the recipe cannot run on its cluster with any amount of memory.
     """
     fields = model_fields(hf_config_of(sections.model))
     Objective.of(sections.objective)
@@ -154,12 +160,12 @@ def require_possible(sections: Sections) -> dict[str, Any]:
 
 
 def make_plan(sections: Sections, stages: list[int] | None = None) -> Plan:
-    """Build and run what the ranks of each pipeline stage would, on meta tensors.
+    """Build one rank of each pipeline stage on meta tensors and run a micro-batch through it.
 
-    Tensor-parallel and data-parallel ranks of a stage have the same shapes: one of them is built.
+    One rank per stage is enough: the tensor-parallel and data-parallel ranks of a stage have the same shapes.
 
     Args:
-        stages: which; all by default. Counts of parameters are of these stages.
+        stages: the stages to build, all by default. Parameter counts cover these stages only.
 
     Raises:
         UserError: see :func:`require_possible`.

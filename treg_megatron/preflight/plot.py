@@ -1,4 +1,4 @@
-"""A plan as a picture: the memory of each pipeline stage, part by part."""
+"""Stacked bar chart of the memory of each pipeline stage."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from treg_megatron.preflight.plan import Plan
 from treg_megatron.preflight.report import GB, layout
 from treg_megatron.utils.files import atomic_write
 
-#: a part and its colour: what stays in blues, what comes and goes in warm colours, allowances in greys
+#: colour of each part: blues for what stays between steps, warm colours for temporaries, greys for allowances
 COLOURS = {
     "weights": "#08519c",
     "gradients": "#3182bd",
@@ -22,7 +22,7 @@ COLOURS = {
 
 
 def plot(plan: Plan, name: str, path: Path) -> None:
-    """Write the stacked bars of every stage as a PNG.
+    """Write the chart of a plan as a PNG.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
@@ -53,7 +53,7 @@ def plot(plan: Plan, name: str, path: Path) -> None:
     )
     axes.set_ylim(0, 1.12 * max(*bottom, plan.memory / GB))
     axes.set_xlabel("pipeline stage")
-    axes.set_ylabel("memory of a rank, GB")
+    axes.set_ylabel("memory per rank, GB")
     axes.set_title(f"{name}\n{layout(plan.sections, plan.data_ranks)}", fontsize=10)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=8)

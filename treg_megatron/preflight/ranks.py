@@ -1,4 +1,4 @@
-"""The real model of one rank on meta tensors, wrapped and with its optimizer, and the bytes that it keeps."""
+"""Model, data-parallel wrapper and optimizer of one rank, on meta tensors in a fake world, and their memory."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -21,21 +21,21 @@ from treg_megatron.training import build
 
 
 class AtRest(NamedTuple):
-    """Bytes that a rank keeps from step to step."""
+    """Memory that a rank holds between steps, in bytes."""
 
     weights: int
     gradients: int
-    main_parameters: int  # fp32 copies of this rank's share, under bf16
+    main_parameters: int  # under bf16: this rank's shard of the fp32 copies
     optimizer_state: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Rank:
-    """What a rank holds.
+    """The objects that training builds on a rank.
 
     Attributes:
-        policies: its model chunks, one or as many as the interleaved schedule has.
-        wrapped: the same inside Megatron's data-parallel wrapper.
+        policies: its model chunks; more than one under the interleaved schedule.
+        wrapped: the chunks' modules in Megatron's data-parallel wrapper.
         optimizer: the distributed optimizer over them.
     """
 
@@ -45,10 +45,11 @@ class Rank:
 
     @property
     def config(self) -> TransformerConfig:
+        """The model's configuration, the same for all chunks."""
         return self.policies[0].config
 
     def tensors_at_rest(self) -> list[torch.Tensor]:
-        """Every tensor that is there before and after a step."""
+        """All parameters, module buffers, gradient buffers and main parameters, which persist between steps."""
         return [
             *(t for policy in self.policies for t in (*policy.parameters(), *policy.buffers())),
             *(buffer.grad_data for buffer in _buffers(self.wrapped)),
@@ -65,10 +66,10 @@ def build_rank(
     lora: LoraSection,
     fused: bool,
 ) -> Rank:
-    """Build this rank's part, as :mod:`treg_megatron.train` would; call it inside a world, real or fake.
+    """Build this rank's part as :mod:`treg_megatron.train` does; call it inside a process group, real or fake.
 
     Args:
-        fused: with the fused kernels that a GPU has and a CPU lacks.
+        fused: use the fused operations that only GPUs have.
     """
     strategy = build.strategy(parallel, train, initial_weights=None)
     on_meta = torch.distributed.get_backend() == "fake"
@@ -78,7 +79,7 @@ def build_rank(
             setattr(config, name, type(config).__dataclass_fields__[name].default)
         config.deallocate_pipeline_outputs = True
     if on_meta and config.num_moe_experts:
-        # balanced routing as Megatron knows it, and without asking the data how many tokens each expert gets
+        # a capacity factor of 1 makes routing balanced, and tokens per expert independent of the data
         config.moe_pad_expert_input_to_capacity, config.moe_expert_capacity_factor = True, 1.0
     transform = adapters(lora, config)
     policies = []
@@ -119,7 +120,7 @@ def planned_kernels(fused: bool, on_meta: bool) -> Kernels:
 
 
 class _Walkable(FNMixin, torch.nn.Module):
-    """A model as NeMo's transforms expect it; its Lightning module would ask for a trainer."""
+    """A module with the interface that NeMo's model transforms need; NeMo's Lightning module would need a trainer."""
 
     def __init__(self, module: torch.nn.Module):
         super().__init__()
@@ -127,9 +128,9 @@ class _Walkable(FNMixin, torch.nn.Module):
 
 
 def bytes_at_rest(wrapped: list[torch.nn.Module], optimizer: Any) -> AtRest:
-    """Bytes of the real buffers: Megatron pads them so that data-parallel ranks share them evenly.
+    """Memory of the wrapped model and its optimizer, including the padding of Megatron's buffers.
 
-    Before the first step Adam has no state; then it is what it will be, two moments of each main parameter.
+    Before the first step Adam has no state; two fp32 moments per main parameter are counted then.
     """
     parameters = [p for chunk in wrapped for p in chunk.parameters()]
     buffers = list(_buffers(wrapped))
@@ -158,22 +159,22 @@ def bytes_at_rest(wrapped: list[torch.nn.Module], optimizer: Any) -> AtRest:
 
 
 def main_parameters(optimizer: Any) -> Iterable[torch.Tensor]:
-    """What the inner optimizer steps: this rank's share of the parameters, in fp32."""
+    """The parameters of the inner optimizer: this rank's shard, in fp32."""
     for part in _parts(optimizer):
         for group in part.optimizer.param_groups:
             yield from group["params"]
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages under some tensors, each storage once."""
+    """Bytes of the storages of some tensors, each storage counted once."""
     return sum({id(s): s.nbytes() for s in [t.untyped_storage() for t in tensors]}.values())
 
 
 def parameters_of_the_model(policies: list[torch.nn.Module]) -> tuple[int, int]:
-    """Parameters in this rank's part of the whole model, (trainable, frozen), each counted on one rank only.
+    """(Trainable, frozen) parameters of this pipeline stage, summed over its tensor- and expert-parallel ranks.
 
-    What tensor-parallel ranks hold together counts once for each of them, copies count once, padded rows of the
-    vocabulary and the last stage's copy of tied embeddings not at all.
+    Replicated parameters count once; the vocabulary's padding and the last stage's copy of tied embeddings do not
+    count.
     """
     counts = [0, 0]
     for policy in policies:

@@ -1,4 +1,4 @@
-"""A plan in words: a table of memory, what a step and the other stations cost, and a verdict."""
+"""Preflight report as text: memory table, cost of a training step and of the other commands, verdict."""
 
 import math
 from collections.abc import Iterator
@@ -21,30 +21,34 @@ COLUMNS = {
 
 
 def report(plan: Plan, pairs: int | None) -> str:
-    """Everything but the verdict."""
-    return "\n".join([*_heading(plan), "", *_memory(plan), "", *_step(plan, pairs), *_stations(plan, pairs)])
+    """The report without the verdict.
+
+    Args:
+        pairs: size of the training set, if known.
+    """
+    return "\n".join([*_heading(plan), "", *_memory(plan), "", *_step(plan, pairs), *_other_steps(plan, pairs)])
 
 
 def verdict(plan: Plan) -> str:
-    """One line: whether the fullest rank fits, and by how much."""
+    """One line: whether the fullest rank fits, and if not, what is too large."""
     total, memory = plan.stages[plan.fullest].total / GB, plan.memory / GB
     largest = max(plan.stages[plan.fullest].parts.items(), key=lambda part: part[1])
     where = f"stage {plan.fullest} takes {total:.1f} of {memory:.1f} GB"
     if plan.fits:
         return f"verdict: fits; the fullest rank, of {where}"
-    return f"verdict: DOES NOT FIT; {where}, {total - memory:.1f} too many, {largest[1] / GB:.1f} of them {largest[0]}"
+    return f"verdict: DOES NOT FIT; {where}, {total - memory:.1f} too much; {largest[1] / GB:.1f} is {largest[0]}"
 
 
 def layout(sections: Sections, data_ranks: int) -> str:
-    """How the ranks are split, in a few words."""
+    """The parallel layout and the recompute mode as a short phrase."""
     parallel = sections.parallel
-    words = [
+    phrases = [
         f"tensor {parallel.tensor}" + (" with sequence parallelism" if parallel.sequence else ""),
         f"pipeline {parallel.pipeline}"
-        + (f" in {parallel.virtual_pipeline} chunks a stage" if parallel.virtual_pipeline else ""),
+        + (f" in {parallel.virtual_pipeline} chunks per stage" if parallel.virtual_pipeline else ""),
     ]
-    words += [f"{name} {getattr(parallel, name)}" for name in ("context", "expert") if getattr(parallel, name) > 1]
-    return ", ".join([*words, f"data {data_ranks}", f"recompute {sections.train.recompute}"])
+    phrases += [f"{name} {getattr(parallel, name)}" for name in ("context", "expert") if getattr(parallel, name) > 1]
+    return ", ".join([*phrases, f"data {data_ranks}", f"recompute {sections.train.recompute}"])
 
 
 def _heading(plan: Plan) -> Iterator[str]:
@@ -59,7 +63,7 @@ def _heading(plan: Plan) -> Iterator[str]:
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    yield "memory of a rank, GB"
+    yield "memory per rank, GB"
     yield f"{'stage':>7}" + "".join(f"{short:>9}" for short in COLUMNS.values()) + f"{'total':>9}"
     for number, stage in plan.stages.items():
         numbers = [*(stage.parts[name] for name in COLUMNS), stage.total]
@@ -75,16 +79,16 @@ def _step(plan: Plan, pairs: int | None) -> Iterator[str]:
         f"micro-batches of {each}" + (" at most" if data.layout == "bins" else "")
     )
     if pairs is None:
-        yield "epoch: the streams do not exist yet; cluster.pairs=N tells how many steps it has"
+        yield "epoch: the training data does not exist yet; set cluster.pairs=N to see the number of steps"
     else:
         steps = math.ceil(pairs / data.global_batch_size)
         yield (
-            f"epoch: {pairs:,} pairs, {steps:,} steps; {data.epochs} of them take about "
+            f"epoch: {pairs:,} pairs, {steps:,} steps; data.epochs={data.epochs} takes about "
             f"{steps * data.epochs * plan.step_seconds / 3600:.1f} h"
         )
     flops = costs.step_flops(plan.fields, data)
     yield (
-        f"arithmetic: {flops / 1e15:.3g} PFLOP a step; {plan.step_seconds:.3g} s at {cluster.mfu:.0%} of "
+        f"arithmetic: {flops / 1e15:.3g} PFLOP per step; {plan.step_seconds:.3g} s at {cluster.mfu:.0%} of "
         f"{cluster.peak_tflops:g} TFLOP/s, {plan.bubble:.0%} pipeline bubble included"
         + (", and the forward pass twice" if plan.sections.train.recompute == "full" else "")
     )
@@ -93,13 +97,13 @@ def _step(plan: Plan, pairs: int | None) -> Iterator[str]:
         for stage in plan.stages.values()
         for kind in stage.moved
     }
-    told = [
+    listed = [
         f"{kind} {nbytes / GB:.2f} ({nbytes / GB / _bandwidth(plan, kind):.2g} s)" for kind, nbytes in moved.items()
     ]
-    yield f"moved by a rank in a step, GB: {', '.join(told) or 0}"
+    yield f"moved per rank and step, GB: {', '.join(listed) or 0}"
 
 
-def _stations(plan: Plan, pairs: int | None) -> Iterator[str]:
+def _other_steps(plan: Plan, pairs: int | None) -> Iterator[str]:
     label, train, cluster = plan.sections.label, plan.sections.train, plan.sections.cluster
     saved = costs.checkpoint(plan.trainable, plan.frozen, train.precision, cluster)
     yield (
@@ -111,18 +115,18 @@ def _stations(plan: Plan, pairs: int | None) -> Iterator[str]:
     split = (
         f"megatron, tensor {label.tensor} x pipeline {label.pipeline}"
         if label.engine == "megatron"
-        else "huggingface, a whole model in each process"
+        else "huggingface, the whole model in each process"
     )
     time = costs.hours(costs.label_flops(plan.fields, plan.sections.data, count), plan.sections.ranks, cluster)
     yield (
-        f"labelling: {split}, about {needs:.1f} of {cluster.gpu_memory:g} GB a rank"
+        f"labelling: {split}, about {needs:.1f} of {cluster.gpu_memory:g} GB per rank"
         f"{'' if needs <= cluster.gpu_memory else ' - TOO MUCH: raise label.tensor'}; {count:,} pairs take about "
         f"{time:.2g} h on the whole cluster"
     )
 
 
 def _bandwidth(plan: Plan, kind: str) -> float:
-    """GB/s of the link that a kind of group uses."""
+    """Bandwidth in GB/s of the link that groups of this kind use: within a node, or the network."""
     cluster, parallel = plan.sections.cluster, plan.sections.parallel
     spans = {"tensor": parallel.tensor, "expert tensor": parallel.tensor, "context": parallel.tensor * parallel.context}
     crosses = spans.get(kind, parallel.tensor * parallel.expert if "expert" in kind else plan.sections.ranks)

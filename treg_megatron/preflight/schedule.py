@@ -1,7 +1,7 @@
-"""Which micro-batch runs when on a pipeline stage: Megatron's 1F1B schedule, plain or interleaved.
+"""Megatron's 1F1B pipeline schedule, plain or interleaved: the order of micro-batches on a stage.
 
-After ``megatron.core.pipeline_parallel.schedules``: ``get_pp_rank_microbatches`` for the warm-up,
-``get_schedule_table`` for the order of model chunks (groups of as many micro-batches as there are stages).
+Follows ``megatron.core.pipeline_parallel.schedules``: ``get_pp_rank_microbatches`` for the warm-up,
+``get_schedule_table`` for the order of model chunks (in groups of as many micro-batches as there are stages).
 """
 
 from typing import NamedTuple
@@ -10,17 +10,19 @@ FORWARD, BACKWARD = "forward", "backward"
 
 
 class Event(NamedTuple):
-    """A micro-batch goes through a model chunk of the stage."""
+    """Forward or backward pass of a micro-batch through one model chunk."""
 
     kind: str
     chunk: int
 
 
 def events(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Event]:
-    """Everything that a stage runs in a step, in order.
+    """All passes that a stage runs in a step, in order.
 
     Args:
-        chunks: model chunks of a stage; more than one is the interleaved schedule.
+        stage, stages: index of this pipeline stage, and their number.
+        chunks: model chunks per stage; more than one means the interleaved schedule.
+        micro_batches: per data-parallel rank and step.
     """
     total = micro_batches * chunks
     warm_up = stages - stage - 1 if chunks == 1 else (stages - stage - 1) * 2 + (chunks - 1) * stages

@@ -1,4 +1,4 @@
-"""Layouts of a recipe that fit a cluster, the fastest first; and the smallest change that makes a recipe fit."""
+"""Search for parallel layouts that fit a cluster, and for the smallest change that makes a recipe fit."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ RECOMPUTE = ("none", "selective", "full")
 
 
 def remedy(plan: Plan) -> str:
-    """The change that would make a plan fit: of one key if that is enough, then of the layout, then of the cluster."""
+    """One line with a change that makes the plan fit: one key if that is enough, else the layout, else the cluster."""
     sections = plan.sections
     for change in _single_changes(sections):
         if _fits(sections.with_keys(**change), plan.trainable + plan.frozen):
@@ -27,16 +27,20 @@ def remedy(plan: Plan) -> str:
                 "layout fits this cluster"
             )
     return (
-        "nothing that preflight tries makes it fit: take shorter sequences (data.seq_length), adapters (lora.rank) or "
+        "nothing that preflight tried makes it fit: use shorter sequences (data.seq_length), adapters (lora.rank) or "
         "more memory"
     )
 
 
 def suggestions(sections: Sections, parameters: int, most: int = 8) -> list[Plan]:
-    """Layouts that fit, the fastest first by stated utilisation, bubble and recompute.
+    """Layouts that fit, fastest first (by the stated utilisation, pipeline bubble and recompute).
 
-    Of layouts that differ in recompute only, the one that recomputes least is taken. Of each, the first and the last
-    stage are built: one of them is the fullest.
+    Among layouts that differ only in recompute, the one that recomputes least is returned. Only the first and the last
+    stage of each are built: one of them needs the most memory.
+
+    Args:
+        parameters: number of parameters of the model, to discard layouts without building them.
+        most: stop after this many.
     """
     found: list[Plan] = []
     for candidate in _layouts(sections):
@@ -55,7 +59,7 @@ def suggestions(sections: Sections, parameters: int, most: int = 8) -> list[Plan
 
 
 def _layouts(sections: Sections) -> Iterator[Sections]:
-    """Every possible split of the cluster, few model-parallel ranks first."""
+    """Every valid layout of the cluster, those with few model-parallel ranks first."""
     layers, ranks = model_fields(hf_config_of(sections.model))["num_layers"], sections.ranks
     experts = model_fields(hf_config_of(sections.model)).get("num_moe_experts") or 1
     sizes = [
@@ -105,7 +109,7 @@ def _fits(sections: Sections, parameters: int) -> bool:
 
 
 def _at_rest(sections: Sections, parameters: int) -> float:
-    """Bytes that no rank gets below: its part of weights and gradients, and its share of the optimizer."""
+    """Lower bound of a rank's memory in bytes: its part of weights and gradients, its share of optimizer state."""
     parallel = sections.parallel
     split = parallel.tensor * parallel.pipeline * parallel.expert
     trained = 0 if sections.lora.rank else 1
@@ -123,7 +127,7 @@ def _layout_of(sections: Sections) -> dict[str, dict[str, Any]]:
 
 
 def _written(change: dict[str, dict[str, Any]]) -> str:
-    """As overrides on a command line."""
+    """The change as overrides on a command line."""
     return " ".join(
         f"{section}.{key}={str(value).lower()}" for section, keys in change.items() for key, value in keys.items()
     )

@@ -1,4 +1,4 @@
-"""One rank of a world of any size, alone in this process: Megatron's real groups, and collectives that do nothing."""
+"""Fake process group of any size in a single process: Megatron's real groups with collectives that do nothing."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,11 +15,12 @@ from treg_megatron.preflight.meta import on_meta
 
 @contextlib.contextmanager
 def fake_world(parallel: ParallelSection, size: int, rank: int, gpu: bool) -> Iterator[None]:
-    """This process is ``rank`` of ``size``, and whatever asks for a GPU gets the meta device.
+    """Make this process ``rank`` of ``size``, with CUDA allocations redirected to the meta device.
 
-    Groups cost nothing, so a world of thousands takes milliseconds.
+    Groups cost nothing, so a world of thousands of ranks takes milliseconds.
 
     Args:
+        parallel: the layout for which Megatron's process groups are made.
         gpu: whether the real ranks are GPUs, see :class:`~treg_megatron.preflight.meta.OnMeta`.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
@@ -42,12 +43,12 @@ def fake_world(parallel: ParallelSection, size: int, rank: int, gpu: bool) -> It
 
 
 def rank_of_stage(parallel: ParallelSection, size: int, stage: int) -> int:
-    """The first rank of a pipeline stage: Megatron counts stages last."""
+    """First global rank of a pipeline stage: pipeline is the slowest dimension in Megatron's rank order."""
     return stage * (size // parallel.pipeline)
 
 
 def group_names(experts: bool) -> dict[str, str]:
-    """What the process groups of this rank are for, by torch's name of the group; groups of one rank are left out."""
+    """Kind of each process group of this rank, by torch's name of the group; groups of one rank are left out."""
     groups = {
         "context": parallel_state.get_context_parallel_group(),
         "tensor": parallel_state.get_tensor_model_parallel_group(),
