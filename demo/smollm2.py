@@ -116,7 +116,7 @@ def rebuild_tokenizer(gguf: "GGUFReader") -> "PreTrainedTokenizerFast":
     bpe.add_special_tokens(
         [
             AddedToken(token, normalized=False, special=True)
-            for token, kind in zip(tokens, field("ggml.token_type"))
+            for token, kind in zip(tokens, field("ggml.token_type"), strict=True)
             if kind == CONTROL_TOKEN
         ]
     )

@@ -53,7 +53,7 @@ def compare(a: Path, b: Path) -> Comparison:
     if not different:
         left, right = Scratch(), Scratch()
         names = [tensor.name for tensor in planned]
-        for tensor, mine, other in zip(planned, ours.read(names), theirs.read(names)):
+        for tensor, mine, other in zip(planned, ours.read(names), theirs.read(names), strict=True):
             if not torch.equal(_filled(left, mine, tensor.nbytes), _filled(right, other, tensor.nbytes)):
                 different.append(tensor.name)
     return Comparison(len(planned), sum(tensor.nbytes for tensor in planned), different)

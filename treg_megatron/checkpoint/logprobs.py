@@ -105,4 +105,4 @@ def _transformers_logprobs(hf: Path, ids: list[torch.Tensor]) -> list[torch.Tens
         raise UserError(f"the model of {hf} does not load: {error}") from None
     with torch.no_grad():
         logits = [model(x[None]).logits[0, :-1] for x in ids]
-    return [x.log_softmax(-1).gather(-1, i[1:, None]).squeeze(-1) for x, i in zip(logits, ids)]
+    return [x.log_softmax(-1).gather(-1, i[1:, None]).squeeze(-1) for x, i in zip(logits, ids, strict=True)]

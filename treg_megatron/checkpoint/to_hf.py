@@ -222,7 +222,9 @@ def exported_tensors(
         stretches = None
         if parameter.groups is None and stored_dtype == dtype:
             first_rows = itertools.accumulate((shape[0] for shape in shapes), initial=0)
-            stretches = [reader.rows_in_files(key, place, row, shape) for row, shape in zip(first_rows, shapes)]
+            stretches = [
+                reader.rows_in_files(key, place, row, shape) for row, shape in zip(first_rows, shapes, strict=False)
+            ]
         if stretches and None not in stretches:
             yield from stretches
             continue

@@ -175,18 +175,18 @@ class TorchDistReader:
         """The chunks that overlap ``shape[0]`` whole rows of a tensor from ``first_row`` on."""
         parts = []
         for chunk in self.tensors[key].chunks:
-            if not all(o <= i < o + s for i, o, s in zip(place, chunk.offsets, chunk.sizes)):
+            if not all(o <= i < o + s for i, o, s in zip(place, chunk.offsets, chunk.sizes, strict=False)):
                 continue
             offsets, sizes = chunk.offsets[len(place) :], chunk.sizes[len(place) :]
             offsets = (offsets[0] - first_row, *offsets[1:])
-            ranges = [(max(0, o), min(n, o + s)) for o, s, n in zip(offsets, sizes, shape)]
+            ranges = [(max(0, o), min(n, o + s)) for o, s, n in zip(offsets, sizes, shape, strict=True)]
             if all(start < stop for start, stop in ranges):
                 parts.append(
                     _Part(
                         key,
                         chunk,
-                        tuple(i - o for i, o in zip(place, chunk.offsets)),
-                        tuple(slice(start - o, stop - o) for (start, stop), o in zip(ranges, offsets)),
+                        tuple(i - o for i, o in zip(place, chunk.offsets, strict=False)),
+                        tuple(slice(start - o, stop - o) for (start, stop), o in zip(ranges, offsets, strict=True)),
                         tuple(slice(start, stop) for start, stop in ranges),
                     )
                 )

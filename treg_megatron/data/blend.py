@@ -36,7 +36,7 @@ class BlendedStreams:
                 )
         counts = _counts([len(part) for part in parts], weights)
         self._part = np.repeat(np.arange(len(parts)), counts)
-        self._pair = np.concatenate([np.arange(count) % len(part) for part, count in zip(parts, counts)])
+        self._pair = np.concatenate([np.arange(count) % len(part) for part, count in zip(parts, counts, strict=True)])
         self.sequence_lengths = np.concatenate(
             [p.sequence_lengths[self._pair[self._part == i]] for i, p in enumerate(parts)]
         )
@@ -54,7 +54,7 @@ class BlendedStreams:
             "labels": {
                 "blend": [
                     {"prefix": str(part.prefix), "pairs": int(count), "manifest": part.manifest}
-                    for part, count in zip(parts, counts)
+                    for part, count in zip(parts, counts, strict=True)
                 ]
             },
         }
@@ -108,14 +108,14 @@ def _counts(pairs: list[int], weights: list[float] | None) -> list[int]:
     if weights is None:
         return pairs
     shares = [weight / sum(weights) for weight in weights]
-    epoch = max(count / share for count, share in zip(pairs, shares))
+    epoch = max(count / share for count, share in zip(pairs, shares, strict=True))
     if epoch > _LONGEST * sum(pairs):
         raise UserError(
             f"with shares {', '.join(f'{share:.2g}' for share in shares)} an epoch that covers every pair "
             f"has {epoch:.3g} pairs, but the datasets have only {sum(pairs)}: give the "
             "larger datasets more weight"
         )
-    return [max(count, round(share * epoch)) for count, share in zip(pairs, shares)]
+    return [max(count, round(share * epoch)) for count, share in zip(pairs, shares, strict=True)]
 
 
 def _number(word: str) -> float | None:

@@ -51,12 +51,12 @@ def collate(
     scored = [score_positions(len(s) - n, n) for s, n in zip(sequences, responses, strict=True)]
     positions = [np.arange(part.start, part.stop) for part in scored]
     widths = [context.padded(len(s)) for s in sequences]
-    here = [context.holds(p, width) for p, width in zip(positions, widths)]  # masks per response
+    here = [context.holds(p, width) for p, width in zip(positions, widths, strict=True)]  # masks per response
 
     def flat(of_each: Sequence[np.ndarray], dtype: type = np.float32) -> torch.Tensor:
         return _flat([np.asarray(values)[mine] for values, mine in zip(of_each, here, strict=True)], dtype)
 
-    positions = [p[mine] for p, mine in zip(positions, here)]
+    positions = [p[mine] for p, mine in zip(positions, here, strict=True)]
     tokens = [torch.from_numpy(np.asarray(s, dtype=np.int64)) for s in sequences]
     if share_prompts:
         batch = shared_row(tokens, positions, responses, pad_to_multiple_of)
@@ -64,7 +64,7 @@ def collate(
         batch = packed_row(tokens, positions, pad_to_multiple_of, context)
     else:
         batch = _padded(tokens, positions, pad_to_multiple_of)
-    batch["targets"] = flat([s[len(s) - n :] for s, n in zip(sequences, responses)], np.int64)
+    batch["targets"] = flat([s[len(s) - n :] for s, n in zip(sequences, responses, strict=True)], np.int64)
     batch["lengths"] = [len(p) for p in positions]
     batch["pair_ids"] = [r.pair_id for r in records]
     batch["token_rewards"] = flat([x for r in records for x in (r.chosen_token_rewards, r.rejected_token_rewards)])
@@ -102,7 +102,9 @@ def packed_row(
         "position_ids": torch.cat([context.of(torch.arange(size)) for size in sizes])[None],
         "cu_seqlens": torch.tensor([0, *sizes]).cumsum(0).to(torch.int32),
         "max_seqlen": max(sizes),
-        "rows": _flat([start + context.row(p, size) for start, p, size in zip(starts, positions, sizes)], np.int64),
+        "rows": _flat(
+            [start + context.row(p, size) for start, p, size in zip(starts, positions, sizes, strict=False)], np.int64
+        ),
     }
 
 

@@ -46,7 +46,9 @@ def _trl_implicit(row: dict) -> Answered:
     sides = [_messages(_required(row, name), name) for name in _SIDES]
     if sides[0][:-1] != sides[1][:-1]:
         raise ValueError("chosen and rejected must be the same conversation up to the last turn")
-    return Answered(sides[0][:-1], *(_answer(side, name) for side, name in zip(sides, _SIDES)), *_scores(row))
+    return Answered(
+        sides[0][:-1], *(_answer(side, name) for side, name in zip(sides, _SIDES, strict=True)), *_scores(row)
+    )
 
 
 def _ultrafeedback(row: dict) -> Answered:
@@ -59,7 +61,9 @@ def _ultrafeedback(row: dict) -> Answered:
 
 def _common_beginning(row: dict) -> Answered:
     chosen, rejected = (_text(_required(row, name), name) for name in _SIDES)
-    length = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    length = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+    )
     spaces = [match.span() for match in re.finditer(r"\s+", chosen) if match.start() < length and match.start() > 0]
     if chosen == rejected:
         raise NoPreference
@@ -84,7 +88,7 @@ def _hh(row: dict) -> Answered:
     before, *turns = re.split(r"\n\n(Human|Assistant): ?", context)
     if before:
         raise ValueError("text before the first `\\n\\nHuman:`")
-    messages = tuple(Message(_HH_ROLES[role], content) for role, content in zip(turns[::2], turns[1::2]))
+    messages = tuple(Message(_HH_ROLES[role], content) for role, content in zip(turns[::2], turns[1::2], strict=True))
     return Answered(messages, chosen, rejected, *_scores(row))
 
 

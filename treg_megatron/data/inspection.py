@@ -51,7 +51,7 @@ def inspect_pairs(
         except UserError as error:
             unusable.append(f"pair {pair.pair_id}: {error}")
             continue
-        for key, value in zip(lengths, (prompt, chosen, rejected, prompt + max(chosen, rejected))):
+        for key, value in zip(lengths, (prompt, chosen, rejected, prompt + max(chosen, rejected)), strict=True):
             lengths[key].append(value)
     if not pairs and unusable:
         raise UserError(f"{source}: no row can be used; the first is {unusable[0]}")

@@ -123,7 +123,7 @@ def split_streams(source: PairStreams, outputs: Sequence[str | Path], fraction: 
     """
     is_validation = np.array([in_validation(source.pair_id(pair), fraction) for pair in range(len(source))])
     manifests = []
-    for output, chosen in zip(outputs, (np.flatnonzero(~is_validation), np.flatnonzero(is_validation))):
+    for output, chosen in zip(outputs, (np.flatnonzero(~is_validation), np.flatnonzero(is_validation)), strict=True):
         if not len(chosen):
             raise UserError(f"a validation share of {fraction:g} of the {len(source)} pairs leaves none for {output}")
         with _stream_writers(

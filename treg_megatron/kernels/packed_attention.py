@@ -50,7 +50,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, out, *normalisers = ctx.saved_tensors
         grads = tuple(torch.empty_like(x) for x in (query, key, value))
-        for (rows, prompt), normaliser in zip(_slices(ctx.spans), normalisers):
+        for (rows, prompt), normaliser in zip(_slices(ctx.spans), normalisers, strict=True):
             q, k, v = query[rows], _behind(prompt, key, rows), _behind(prompt, value, rows)
             added, mask = _shape(q, k)
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

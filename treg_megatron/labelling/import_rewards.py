@@ -170,7 +170,7 @@ def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict)
         if len(values) != len(texts):
             raise ValueError(f"{side}_token_rewards has {len(values)} values for {len(texts)} texts")
         ends = np.cumsum([len(text) for text in texts]).tolist()
-        rewards = _by_span(side, list(zip([0, *ends], ends, values)), spans, response)
+        rewards = _by_span(side, list(zip([0, *ends], ends, values, strict=False)), spans, response)
     elif row.get(f"{side}_spans") is not None:
         rewards = _by_span(side, _spans(row[f"{side}_spans"], f"{side}_spans", len(response)), spans, response)
     else:
@@ -211,7 +211,7 @@ def _labelled(pair: Pair, row: dict, tokenizer: ChatTokenizer, max_length: int) 
 def _by_id(side: str, given: Any, values: list[float], ids: list[int]) -> list[float]:
     if given not in (ids, ids[:-1]):
         at = (
-            next((i for i, (a, b) in enumerate(zip(given, ids)) if a != b), min(len(given), len(ids)))
+            next((i for i, (a, b) in enumerate(zip(given, ids, strict=False)) if a != b), min(len(given), len(ids)))
             if isinstance(given, list)
             else 0
         )
@@ -225,7 +225,7 @@ def _by_id(side: str, given: Any, values: list[float], ids: list[int]) -> list[f
 
 def _by_span(side: str, valued: list[tuple[int, int, float]], spans: np.ndarray, response: str) -> np.ndarray:
     beyond = (len(response), sys.maxsize, 0.0)
-    firsts, lasts, values = (np.array(column) for column in zip(*valued, beyond))
+    firsts, lasts, values = (np.array(column) for column in zip(*valued, beyond, strict=True))
     starts, ends = spans.T
     at = np.searchsorted(lasts, starts, side="right")  # the first of theirs that ends after our token begins
     inside, before = (firsts[at] <= starts) & (ends <= lasts[at]), ends <= firsts[at]

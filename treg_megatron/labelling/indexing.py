@@ -78,7 +78,7 @@ def _write(
             _write_shard,
             [
                 (shard, section.labelled, *edge, tokenizer, run)
-                for shard, edge in zip(shards, itertools.pairwise(edges))
+                for shard, edge in zip(shards, itertools.pairwise(edges), strict=True)
             ],
             chunksize=1,
         )

@@ -155,7 +155,7 @@ def _prepare(
     if len(prompt_ids) >= max_length:
         return None, PROMPT_FILLS_CONTEXT
     sequences = {}
-    for side, response in zip(SIDES, (pair.chosen, pair.rejected)):
+    for side, response in zip(SIDES, (pair.chosen, pair.rejected), strict=True):
         ids = response_ids(pair, side, tokenizer)
         if len(prompt_ids) + len(ids) > max_length:
             return None, TOO_LONG

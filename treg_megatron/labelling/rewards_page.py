@@ -161,7 +161,8 @@ def text_report(
             for name, values in columns.items():
                 yield f"-- {name}, mean {values.mean():+.4f}"
                 yield "".join(
-                    _in_terminal(text, float(r)) if colour else f"{text}[{r:+.2f}]" for text, r in zip(texts, values)
+                    _in_terminal(text, float(r)) if colour else f"{text}[{r:+.2f}]"
+                    for text, r in zip(texts, values, strict=True)
                 )
 
 

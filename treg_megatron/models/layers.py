@@ -222,8 +222,8 @@ def _pieces(
     key, value = (
         gather_from_sequence_parallel_region(x, group=group).unflatten(0, (context.ranks, -1)) for x in (key, value)
     )
-    for q, k, v in zip(query.split(lengths), key.split(lengths, 1), value.split(lengths, 1)):
+    for q, k, v in zip(query.split(lengths), key.split(lengths, 1), value.split(lengths, 1), strict=True):
         k, v = context.whole(k), context.whole(v)
-        for piece, number in zip(q.chunk(2), context.pieces):
+        for piece, number in zip(q.chunk(2), context.pieces, strict=True):
             end = (number + 1) * len(piece)
             yield piece, k[:end], v[:end]

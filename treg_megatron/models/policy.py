@@ -215,7 +215,9 @@ class PreferenceLossReduction(MegatronLossReduction):
         self.result = StepResult(sums, [])
         if not math.isfinite(sums["loss"]):
             finite = by_micro_batch[:, names.index("loss")].isfinite().tolist()
-            mine = [pair for micro, ok in zip(micro_batches, finite) if not ok for pair in micro["pair_ids"]]
+            mine = [
+                pair for micro, ok in zip(micro_batches, finite, strict=True) if not ok for pair in micro["pair_ids"]
+            ]
             of_each_rank = [None] * torch.distributed.get_world_size(group)
             torch.distributed.all_gather_object(of_each_rank, mine, group=group)
             self.result = StepResult(sums, sum(of_each_rank, []))

@@ -66,7 +66,7 @@ def micro_batch(data: DataSection, parallel: ParallelSection, sequences: list[tu
     Args:
         sequences: (tokens, response tokens) of chosen 0, rejected 0, chosen 1, ...
     """
-    records = [pair_of(*shapes) for shapes in zip(sequences[0::2], sequences[1::2])]
+    records = [pair_of(*shapes) for shapes in zip(sequences[0::2], sequences[1::2], strict=True)]
     batch = collate(
         records,
         "packed" if data.layout == "bins" else data.layout,

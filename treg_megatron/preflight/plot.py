@@ -39,7 +39,7 @@ def plot(plan: Plan, name: str, path: Path) -> None:
         heights = [plan.stages[stage].parts[part] / GB for stage in stages]
         if any(heights):
             axes.bar([str(stage) for stage in stages], heights, bottom=bottom, color=colour, label=part, width=0.7)
-            bottom = [b + h for b, h in zip(bottom, heights)]
+            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     axes.axhline(plan.memory / GB, color="#b30000", linewidth=1.5, linestyle="--")
     axes.annotate(
         f"a rank has {plan.memory / GB:g} GB",

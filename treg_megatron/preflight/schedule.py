@@ -35,5 +35,5 @@ def events(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Eve
     ]
     forward = [Event(FORWARD, chunk) for chunk in order]
     backward = [Event(BACKWARD, chunks - 1 - chunk) for chunk in order]
-    steady = [event for pair in zip(forward[warm_up:], backward) for event in pair]
+    steady = [event for pair in zip(forward[warm_up:], backward, strict=False) for event in pair]
     return forward[:warm_up] + steady + backward[total - warm_up :]

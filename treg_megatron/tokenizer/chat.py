@@ -207,7 +207,7 @@ class ChatTokenizer:
         text = "\0".join(contents)
         spelled = sorted(set(self._special_text.findall(text)))
         unused = (chr(code) for code in range(0x10FFFD, 0xF0000, -1) if chr(code) not in text) if spelled else ()
-        return dict(zip(spelled, unused))
+        return dict(zip(spelled, unused, strict=False))
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool, disguise: Mapping[str, str] = {}) -> str:
         from jinja2 import TemplateError

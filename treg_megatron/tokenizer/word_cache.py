@@ -93,7 +93,7 @@ class _Known(dict[str, bytes]):
 
     def _tokens_of(self, part: str) -> array:
         encoded, tokens = self._encode(part), array("i")
-        for token, (start, end) in zip(encoded.ids, encoded.offsets):
+        for token, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
             tokens.extend((token, start, end))
         return tokens
 

@@ -93,7 +93,7 @@ def atomic_write_all(
             _sync(partial)
         if replaced_first is not None:
             replaced_first.unlink(missing_ok=True)
-        for partial, path in zip(partials, paths):
+        for partial, path in zip(partials, paths, strict=True):
             os.replace(partial, path)
         for folder in {path.parent for path in paths}:
             _sync(folder)

@@ -95,7 +95,7 @@ class HuggingFaceScorer:
     def _logps(self, hidden_nh: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
         rows = max(1, _LOGITS_AT_ONCE // self._head.weight.shape[0])
         logps = []
-        for hidden, targets in zip(hidden_nh.split(rows), targets_n.split(rows)):
+        for hidden, targets in zip(hidden_nh.split(rows), targets_n.split(rows), strict=True):
             logits = self._logits(hidden)
             logits -= logits.amax(-1, keepdim=True)
             chosen = logits.gather(-1, targets[:, None])[:, 0]

@@ -19,7 +19,7 @@ STACKED = {"layer": "num_layers", "expert": "num_moe_experts"}
 
 def name_at(name: str, place: tuple[int, ...]) -> str:
     """``name`` with ``{layer}`` and ``{expert}`` filled in."""
-    return name.format(**dict(zip(STACKED, place)))
+    return name.format(**dict(zip(STACKED, place, strict=False)))
 
 
 @dataclass(frozen=True)
