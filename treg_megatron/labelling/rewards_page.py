@@ -144,7 +144,7 @@ def text_report(
     colour: bool,
     policy: Sequence[dict[str, np.ndarray]] | None = None,
 ) -> Iterator[str]:
-    """The same report for a terminal, line by line: with ``colour`` tokens are shaded, otherwise rewards follow them."""
+    """The same report for a terminal, line by line; tokens are shaded with ``colour``, else followed by rewards."""
     summary = figures.lines() + (_policy_lines(pairs, policy) if policy else [])
     width = max(len(name) for name, _ in summary)
     yield from (f"{name:{width}}  {value}" for name, value in summary)
