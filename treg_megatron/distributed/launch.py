@@ -141,7 +141,7 @@ def _why_not_connected(message: str, address: str, port: str, ranks: World) -> s
 
 
 def leave() -> None:
-    """Destroy the process group on all ranks at once: rank 0 serves the store, and its threads must end before Python."""
+    """Destroy the process group on all ranks at once: rank 0 serves the store, and threads must end before Python."""
     import torch.distributed as dist
 
     dist.barrier()
