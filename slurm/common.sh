@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# What the job scripts share. A script sets RECIPE, reads this file, and calls `train` or `launch`.
+# Functions shared by the job scripts. A script sets RECIPE, sources this file, and calls `train` or `launch`.
 #
 # From the environment, all optional:
 #   RECIPE          another recipe                        PYTHON        interpreter on the nodes (site.sh)
 #   TREG            this repository (where you submitted) SITE          site file (slurm/site.sh)
-#   NODES           use so many of the job's nodes        RANKS         ranks a node (one for each GPU)
+#   NODES           number of the job's nodes to use      RANKS         ranks per node (one per GPU)
 #   CHECKS          before training ("recipe nodes")      GPU_MEMORY    of one GPU, for the recipe's check (80GB)
-#   CHAIN=N         up to N successors, one after another, should the job end at its time limit without having stopped
-#   RETRIES         how often in a row a launch may fail without getting on before the job gives up (3)
+#   CHAIN=N         submit up to N successor jobs, one after another, in case the job is killed at its time limit
+#   RETRIES         consecutive failures without progress after which the job gives up (3)
 set -euo pipefail
 
 export TREG="${TREG:-$SLURM_SUBMIT_DIR}"
@@ -25,7 +25,7 @@ export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"   # since Slurm 22.05 srun
 export CUDA_DEVICE_MAX_CONNECTIONS=1                    # Megatron's tensor parallelism overlaps by it
 
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-# another port after each restart: the last one may still be held by what is dying
+# use another port after each restart: dying processes may still hold the last one
 MASTER_PORT="${MASTER_PORT:-$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))}"
 export MASTER_ADDR MASTER_PORT
 
@@ -35,32 +35,32 @@ if [[ -n ${CONTAINER_IMAGE:-} ]]; then
                --container-workdir="$SLURM_SUBMIT_DIR" --no-container-mount-home)
 fi
 
-# Slurm sends SIGTERM when it ends the job (preempted, cancelled, requeued, out of time): what becomes of it is settled.
+# Slurm sends SIGTERM when it ends the job (preempted, cancelled, requeued, out of time); the job must not restart then.
 ENDING=""
 trap 'ENDING=yes' TERM
 
 say() { echo "[$(date '+%F %T')] $*"; }
 
-# One task for each rank.
+# Run a command with one task per rank.
 ranks() {
     srun --nodes="$NODES" --ntasks="$((NODES * RANKS))" --ntasks-per-node="$RANKS" --kill-on-bad-exit=1 \
         "${CONTAINER[@]}" "$@"
 }
 
-# One task on the first node.
+# Run a command with one task, on the first node.
 once() { srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${CONTAINER[@]}" "$@"; }
 
-# setting KEY [OVERRIDE ...]: a value of the recipe.
+# setting KEY [OVERRIDE ...]: print a value of the recipe.
 setting() { once "$PYTHON" "$TREG/tools/show_recipe.py" --recipe "$RECIPE" --key "$@"; }
 
-# record [OVERRIDE ...]: what this job is made of, beside its log.
+# record [OVERRIDE ...]: write commit, packages and resolved recipe beside the job's log.
 record() {
     { git -C "$TREG" rev-parse HEAD && git -C "$TREG" status --short; } >"$LOG_NAME.commit" 2>&1 || true
     once "$PYTHON" -m pip freeze >"$LOG_NAME.packages" || true
     once "$PYTHON" "$TREG/tools/show_recipe.py" --recipe "$RECIPE" "$@" >"$LOG_NAME.recipe.yaml"
 }
 
-# launch FOLDER COMMAND ...: run COMMAND on all ranks until it is done; FOLDER gets new files as it gets on.
+# launch FOLDER COMMAND ...: run COMMAND on all ranks until it succeeds; new files in FOLDER count as progress.
 launch() {
     local folder=$1 before code failures=0
     shift
@@ -72,37 +72,37 @@ launch() {
         if [[ -n $ENDING ]]; then say "Slurm ended the job (exit code $code)"; exit "$code"; fi
         case $code in
             2)
-                say "not started again: the error above has to be mended first"
+                say "not restarted: fix the error above first"
                 if [[ -n $SUCCESSOR ]]; then scancel "$SUCCESSOR"; fi
                 exit 2 ;;
-            85 | 138) requeue ;;    # stopped by SIGUSR1: 85 by training, 138 by a station that needs no time to save
+            85 | 138) requeue ;;    # stopped by SIGUSR1: 85 by training, 138 by a step that needs no time to save
         esac
         if [[ $before != "$(finished_in "$folder")" ]]; then failures=0; fi
         failures=$((failures + 1))
         if ((failures > ${RETRIES:-3})); then
-            say "failed $failures times without getting on (exit code $code)"
+            say "failed $failures times without progress (exit code $code)"
             exit "$code"
         fi
-        say "ended with exit code $code; starting it again (failure $failures of ${RETRIES:-3} in a row)"
+        say "ended with exit code $code; restarting (consecutive failure $failures of ${RETRIES:-3})"
         MASTER_PORT=$((MASTER_PORT + 1))
     done
 }
 
-# Checkpoints and shards: what a launch that gets on has more of at its end.
+# List checkpoints and shards, of which a launch that makes progress adds some.
 finished_in() {
     find "$1" -maxdepth 3 \( -name treg.json -o -name '*.parquet' -o -name '*-[0-9]*.jsonl' \) 2>/dev/null | sort || true
 }
 
-# Put this job back into the queue; it goes on from what it saved.
+# Requeue this job; it resumes from what it saved.
 requeue() {
-    say "stopped with everything saved; back into the queue"
+    say "stopped with everything saved; requeueing"
     scontrol requeue "$SLURM_JOB_ID"
     sleep 600 &
     wait $!     # Slurm ends the script here
     exit 85
 }
 
-# chain [ARGUMENT ...]: a successor of this job that starts if it ends without being done.
+# chain [ARGUMENT ...]: submit a successor that starts if this job ends unfinished.
 SUCCESSOR=""
 chain() {
     if ((${CHAIN:-0} < 1 || ${SLURM_RESTART_COUNT:-0} > 0)); then return 0; fi
@@ -113,7 +113,7 @@ chain() {
     say "successor: job $SUCCESSOR"
 }
 
-# train [OVERRIDE ...]: the training that RECIPE describes, from where it is to its end.
+# train [OVERRIDE ...]: start or resume the training of RECIPE and run it to its end.
 train() {
     local output
     chain "$@"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # sbatch slurm/convert.sh import|export [section.key=value ...]
 #
-# A Hugging Face folder to a Megatron checkpoint, or a run's newest checkpoint to a Hugging Face folder. No GPU; it streams,
-# so a node of any size will do.
+# Converts a Hugging Face folder to a Megatron checkpoint, or a run's newest checkpoint to a Hugging Face folder. Needs no
+# GPU and little memory: weights are streamed.
 #SBATCH --job-name=convert
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # sbatch slurm/index.sh [section.key=value ...]
 #
-# Labelled pairs to the aligned streams that training reads. No GPU.
+# Converts labelled pairs to the aligned dataset that training reads. Needs no GPU.
 #SBATCH --job-name=index
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

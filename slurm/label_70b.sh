@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # sbatch slurm/label_70b.sh [section.key=value ...]
 #
-# Labels the pairs of recipes/llama3_70b.yaml with the 70B reference model: a copy of it on each node of eight GPUs. More
-# nodes label faster; stopped by whatever, it goes on with the shards that are missing.
+# Labels the pairs of recipes/llama3_70b.yaml with the 70B reference model, one replica per node of eight GPUs. More nodes
+# label faster; after any interruption the job resumes with the missing shards.
 #SBATCH --job-name=label_70b
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # bash slurm/pipeline_70b.sh [section.key=value ...]
 #
-# Submits label, index, train and export as one chain: each starts when the one before has ended well, and when one fails,
-# those after it are cancelled. The checkpoint must have been imported (slurm/convert.sh import).
+# Submits label, index, train and export as one chain: each job starts when the one before has succeeded; if one fails, the
+# later ones are cancelled. Import the checkpoint first (slurm/convert.sh import).
 set -euo pipefail
 # Passed on to every job with the environment.
 export TREG="${TREG:-${SLURM_SUBMIT_DIR:-$PWD}}" RECIPE="${RECIPE:-recipes/llama3_70b.yaml}"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # sbatch slurm/sample_8b.sh [section.key=value ...]
 #
-# Samples responses to the prompts of recipes/llama3_8b.yaml and ranks them: on-policy pairs. One GPU; the engine is the
-# choice of sample.engine. Stopped by whatever, it goes on with the prompts that are not answered.
+# Samples responses to the prompts of recipes/llama3_8b.yaml and ranks them, which makes on-policy pairs. Uses one GPU and
+# the engine sample.engine. After any interruption the job resumes with the unanswered prompts.
 #SBATCH --job-name=sample_8b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

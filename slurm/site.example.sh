@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
-# What differs from cluster to cluster. Copy this file to slurm/site.sh, which git ignores, and edit it; every script
-# reads it in the job. Before you submit, `source slurm/site.sh` as well: Slurm takes the SBATCH_* variables from there.
+# Settings of your cluster. Copy this file to slurm/site.sh, which git ignores, and edit it; every script sources it in
+# the job. Also `source slurm/site.sh` before you submit, because sbatch reads the SBATCH_* variables.
 
 # -- accounting: read by sbatch
 export SBATCH_ACCOUNT=my_account

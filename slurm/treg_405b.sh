@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # sbatch slurm/treg_405b.sh [section.key=value ...]
 #
-# Trains recipes/llama3.1_405b.yaml on 36 nodes of eight 80 GB GPUs. Whatever stops it, it goes on from its
-# newest checkpoint.
+# Trains recipes/llama3.1_405b.yaml on 36 nodes of eight 80 GB GPUs. After any interruption the job resumes
+# from its newest checkpoint.
 #SBATCH --job-name=treg_405b
 #SBATCH --nodes=36
 #SBATCH --ntasks-per-node=8

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # sbatch slurm/treg_70b.sh [section.key=value ...]
 #
-# Trains recipes/llama3_70b.yaml on eight nodes of eight 80 GB GPUs. Whatever stops it, it goes on from its
-# newest checkpoint.
+# Trains recipes/llama3_70b.yaml on eight nodes of eight 80 GB GPUs. After any interruption the job resumes
+# from its newest checkpoint.
 #SBATCH --job-name=treg_70b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8

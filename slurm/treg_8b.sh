@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # sbatch slurm/treg_8b.sh [section.key=value ...]
 #
-# Trains recipes/llama3_8b.yaml on a node of eight 80 GB GPUs. Whatever stops it, it goes on from its
-# newest checkpoint.
+# Trains recipes/llama3_8b.yaml on a node of eight 80 GB GPUs. After any interruption the job resumes
+# from its newest checkpoint.
 #SBATCH --job-name=treg_8b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

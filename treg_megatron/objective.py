@@ -1,11 +1,11 @@
-"""The maths of preference optimisation with token-level reward regularization: tensors in, loss and metrics out.
+"""Preference losses with token-level reward regularization: tensors in, loss and metrics out.
 
 Notation (T-REG, Zhou et al., ACL 2025, arXiv 2412.02685): y_w chosen, y_l rejected response; ``logps`` are
 log pi_theta(y_t), ``ref_logps`` log pi_ref(y_t), ``token_rewards`` r_t in (-0.5, 0.5); sg is stop-gradient.
 
-Responses come flat, one float a response token, in the order chosen 0, rejected 0, chosen 1, rejected 1, ...;
-``lengths`` says where each ends. Padded and packed micro-batches look alike here, and nothing depends on how many
-pairs share a micro-batch: every returned value is a sum over pairs. All reductions run in fp32.
+Inputs are flat, one float per response token, in the order chosen 0, rejected 0, chosen 1, rejected 1, ...;
+``lengths`` gives the tokens of each response. Padded and packed micro-batches look the same here, and no value depends
+on how many pairs share a micro-batch: every returned value is a sum over pairs. All reductions run in fp32.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Objective(ObjectiveSection):
     """What is minimised: the recipe's section ``objective``, where each field is explained, with values that make sense.
 
     Raises:
-        UserError: a value out of range, or a combination that means nothing.
+        UserError: a value is out of range, or a combination of values has no meaning.
     """
 
     @classmethod
@@ -46,7 +46,7 @@ class Objective(ObjectiveSection):
         refuse(self.gamma < 0, f"objective.gamma is {self.gamma}: a target margin is not negative")
         refuse(
             not 0 <= self.label_smoothing < 0.5,
-            f"objective.label_smoothing is {self.label_smoothing}: a share of flipped pairs lies in [0, 0.5)",
+            f"objective.label_smoothing is {self.label_smoothing}: the fraction of flipped pairs must lie in [0, 0.5)",
         )
         refuse(
             not 0 <= self.alpha <= LARGEST_ALPHA,
@@ -70,7 +70,7 @@ class Objective(ObjectiveSection):
         )
         refuse(
             self.alpha > 0 and self.loss_type == "ipo",
-            "objective.alpha: the regulariser's weight is the gradient weight of a sigmoid loss, which ipo has not; "
+            "objective.alpha: the regulariser's weight is the gradient weight of a sigmoid loss, and ipo has none; "
             "use dpo, dpo_norm or simpo, or set alpha to 0",
         )
         refuse(
@@ -79,7 +79,7 @@ class Objective(ObjectiveSection):
         )
         refuse(
             self.token_rewards == "implicit" and not self.needs_reference,
-            f"objective.token_rewards: implicit is the log-ratio to a reference model, which {self.loss_type} has not",
+            f"objective.token_rewards: implicit is the log-ratio to a reference model, and {self.loss_type} has none",
         )
 
     @property
@@ -89,17 +89,17 @@ class Objective(ObjectiveSection):
 
     @property
     def is_length_normalized(self) -> bool:
-        """Whether a response's reward is a mean over its tokens: beta / |y| stands where DPO has beta."""
+        """Whether a response's reward is a mean over its tokens: beta / |y| takes the place of DPO's beta."""
         return self.loss_type in ("simpo", "dpo_norm")
 
     @property
     def reads_token_rewards(self) -> bool:
-        """Whether token rewards are read from the streams."""
+        """Whether token rewards are read from the aligned dataset."""
         return self.alpha > 0 and self.token_rewards == "contrastive"
 
     @property
     def warning(self) -> str | None:
-        """What is allowed and yet seldom meant; None where nothing is."""
+        """A warning about settings that are valid but rarely intended, or None."""
         if self.alpha <= _UNUSUAL_ALPHA:
             return None
         return (
@@ -109,7 +109,7 @@ class Objective(ObjectiveSection):
 
     @property
     def first_preference_loss(self) -> float | None:
-        """Preference loss where policy and reference are the same model; None where it depends on the data."""
+        """The preference loss of a policy that equals its reference, or None if it depends on the data."""
         if self.loss_type in ("dpo", "dpo_norm"):
             return 0.6931471805599453  # -log sigma(0), whatever the label smoothing
         if self.loss_type == "ipo":
@@ -118,10 +118,10 @@ class Objective(ObjectiveSection):
 
 
 class Responses:
-    """Which of the flat response tokens belong to which response.
+    """The mapping of flat response tokens to responses.
 
     Args:
-        lengths: this rank's tokens of each response: chosen 0, rejected 0, chosen 1, ...
+        lengths: number of this rank's tokens of each response: chosen 0, rejected 0, chosen 1, ...
         context_group: the context-parallel group whose ranks hold the other tokens of the same responses, or None.
     """
 
@@ -134,7 +134,7 @@ class Responses:
     def sums(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """[tokens] -> ([pairs] of the chosen, [pairs] of the rejected), over whole responses.
 
-        One sum a response, so that a pair's loss has the same bits whatever it shares its micro-batch with.
+        Each response is summed separately, so that a pair's loss has the same bits in any micro-batch.
         """
         if not self.lengths:
             return values.sum()[None][:0], values.sum()[None][:0]
@@ -144,13 +144,16 @@ class Responses:
         return sums[0::2], sums[1::2]
 
     def spread(self, per_response: Tensor, like: Tensor) -> Tensor:
-        """[2 * pairs] -> [tokens], each token the value of its response."""
+        """[2 * pairs] -> [tokens]: each token gets the value of its response."""
         return torch.repeat_interleave(per_response, torch.tensor(self.lengths, dtype=torch.int64)).to(like.device)
 
 
 class _SumOverContext(torch.autograd.Function):
-    """All-reduce whose backward is the identity: every context-parallel rank computes the same loss from the sum, and
-    Megatron adds the ranks' gradients, each of its own tokens only."""
+    """An all-reduce whose backward is the identity.
+
+    Every context-parallel rank computes the same loss from the sum, and Megatron adds the gradients of the ranks, each
+    of which covers only its own tokens.
+    """
 
     @staticmethod
     def forward(ctx, values, group):
@@ -171,18 +174,19 @@ def preference_loss(
     objective: Objective,
     context_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Summed loss of a micro-batch of pairs, and the sums that its metrics are means of.
+    """Summed loss of a micro-batch of pairs, and the sums from which its metrics are averaged.
 
     Args:
-        logps: [tokens] fp32, log pi_theta of each response token, with gradient.
+        logps: [tokens] fp32, log pi_theta of each response token in nats, with gradient.
         ref_logps: [tokens] fp32, the same of the reference model; may be None for a reference-free objective.
-        token_rewards: [tokens] fp32, r_t; may be None where the objective reads none.
-        lengths: tokens of each response, 2 * pairs of them: chosen, rejected, chosen, ...
-        context_group: where responses are split over context-parallel ranks; everything above is then this rank's part.
+        token_rewards: [tokens] fp32, r_t; may be None if the objective does not read them.
+        lengths: number of tokens of each response, 2 * pairs entries: chosen, rejected, chosen, ...
+        objective: the loss and its hyper-parameters.
+        context_group: the context-parallel group that responses are split over; the inputs are then this rank's part.
 
     Returns:
         loss: [] fp32, sum over the pairs. T-REG, section 3: L_pref + alpha * w * (L_reg(y_w) + L_reg(y_l)).
-        sums: metric name -> [] fp32 without gradient, a sum over pairs (``COUNTS`` names what others are counted in).
+        sums: metric name -> [] fp32 without gradient, a sum over pairs (or over tokens for the names in ``COUNTS``).
     """
     responses = Responses(lengths, context_group)
     logps = logps.float()
@@ -228,7 +232,7 @@ def preference_loss(
     return loss.sum(), {name: value.detach().sum() for name, value in sums.items()}
 
 
-#: metric name -> the sum that it is a mean over; every other metric is a mean over "pairs"
+#: metric name -> the count that its sum is divided by; all other metrics are divided by "pairs"
 COUNTS = {
     "treg/token_reward_chosen": "tokens/chosen",
     "treg/token_reward_rejected": "tokens/rejected",
@@ -237,7 +241,7 @@ COUNTS = {
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
-    """Metrics from their sums over the global batch: each divided by what it is counted in."""
+    """Metrics from their sums over the global batch, each divided by its count (see ``COUNTS``)."""
     counts = {"pairs", *COUNTS.values()}
     return {
         name: value / max(sums[COUNTS.get(name, "pairs")], 1.0) for name, value in sums.items() if name not in counts
@@ -247,7 +251,8 @@ def means(sums: dict[str, float]) -> dict[str, float]:
 def _dpo(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) -> Tensor:
     """-log sigma(margin) (DPO, arXiv 2305.18290, eq. 7); flipped with probability eps in cDPO (its section 3 note).
 
-    As dpo_norm the margin is that of beta/|y| log(pi/pi_ref) (length-normalized DPO of Tulu 3, arXiv 2411.15124)."""
+    For dpo_norm the margin is that of beta/|y| log(pi/pi_ref) (length-normalized DPO of Tulu 3, arXiv 2411.15124).
+    """
     return -(1 - o.label_smoothing) * F.logsigmoid(margin) - o.label_smoothing * F.logsigmoid(-margin)
 
 
@@ -257,15 +262,17 @@ def _simpo(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective
 
 
 def _ipo(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) -> Tensor:
-    """(h - 1/(2 beta))^2 (IPO, arXiv 2310.12036, eq. 17), h the difference of the log-ratios per token, as the
-    authors' follow-up and TRL average them over the response."""
+    """(h - 1/(2 beta))^2 (IPO, arXiv 2310.12036, eq. 17), where h is the difference of the log-ratios.
+
+    Log-ratios are averaged over the tokens of a response, as in the authors' follow-up and in TRL.
+    """
     chosen, rejected = responses.sums(log_ratio)
     tokens = responses.tokens.to(margin.device)
     return (chosen / tokens[0::2] - rejected / tokens[1::2] - 1 / (2 * o.beta)) ** 2
 
 
 def _sft(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) -> Tensor:
-    """-log pi(y_w): maximum likelihood of the chosen responses. The rejected ones are only measured."""
+    """-log pi(y_w): maximum likelihood of the chosen responses; the rejected ones only enter the metrics."""
     return -responses.sums(log_ratio)[0]
 
 
@@ -279,8 +286,11 @@ _PREFERENCE: dict[str, Callable[..., Tensor]] = {
 
 
 def _token_rewards(log_ratio: Tensor, token_rewards: Tensor | None, objective: Objective) -> Tensor | None:
-    """r_t of each token, or None. Implicit: sg(sigma(log-ratio) - 0.5), DPO's own token reward squashed as T-REG
-    squashes the contrastive one, so that alpha means the same for both."""
+    """r_t of each token, [tokens] fp32, or None.
+
+    Implicit rewards are sg(sigma(log-ratio) - 0.5): DPO's own token reward, squashed as T-REG squashes the contrastive
+    one, so that alpha means the same for both.
+    """
     if objective.token_rewards == "implicit":
         return torch.sigmoid(log_ratio).detach() - 0.5
     if objective.token_rewards == "contrastive" and token_rewards is not None:

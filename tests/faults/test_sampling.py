@@ -234,7 +234,7 @@ def test_a_reward_model_ranks(settings, chatml, reward_model):
 def test_a_reward_model_without_a_chat_template_is_refused(settings, chatml, reward_model):
     sample(settings, Counting(chatml))
     (reward_model / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="has no chat template, which the reward model was trained with"):
+    with pytest.raises(UserError, match="has no chat template; the reward model needs"):
         rank(rank_settings(settings, reward_model=str(reward_model), device="cpu"))
 
 
@@ -305,7 +305,7 @@ def test_a_server_that_is_gone_stops_the_job_which_goes_on_later(settings, http,
         return real(self, prompts, seed)
 
     monkeypatch.setattr(server.ServerSampler, "sample", dies_later)
-    with pytest.raises(UserError, match="gave no answer in 2 tries .the last: status 503.*run the same command again"):
+    with pytest.raises(UserError, match="gave no answer in 2 attempts .the last: status 503.*rerun the same command"):
         sample(served)
     assert len(rows_of(served)) == 2
     http.broken = 0
@@ -317,11 +317,11 @@ def test_a_server_that_is_silent_or_gone_is_told(settings, http, monkeypatch):
     address = f"http://127.0.0.1:{http.server_port}/v1"
     served = dataclasses.replace(settings, engine="server", server=address, timeout=0.1)
     http.pause = 0.5
-    with pytest.raises(UserError, match="completions gave no answer in 2 tries .the last: timed out."):
+    with pytest.raises(UserError, match="completions gave no answer in 2 attempts .the last: timed out."):
         sample(served)
     assert len(http.asked) == 4  # two prompts, each asked for again once
     nobody = dataclasses.replace(served, server="http://127.0.0.1:9/v1")
-    with pytest.raises(UserError, match="127.0.0.1:9/v1/models gave no answer in 2 tries .the last: .*refused"):
+    with pytest.raises(UserError, match="127.0.0.1:9/v1/models gave no answer in 2 attempts .the last: .*refused"):
         sample(nobody)
     http.pause = 0
     assert sample(served)["prompts"] == 5
@@ -330,8 +330,8 @@ def test_a_server_that_is_silent_or_gone_is_told(settings, http, monkeypatch):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"seeds": [1, 1]}, "one or more different numbers"),
-        ({"seeds": []}, "one or more different numbers"),
+        ({"seeds": [1, 1]}, "one or more distinct numbers"),
+        ({"seeds": []}, "one or more distinct numbers"),
         ({"temperature": -0.1}, "must not be negative"),
         ({"prompts": "absent.jsonl"}, "absent.jsonl"),
         ({"engine": "server"}, "sample.server has no value"),

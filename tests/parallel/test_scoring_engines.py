@@ -139,7 +139,7 @@ def test_the_checkpoint_of_another_model_is_refused(job, untied_run, ranks, tmp_
     checkpoint = untied_run.hf.parent / "megatron"
     other = dataclasses.replace(job, checkpoint=str(checkpoint), output=str(tmp_path / "labelled"))
     for said in run_ranks(ranks, refused, other):
-        assert "is not the model of" in said and "differs; name the checkpoint that was imported" in said
+        assert "is not the model of" in said and "differs; name the checkpoint imported" in said
     assert not (tmp_path / "labelled").exists()
 
 

@@ -67,7 +67,7 @@ def test_a_killed_rank_a_new_controller_and_a_node_without_power(slurm, files, u
     begun = starts(text)
     assert len(begun) == 3 and begun[0] == f"starting from {files.folder}/shared/megatron"
     assert all(re.fullmatch(r"resuming from step_0000[0-3][05]", again) for again in begun[1:]) and begun[1] < begun[2]
-    assert "starting it again (failure 1 of 3 in a row)" in text
+    assert "restarting (consecutive failure 1 of 3)" in text
     assert "node2" not in slurm.run("scontrol", "show", "hostnames", slurm.field(job, "NodeList")).split()
     assert_equal(run, uninterrupted)
 

@@ -71,14 +71,14 @@ def test_what_no_span_covers_is_worth_nothing(chatml):
     [
         ({}, "chosen has no token rewards"),
         ({"chosen_token_ids": [1], "chosen_token_rewards": [0.0]}, "they differ at token 0"),
-        (own(["It is"], [0.1]), "in a row are not the chosen response"),
+        (own(["It is"], [0.1]), "concatenated, are not the chosen response"),
         (own([ANSWER], [0.1, 0.2]), "has 2 values for 1 texts"),
         (own([ANSWER], [0.7]), "a token reward of 0.7, outside [-0.5, 0.5]"),
         (own([ANSWER], [float("nan")]), "must be a list of finite numbers"),
         (own(ANSWER, [0.1]), "must be a list of texts"),
         ({"chosen_spans": [[4, 7, 0.1]]}, "do not line up with our tokens"),
-        ({"chosen_spans": [[0, 99, 0.1]]}, "spans must follow one another inside"),
-        ({"chosen_spans": [[3, 5, 0.1], [0, 2, 0.1]]}, "spans must follow one another inside"),
+        ({"chosen_spans": [[0, 99, 0.1]]}, "spans must be in order, must not overlap"),
+        ({"chosen_spans": [[3, 5, 0.1], [0, 2, 0.1]]}, "spans must be in order, must not overlap"),
         ({"chosen_spans": [[0, 2]]}, "which is not [first character"),
     ],
 )

@@ -287,7 +287,7 @@ def test_foreign_files_in_the_folder_are_refused(section):
     folder = Path(section.output)
     (folder / "manifest.json").unlink()
     (folder / "shard-00000.parquet").rename(folder / "mine.parquet")
-    with pytest.raises(UserError, match="mine.parquet is of other origin"):
+    with pytest.raises(UserError, match="mine.parquet was not written by this run"):
         label(section, ArithmeticScorer())
 
 
@@ -296,9 +296,9 @@ def test_foreign_files_in_the_folder_are_refused(section):
     [
         ({"pairs": "absent.json"}, "absent.json cannot be read"),
         ({"model": "absent"}, "tokenizer folder absent does not exist"),
-        ({"prompt_pair": "absent"}, "prompt pair absent is neither a built-in one"),
-        ({"max_length": 4096}, "label.max_length=4096 is more than the 1024 positions"),
-        ({"max_revision_length": 4096}, "label.max_revision_length=4096 is more than the 1024 positions"),
+        ({"prompt_pair": "absent"}, "prompt pair absent is neither built in"),
+        ({"max_length": 4096}, "label.max_length=4096 exceeds the 1024 positions"),
+        ({"max_revision_length": 4096}, "label.max_revision_length=4096 exceeds the 1024 positions"),
         ({"shard_pairs": 0}, "label.shard_pairs=0 must be at least 1"),
         ({"engine": "megatron", "tensor": 2}, "label.tensor=2 x label.pipeline=1 does not divide 1 processes; start a"),
     ],
@@ -315,7 +315,7 @@ def test_a_model_that_gives_nonsense_is_refused(section):
         def logps(sequence):
             return np.full(len(sequence.response_ids), np.nan, np.float32)
 
-    with pytest.raises(UserError, match=r"not finite for pair pair 0 \(chosen\)"):
+    with pytest.raises(UserError, match=r"non-finite log-probs for pair pair 0 \(chosen\)"):
         label(section, Broken())
     assert not Path(section.output).exists() or not contents(section.output)
 

@@ -97,7 +97,7 @@ def test_hash_covers_the_text_and_not_the_comments(tmp_path):
             [user("{wish}"), "conversation"],
             {"wish": "a"},
             {"wish": "b"},
-            "turn 2 is the user's where the assistant's is due",
+            "turn 2 is the user's but must be the assistant's",
         ),
         (
             ["conversation", {"role": "assistant", "content": "{wish}"}],

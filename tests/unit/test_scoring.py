@@ -141,7 +141,7 @@ def test_logit_softcapping_is_honoured(tmp_path):
 
 def test_unknown_ways_to_make_logits_are_refused(tmp_path):
     GraniteForCausalLM(GraniteConfig(**TINY, logits_scaling=8.0)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="GraniteForCausalLM attends or makes logits in a way"):
+    with pytest.raises(UserError, match="GraniteForCausalLM computes attention or logits in a way"):
         HuggingFaceScorer(tmp_path, "float32", "cpu")
 
 

@@ -1,9 +1,9 @@
-"""Unmodified Megatron-core and NeMo on a machine without a GPU.
+"""A redirect of CUDA calls to the CPU, to run unmodified Megatron-core and NeMo on a machine without a GPU.
 
-Both libraries name the CUDA device outright: ``torch.empty(..., device="cuda")``, ``tensor.cuda()``,
+Both libraries hard-code the CUDA device: ``torch.empty(..., device="cuda")``, ``tensor.cuda()``,
 ``torch.cuda.current_device()``. :func:`use_cpu` redirects those calls to the CPU for the life of the process, so that
-distributed optimizer, pipeline schedules and checkpoints run over gloo exactly as they are written. It is one explicit
-switch, refused where a CUDA device is visible: nothing that could run on a GPU is ever slowed down silently.
+the distributed optimizer, pipeline schedules and checkpoints run over gloo exactly as written. It is one explicit
+switch and refuses to work if a CUDA device is visible: nothing that could run on a GPU is ever slowed down silently.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def use_cpu() -> None:
 
     Raises:
         RuntimeError: a CUDA device is visible.
-        UserError: ``TREG_CPU_KERNELS`` names no set of kernels.
+        UserError: ``TREG_CPU_KERNELS`` does not name a set of kernels.
     """
     global _active
     if _active is not None:
@@ -38,7 +38,7 @@ def use_cpu() -> None:
         _replace_cuda_runtime()
         from treg_megatron.kernels.kernels import cpu_kernels
 
-        cpu_kernels()  # says at start-up what it has to say
+        cpu_kernels()  # at start-up, so that it logs and fails early
     _active = _CudaMeansCpu()
     _active.__enter__()
     run_backward = getattr(torch.autograd, "_engine_run_backward", None)
@@ -67,7 +67,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.pin_memory:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # the distributed optimizer sorts parameters by 'torch.cuda.FloatTensor' and its kin
+            # the distributed optimizer groups parameters by type names such as 'torch.cuda.FloatTensor'
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
@@ -83,16 +83,16 @@ def _cpu_for_cuda(device: Any) -> Any:
         return "cpu"
     if isinstance(device, torch.device) and device.type == "cuda":
         return torch.device("cpu")
-    if type(device) is int:  # what current_device() gives
+    if type(device) is int:  # the result of current_device()
         return torch.device("cpu")
     return device
 
 
 def backward_in(mode: TorchFunctionMode, run: Callable) -> Callable:
-    """torch leaves a mode while it runs a call that the mode saw: what a backward pass calls would escape it.
+    """The autograd engine's function ``run``, called inside ``mode``.
 
-    Args:
-        run: the engine's function.
+    torch disables a mode while it handles a call that the mode intercepted, so calls made by a backward pass would
+    otherwise bypass it.
     """
 
     def run_in_mode(*args, **kwargs):
@@ -103,7 +103,7 @@ def backward_in(mode: TorchFunctionMode, run: Callable) -> Callable:
 
 
 class _NoStream:
-    """Stands for a CUDA stream or event: on the CPU everything has already happened, in order."""
+    """A stand-in for CUDA streams and events: on the CPU every operation has already finished, in order."""
 
     def __init__(self, *args, **kwargs): ...
 
@@ -137,7 +137,7 @@ def _replace_cuda_runtime() -> None:
     cuda = torch.cuda
     cuda.current_device = lambda: 0
     cuda.is_initialized = lambda: True
-    cuda.device_count = lambda: 1  # NeMo seeds Megatron's RNG tracker only where it counts a device
+    cuda.device_count = lambda: 1  # NeMo seeds Megatron's RNG tracker only if there is a device
     cuda.set_device = lambda device: None
     cuda.get_device_name = lambda *a: "cpu"
     cuda.device = lambda *a: contextlib.nullcontext()
@@ -161,7 +161,7 @@ def _replace_cuda_runtime() -> None:
     cuda.set_rng_state = lambda state, *a: torch.set_rng_state(state)
     cuda.get_rng_state_all = lambda: [torch.get_rng_state()]
 
-    # it warns that the CPU generator advanced where a CUDA one should have: here they are the same
+    # it warns that the CPU generator advanced in place of the CUDA one; here they are the same
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     import megatron.core.tensor_parallel.random as megatron_random
 
@@ -179,11 +179,10 @@ def _replace_cuda_runtime() -> None:
 
 
 def _unless_in_place(collective: Callable) -> Callable:
-    """A rank that is its whole group gathers from and scatters to itself: NCCL does nothing then, gloo copies all
-    parameters and gradients to where they are.
+    """``collective(output, input, ...)``, skipped if both are the same memory.
 
-    Args:
-        collective: of output, input, and more.
+    A rank alone in its group gathers from and scatters to itself. NCCL then does nothing, but gloo copies all
+    parameters and gradients onto themselves.
     """
 
     def unless_in_place(output: torch.Tensor, input: torch.Tensor, *args, **kwargs):
@@ -195,11 +194,9 @@ def _unless_in_place(collective: Callable) -> Callable:
 
 
 def _as_numpy_on_cpu(move: Callable) -> Callable:
-    """The experts' all-to-all takes split sizes as an array, which Megatron makes of a tensor only on its way from a
-    GPU.
+    """Megatron's ``maybe_move_tensor_to_cpu``, returning an array also for a tensor that is already on the CPU.
 
-    Args:
-        move: Megatron's ``maybe_move_tensor_to_cpu``.
+    The all-to-all of the experts takes split sizes as an array, but Megatron converts only tensors from a GPU.
     """
 
     def moved(tensor: torch.Tensor | None, as_numpy: bool = False, record_stream: bool = False):

@@ -1,4 +1,4 @@
-"""One process per rank, started by torchrun or by srun: who am I, how many are we, and the group that we form."""
+"""Ranks started by torchrun or srun: this process's rank, the world size, and the process group."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ JOIN_SECONDS = 600  # a node may still be reading Python's files from a busy dis
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a job. Without a launcher: one process that is its own world."""
+    """This process's place among the processes of a job; without a launcher, the only one of one."""
 
     rank: int
     size: int
@@ -27,6 +27,7 @@ class World:
 
     @property
     def nodes(self) -> int:
+        """Number of nodes."""
         return self.size // self.local_size
 
 
@@ -41,10 +42,10 @@ def _under_srun() -> bool:
 
 
 def world() -> World:
-    """Read the launcher's environment.
+    """The ranks of the job, from the launcher's environment variables.
 
     Raises:
-        UserError: nodes with different numbers of processes.
+        UserError: nodes have different numbers of processes.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_WORLD_SIZE" in os.environ:  # torchrun
         rank, size, local_rank, local_size = (
@@ -59,24 +60,25 @@ def world() -> World:
     else:
         return World(0, 1, 0, 1)
     if uneven:
-        raise UserError(f"{size} processes do not divide evenly into their nodes: start the same number on every node")
+        raise UserError(f"{size} processes do not divide evenly over their nodes: start the same number on every node")
     return World(rank, size, local_rank, local_size)
 
 
 def node_name() -> str:
-    """This machine's name, as Slurm knows it where Slurm runs it."""
+    """This machine's name; under Slurm, the name that Slurm uses."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def join(ranks: World, timeout: float, store: "torch.distributed.Store | None" = None) -> None:
-    """Form the process group that NeMo then finds ready: NCCL on GPUs, gloo without.
+    """Initialise the process group before NeMo does: NCCL with GPUs, otherwise gloo.
 
     Args:
-        timeout: seconds that a collective may take before it fails.
-        store: what :func:`connect` gave, if it was called before.
+        ranks: the processes of the job.
+        timeout: seconds after which a collective fails.
+        store: the result of :func:`connect`, if it was called before.
 
     Raises:
-        UserError: the port is taken, rank 0's address is unknown, or ranks did not come.
+        UserError: the port is taken, rank 0's address is unknown, or ranks did not connect in time.
     """
     import torch
     import torch.distributed as dist
@@ -99,7 +101,7 @@ def connect(ranks: World) -> "torch.distributed.Store":
     """A key-value store that all ranks share; rank 0 serves it at MASTER_ADDR:MASTER_PORT.
 
     Raises:
-        UserError: as :func:`join`.
+        UserError: as for :func:`join`.
     """
     import torch.distributed as dist
 
@@ -108,7 +110,7 @@ def connect(ranks: World) -> "torch.distributed.Store":
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if address is None or port is None:
         raise UserError(
-            f"{ranks.size} processes need MASTER_ADDR and MASTER_PORT, where rank 0 is to be found; "
+            f"{ranks.size} processes need MASTER_ADDR and MASTER_PORT, the address of rank 0; "
             "torchrun and the scripts in slurm/ set them"
         )
     # torchrun's own agent serves the store for its workers
@@ -132,14 +134,14 @@ def _why_not_connected(message: str, address: str, port: str, ranks: World) -> s
         return f"port {port} of {node_name()} is taken by another program: set MASTER_PORT to a free one"
     if "clients joined" in message:
         return (
-            f"not all of {ranks.size} processes came within {JOIN_SECONDS} s "
-            f"({message.split('seconds ')[-1].splitlines()[0]}): look for errors of the others above"
+            f"not all of {ranks.size} processes connected within {JOIN_SECONDS} s "
+            f"({message.split('seconds ')[-1].splitlines()[0]}): look for errors of the other ranks above"
         )
     return f"rank {ranks.rank} on {node_name()} cannot reach rank 0 at {address}:{port}: {message.splitlines()[0]}"
 
 
 def leave() -> None:
-    """End the group, all ranks together: rank 0 serves the store, and the group's threads must end before Python does."""
+    """Destroy the process group on all ranks at once: rank 0 serves the store, and threads must end before Python."""
     import torch.distributed as dist
 
     dist.barrier()
@@ -147,7 +149,7 @@ def leave() -> None:
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """What ``action`` gives on rank 0, on every rank; the group has been joined.
+    """Run ``action`` on rank 0 and return its result on every rank; requires the process group.
 
     Raises:
         UserError: on every rank, if rank 0's ``action`` raised it or an OSError.

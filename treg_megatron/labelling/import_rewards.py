@@ -1,13 +1,14 @@
-"""Your own token rewards: pairs whose rows say what each token, piece of text or span of characters is worth.
+"""Import of user-supplied token rewards: a value for each token, piece of text or span of characters of a response.
 
-A row is a preference pair of any known format, and for chosen and rejected one of
+Each record is a preference pair in any supported format, with one of the following for chosen and for rejected:
 
-    SIDE_token_rewards  with  SIDE_token_ids      one value an id of our tokenizer; the end-of-turn id may be left out
-    SIDE_token_rewards  with  SIDE_token_texts    one value a text; the texts in a row are the response
-    SIDE_spans                                    [first character, one after the last, value], ...; elsewhere 0
+    SIDE_token_rewards  with  SIDE_token_ids      one value per id of our tokenizer; the end-of-turn id is optional
+    SIDE_token_rewards  with  SIDE_token_texts    one value per text; the texts, concatenated, are the response
+    SIDE_spans                                    [first character, one after the last, value], ...; 0 elsewhere
 
-Values lie in [-0.5, 0.5]. Texts and spans are mapped to our tokens by the characters of each: one of theirs may cover
-several of ours, which all get its value, but never part of one. The end-of-turn token gets 0 unless ids name it.
+Values lie in [-0.5, 0.5]. Texts and spans are mapped to our tokens by character offsets. One text or span may cover
+several of our tokens, which all get its value, but must not cover only part of a token. The end-of-turn token gets 0
+unless it is among the given ids.
 """
 
 import dataclasses
@@ -37,24 +38,25 @@ _COLUMNS = tuple(f"{side}_{name}" for side in SIDES for name in ("token_rewards"
 
 
 def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[str, Any]:
-    """Turn ``section.pairs`` with token rewards into the Parquet file ``section.output`` of labelled pairs.
+    """Convert ``section.pairs`` with token rewards to labelled pairs in the Parquet file ``section.output``.
 
-    Memory holds ``section.shard_pairs`` pairs, whatever the size of the file.
+    Holds at most ``section.shard_pairs`` pairs in memory, whatever the size of the file.
 
     Args:
-        scorer: gives the reference log-probs; without one the file has none, which suits reference-free objectives.
+        section: the ``label`` settings of the run.
+        scorer: computes the reference log-probs. Without one the file has none, which reference-free objectives allow.
 
     Returns:
-        ``file`` (its path), ``pairs`` (written) and ``drops`` by reason.
+        ``file`` (the path written), ``pairs`` (their number) and ``drops`` (counts by reason).
 
     Raises:
-        UserError: a row without rewards, or with some that do not line up with the tokens; or no pair that fits.
+        UserError: a record has no rewards, or rewards that do not line up with its tokens; or no pair fits.
     """
     tokenizer = load_tokenizer(section.model)
     drops: Counter[str] = Counter()
     labelled = _fitting(section, tokenizer, drops)
     if scorer is not None:
-        # Everything is read once before the first forward pass: a broken row must not show up after hours of scoring.
+        # Read everything once before the first forward pass: a broken record must not surface after hours of scoring.
         for _ in _fitting(section, tokenizer, Counter()):
             pass
         labelled = _with_reference(labelled, scorer, section.shard_pairs)
@@ -94,12 +96,12 @@ def _with_reference(pairs: Iterator[LabelledPair], scorer: Scorer, at_once: int)
 
 
 def labelled_from_text(source: str | Path, tokenizer: ChatTokenizer, workers: int) -> Iterator[LabelledPair]:
-    """Pairs with token rewards as labelled pairs without reference log-probs, in the order of the file.
+    """Labelled pairs without reference log-probs from a text file of pairs with token rewards, in file order.
 
-    ``workers`` processes look for tokens; memory holds some batches of pairs, whatever the size of the file.
+    ``workers`` processes tokenise. Only a few batches of pairs are in memory at a time, whatever the size of the file.
 
     Raises:
-        UserError: as :func:`import_token_rewards`.
+        UserError: as for :func:`import_token_rewards`.
     """
     batches = _batches(read_pairs_and_rows(source))
     if workers == 1:
@@ -147,10 +149,10 @@ def _work(batch: list[tuple[Pair, dict]]) -> list[LabelledPair]:
 
 
 def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict) -> tuple[list[int], np.ndarray]:
-    """Ids of one side's response and their rewards, fp32 of the same length.
+    """Token ids of one side's response, a list of n, and their rewards, [n] fp32.
 
     Raises:
-        ValueError: rewards that are missing, out of range, or do not line up with the ids.
+        ValueError: the rewards are missing, out of range, or do not line up with the ids.
     """
     response = getattr(pair, side)
     values, given, texts = (row.get(f"{side}_{name}") for name in ("token_rewards", "token_ids", "token_texts"))
@@ -165,7 +167,7 @@ def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict)
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{side}_token_texts must be a list of texts")
         if "".join(texts) != response:
-            raise ValueError(f"{side}_token_texts in a row are not the {side} response")
+            raise ValueError(f"{side}_token_texts, concatenated, are not the {side} response")
         values = _numbers(values, f"{side}_token_rewards")
         if len(values) != len(texts):
             raise ValueError(f"{side}_token_rewards has {len(values)} values for {len(texts)} texts")
@@ -227,14 +229,14 @@ def _by_span(side: str, valued: list[tuple[int, int, float]], spans: np.ndarray,
     beyond = (len(response), sys.maxsize, 0.0)
     firsts, lasts, values = (np.array(column) for column in zip(*valued, beyond, strict=True))
     starts, ends = spans.T
-    at = np.searchsorted(lasts, starts, side="right")  # the first of theirs that ends after our token begins
+    at = np.searchsorted(lasts, starts, side="right")  # the first given span that ends after our token begins
     inside, before = (firsts[at] <= starts) & (ends <= lasts[at]), ends <= firsts[at]
     if (apart := ~(inside | before)).any():
         (start, end), theirs = spans[apart.argmax()], at[apart.argmax()]
         raise ValueError(
             f"{side}: the rewards do not line up with our tokens: {response[start:end]!r} (characters "
-            f"{start} to {end}) is one token, of which the rewards for {firsts[theirs]} to "
-            f"{lasts[theirs]} cover a part"
+            f"{start} to {end}) is one token, but the reward for characters {firsts[theirs]} to "
+            f"{lasts[theirs]} covers only part of it"
         )
     return np.append(np.where(inside, values[at], 0.0), 0.0)
 
@@ -253,8 +255,8 @@ def _spans(given: Any, name: str, length: int) -> list[tuple[int, int, float]]:
         start, end, value = *_numbers(span[:2], name), *_numbers(span[2:], name)
         if not (start == int(start) and end == int(end) and reached <= start < end <= length):
             raise ValueError(
-                f"{name} holds {start:g} to {end:g}: spans must follow one another inside the {length} "
-                "characters of the response"
+                f"{name} holds {start:g} to {end:g}: spans must be in order, must not overlap, and must lie within "
+                f"the {length} characters of the response"
             )
         reached = int(end)
         spans.append((int(start), reached, value))

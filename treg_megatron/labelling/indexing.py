@@ -1,4 +1,4 @@
-"""The station ``index``: labelled pairs to aligned Megatron streams, by several processes with a shard each."""
+"""The ``index`` step: labelled pairs to an aligned Megatron dataset, written in shards by several processes."""
 
 import itertools
 import multiprocessing
@@ -16,17 +16,18 @@ from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 
 
 def validation_prefix(output: str | Path) -> str:
-    """Where ``index`` puts the held-out pairs of the streams ``output``."""
+    """The prefix under which ``index`` writes the held-out pairs of the aligned dataset ``output``."""
     return f"{output}_validation"
 
 
 def index(section: IndexSection) -> dict[str, Any]:
-    """Write ``section.labelled`` as streams under the prefix ``section.output``, and return their manifest.
+    """Write ``section.labelled`` as an aligned dataset under the prefix ``section.output``; return its manifest.
 
-    It is labelled pairs in Parquet, or a text file of pairs with token rewards (:mod:`treg_megatron.labelling.import_rewards`).
+    The input is labelled pairs in Parquet, or a text file of pairs with token rewards
+    (:mod:`treg_megatron.labelling.import_rewards`).
 
     Raises:
-        UserError: labels that are unfinished, invalid, or made with another tokenizer than ``section.tokenizer``.
+        UserError: the labels are incomplete, invalid, or were made with a tokenizer other than ``section.tokenizer``.
     """
     if section.workers < 1 or not 0 <= section.validation_fraction < 1:
         raise UserError(
@@ -41,7 +42,7 @@ def index(section: IndexSection) -> dict[str, Any]:
     if made_with != tokenizer.sha256:
         raise UserError(
             f"{section.labelled} was made with another tokenizer than that of {section.tokenizer}: "
-            "label with the tokenizer of the model that is trained, or name the one that labelled"
+            "label with the tokenizer of the model to be trained, or set index.tokenizer to the one used for labelling"
         )
     parts = Path(f"{section.output}.parts")  # beside the output, so that it is on the same disk
 
@@ -72,7 +73,7 @@ def _write(
         return write_streams(prefix, read_labelled(section.labelled), tokenizer, run)
     edges = [rows * worker // workers for worker in range(workers + 1)]
     shards = [parts / f"part-{worker}" for worker in range(workers)]
-    # Forked: a child inherits the loaded tokenizer and modules, which take seconds to load.
+    # Fork, so that each child inherits the tokenizer and modules, which take seconds to load.
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         pool.starmap(
             _write_shard,

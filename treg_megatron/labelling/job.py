@@ -1,14 +1,14 @@
-"""The station ``label``: preference pairs to labelled pairs, with a reference model that is never trained.
+"""The ``label`` step: preference pairs to labelled pairs, with a frozen reference model.
 
-Each response is scored three times by the reference model pi_ref, always as the same token ids: after the prompt x, for
-the reference log-probs that training needs, and after the prompts x_better and x_worse, for the token rewards
+The reference model pi_ref scores the same response ids three times: after the prompt x, for the reference log-probs
+that training needs, and after the prompts x_better and x_worse, for the token rewards
 
     r_t = sigma( log pi_ref(y_t | x_better, y_<t) - log pi_ref(y_t | x_worse, y_<t) ) - 0.5
 
 (Zhou et al., "T-REG", ACL 2025, section 3.2).
 
-The input is cut into portions of ``shard_pairs`` pairs, and each becomes one Parquet file that carries the fingerprint
-of its run, so files of another run are never mixed in (:mod:`treg_megatron.utils.shard_job`).
+Every ``shard_pairs`` input pairs become one Parquet file, which carries the fingerprint of its run, so that files of
+different runs never mix (:mod:`treg_megatron.utils.shard_job`).
 """
 
 from collections import Counter
@@ -49,26 +49,27 @@ _PASSES = ("reference", "better", "worse")
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A pair as token ids: for each side and pass the sequence to score; the response ids are the same in all three."""
+    """A pair as token ids: the sequence to score for each side and pass. A side's three passes share its response."""
 
     pair: Pair
     sequences: dict[str, dict[str, ScoredSequence]]
 
 
 def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any] | None:
-    """Label ``section.pairs`` into the folder ``section.output``, or go on where an earlier call stopped.
+    """Label ``section.pairs`` into the folder ``section.output``, or resume where an earlier call stopped.
 
-    Under torchrun or srun every process labels its share.
+    Under torchrun or srun each process labels its share.
 
     Args:
+        section: the ``label`` settings of the run.
         scorer: the reference model; loaded from ``section.model`` if not given.
 
     Returns:
-        The manifest: ``pairs`` (labelled), ``drops`` by reason, ``token_rewards`` (means), ``run``, ``shards``. None
-        where other processes are still at work.
+        The manifest: ``pairs`` (number labelled), ``drops`` (counts by reason), ``token_rewards`` (means), ``run``,
+        ``shards``. None while other processes are still working.
 
     Raises:
-        UserError: input that cannot be used, an output folder that holds another run, or no pair that can be labelled.
+        UserError: the input is unusable, the output folder holds another run, or no pair can be labelled.
     """
     for name in ("shard_pairs", "max_length", "batch_tokens", "tensor", "pipeline"):
         if getattr(section, name) < 1:
@@ -83,7 +84,7 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
         manifest = read_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
         _require_same_run(manifest["run"], run, output / MANIFEST_NAME)
         return manifest
-    # Everything is read once before the first forward pass: a broken row must not show up after hours of scoring.
+    # Read everything once before the first forward pass: a broken record must not surface after hours of scoring.
     drops: Counter[str] = Counter()
     total = sum(1 for _ in read_pairs(section.pairs, drops, section.format))
     job = ShardJob(output, SHARD_PATTERN, total, section.shard_pairs, share)
@@ -91,7 +92,7 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
         metadata = read_shard_metadata(path) if path in job.paths else None
         _require_same_run((metadata or {}).get("run"), run, path)
     finished = job.finished()
-    # ranks of a split model start together or not at all
+    # All ranks of a split model must start together.
     needed = job.mine if section.engine == "huggingface" else job.portions
     if any(portion not in finished for portion in needed):
         scorer = scorer or _load_scorer(section)
@@ -117,7 +118,7 @@ def _label_portion(
     scorer: Scorer,
     progress: Progress,
 ) -> tuple[dict[str, Any], list[LabelledPair]]:
-    """The metadata and the rows of a shard."""
+    """The metadata and the records of a shard."""
     revision_length = section.max_revision_length or scorer.max_length
     drops: Counter[str] = Counter()
     prepared = []
@@ -150,7 +151,7 @@ def _label_portion(
 def _prepare(
     pair: Pair, max_length: int, max_revision_length: int, tokenizer: ChatTokenizer, prompt_pair: PromptPair
 ) -> tuple[_Prepared | None, str]:
-    """The sequences of a pair, or None and the reason why it is dropped."""
+    """The sequences of a pair, or None and the reason for dropping it."""
     prompt_ids = tokenizer.encode_prompt(pair.messages)
     if len(prompt_ids) >= max_length:
         return None, PROMPT_FILLS_CONTEXT
@@ -168,7 +169,7 @@ def _prepare(
         if max(sequences[side]["better"].length, sequences[side]["worse"].length) > max_revision_length:
             return None, REVISION_TOO_LONG
     if sequences["chosen"]["reference"] == sequences["rejected"]["reference"]:
-        return None, IDENTICAL_RESPONSES  # they differed in white space that the template strips
+        return None, IDENTICAL_RESPONSES  # they differed only in white space that the template strips
     return _Prepared(pair, sequences), ""
 
 
@@ -177,8 +178,8 @@ def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], sect
     for side in SIDES:
         if not all(np.isfinite(values).all() for values in logps[side].values()):
             raise UserError(
-                f"the reference model gives log-probs that are not finite for pair {pair.pair_id} "
-                f"({side}); its weights are damaged, or need --dtype float32"
+                f"the reference model gives non-finite log-probs for pair {pair.pair_id} "
+                f"({side}); its weights are damaged, or it needs --dtype float32"
             )
         sequence = prepared.sequences[side]["reference"]
         rewards = contrastive_rewards(logps[side]["better"], logps[side]["worse"])
@@ -203,12 +204,12 @@ def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], sect
 
 def _require_same_run(found: dict | None, run: dict, path: Path) -> None:
     if found is None:
-        raise UserError(f"{path} is of other origin; name another label.output, or remove that folder")
+        raise UserError(f"{path} was not written by this run; name another label.output, or remove that folder")
     require_same_run(found, run, f"{path} is a run", "label.output")
 
 
 def _fingerprint(section: LabelSection, tokenizer: ChatTokenizer, prompt_pair: PromptPair) -> dict[str, Any]:
-    """What decides the labels. Batch size and device do not: they move values by rounding alone."""
+    """Everything that determines the labels. Batch size and device are left out: they only change rounding."""
     from treg_megatron.models.huggingface import model_identity
 
     return {
@@ -303,11 +304,11 @@ def _require_fitting_model(section: LabelSection, scorer: Scorer, tokenizer: Cha
     for name in ("max_length", "max_revision_length"):
         if (getattr(section, name) or 0) > scorer.max_length:
             raise UserError(
-                f"label.{name}={getattr(section, name)} is more than the {scorer.max_length} positions of "
+                f"label.{name}={getattr(section, name)} exceeds the {scorer.max_length} positions of "
                 f"{section.model}; lower it"
             )
     if tokenizer.vocab_size > scorer.vocab_size:
         raise UserError(
-            f"the tokenizer of {section.model} has {tokenizer.vocab_size} tokens, its model embeds "
+            f"the tokenizer of {section.model} has {tokenizer.vocab_size} tokens, but its model embeds only "
             f"{scorer.vocab_size}: they do not belong together"
         )

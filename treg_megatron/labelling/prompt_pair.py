@@ -1,17 +1,17 @@
-"""Better/worse prompt pairs: two prompts that differ in what quality of answer they lead a model to expect.
+"""Better/worse prompt pairs: two prompts that differ only in the answer quality they lead a model to expect.
 
-The texts are data (``prompts/*.yaml``, or a user's own file of the same form):
+The texts are data: ``prompt_pairs/*.yaml``, or a user's own file in the same form:
 
     turns:                          # what the model reads before the response, in order
       - role: user                  # user and assistant alternate, starting with user
         content: text with {placeholders}
-      - conversation                # the bare word splices the turns of the pair's conversation in
-    fill:                           # the difference between the two prompts, and the only one
+      - conversation                # the bare word inserts the turns of the pair's conversation
+    fill:                           # the only difference between the two prompts
       better: {placeholder: text}
       worse: {placeholder: other text}
 
-``{conversation}`` (the conversation as text) and ``{response}`` (the candidate answer) need no fill. Whatever varies
-should come late: what precedes it is the same in both prompts.
+``{conversation}`` (the conversation as text) and ``{response}`` (the candidate answer) need no fill. Put whatever
+varies late: the text before it is common to both prompts and is computed once.
 """
 
 import re
@@ -48,12 +48,12 @@ class PromptPair:
         return self._filled("better", messages, response)
 
     def worse(self, messages: Sequence[Message], response: str) -> list[Message]:
-        """The prompt x_worse, as :meth:`better`."""
+        """The prompt x_worse, in the same form as :meth:`better`."""
         return self._filled("worse", messages, response)
 
     @property
     def shows_response(self) -> bool:
-        """Whether the prompts contain the response, and so are longer for longer ones."""
+        """Whether the prompts contain the response, so that their length grows with it."""
         return any(RESPONSE in _placeholders(turn) for turn in self.turns)
 
     def _filled(self, side: str, messages: Sequence[Message], response: str) -> list[Message]:
@@ -61,11 +61,11 @@ class PromptPair:
         filled: list[Message] = []
         for turn in self.turns:
             if turn == CONVERSATION:
-                # A system message stays the first of all, the only place where chat templates know one.
+                # Keep a system message first: chat templates accept one nowhere else.
                 system = [m for m in messages if m.role == "system"]
                 filled = [*system, *filled, *messages[len(system) :]]
             else:
-                # One pass: braces in the user's own text are never placeholders.
+                # Substitute in one pass, so that braces in the user's own text are never placeholders.
                 text = _PLACEHOLDER.sub(lambda match: values[match[1]], turn.content)
                 filled.append(Message(turn.role, text))
         return filled
@@ -75,7 +75,7 @@ def load_prompt_pair(name_or_path: str | Path) -> PromptPair:
     """Read a built-in prompt pair by name, or a user's own YAML file by path.
 
     Raises:
-        UserError: no such name or file, or a file whose turns, placeholders and fills do not fit each other.
+        UserError: there is no such name or file, or its turns, placeholders and fills are inconsistent.
     """
     built_in = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     path = FOLDER / f"{name_or_path}.yaml" if str(name_or_path) in built_in else Path(name_or_path)
@@ -83,8 +83,8 @@ def load_prompt_pair(name_or_path: str | Path) -> PromptPair:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"prompt pair {name_or_path} is neither a built-in one ({', '.join(built_in)}) nor a file that "
-            f"can be read: {error.strerror}"
+            f"prompt pair {name_or_path} is neither built in ({', '.join(built_in)}) nor a readable file: "
+            f"{error.strerror}"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"prompt pair {path} is not valid YAML: {error}") from None
@@ -106,7 +106,7 @@ def _turns(content: Any) -> tuple[Message | str, ...]:
     for number, turn in enumerate(turns, start=1):
         role = "user" if turn == CONVERSATION else turn.role
         if role != expected:
-            raise ValueError(f"turn {number} is the {role}'s where the {expected}'s is due: they alternate")
+            raise ValueError(f"turn {number} is the {role}'s but must be the {expected}'s: they alternate")
         expected = "assistant" if role == "user" else "user"  # a spliced conversation ends with a user turn, too
     if expected != "assistant":
         raise ValueError("the last turn must be the user's: the response follows it")

@@ -1,4 +1,4 @@
-"""The token ids of a pair's responses, and why a pair is dropped when they do not fit."""
+"""Token ids of a pair's responses, and the reasons for dropping a pair that does not fit."""
 
 from treg_megatron.data.pairs import Pair
 from treg_megatron.errors import UserError
@@ -9,10 +9,10 @@ TOO_LONG = "prompt and response do not fit max_length"
 
 
 def response_ids(pair: Pair, side: str, tokenizer: ChatTokenizer) -> list[int]:
-    """Ids of one side's response: those that were sampled, where the pair has them, else those of its text.
+    """Token ids of one side's response: the sampled ones if the pair carries them, otherwise those of its text.
 
     Raises:
-        UserError: they were sampled with another tokenizer.
+        UserError: the ids were sampled with another tokenizer.
     """
     sampled = getattr(pair, f"{side}_ids")
     if sampled is None:
@@ -23,5 +23,5 @@ def response_ids(pair: Pair, side: str, tokenizer: ChatTokenizer) -> list[int]:
             "it, or remove chosen_ids and rejected_ids to have the text tokenised"
         )
     if max(sampled) >= tokenizer.vocab_size:
-        raise UserError(f"{side}_ids holds {max(sampled)}, the tokenizer has {tokenizer.vocab_size} tokens")
+        raise UserError(f"{side}_ids holds {max(sampled)}, but the tokenizer has only {tokenizer.vocab_size} tokens")
     return list(sampled)

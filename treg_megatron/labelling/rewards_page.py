@@ -1,4 +1,4 @@
-"""Labelled pairs for people: figures on the quality of the labels, a page for the browser, a text for the terminal."""
+"""Reports on labelled pairs: statistics of label quality, an HTML page, and text for the terminal."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -14,24 +14,24 @@ from treg_megatron.labelling.scoring import Scorer, sequences_of
 from treg_megatron.utils.files import atomic_write
 
 TEMPLATE = Path(__file__).resolve().parent / "pages" / "rewards.html"
-MERE_COPYING = 0.02  # mean |r| below which the reference does not tell better from worse
+MERE_COPYING = 0.02  # mean |r| below which the reference model does not distinguish better from worse
 NEAR_ZERO = 0.01
 
 _COPYING_WARNING = (
     "The rewards are near 0 (mean size {:.4f}): the reference model gives the response nearly the same probability "
-    "under both prompts. Small models do so with `revise`, which shows them the response to copy. Training on these "
+    "under both prompts. Small models do this with `revise`, which shows them the response to copy. Training on these "
     "labels is close to plain preference optimization; try the prompt pair few_shot or answer, or a larger reference "
     "model."
 )
 _CONTRARY_WARNING = (
-    "Chosen responses have a lower mean reward ({:+.4f}) than rejected ones ({:+.4f}): the token rewards speak against "
+    "Chosen responses have a lower mean reward ({:+.4f}) than rejected ones ({:+.4f}): the token rewards contradict "
     "the preferences. Look at the pairs, and try another prompt pair, before you train on them."
 )
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Figures over all response tokens of labelled pairs; a correlation is nan where one of its columns is constant."""
+    """Statistics over all response tokens of labelled pairs. A correlation with a constant column is nan."""
 
     pairs: int
     tokens: int
@@ -39,13 +39,14 @@ class Quality:
     near_zero: float
     chosen_mean: float
     rejected_mean: float
-    chosen_above: float  # share of the pairs whose chosen response has the higher mean reward
+    chosen_above: float  # fraction of pairs whose chosen response has the higher mean reward
     with_surprisal: float  # Pearson's correlation of a token's reward with its surprisal under x
     with_position: float  # with its position in the response
-    with_length: float  # with the response's length, of the responses' means
+    with_length: float  # between a response's mean reward and its length
 
     @property
     def warnings(self) -> list[str]:
+        """What the figures warn of, one paragraph each."""
         warnings = []
         if self.mean_abs < MERE_COPYING:
             warnings.append(_COPYING_WARNING.format(self.mean_abs))
@@ -54,7 +55,7 @@ class Quality:
         return warnings
 
     def lines(self) -> list[tuple[str, str]]:
-        """Name and value of each figure, as people read them."""
+        """Name and formatted value of each figure."""
         return [
             ("pairs", f"{self.pairs:,}"),
             ("response tokens", f"{self.tokens:,}"),
@@ -70,7 +71,7 @@ class Quality:
 
 
 def quality(pairs: Sequence[LabelledPair]) -> Quality:
-    """The figures of one or more labelled pairs."""
+    """The statistics of one or more labelled pairs."""
     rewards = {side: [getattr(pair, f"{side}_token_rewards") for pair in pairs] for side in SIDES}
     responses = rewards["chosen"] + rewards["rejected"]
     flat = np.concatenate(responses).astype(np.float64)
@@ -91,9 +92,10 @@ def quality(pairs: Sequence[LabelledPair]) -> Quality:
 
 
 def policy_rewards(pairs: Sequence[LabelledPair], policy: Scorer) -> list[dict[str, np.ndarray]]:
-    """The implicit token rewards of a trained policy for each pair and side, in (-0.5, 0.5).
+    """Implicit token rewards of a trained policy: for each pair and side [n] fp32 in (-0.5, 0.5).
 
-    sigma(log pi_theta(y_t) - log pi_ref(y_t)) - 0.5: DPO's own token reward, squashed as the contrastive one is.
+    sigma(log pi_theta(y_t) - log pi_ref(y_t)) - 0.5: the implicit token reward of DPO, log(pi_theta / pi_ref) up to
+    beta (Rafailov et al., "From r to Q*", arXiv:2404.12358), squashed in the same way as the contrastive reward.
     """
     logps = iter(policy.score([sequence for pair in pairs for sequence in sequences_of(pair)]))
     return [
@@ -110,11 +112,13 @@ def write_page(
     decode: Callable[[list[int]], str],
     policy: Sequence[dict[str, np.ndarray]] | None = None,
 ) -> None:
-    """Write one HTML file that needs nothing else.
+    """Write one self-contained HTML file.
 
     Args:
+        path: the file to write.
         source: one line that says what is shown.
-        figures: of all labelled pairs; ``pairs`` are those that the page shows.
+        figures: statistics of all labelled pairs.
+        pairs: the pairs to show.
         decode: token ids to text.
         policy: :func:`policy_rewards` of ``pairs``.
     """
@@ -127,7 +131,7 @@ def write_page(
             _page_pair(number, pair, decode, policy[number] if policy else None) for number, pair in enumerate(pairs)
         ],
     }
-    # `<` in a text could end the script element
+    # a `<` in a text could end the script element
     data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
     with atomic_write(path) as partial:
         partial.write_text(TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", data), encoding="utf-8")
@@ -140,7 +144,7 @@ def text_report(
     colour: bool,
     policy: Sequence[dict[str, np.ndarray]] | None = None,
 ) -> Iterator[str]:
-    """The same for a terminal, line by line: tokens shaded where ``colour``, else each with its reward behind it."""
+    """The same report for a terminal, line by line; tokens are shaded with ``colour``, else followed by rewards."""
     summary = figures.lines() + (_policy_lines(pairs, policy) if policy else [])
     width = max(len(name) for name, _ in summary)
     yield from (f"{name:{width}}  {value}" for name, value in summary)
@@ -167,7 +171,7 @@ def text_report(
 
 
 def token_texts(ids: list[int], decode: Callable[[list[int]], str]) -> list[str]:
-    """The text that each token adds. A character of several tokens appears with the last of them."""
+    """The text that each token adds. A character that spans several tokens appears with the last of them."""
     texts, text, waiting = [], "", 0
     for end in range(1, len(ids) + 1):
         # decoding a window is enough: no character has more tokens than bytes
@@ -181,7 +185,7 @@ def token_texts(ids: list[int], decode: Callable[[list[int]], str]) -> list[str]
 
 
 def _policy_lines(pairs: Sequence[LabelledPair], policy: Sequence[dict[str, np.ndarray]]) -> list[tuple[str, str]]:
-    """How the policy's implicit rewards relate to the labels, over the pairs that are shown."""
+    """How the policy's implicit rewards relate to the labels, over the pairs shown."""
     labels = {side: np.concatenate([getattr(pair, f"{side}_token_rewards") for pair in pairs]) for side in SIDES}
     implicit = {side: np.concatenate([rewards[side] for rewards in policy]) for side in SIDES}
     correlation = _correlation(*(np.concatenate([of[side] for side in SIDES]) for of in (labels, implicit)))

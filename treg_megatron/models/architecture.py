@@ -1,4 +1,4 @@
-"""The architecture that a recipe trains: the model's own config.json, or a published one before the model is there."""
+"""The architecture of a recipe's model, from its own config.json or, before its download, a published one."""
 
 import difflib
 import math

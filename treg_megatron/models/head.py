@@ -1,12 +1,13 @@
-"""Log-probs of response tokens from hidden states: the only rows projected, a block of words at a time.
+"""Fused vocabulary-parallel linear log-probs: output projection and log-softmax in one blockwise operation.
 
-Logits of a long sequence are the largest tensor of preference training (2 x 4096 tokens x 128k words: 4 GB in fp32,
-several times over in a naive backward pass). Here at most one chunk of them is held. The forward pass runs over blocks
-of the vocabulary and keeps the log-normaliser of each row; the backward pass turns each block into its gradient in
-place. It projects the block again, unless all of them are no larger than one chunk: then the forward pass kept their
-exponentials, and a quarter of the head's arithmetic is saved. A block's rows of the weight gradient are one product
-over all tokens, written once, and a vocabulary that is split over ranks costs the same three all-reduces of one float a
-row, whatever its size.
+Logits of a long sequence are the largest tensor of preference training (2 x 4096 tokens x 128k vocabulary entries: 4 GB
+in fp32, and several times that in a naive backward pass). Here only hidden states that predict a response token are
+projected, and at most one chunk of logits exists at a time. The forward pass runs over blocks of the vocabulary with an
+online softmax (Milakov and Gimelshein, arXiv:1805.02867) and keeps one log-normaliser per token; the backward pass
+recomputes each block and turns it into its gradient in place, as in Cut Cross-Entropy (Wijmans et al.,
+arXiv:2411.09009). If all blocks together fit into one chunk, the forward pass keeps their exponentials instead, which
+saves a quarter of the head's arithmetic. Each block of the weight gradient is one product over all tokens, written
+once. A vocabulary split over ranks costs three all-reduces of one float per token, whatever its size.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_BYTES = 384 << 20  # fp32 logits that a rank may hold between its forward and backward pass
-BLOCK_BYTES = 32 << 20  # fp32 logits of one block on one rank: they occupy a GPU, and stay in its last cache
-CPU_BLOCK_BYTES = 8 << 20  # a CPU's last cache is smaller
+BLOCK_BYTES = 32 << 20  # fp32 logits of one block on one rank: enough to fill a GPU, and fit its last-level cache
+CPU_BLOCK_BYTES = 8 << 20  # the last-level cache of a CPU is smaller
 
 
 def response_logps(
@@ -29,21 +30,21 @@ def response_logps(
     logit_softcap: float | None = None,
     block_words: int | None = None,
 ) -> Tensor:
-    """log softmax(hidden @ weight.T)[target], row by row, with a gradient that honours each row's own upstream one.
+    """log softmax(hidden @ weight.T)[target] of each token; differentiable, with a separate upstream gradient each.
 
     Args:
         hidden: [rows, hidden] of any floating dtype, the same on every rank of ``group``. Its gradient is this rank's
-            part only: the caller brought ``hidden`` in through a region whose backward sums over the group.
-        weight: [vocabulary / ranks, hidden], this rank's rows of the output embedding; may hold padding rows at the
-            end of the whole vocabulary, which take no probability.
-        targets: [rows] int64, ids of the whole vocabulary.
-        vocab_size: words of the vocabulary without padding.
-        group: the tensor-parallel group that splits the vocabulary; None for a whole one.
+            part only; the caller's tensor-parallel region sums it over the group in its backward pass.
+        weight: [vocabulary / ranks, hidden], this rank's part of the output embedding. It may end in padding entries
+            of the whole vocabulary, which get no probability.
+        targets: [rows] int64, ids in the whole vocabulary.
+        vocab_size: number of vocabulary entries without padding.
+        group: the tensor-parallel group that splits the vocabulary; None if it is not split.
         logit_softcap: c of Gemma 2's c * tanh(logits / c), or None.
-        block_words: words projected at a time; by default as many as a block's bytes hold.
+        block_words: vocabulary entries projected at a time; by default as many as fit into a block's bytes.
 
     Returns:
-        [rows] fp32; softmax and reductions are fp32 whatever the dtype of ``hidden``.
+        [rows] fp32, nats; softmax and reductions are fp32 whatever the dtype of ``hidden``.
     """
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
     first_word = rank * weight.shape[0]
@@ -60,10 +61,10 @@ class _ResponseLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, local_targets, words, group, softcap, block_words):
         rows = hidden.shape[0]
         largest = torch.full((rows,), -torch.inf, dtype=torch.float32, device=hidden.device)
-        normaliser = torch.zeros_like(largest)  # sum of exp(logit - largest) over the words so far
+        normaliser = torch.zeros_like(largest)  # sum of exp(logit - largest) over the entries so far
         target_logits = torch.zeros_like(largest)
         blocks = _blocks(words, block_words) if rows else []
-        to_keep = 4 * rows * words * (1 if softcap is None else 2)  # with the slopes of a cap
+        to_keep = 4 * rows * words * (1 if softcap is None else 2)  # including the slopes of a soft-cap
         keep, ctx.kept = any(ctx.needs_input_grad) and to_keep <= CHUNK_BYTES, []
         scratch = None if keep else _scratch(hidden, words, block_words)
         for block in blocks:
@@ -111,7 +112,7 @@ class _ResponseLogps(torch.autograd.Function):
             grad_logits = grad_logits.to(weight.dtype)
             if grad_logits.dtype == torch.float32:
                 grad_hidden.addmm_(grad_logits, weight[block])
-            else:  # the sum over blocks is kept in fp32 whatever the precision of the model
+            else:  # accumulate over blocks in fp32, whatever the precision of the model
                 grad_hidden += grad_logits @ weight[block]
             torch.mm(grad_logits.T, hidden, out=grad_weight[block])
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None
@@ -128,13 +129,13 @@ def _targets_in(block: slice, local_targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scratch(like: Tensor, words: int, block_words: int) -> Callable[[slice], Tensor]:
-    """[rows, words of the block] for each block in the same memory, of ``like``'s rows, dtype and device."""
+    """A function from block to [rows, entries of the block] in reused memory, of ``like``'s rows, dtype and device."""
     memory = like.new_empty(len(like) * min(words, block_words))
     return lambda block: memory[: len(like) * (block.stop - block.start)].view(len(like), -1)
 
 
 def _slope(logits: Tensor, softcap: float | None) -> Tensor | None:
-    """Derivative of capped logits by the logits before the cap."""
+    """Derivative of the capped logits with respect to the uncapped ones."""
     return None if softcap is None else 1 - (logits / softcap) ** 2
 
 

@@ -1,4 +1,4 @@
-"""Loading a Hugging Face model from a local folder: nothing is downloaded, no code of the folder is executed."""
+"""Hugging Face models from local folders, without downloads and without executing code from the folder."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ _FINGERPRINT_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
 
 
 def model_identity(folder: str | Path) -> dict[str, str]:
-    """What a manifest says about a model folder: its name, and a hash that changes with its weights.
+    """The manifest entry of a model folder: its name, and a hash that changes with its weights.
 
     The hash covers config.json and, of every weights file, the size and 64 samples spread over it: training moves
     nearly every weight, and hashing 140 GB whole would take longer than many labelling jobs.
@@ -52,7 +52,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
         from transformers import AutoModelForCausalLM
 
     try:
-        # eager: the model's own attention, of which other implementations leave things out (Gemma 2's soft-cap)
+        # eager: the model's own attention; other implementations omit features (Gemma 2's soft-cap)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -62,7 +62,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
             attn_implementation="eager",
         )
     except Exception as error:
-        raise UserError(f"the model of {folder} does not load: {error}") from None
+        raise UserError(f"the model in {folder} does not load: {error}") from None
     return model.eval()
 
 

@@ -1,7 +1,7 @@
-"""Responses of a model to prompts: one interface, an engine for each way to generate.
+"""Sampling of responses: the interface :class:`Sampler` and one engine per generation backend.
 
-The prompt goes in as the token ids that labelling and training will see, so that no engine adds a BOS of its own, and
-the response comes back as the ids that were sampled.
+Prompts go in as the token ids that labelling and training will see, so that no engine adds a BOS token of its own;
+responses come back as the sampled ids.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from treg_megatron.tokenizer.conversation import Sampled
 
 
 class Sampler(Protocol):
-    """A model that answers."""
+    """A model that generates responses."""
 
     def sample(self, prompts: Sequence[list[int]], seed: int) -> list[Sampled]:
-        """One response to each prompt, in their order; the same for the same prompts and seed."""
+        """One response to each prompt (token ids), in order; deterministic for given prompts and seed."""
         ...

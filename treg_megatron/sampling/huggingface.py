@@ -1,4 +1,4 @@
-"""Sampling with Hugging Face's ``generate`` on one device: for small models, and machines without a GPU."""
+"""Sampling with Hugging Face's ``generate`` on one device, for small models and machines without a GPU."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from treg_megatron.tokenizer.conversation import Sampled
 
 
 class HuggingFaceSampler:
-    """The model of ``section.model``.
+    """A :class:`~treg_megatron.sampling.Sampler` with the model in the folder ``section.model``.
 
     Raises:
-        UserError: the folder has no model that loads, or the device does not exist.
+        UserError: the folder has no loadable model, or the device does not exist.
     """
 
     def __init__(self, section: SampleSection, tokenizer: ChatTokenizer):
@@ -30,11 +30,11 @@ class HuggingFaceSampler:
         width = max(map(len, prompts))
         tokens = torch.full((len(prompts), width), end)
         mask = torch.zeros_like(tokens)
-        for row, prompt in enumerate(prompts):  # padding on the left: responses begin together
+        for row, prompt in enumerate(prompts):  # pad on the left, so that all responses start at the same index
             tokens[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         torch.manual_seed(seed)
-        # all named, because a folder's own generation settings would change the distribution
+        # set every option: the folder's own generation settings would change the distribution
         distribution = (
             {"do_sample": True, "temperature": section.temperature, "top_p": section.top_p, "top_k": 0}
             if section.temperature

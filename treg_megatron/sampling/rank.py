@@ -1,7 +1,7 @@
-"""The station ``rank``: sampled responses to preference pairs, the best against the worst of each prompt.
+"""The ``rank`` step: sampled responses to preference pairs, the best against the worst response to each prompt.
 
-Ties, which the paper leaves open: among the best responses the shortest is chosen; among the worst the one closest in
-length to the chosen is rejected.
+The paper leaves ties open. Here the shortest of the best responses is chosen, and of the worst ones the one closest to
+it in length is rejected.
 """
 
 import importlib
@@ -34,7 +34,7 @@ ScoreFunction = Callable[[list[dict[str, str]], list[str]], Sequence[float]]
 
 
 class Ranked(NamedTuple):
-    """What :func:`rank` did: pairs written, prompts dropped by reason, responses left out by reason."""
+    """The result of :func:`rank`: pairs written, and prompts and responses dropped, counted by reason."""
 
     pairs: int
     dropped_prompts: Counter[str]
@@ -42,10 +42,10 @@ class Ranked(NamedTuple):
 
 
 def rank(section: RankSection) -> Ranked:
-    """Write the pairs of ``section.samples`` to ``section.output``; a file that is there is replaced at the end.
+    """Write the pairs of ``section.samples`` to ``section.output``, replacing an existing file once all are ranked.
 
     Raises:
-        UserError: samples that are unfinished, scores that are missing, no numbers or of another count; no pair left.
+        UserError: the samples are incomplete; scores are missing, not numbers or wrong in number; or no pair is left.
     """
     folder = Path(section.samples)
     manifest = read_manifest(folder / MANIFEST_NAME, FORMAT, VERSION)
@@ -74,7 +74,12 @@ def rank(section: RankSection) -> Ranked:
 
 
 def best_and_worst(scores: Sequence[float], lengths: Sequence[int]) -> tuple[int, int]:
-    """Indices of the chosen and the rejected response, ties resolved by length, then by order."""
+    """Indices of the chosen and the rejected response; ties are broken by length, then by order.
+
+    Args:
+        scores: one per response, higher is better.
+        lengths: one per response, in tokens or characters.
+    """
     best = min((i for i in range(len(scores)) if scores[i] == max(scores)), key=lambda i: lengths[i])
     worst = min(
         (i for i in range(len(scores)) if scores[i] == min(scores)), key=lambda i: abs(lengths[i] - lengths[best])
@@ -98,7 +103,7 @@ def _usable(responses: list[dict[str, Any]], truncated: bool, dropped: Counter[s
 
 
 def _length(response: dict[str, Any]) -> int:
-    """In tokens, or in characters where a server did not tell the tokens."""
+    """Length in tokens, or in characters if the server did not return token ids."""
     return len(response["ids"] or response["text"])
 
 
@@ -106,7 +111,7 @@ def _scores(score: Callable[[dict, list[dict]], Sequence[float]], row: dict, kep
     try:
         scores = [float(value) for value in score(row, kept)]
     except (TypeError, ValueError) as error:
-        raise UserError(f"prompt {row['prompt_id']!r}: scores that are no numbers: {error}") from None
+        raise UserError(f"prompt {row['prompt_id']!r}: its scores are not numbers: {error}") from None
     if len(scores) != len(kept) or not all(map(math.isfinite, scores)):
         raise UserError(
             f"prompt {row['prompt_id']!r}: {len(kept)} responses got the scores {scores}; each needs a finite number"
@@ -157,15 +162,17 @@ def _imported(name: str) -> ScoreFunction:
     finally:
         sys.path.pop(0)
     if not callable(function):
-        raise UserError(f"rank.function={name} must be MODULE:NAME of a function")
+        raise UserError(f"rank.function={name} must name a function as MODULE:NAME")
     return function
 
 
 class RewardModel:
     """A Hugging Face sequence-classification model whose first output is the score of a conversation.
 
+    Code in its folder (such as ArmoRM's) is executed only if ``allow_remote_code`` is set.
+
     Raises:
-        UserError: it does not load; code in its folder (ArmoRM) is executed only where ``allow_remote_code`` says so.
+        UserError: the model does not load, has no chat template, or has code of its own that is not allowed.
     """
 
     def __init__(self, section: RankSection):
@@ -180,8 +187,8 @@ class RewardModel:
             and not section.allow_remote_code
         ):
             raise UserError(
-                f"{folder} brings Python code of its own; read it, and allow it with "
-                "rank.allow_remote_code=true, or take another reward model"
+                f"{folder} contains Python code of its own; review it and allow it with "
+                "rank.allow_remote_code=true, or use another reward model"
             )
         options = {"local_files_only": True, "trust_remote_code": section.allow_remote_code}
         try:
@@ -190,13 +197,15 @@ class RewardModel:
                 folder, dtype=getattr(torch, section.dtype), **options
             )
         except Exception as error:
-            raise UserError(f"the reward model of {folder} does not load: {error}") from None
+            raise UserError(f"the reward model in {folder} does not load: {error}") from None
         if not self._tokenizer.chat_template:
-            raise UserError(f"the tokenizer of {folder} has no chat template, which the reward model was trained with")
+            raise UserError(
+                f"the tokenizer of {folder} has no chat template; the reward model needs the one it was trained with"
+            )
         self._torch, self._model = torch, model.to(device_of(section.device)).eval()
 
     def __call__(self, messages: list[dict[str, str]], responses: list[str]) -> list[float]:
-        """One response at a time: padding would have to be what each architecture expects."""
+        """A score for each response; one at a time, because architectures differ in the padding they expect."""
         scores = []
         for response in responses:
             ids = self._tokenizer.apply_chat_template(

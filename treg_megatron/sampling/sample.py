@@ -1,7 +1,7 @@
-"""The station ``sample``: prompts to several responses each, joined by prompt id.
+"""The ``sample`` step: several responses to each prompt, grouped by prompt id.
 
-Like labelling, it works in portions that are written atomically, one JSONL file each, and goes on with what is not
-finished. ``run.json`` says from the start which run the folder belongs to.
+Like labelling, it writes shards atomically, one JSONL file each, and resumes with the unfinished ones. ``run.json``
+records from the start which run the folder belongs to.
 """
 
 import hashlib
@@ -37,16 +37,21 @@ class Prompt(NamedTuple):
 
 
 def sample(section: SampleSection, sampler: Sampler | None = None) -> dict[str, Any]:
-    """Sample into the folder ``section.output``, or go on where an earlier call stopped.
+    """Sample into the folder ``section.output``, or resume where an earlier call stopped.
 
-    A row of the output: ``prompt_id``, ``messages``, ``tokenizer`` (hash) and ``responses``, each with ``seed``,
-    ``text``, ``ids`` (or null) and ``finished``.
+    Each output record has ``prompt_id``, ``messages``, ``tokenizer`` (hash) and ``responses``; each response has
+    ``seed``, ``text``, ``ids`` (or null) and ``finished``.
+
+    Args:
+        section: the ``sample`` settings of the run.
+        sampler: the model; loaded as ``section.engine`` says if not given.
 
     Returns:
-        The manifest: ``prompts``, ``responses``, ``truncated``, ``drops`` by reason, ``run``, ``shards``.
+        The manifest: ``prompts``, ``responses``, ``truncated`` (numbers), ``drops`` (counts by reason), ``run``,
+        ``shards``.
 
     Raises:
-        UserError: input or settings that cannot be used, an output folder of another run, a server that is gone.
+        UserError: the input or settings are unusable, the output folder holds another run, or the server is down.
     """
     _require_sensible(section)
     output = Path(section.output)
@@ -90,13 +95,13 @@ def sample(section: SampleSection, sampler: Sampler | None = None) -> dict[str, 
 
 
 def read_prompts(path: str | Path, drops: Counter[str]) -> Iterator[Prompt]:
-    """Prompts of a JSON array or a JSONL file: rows with ``prompt`` (text or messages) or ``messages``.
+    """Prompts of a JSON array or a JSONL file whose records have ``prompt`` (text or messages) or ``messages``.
 
-    Everything after the last user turn is left out, so that rows of conversations and of preference pairs serve, too.
-    The id is the row's ``prompt_id``, ``pair_id`` or ``id``, else a hash of the prompt.
+    Everything after the last user turn is dropped, so that conversations and preference pairs work as well. The id is
+    the record's ``prompt_id``, ``pair_id`` or ``id``, otherwise a hash of the prompt.
 
     Raises:
-        UserError: a row that holds no prompt, or an id that two different prompts have.
+        UserError: a record has no prompt, two different prompts have the same id, or the file holds no prompts.
     """
     by_id: dict[str, str] = {}
     seen: set[str] = set()
@@ -140,11 +145,12 @@ def _require_sensible(section: SampleSection) -> None:
             raise UserError(f"sample.{name}={getattr(section, name)} must be at least 1")
     if not section.temperature >= 0 or not 0 < section.top_p <= 1:
         raise UserError(
-            f"sample.temperature={section.temperature} must not be negative and sample.top_p={section.top_p} in (0, 1]"
+            f"sample.temperature={section.temperature} must not be negative, and sample.top_p={section.top_p} must lie "
+            "in (0, 1]"
         )
     if len(set(section.seeds)) != len(section.seeds) or not section.seeds:
         raise UserError(
-            f"sample.seeds={list(section.seeds)} must be one or more different numbers; a preference pair "
+            f"sample.seeds={list(section.seeds)} must be one or more distinct numbers; a preference pair "
             "needs at least two"
         )
 
@@ -154,7 +160,7 @@ def _require_same_run(output: Path, run: dict[str, Any]) -> None:
         found = read_manifest(output / RUN_NAME, FORMAT, VERSION)["run"]
         require_same_run(found, run, f"{output} holds samples", "sample.output")
     elif output.is_dir() and any(output.iterdir()):
-        raise UserError(f"{output} is not empty and holds no {RUN_NAME}; name another sample.output")
+        raise UserError(f"{output} is not empty and has no {RUN_NAME}; name another sample.output")
 
 
 def _sample_part(
@@ -163,14 +169,14 @@ def _sample_part(
     ids = [tokenizer.encode_prompt(prompt.messages) for prompt in part]
     kept = [i for i, prompt in enumerate(ids) if len(prompt) <= section.max_prompt_length]
     progress.skipped(len(part) - len(kept))
-    # prompts of like length together: little padding
+    # batch prompts of similar length, to keep padding small
     kept.sort(key=lambda i: len(ids[i]))
     responses: dict[int, list[dict[str, Any]]] = {i: [] for i in kept}
     for start in range(0, len(kept), section.batch_prompts):
         batch = kept[start : start + section.batch_prompts]
         tokens = 0
         for seed in section.seeds:
-            # the batch has a part in the seed, or like prompts of different batches would get the same random numbers
+            # include the batch in the seed: otherwise similar prompts in different batches get the same random numbers
             place = f"{seed} {part[batch[0]].prompt_id}".encode()
             drawn = int.from_bytes(hashlib.sha256(place).digest()[:4], "little") >> 1
             for i, sampled in zip(batch, sampler.sample([ids[i] for i in batch], drawn), strict=True):

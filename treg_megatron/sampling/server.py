@@ -1,7 +1,7 @@
-"""Sampling from a server that speaks OpenAI's completions protocol (vLLM, SGLang, llama.cpp, ...).
+"""Sampling from a server with OpenAI's completions API (vLLM, SGLang, llama.cpp, ...).
 
-The prompt is sent as token ids. vLLM also answers with the sampled ids when asked to; of other servers the text comes
-back, and labelling tokenises it.
+Prompts are sent as token ids. vLLM returns the sampled ids on request; other servers return text, which labelling
+tokenises.
 """
 
 import json
@@ -17,15 +17,15 @@ from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.chat import ChatTokenizer
 from treg_megatron.tokenizer.conversation import Sampled
 
-_FIRST_PAUSE = 1.0  # seconds; doubles with each try
+_FIRST_PAUSE = 1.0  # seconds; doubles with each retry
 _TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
 class ServerSampler:
-    """The model ``section.server_model`` of ``section.server``.
+    """A :class:`~treg_megatron.sampling.Sampler` with the model ``section.server_model`` of ``section.server``.
 
     Raises:
-        UserError: no address, or a server that does not answer.
+        UserError: no address is given, or the server does not answer.
     """
 
     def __init__(self, section: SampleSection, tokenizer: ChatTokenizer):
@@ -36,7 +36,7 @@ class ServerSampler:
         self._model = section.server_model or self._ask("models")["data"][0]["id"]
 
     def sample(self, prompts: Sequence[list[int]], seed: int) -> list[Sampled]:
-        """See :meth:`treg_megatron.sampling.Sampler.sample`; the prompts are asked all at once."""
+        """See :meth:`treg_megatron.sampling.Sampler.sample`; all prompts are sent concurrently."""
         with ThreadPoolExecutor(max_workers=len(prompts)) as pool:
             return list(pool.map(lambda prompt: self._sample(prompt, seed), prompts))
 
@@ -59,7 +59,7 @@ class ServerSampler:
             text, finished, ids = choice["text"], choice["finish_reason"] == "stop", choice.get("token_ids")
         except (KeyError, TypeError, ValueError):
             raise UserError(
-                f"{self._address}/completions answered in an unknown form: {json.dumps(answer)[:200]}"
+                f"{self._address}/completions sent an answer of unknown form: {json.dumps(answer)[:200]}"
             ) from None
         if ids is None:
             return Sampled(text, None, finished)
@@ -86,6 +86,6 @@ class ServerSampler:
             except (OSError, ValueError) as error:  # refused, reset, timed out, cut off
                 problem = getattr(error, "reason", error)
         raise UserError(
-            f"{self._address}/{path} gave no answer in {self._section.max_attempts} tries (the last: {problem}); "
-            "what was sampled so far is kept: mend the server and run the same command again"
+            f"{self._address}/{path} gave no answer in {self._section.max_attempts} attempts (the last: {problem}); "
+            "what was sampled so far is kept: restore the server and rerun the same command"
         )

@@ -1,4 +1,4 @@
-"""Sampling with vLLM on the GPUs of this machine (the extra ``sampling``, in an environment of its own)."""
+"""Sampling with vLLM on the local GPUs (the extra ``sampling``, installed in its own environment)."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from treg_megatron.tokenizer.conversation import Sampled
 
 
 class VllmSampler:
-    """The model of ``section.model``.
+    """A :class:`~treg_megatron.sampling.Sampler` with the model in the folder ``section.model``.
 
     Raises:
         UserError: vLLM is not installed.

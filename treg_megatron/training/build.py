@@ -1,4 +1,4 @@
-"""A checked recipe to what trains the policy: optimizer, strategy and trainer."""
+"""Optimizer, strategy and trainer of a validated recipe."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from treg_megatron.training.strategy import PolicyStrategy
 
 
 def optimizer(section: OptimizerSection, train: TrainSection, steps: int) -> MegatronOptimizerModule:
-    """AdamW on Megatron's distributed optimizer, linear warm-up, cosine to ``min_lr`` at the last step."""
+    """AdamW in Megatron's distributed optimizer: linear warm-up, cosine decay to ``min_lr`` at step ``steps``."""
     return MegatronOptimizerModule(
         config=OptimizerConfig(
             optimizer="adam",
@@ -42,7 +42,7 @@ def optimizer(section: OptimizerSection, train: TrainSection, steps: int) -> Meg
 
 
 def strategy(parallel: ParallelSection, train: TrainSection, initial_weights: Path | None) -> PolicyStrategy:
-    """Megatron parallelism under Lightning; ``initial_weights`` is the imported checkpoint of a fresh run."""
+    """Megatron parallelism under Lightning; ``initial_weights`` is the imported checkpoint a new run starts from."""
     return PolicyStrategy(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -73,7 +73,7 @@ def trainer(
         strategy=strategy,
         plugins=nl.MegatronMixedPrecision(precision="bf16-mixed" if train.precision == "bf16" else "32"),
         max_steps=steps,
-        max_epochs=1,  # one Lightning epoch: the order of the pairs counts the real ones
+        max_epochs=1,  # one Lightning epoch: the order of the pairs contains all of ours
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,

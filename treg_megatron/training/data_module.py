@@ -1,4 +1,4 @@
-"""The Lightning data module: aligned streams to this rank's micro-batches."""
+"""The Lightning data module: an aligned dataset to this rank's micro-batches."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from treg_megatron.distributed.context_parallel import ContextPart
 
 
 class PairDataset(Dataset):
-    """Opened streams as a map-style dataset of pairs."""
+    """An opened aligned dataset as a map-style dataset of pairs."""
 
     def __init__(self, streams: PairStreams):
         self.streams = streams
@@ -32,13 +32,14 @@ class PairDataset(Dataset):
 
 
 class PairSampler(MegatronDataSampler):
-    """Tells NeMo the shape of a step: a micro-batch is some pairs, which lie in one row or in two rows each.
+    """Tells NeMo the shape of a step: a micro-batch is a number of pairs, packed together or two sequences per pair.
 
     Args:
-        bins: of the step with the most, where pairs lie in bins: then a bin is the sample that NeMo counts.
-        bin_size: tokens of a bin, or None where pairs do not lie in bins. Pipeline stages exchange rows of that many
-            tokens under the interleaved schedule; under the other one they tell each other the length of each row.
-        group: micro-batches of a step come in multiples of this, empty ones where they are too few.
+        data: the recipe's section.
+        bins: with the layout ``bins``, the largest number of bins in a step; a bin is then the sample NeMo counts.
+        bin_size: tokens per bin, or None for the other layouts. The interleaved schedule exchanges tensors of exactly
+            this length between pipeline stages; the 1F1B schedule communicates the length of each.
+        group: micro-batches per step are a multiple of this; empty ones fill up the rest.
     """
 
     def __init__(self, data: DataSection, bins: int | None = None, bin_size: int | None = None, group: int = 1):
@@ -63,11 +64,12 @@ class PairSampler(MegatronDataSampler):
 
 
 class PairData(pl.LightningDataModule):
-    """Training and validation pairs from aligned streams.
+    """Training and validation pairs from aligned datasets.
 
     Args:
         data: the recipe's section.
-        train, validation: its streams, opened and checked; validation may be None.
+        train: its training dataset, opened and validated.
+        validation: its validation dataset, opened and validated, or None.
         parallel: the recipe's section.
     """
 
@@ -83,8 +85,8 @@ class PairData(pl.LightningDataModule):
         if data.layout == "bins":
             self.bin_size = data.tokens_of_a_bin
             if parallel.virtual_pipeline:
-                # the interleaved schedule cannot tell lengths apart from one stage to the next, and it runs
-                # micro-batches in groups of as many as there are stages
+                # the interleaved schedule does not communicate lengths between stages, and it runs micro-batches in
+                # groups of one per stage
                 self.pad_to = self.bin_size = math.ceil(self.bin_size / self.pad_to) * self.pad_to
                 self.group = parallel.pipeline
             held_out = (
@@ -100,7 +102,7 @@ class PairData(pl.LightningDataModule):
         self.data_sampler = PairSampler(data, self.bins, self.bin_size, self.group)
 
     def pairs_per_micro_batch(self, ranks: int) -> float:
-        """Mean over the micro-batches of a full step on ``ranks`` data-parallel ranks."""
+        """Mean number of pairs per micro-batch of a full step on ``ranks`` data-parallel ranks."""
         if self.bins is None:
             return self.data.micro_batch_size
         return self.data.global_batch_size / (packing.micro_batches(self.bins, ranks, self.group) * ranks)
@@ -115,7 +117,7 @@ class PairData(pl.LightningDataModule):
         return self.steps_per_epoch * self.data.epochs
 
     def train_dataloader(self) -> DataLoader:
-        """Starts at the trainer's step, which a resumed run has restored by the time that this is called."""
+        """Training micro-batches from the trainer's current step, which a resumed run has restored by then."""
         return self._loader(
             self.train, epochs=self.data.epochs, first_step=self.trainer.global_step, seed=self.data.seed
         )
@@ -157,6 +159,6 @@ class PairData(pl.LightningDataModule):
 
     def _lengths(self, streams: PairStreams) -> np.ndarray:
         lengths = self.padded_length(streams.sequence_lengths)
-        if self.data.share_prompts:  # the rejected sequence brings its response alone
+        if self.data.share_prompts:  # the rejected sequence adds only its response
             lengths = np.column_stack([lengths[:, 0], streams.response_lengths[:, 1]])
         return packing.pair_lengths(lengths, self.bin_size, str(streams.prefix))

@@ -1,4 +1,4 @@
-"""NeMo's Megatron strategy, with what it lacks where the optimizer is PyTorch's own Adam."""
+"""NeMo's Megatron strategy, extended to resume with PyTorch's own Adam."""
 
 from typing import Any
 
@@ -14,25 +14,25 @@ from treg_megatron.utils.substitute import substituted
 
 
 class PolicyStrategy(nl.MegatronStrategy):
-    """Checkpoints that reshard to any layout, also without Transformer Engine's or Apex' fused Adam."""
+    """NeMo's strategy with checkpoints that reshard to any layout, even without a fused Adam from TE or Apex."""
 
     def __init__(self, **kwargs):
-        # fully reshardable: survives a change of tensor, pipeline and data parallelism; and the default format cannot
-        # hold torch Adam's 0-dim step
+        # fully reshardable: survives a change of tensor, pipeline and data parallelism. The default format also cannot
+        # store torch Adam's 0-dim step.
         super().__init__(ckpt_optim_fully_reshardable=True, **kwargs)
-        # Megatron's timers all-gather over the world, but NeMo's printer asks for them on rank 0 alone: a deadlock
+        # Megatron's timers all-gather over all ranks, but NeMo's printer reads them on rank 0 alone, which deadlocks
         self.timers = None
 
     def setup_distributed(self) -> None:
         joined = torch.distributed.is_initialized()
         super().setup_distributed()
-        if joined:  # NeMo ends early then: this is the rest of its method
+        if joined:  # NeMo returns early in this case: do the rest of its method
             init_model_parallel(self.model)
             if self.data_sampler:
                 self.data_sampler.setup(self.cluster_environment.global_rank())
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        # Megatron names the class outright; with a fused Adam its own is right
+        # Megatron hard-codes the class; with a fused Adam its own is correct
         own = TorchAdamDistributedOptimizer if issubclass(optimizers.Adam, torch.optim.Adam) else DistributedOptimizer
         with substituted(optimizers, "DistributedOptimizer", own):
             super().setup_optimizers(trainer)
@@ -41,9 +41,9 @@ class PolicyStrategy(nl.MegatronStrategy):
 class TorchAdamDistributedOptimizer(DistributedOptimizer):
     """Megatron's distributed optimizer around ``torch.optim.AdamW``, able to resume.
 
-    Megatron 0.15 is written for fused Adams, which count steps in the parameter group. torch's keeps a 0-dim ``step``
-    for each parameter: absent before the first step, when Megatron reads it to describe what it wants loaded; missing
-    from the loaded tensors; and one shared object after loading, so that each parameter would advance it for all.
+    Megatron 0.15 assumes a fused Adam, which counts steps in the parameter group. torch's Adam keeps a 0-dim ``step``
+    per parameter. It does not exist before the first step, when Megatron reads it to describe what to load; it is
+    missing from the loaded tensors; and after loading it is one shared object, which every parameter would advance.
     """
 
     def __init__(self, *args, **kwargs):
@@ -56,7 +56,7 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):
         return super().sharded_state_dict(model_sharded_state_dict, is_loading, *args, **kwargs)
 
     def fuse_on_cpu(self) -> None:
-        """One pass over memory a step instead of a dozen; torch chooses a kernel by itself on a GPU only."""
+        """Use torch's fused kernel, one pass over memory per step instead of a dozen; by default only GPUs do."""
         for group in self.optimizer.param_groups:
             group["fused"] = is_cpu() or None
 

@@ -1,1 +1,1 @@
-"""Files, progress, logging and the command boundary: nothing here knows about models."""
+"""Files, progress, logging and the boundary of every command, all independent of models."""

@@ -1,4 +1,4 @@
-"""The boundary of every command: a user error becomes one line and exit code 2, a bug keeps its traceback."""
+"""The boundary of every command: a user error becomes one line and exit code 2; a bug keeps its traceback."""
 
 import os
 import signal
@@ -9,12 +9,12 @@ from collections.abc import Callable
 from treg_megatron.errors import EXIT_BAD_INPUT, UserError
 from treg_megatron.utils.log import configure_logging, rank_of_environment
 
-RANK_ZERO_SECONDS = 20  # that rank 0 is given to say what is wrong, before another rank does
+RANK_ZERO_SECONDS = 20  # how long other ranks wait for rank 0 to report an error before they report it
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a command; a :class:`UserError` becomes one line on stderr and exit code 2."""
-    if "--verbose" in sys.argv:  # read here, because it decides before anything is imported that logs
+    if "--verbose" in sys.argv:  # read here, before the import of anything that logs
         os.environ["TREG_VERBOSE"] = "1"
     configure_logging()
     try:
@@ -33,10 +33,10 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _leave_it_to_rank_zero() -> None:
-    """Return only if rank 0 goes on, which has no such error then.
+    """Wait for rank 0 to report the error; return only if it does not have it.
 
-    Most errors are every rank's, and one line is enough. When rank 0 ends, the launcher ends the others: with the same
-    exit code as rank 0, or the launcher would report that they were killed.
+    Most errors occur on every rank, and one line is enough. When rank 0 ends, the launcher terminates the others: they
+    exit with the same code as rank 0, or the launcher would report that they were killed.
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_BAD_INPUT))
     time.sleep(RANK_ZERO_SECONDS)

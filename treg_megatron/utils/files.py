@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, and the manifests that say what made them."""
+"""Atomic writes, file hashes, and manifests that record how files were made."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ from typing import Any
 
 from treg_megatron.errors import UserError
 
-# What the machine refuses and the user can mend; any other OSError is a bug of ours and keeps its traceback.
+# Errors of the machine that the user can fix; any other OSError is a bug and keeps its traceback.
 _REFUSED_BY_THE_MACHINE = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -48,7 +48,7 @@ def hash_blocks(digest: "hashlib._Hash", path: str | Path, offsets: Iterable[int
 
 
 def bytes_in(folder: str | Path) -> int:
-    """Bytes of all files below a folder; 0 where there is none."""
+    """Total bytes of all files below a folder; 0 if it does not exist."""
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
@@ -59,16 +59,18 @@ def sha256_of_json(value: Any) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, writer: int | None = None) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to; when the block ends well, the file appears under its name, complete.
+    """Yield a temporary path beside ``path``; when the block succeeds, it is renamed to ``path``.
 
-    If the block raises, nothing stays. A killed process leaves at most ``.NAME.partial``, which the next one replaces.
+    If the block raises, nothing is left. A killed process leaves at most ``.NAME.partial``, which the next one
+    replaces.
 
     Args:
-        writer: the number of this process among several that may write the same file at the same moment; each writes
-            to ``.NAME.NUMBER.partial`` and the last one's file stays.
+        path: the file to write.
+        writer: this process's number, if several may write the same file at once. Each writes to
+            ``.NAME.NUMBER.partial``; the last to finish wins.
 
     Raises:
-        UserError: the folder cannot be written or the disk is full.
+        UserError: the folder is not writable or the disk is full.
     """
     with atomic_write_all([Path(path)], writer=writer) as partials:
         yield partials[0]
@@ -78,10 +80,10 @@ def atomic_write(path: str | Path, writer: int | None = None) -> Iterator[Path]:
 def atomic_write_all(
     paths: list[Path], replaced_first: Path | None = None, writer: int | None = None
 ) -> Iterator[list[Path]]:
-    """:func:`atomic_write` for files that belong together: they are renamed one right after another, in order.
+    """:func:`atomic_write` for files that belong together: they are renamed in order, with nothing in between.
 
-    ``replaced_first`` names the file that vouches for the others (their manifest, the last of ``paths``): an old one
-    is removed before the first rename, so that it never vouches for a mixture of old and new files.
+    ``replaced_first`` is the manifest of the others, the last of ``paths``. An old one is removed before the first
+    rename, so that a manifest never describes a mixture of old and new files.
     """
     own = "" if writer is None else f".{writer}"
     partials = [path.with_name(f".{path.name}{own}.partial") for path in paths]
@@ -147,7 +149,7 @@ def refuse_existing(output: Path) -> None:
 
 
 def remove_partials(path: str | Path, writers: Container[int]) -> None:
-    """Remove what killed ``writers`` of :func:`atomic_write` left beside ``path``; none of them may be at work."""
+    """Remove what killed ``writers`` of :func:`atomic_write` left beside ``path``; none of them may be running."""
     for partial in Path(path).parent.glob(f".{Path(path).name}.*.partial"):
         number = partial.name.split(".")[-2]
         if number.isdecimal() and int(number) in writers:
@@ -157,13 +159,13 @@ def remove_partials(path: str | Path, writers: Container[int]) -> None:
 def write_manifest(
     path: str | Path, format: str, version: int, content: dict[str, Any], writer: int | None = None
 ) -> None:
-    """Write a manifest by :func:`atomic_write`: readable JSON that names its format and schema version first."""
+    """Write a manifest atomically: indented JSON that starts with its format and schema version."""
     with atomic_write(path, writer) as partial:
         partial.write_text(manifest_text(format, version, content), encoding="utf-8")
 
 
 def manifest_text(format: str, version: int, content: dict[str, Any]) -> str:
-    """What :func:`write_manifest` writes, for a manifest that is renamed together with other files."""
+    """The text of a manifest, to be written and renamed together with other files."""
     return json.dumps({"format": format, "version": version, **content}, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -194,7 +196,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        UserError: no such file, or no JSON object in it.
+        UserError: the file does not exist or does not hold a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,9 +1,9 @@
-"""Logging of the commands: one format, rank 0 only, and the libraries' chatter left out.
+"""Logging of the commands: one format, rank 0 only, without the libraries' informational output.
 
 Modules log to ``logging.getLogger(__name__)``. A command calls :func:`configure_logging`; an application that uses this
-package as a library configures logging itself, and nothing is silenced then. NeMo and its trainer log a few hundred
-lines about optional packages, deprecations and the inside of Megatron: their informational lines and their warnings are
-dropped by name, errors come through. ``--verbose`` or ``TREG_VERBOSE=1`` lets everything through.
+package as a library configures logging itself, and nothing is silenced. NeMo and its trainer log a few hundred lines
+about optional packages, deprecations and Megatron internals: their informational lines and warnings are dropped by
+logger name, their errors are shown. ``--verbose`` or ``TREG_VERBOSE=1`` shows everything.
 """
 
 import logging
@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 
-#: loggers whose informational lines nobody needs to use this package
+#: loggers whose informational lines users of this package do not need
 CHATTY = (
     *(f"{package}.utilities.rank_zero" for package in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric")),
     *(
@@ -28,7 +28,7 @@ CHATTY = (
         "urllib3",
     ),
 )
-#: loggers whose warnings are about packages or devices that are not used here, too
+#: loggers that also warn, of packages or devices that are not used here
 FALSE_ALARMS = ("nemo", "megatron", "modelopt", "nv_one_logger", "numexpr")
 #: NeMo's logger, which sets its own level when it is imported
 NEMO = "nemo_logger"
@@ -62,7 +62,7 @@ def configure_logging() -> None:
 
 
 def rank_of_environment() -> int:
-    """This process' rank in its job, as torchrun or srun say."""
+    """This process's rank, as set by torchrun or srun; 0 without either."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
 
 
@@ -76,7 +76,7 @@ def _is_error(record: logging.LogRecord) -> bool:
 
 
 class _StandardStreams(logging.Handler):
-    """Warnings and errors to standard error, everything else to standard output, as they are at that moment."""
+    """Warnings and errors to the current sys.stderr, everything else to the current sys.stdout."""
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
@@ -84,7 +84,7 @@ class _StandardStreams(logging.Handler):
 
 
 class _Plain(logging.Formatter):
-    """The message alone; above INFO its level comes first."""
+    """The message alone, preceded by its level if that is above INFO."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)

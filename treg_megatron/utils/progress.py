@@ -1,30 +1,31 @@
-"""How far a station is, how fast it goes and how long it will take, on stderr."""
+"""Progress, throughput and remaining time of a step, on stderr."""
 
 import sys
 import time
 
 
 class Progress:
-    """A bar on a terminal, a line now and then in a log file; a context manager.
+    """A progress bar on a terminal, an occasional line in a log file; a context manager.
 
-    The rates and the time left count only what was worked on: neither what an earlier job had finished, nor what was
-    left out at no cost.
+    Rates and remaining time count only the items processed here, not those that an earlier job finished or that were
+    skipped at no cost.
 
     Args:
-        station: the word that the bar begins with.
+        step: the name of the step, with which the bar begins.
         unit: what is counted, in the plural.
-        total: how many there are, ``done`` of them finished by an earlier job.
-        shown: False on ranks that keep silent.
+        total: number of items.
+        done: number of items that an earlier job finished.
+        shown: False on ranks that print nothing.
     """
 
-    def __init__(self, station: str, unit: str, total: int, done: int = 0, shown: bool = True):
+    def __init__(self, step: str, unit: str, total: int, done: int = 0, shown: bool = True):
         from tqdm import tqdm
 
         self._unit, self._start, self._worked, self._tokens = unit, time.monotonic(), 0, 0
         self._bar = tqdm(
             total=total,
             initial=done,
-            desc=station,
+            desc=step,
             dynamic_ncols=True,
             disable=not shown,
             mininterval=0.2 if sys.stderr.isatty() else 30,
@@ -38,11 +39,11 @@ class Progress:
         self._bar.close()
 
     def skipped(self, count: int) -> None:
-        """``count`` were left out."""
+        """Record ``count`` more items as skipped."""
         self._bar.update(count)
 
     def worked(self, count: int, tokens: int) -> None:
-        """``count`` more are done; ``tokens`` went through the model since the last call."""
+        """Record ``count`` more items as done; ``tokens`` went through the model since the last call."""
         self._worked += count
         self._tokens += tokens
         seconds = max(time.monotonic() - self._start, 1e-9)

@@ -1,8 +1,8 @@
-"""Resumable shard jobs: input cut into portions, each written as one file, shared out over processes.
+"""Resumable shard jobs: input cut into portions, each written as one file (a shard), distributed over processes.
 
-A shard is written atomically, so a file that exists is finished, and an interrupted job goes on with those that do not.
-Portions do not depend on each other: any number of processes share them out, and which of them works on a portion
-changes nothing in it. Every process that finds all shards finished writes the manifest, with the same content.
+A shard is written atomically, so a file that exists is finished, and an interrupted job resumes with those that do not
+exist. Portions are independent of each other, so any number of processes can divide them, and a portion's content does
+not depend on which process computes it. Every process that finds all shards finished writes the same manifest.
 """
 
 from collections.abc import Container, Iterable, Iterator
@@ -20,9 +20,9 @@ Item = TypeVar("Item")
 
 
 class Share(NamedTuple):
-    """The portions of this process: those whose number is ``index`` modulo ``count``.
+    """The portions of one process: those whose number is ``index`` modulo ``count``.
 
-    ``writes`` is False on processes that only help to compute, such as the other ranks of a split model.
+    ``writes`` is False on processes that only take part in the computation, such as the other ranks of a split model.
     """
 
     index: int = 0
@@ -39,8 +39,8 @@ class ShardJob:
 
     Attributes:
         pattern: file name of a shard, such as ``shard-{:05d}.parquet``.
-        total: number of items of the whole input.
-        shard_size: items in a shard; the last may hold fewer.
+        total: number of items in the whole input.
+        shard_size: items per shard; the last may hold fewer.
     """
 
     output: Path
@@ -61,7 +61,7 @@ class ShardJob:
 
     @property
     def mine(self) -> list[int]:
-        """Numbers of this process' portions."""
+        """Numbers of this process's portions."""
         return [portion for portion in self.portions if portion in self.share]
 
     def path(self, portion: int) -> Path:
@@ -69,21 +69,22 @@ class ShardJob:
         return self.output / self.pattern.format(portion)
 
     def finished(self) -> set[int]:
-        """Numbers of the portions whose file is there."""
+        """Numbers of the portions whose file exists."""
         return {portion for portion in self.portions if self.path(portion).exists()}
 
     def progress(self, command: str, unit: str, finished: Container[int]) -> Progress:
-        """Progress over this process' items, shown by the first process only."""
+        """Progress over this process's items, shown by the first process only."""
         sizes = {p: min(self.shard_size, self.total - p * self.shard_size) for p in self.mine}
         done = sum(size for portion, size in sizes.items() if portion in finished)
         shown = self.share.writes and self.share.index == 0
         return Progress(command, unit, sum(sizes.values()), done, shown=shown)
 
     def unfinished(self, items: Iterable[Item], finished: Container[int]) -> Iterator[tuple[int, list[Item]]]:
-        """This process' portions that are not ``finished``, with their items; reads no further than the last of them.
+        """This process's portions that are not ``finished``, with their items; reads no further than the last one.
 
         Args:
             items: the whole input, in order.
+            finished: numbers of the portions to skip.
         """
         due = [portion for portion in self.mine if portion not in finished]
         if not due:
@@ -106,16 +107,16 @@ class ShardJob:
 
 
 def remove_leftovers(output: Path, share: Share) -> None:
-    """Remove the partial manifests that killed processes left, of those whose share this process has taken over."""
+    """Remove partial manifests left by killed processes whose share this process has taken over."""
     if share.writes:
         remove_partials(output / MANIFEST_NAME, share)
 
 
 def require_same_run(found: dict[str, Any] | None, run: dict[str, Any], what: str, key: str) -> None:
-    """Check that existing output was made by the run that is to go on.
+    """Check that existing output was made by the run that is to be resumed.
 
     Args:
-        found: fingerprint of the run that made it; None where it has none.
+        found: fingerprint of the run that made it, or None.
         run: fingerprint of this run.
         what: the subject of the message, such as ``out/shard-00000.parquet is a run``.
         key: recipe key that names the output folder.

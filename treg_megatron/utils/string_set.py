@@ -1,4 +1,4 @@
-"""What came before, in little memory."""
+"""A compact set of strings, to find repeats in large files."""
 
 import numpy as np
 
@@ -6,9 +6,9 @@ _FEW = 1 << 14
 
 
 class Seen:
-    """A growing set of texts that keeps 8 to 14 bytes of each, its 64-bit hash; a set of Python takes ten times that.
+    """A growing set of strings that stores 64-bit hashes alone, 8 to 14 bytes each; a Python set takes ten times that.
 
-    Two of a million texts share a hash by chance once in 30 million runs.
+    The chance that any two of a million strings share a hash is one in 30 million.
     """
 
     def __init__(self):
@@ -26,7 +26,7 @@ class Seen:
         return bool(at < len(self._sorted) and self._sorted[at] == number)
 
     def add(self, text: str) -> None:
-        """Add a text that is not there yet."""
+        """Add a string that is not in the set yet."""
         self._recent.add(hash(text))
         if len(self._recent) > max(_FEW, len(self._sorted) // 16):
             recent = np.fromiter(self._recent, dtype=np.int64, count=len(self._recent))

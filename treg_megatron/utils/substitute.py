@@ -1,4 +1,4 @@
-"""Another value for a name of somebody else's module, for a while."""
+"""Temporary replacement of an attribute of another library's module."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def substituted(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """Inside, ``module.name`` is ``value``: for libraries that name the class that they build, and take no other."""
+    """Set ``module.name`` to ``value`` inside the block, for libraries that hard-code the class they build."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:

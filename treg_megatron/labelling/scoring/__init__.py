@@ -1,6 +1,6 @@
-"""Teacher-forced log-probs of a reference model: one interface, an engine for each way to hold the model.
+"""Teacher-forced log-probs of a reference model: the interface :class:`Scorer` and its engines.
 
-An engine is any object with the attributes of :class:`Scorer`; ``scoring.huggingface`` has one for one device.
+``scoring.huggingface`` runs the model on one device, ``scoring.megatron`` splits it over ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,13 +12,14 @@ from treg_megatron.data.labelled_pairs import SIDES, LabelledPair
 
 
 class ScoredSequence(NamedTuple):
-    """A prompt of at least one token, and the response whose tokens are scored after it."""
+    """A prompt of at least one token, and the response to score after it, both as token ids."""
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
 
     @property
     def length(self) -> int:
+        """Tokens of prompt and response."""
         return len(self.prompt_ids) + len(self.response_ids)
 
 
@@ -32,11 +33,11 @@ def sequences_of(pair: LabelledPair) -> list[ScoredSequence]:
 
 
 class Scorer(Protocol):
-    """A reference model.
+    """A reference model that scores responses.
 
     Attributes:
-        max_length: positions that the model knows; sequences must not be longer.
-        vocab_size: ids below this have an embedding.
+        max_length: the model's maximum number of positions; sequences must not be longer.
+        vocab_size: the number of ids that have an embedding.
     """
 
     max_length: int
@@ -45,8 +46,8 @@ class Scorer(Protocol):
     def score(
         self, sequences: Sequence[ScoredSequence], scored: Callable[[int, int], None] = lambda sequences, tokens: None
     ) -> list[np.ndarray]:
-        """log p(response token | everything before it), fp32 [response length], for each sequence in its order.
+        """log p(response token | everything before it) in nats, [response length] fp32 for each sequence, in order.
 
-        ``scored`` is told after each batch how many sequences and tokens it had.
+        ``scored`` is called after each batch with its numbers of sequences and tokens.
         """
         ...

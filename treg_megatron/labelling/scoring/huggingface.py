@@ -1,11 +1,11 @@
 """A Hugging Face model on one device as a :class:`~treg_megatron.labelling.scoring.Scorer`.
 
-Sequences that begin alike are scored together, and what they share is computed once (``shared_prefixes``): chosen and
-rejected share their prompt, the better and the worse prompt what precedes their difference, and all pairs the
-demonstrations of a prompt pair. Only the hidden states that predict a response token go through the head, a chunk at a
-time, so that logits of a whole batch never exist.
+Sequences with a common prefix are scored together, and the prefix is computed once (``shared_prefixes``): chosen and
+rejected share their prompt, the better and the worse prompt share what precedes their difference, and all pairs share
+the demonstrations of a prompt pair. Only hidden states that predict a response token go through the head, chunk by
+chunk, so that the logits of a whole batch never exist at once.
 
-Shapes: t tokens of a row, h hidden size, n response tokens of a batch, V vocabulary.
+Shapes: t tokens of a packed sequence, h hidden size, n response tokens of a batch, v vocabulary.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from treg_megatron.models.huggingface import device_of, load_causal_lm, model_fo
 
 _LOGITS_AT_ONCE = 1 << 25  # elements: 128 MiB in fp32
 _PROBE_TOKENS = 10
-# of the spread of the logits; a wrong way is off by as much as that
+# relative to the spread of the logits; wrong attention or logits are off by about the spread itself
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
@@ -39,8 +39,8 @@ class HuggingFaceScorer:
         batch_tokens: tokens in one forward pass; a longer sequence gets a pass of its own.
 
     Raises:
-        UserError: the folder has no model that loads, the device does not exist, or the model attends or makes logits
-            in a way that this scorer does not know.
+        UserError: the folder has no loadable model, the device does not exist, or the model computes attention or
+            logits in a way that this scorer does not support.
     """
 
     def __init__(self, folder: str | Path, dtype: str = "bfloat16", device: str = "auto", batch_tokens: int = 8192):
@@ -61,7 +61,7 @@ class HuggingFaceScorer:
     ) -> list[np.ndarray]:
         """See :meth:`treg_megatron.labelling.scoring.Scorer.score`."""
         results: list[np.ndarray | None] = [None] * len(sequences)
-        # the last token of a sequence is predicted and predicts nothing
+        # the last token is only predicted; nothing is predicted from it
         read = [np.array([*s.prompt_ids, *s.response_ids[:-1]]) for s in sequences]
         with ProductsByOneDNN() if self.device.type == "cpu" else contextlib.nullcontext():
             for portion in portions(read, self.batch_tokens):
@@ -85,7 +85,7 @@ class HuggingFaceScorer:
         return np.split(logps_n, ends[:-1])
 
     def _hidden_states(self, sequences: list[np.ndarray]) -> tuple[torch.Tensor, list[np.ndarray]]:
-        """[t, h] of all tokens, and for each sequence the rows of its own."""
+        """[t, h] of all tokens, and for each sequence the indices of its tokens in them."""
         row = one_row(sequences, self.device)
         output = self._model.base_model(
             input_ids=row.tokens[None], position_ids=row.positions[None], use_cache=False, row=row
@@ -110,11 +110,11 @@ class HuggingFaceScorer:
 
     @torch.inference_mode()
     def _take_over_attention(self, folder: str | Path) -> None:
-        """Give the model our attention, and compare with its own logits once: some architectures do it in their way."""
+        """Give the model our attention and compare the logits once with its own: some architectures differ."""
         from transformers import AttentionInterface
 
         count = 2 * _PROBE_TOKENS
-        # from all over the vocabulary but its ends: of sequences of special tokens a bf16 model makes noise
+        # spread over the vocabulary except its ends: on sequences of special tokens a bf16 model yields noise
         first = np.arange(1, count + 1) * self.vocab_size // (count + 1)
         second = np.concatenate([first[:_PROBE_TOKENS], first[:_PROBE_TOKENS]])
         tokens_bs = torch.from_numpy(np.stack([first, second])).to(self.device)
@@ -130,6 +130,6 @@ class HuggingFaceScorer:
             known = False
         if not known:
             raise UserError(
-                f"{folder}: {type(self._model).__name__} attends or makes logits in a way that this "
-                "release does not know; its log-probs would be wrong"
+                f"{folder}: {type(self._model).__name__} computes attention or logits in a way that this "
+                "release does not support; its log-probs would be wrong"
             )

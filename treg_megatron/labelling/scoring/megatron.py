@@ -1,9 +1,9 @@
-"""A reference model that Megatron spreads over ranks (any TP x PP), as a :class:`~treg_megatron.labelling.scoring.Scorer`.
+"""A reference model split over ranks by Megatron (any TP x PP) as a :class:`~treg_megatron.labelling.scoring.Scorer`.
 
-The policy's own model class, on the checkpoint that training starts from: the log-probs are those that training
-compares with. Sequences are packed, one after the other in a row, sorted by length under a token budget; forward passes
-run through Megatron's pipeline schedule. Every rank of a replica scores the same sequences in the same order and gets
-the results.
+It uses the policy's own model class on the checkpoint that training starts from, so its log-probs are exactly those
+that training compares with. Sequences are sorted by length and packed under a token budget; forward passes run through
+Megatron's pipeline schedule. Every rank of a replica scores the same sequences in the same order and receives the
+results.
 
 Importing this module is cheap; NeMo is imported when a model is built.
 """
@@ -26,12 +26,12 @@ _PATIENCE = 3600.0  # seconds: rank 0 may read hundreds of gigabytes while the o
 
 
 def replica(here: World, tensor: int, pipeline: int) -> tuple[int, int, bool]:
-    """Which copy of the model this rank belongs to, how many there are, and whether it is the copy's first rank.
+    """The replica of the model that this rank belongs to, the number of replicas, and whether it is its first rank.
 
-    Ranks are ordered as Megatron orders them: tensor-parallel neighbours first, pipeline stages last.
+    Ranks are in Megatron's order: tensor-parallel neighbours first, pipeline stages last.
 
     Raises:
-        UserError: the number of ranks is no multiple of tensor x pipeline.
+        UserError: the number of ranks is not a multiple of tensor x pipeline.
     """
     if here.size % (tensor * pipeline):
         raise UserError(
@@ -47,12 +47,13 @@ class MegatronScorer:
 
     Args:
         checkpoint: a checkpoint, or a run's folder for its newest one.
-        tensor, pipeline: how the model is split; ranks beyond that hold further copies.
-        dtype: float32 or bfloat16: precision of weights and hidden states; the softmax is always fp32.
+        tensor: tensor-parallel size of one replica.
+        pipeline: pipeline-parallel size of one replica; remaining ranks hold further replicas.
+        dtype: float32 or bfloat16, the precision of weights and hidden states; the softmax is always fp32.
         batch_tokens: tokens in one forward pass; a longer sequence gets a pass of its own.
 
     Raises:
-        UserError: no complete checkpoint, or a split that the ranks or the model do not allow.
+        UserError: there is no complete checkpoint, or the ranks or the model do not allow this split.
     """
 
     def __init__(self, checkpoint: str | Path, tensor: int, pipeline: int, dtype: str, batch_tokens: int):
@@ -71,17 +72,17 @@ class MegatronScorer:
         self._policy.module.config.params_dtype = self._dtype
 
     def require_weights_of(self, hf: str | Path) -> None:
-        """Compare the checkpoint with a Hugging Face folder, bit for bit: labels name that folder as their reference.
+        """Require that the checkpoint equals a Hugging Face folder bit for bit: labels name it as their reference.
 
-        Every rank calls it, the first one reads both once.
+        All ranks must call this; rank 0 alone reads the files.
 
         Raises:
-            UserError: they are different models, or the folder is none.
+            UserError: the models differ, or the folder holds none.
         """
         on_rank_zero(lambda: _require_same_model(self._checkpoint, Path(hf)))
 
     def close(self) -> None:
-        """End the ranks' group, all ranks together, once no sequence is left."""
+        """Destroy the process group once no sequence is left; all ranks must call this."""
         leave()
 
     def score(
@@ -111,7 +112,7 @@ class MegatronScorer:
 
     @torch.inference_mode()
     def _score_packed(self, members: list[ScoredSequence]) -> np.ndarray:
-        """[n] fp32 log-probs of the response tokens of all members, on every rank of the copy."""
+        """[n] fp32 log-probs of the response tokens of all members, on every rank of the replica."""
         from megatron.core import parallel_state
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -145,7 +146,7 @@ class MegatronScorer:
 
 
 def _packed(members: list[ScoredSequence]) -> dict[str, Any]:
-    """The micro-batch that ``treg_megatron.models.policy.forward_step`` takes, see ``treg_megatron.data.collate.collate``."""
+    """A micro-batch for ``treg_megatron.models.policy.forward_step``; see ``treg_megatron.data.collate.collate``."""
     sequences = [torch.tensor([*member.prompt_ids, *member.response_ids]) for member in members]
     scored = [score_positions(len(member.prompt_ids), len(member.response_ids)) for member in members]
     row = packed_row(sequences, [np.arange(part.start, part.stop) for part in scored])
@@ -173,8 +174,8 @@ def _require_same_model(checkpoint: Path, hf: Path) -> None:
 
     if different := compare(checkpoint, hf).different:
         raise UserError(
-            f"{checkpoint} is not the model of {hf}: {different[0]} differs; name the checkpoint that was "
-            "imported from that folder, or the folder that was exported from that checkpoint"
+            f"{checkpoint} is not the model of {hf}: {different[0]} differs; name the checkpoint "
+            "imported from that folder, or the folder exported from that checkpoint"
         )
 
 

@@ -1,10 +1,11 @@
-"""Sequences that share prefixes, laid out in one row in which every shared token stands once, and attention over it.
+"""Packed sequences with shared prefixes stored once, and attention over them.
 
-Sorted by their tokens, a sequence shares most with the one before it. So the row is built in that order: of each
-sequence it takes the tokens that its predecessor has not, as one *segment*, and the keys of that segment are the rows
-of the shared prefix followed by its own. No token is computed twice and none is padding.
+In the order of their tokens, each sequence shares its longest prefix with its predecessor. The packed sequence is built
+in that order: it takes from each sequence only the tokens that its predecessor lacks, as one *segment*, whose keys are
+those of the shared prefix followed by its own. No token is computed twice and none is padding.
 
-Shapes: t tokens of the row, n of a segment, p of its prefix, d head size.
+Shapes: t tokens of the packed sequence, n of a segment, p of its prefix, d head size. A "row" is one packed sequence;
+its "rows" are indices of tokens in it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,11 +21,11 @@ from treg_megatron.kernels.attention import causal_mask, soft_capped_attention
 #: name under which transformers finds :func:`attention`
 ATTENTION = "treg_shared_prefixes"
 
-_WORTH_SHARING = 8  # tokens: below that, attention without a mask is the greater gain
+_WORTH_SHARING = 8  # tokens: for a shorter prefix, attention without a mask saves more
 
 
 class Segment(NamedTuple):
-    """Tokens ``start`` to ``stop`` of the row, which follow the tokens of the rows ``prefix`` ([p] int64)."""
+    """Tokens ``start`` to ``stop`` of the row; ``prefix`` ([p] int64) holds the indices of the tokens before them."""
 
     start: int
     stop: int
@@ -32,11 +33,15 @@ class Segment(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Sequences as one row.
+    """Several sequences as one packed sequence.
 
-    tokens, positions: [t] int64, the position being that in the token's sequence. rows: for each sequence [its length]
-    int64, where its tokens stand. prefixes: for each segment the rows of all its keys, [p + n] int64; None without a
-    prefix. masks: filled while attending.
+    Attributes:
+        tokens: [t] int64.
+        positions: [t] int64, each token's position in its own sequence.
+        segments: the segments in the order of their tokens.
+        rows: for each sequence [its length] int64, the indices of its tokens.
+        keys: for each segment [p + n] int64, the indices of all its keys; None for a segment without a prefix.
+        masks: a cache, filled during attention.
     """
 
     tokens: Tensor
@@ -48,12 +53,12 @@ class Row(NamedTuple):
 
 
 def in_order(sequences: Sequence[np.ndarray]) -> list[int]:
-    """Indices of the sequences in the order of their tokens, where those that share a prefix are neighbours."""
+    """Indices of the sequences sorted by their tokens, which makes sequences with a common prefix neighbours."""
     return sorted(range(len(sequences)), key=lambda i: sequences[i].astype(">u4").tobytes())
 
 
 def portions(sequences: Sequence[np.ndarray], budget: int) -> Iterator[list[int]]:
-    """Indices of the sequences that go into one row: in order, as many as ``budget`` tokens hold, at least one."""
+    """Indices of the sequences of each row: sorted, as many as fit into ``budget`` tokens, at least one."""
     portion: list[int] = []
     tokens = 0
     for i in in_order(sequences):
@@ -68,7 +73,7 @@ def portions(sequences: Sequence[np.ndarray], budget: int) -> Iterator[list[int]
 
 
 def shared_length(first: np.ndarray, second: np.ndarray) -> int:
-    """Tokens that two sequences begin with in common; 0 where they are too few to be worth it."""
+    """The length of the common prefix of two sequences; 0 if it is too short to be worth sharing."""
     length = min(len(first), len(second))
     different = first[:length] != second[:length]
     shared = int(different.argmax()) if different.any() else length
@@ -76,7 +81,7 @@ def shared_length(first: np.ndarray, second: np.ndarray) -> int:
 
 
 def one_row(sequences: Sequence[np.ndarray], device: torch.device) -> Row:
-    """The row of sequences that stand :func:`in_order`."""
+    """The row of sequences that are already sorted :func:`in_order`."""
     segments, rows, tokens, positions = [], [], [], []
     filled = 0
     for number, sequence in enumerate(sequences):
@@ -116,9 +121,9 @@ def attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each segment to its prefix and itself, as transformers calls an attention function.
+    """Causal attention of each segment to its prefix and itself, with the signature of a transformers attention.
 
-    [1, heads, t, d], [1, key-value heads, t, d] -> [1, t, heads, d]
+    Shapes: query [1, heads, t, d], key and value [1, key-value heads, t, d] -> [1, t, heads, d].
     """
     outputs = []
     for number, (segment, keys) in enumerate(zip(row.segments, row.keys, strict=True)):

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, the newest few kept, the newest good one found again."""
+"""Checkpoints of a run: atomic saves, retention of the newest few, and recovery of the newest intact one."""
 
 import contextlib
 import dataclasses
@@ -34,20 +34,21 @@ DAMAGED = ".damaged"
 
 
 class SaveEvery(pl.Callback):
-    """Saves model, optimizer, schedule and position every so many steps, after the last, and when the run is to stop.
+    """Saves model, optimizer, schedule and position every ``steps`` steps, after the last, and before a stop.
 
-    A checkpoint counts only when every rank has finished it: the marker beside it goes, and treg.json comes, after a
-    barrier. Older ones are removed only then.
+    A checkpoint counts only once every rank has finished it: after a barrier its marker is removed and treg.json is
+    written. Only then are older ones removed.
 
     Args:
         run: the run's folder.
         steps: optimizer steps between checkpoints.
-        keep: how many of the newest stay.
-        identity: of the checkpoint that the run started from.
-        description: what made the run, for whoever finds the checkpoint; ``metrics`` is read at each save.
+        keep: number of newest checkpoints to keep.
+        identity: that of the checkpoint the run started from.
+        description: provenance of the run, stored in each checkpoint.
+        metrics: the latest metrics, read at each save.
 
     Raises:
-        UserError: on every rank, when a rank cannot write its part; nothing of that checkpoint stays.
+        UserError: on every rank, if a rank cannot write its part; nothing of that checkpoint is left.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class SaveEvery(pl.Callback):
         finish = lambda: self._finish(checkpoint, identity)  # noqa: E731
         with self._refused(checkpoint):
             on_rank_zero(lambda: _begin(checkpoint))
-            # NeMo drops the suffix: a folder, one file a rank
+            # NeMo drops the suffix and writes a folder with one file per rank
             trainer.save_checkpoint(
                 f"{checkpoint}.ckpt", storage_options={"finalize_fn": finish} if background else None
             )
@@ -92,7 +93,7 @@ class SaveEvery(pl.Callback):
                 finish()
 
     def _finish_pending(self, trainer: pl.Trainer, wait: bool) -> None:
-        """Complete the checkpoint that is written in the background, if there is one and every rank's part is there."""
+        """Complete the checkpoint being written in the background, if there is one and all ranks have finished it."""
         if trainer.strategy.async_save:
             with self._refused(self.folder):
                 trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=wait)
@@ -108,7 +109,7 @@ class SaveEvery(pl.Callback):
         except (CheckpointException, CheckpointingException, OSError, UserError) as error:
             good = newest_checkpoint(self.folder.parent)
             full = "No space left" in str(error) or _lacks_room(self.folder, good)
-            if torch.distributed.get_rank() == 0:  # gives the room back, too
+            if torch.distributed.get_rank() == 0:  # also frees its space
                 remove_unfinished(self.folder.parent)
             reason = "No space left on device" if full else str(error).splitlines()[0]
             raise UserError(
@@ -119,7 +120,7 @@ class SaveEvery(pl.Callback):
 
 
 def _lacks_room(folder: Path, written: Path | None) -> bool:
-    """Whether a checkpoint like the last one does not fit: torch reports a write that failed in words of its own."""
+    """Whether a checkpoint the size of the last one does not fit; torch's message does not tell why a write failed."""
     needed = bytes_in(written) if written else 1 << 20
     return shutil.disk_usage(folder).free < needed
 
@@ -137,13 +138,13 @@ def _complete(checkpoint: Path, identity: Identity, keep: int) -> None:
 
 
 def checkpoint_to_resume(run: Path) -> Path | None:
-    """Clean up after an interrupted run, saying so, and find the checkpoint to go on from; for rank 0."""
+    """Clean up after an interrupted run, logging what is removed, and find the checkpoint to resume from (rank 0)."""
     if left := remove_unfinished(run):
         logger.info("removed checkpoints that an interrupted save left unfinished: %s", ", ".join(left))
     newest = newest_checkpoint(run)
     for checkpoint in (Path(run) / CHECKPOINTS).glob("step_*"):
         if is_complete(checkpoint) and damage(checkpoint):
-            # out of the way, so that it is not counted among those to keep; and kept, to look at
+            # rename it, so that it does not count towards those to keep but can still be inspected
             aside = checkpoint.with_name(checkpoint.name + DAMAGED)
             shutil.rmtree(aside, ignore_errors=True)
             checkpoint.rename(aside)
@@ -151,7 +152,7 @@ def checkpoint_to_resume(run: Path) -> Path | None:
 
 
 def remove_unfinished(run: Path) -> list[str]:
-    """Delete what an interrupted save left; the names of what went."""
+    """Delete what an interrupted save left; return the names of the checkpoints removed."""
     folder = Path(run) / CHECKPOINTS
     if not folder.is_dir():
         return []
@@ -164,10 +165,10 @@ def remove_unfinished(run: Path) -> list[str]:
 
 
 def remove_old(folder: Path, keep: int) -> None:
-    """Delete all complete checkpoints of ``folder`` but the newest ``keep``."""
+    """Delete all but the newest ``keep`` complete checkpoints of ``folder``."""
     complete = sorted(p for p in _checkpoints(folder) if is_complete(p))
     for checkpoint in complete[:-keep]:
-        # treg.json first: a removal cut short leaves no checkpoint that looks whole
+        # remove treg.json first, so that an interrupted removal leaves nothing that looks complete
         (checkpoint / IDENTITY).unlink()
         shutil.rmtree(checkpoint)
 

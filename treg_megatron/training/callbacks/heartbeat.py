@@ -1,4 +1,4 @@
-"""Signs of life: which rank is behind when a run stands still, and an end to it when it stands still for too long."""
+"""Hang detection: reports which rank is behind when a run stalls, and ends a run that stalls for too long."""
 
 import faulthandler
 import json
@@ -17,22 +17,21 @@ from treg_megatron.distributed.launch import World, node_name
 
 logger = logging.getLogger(__name__)
 
-QUIET_SECONDS = (
-    60.0  # without a step, and rank 0 begins to say what it sees; or a quarter of the time that ends the run
-)
-BEATS = 6  # signs of life within that time
+QUIET_SECONDS = 60.0  # without a step before rank 0 reports what it sees; at most a quarter of hang_timeout_s
+BEATS = 6  # heartbeats within that time
 
 
 class Heartbeat(pl.Callback):
-    """Watches one rank from beside its main thread.
+    """Watches one rank from a second thread.
 
-    Every rank tells rank 0, through a connection of its own, the last step that it finished and what its main thread is
-    doing. While no step ends, rank 0 prints who differs from the others. After ``hang_timeout_s`` seconds without a step, every
-    rank prints the stacks of all its threads and exits, which needs no cooperation of the thread that hangs: a
-    collective that never ends must not burn an allocation.
+    Every rank reports to rank 0, over a separate connection, the last step it finished and what its main thread is
+    doing. While no step ends, rank 0 logs the ranks that differ from the majority. After ``hang_timeout_s`` seconds
+    without a step, every rank prints the stacks of all its threads and exits. That does not depend on the hanging
+    thread: a collective that never ends must not use up an allocation.
 
     Args:
-        hang_timeout_s: seconds; a micro-batch of validation and a checkpoint count as life, too.
+        ranks: the processes of the job.
+        hang_timeout_s: seconds; a validation micro-batch and a checkpoint also count as progress.
     """
 
     def __init__(self, ranks: World, hang_timeout_s: float):
@@ -41,12 +40,14 @@ class Heartbeat(pl.Callback):
         self.step, self.thread = 0, None
 
     def alive(self) -> None:
-        """Called whenever the run gets on."""
+        """Record progress; call whenever the run makes some."""
         self.last = time.monotonic()
-        faulthandler.dump_traceback_later(self.hang_timeout_s, exit=True)  # a C thread: it needs no Python to go on
+        faulthandler.dump_traceback_later(
+            self.hang_timeout_s, exit=True
+        )  # a C thread, which runs even if Python is blocked
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        self.ended = threading.Event()  # not before: NeMo copies callbacks, and a lock has no copy
+        self.ended = threading.Event()  # not earlier: NeMo copies callbacks, and a lock cannot be copied
         self.alive()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -74,11 +75,11 @@ class Heartbeat(pl.Callback):
         self.ended.set()
         faulthandler.cancel_dump_traceback_later()
         if self.thread is not None:
-            self.thread.join(self.quiet)  # the interpreter must not end while it is inside the store
+            self.thread.join(self.quiet)  # the interpreter must not exit while the thread is inside the store
 
     def _watch(self, main_thread: int) -> None:
         try:
-            # a connection of its own: the main thread may hold the group's while it waits for a rank that is gone
+            # a separate connection: the main thread may hold the group's while it waits for a rank that is gone
             store = torch.distributed.TCPStore(
                 os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
             )
@@ -93,11 +94,11 @@ class Heartbeat(pl.Callback):
                     if line := watcher.look(seen, time.monotonic() - self.last):
                         logger.warning(line)
         except (torch.distributed.DistError, RuntimeError):
-            return  # rank 0 has ended: so will this one
+            return  # rank 0 has ended, and this rank will follow
 
 
 class Watcher:
-    """What rank 0 makes of the signs of life: a line when a run stands still, then again when it has for twice as long."""
+    """Rank 0's evaluation of the heartbeats: one line when a run stalls, and another each time the stall doubles."""
 
     def __init__(self, ranks: int, quiet: float):
         self.ranks, self.quiet, self.next = ranks, quiet, quiet
@@ -107,8 +108,8 @@ class Watcher:
         """A line to print, or None.
 
         Args:
-            seen: by rank ``[beats, last finished step, what its main thread does, node]``.
-            still: seconds since rank 0 got on.
+            seen: for each rank ``[beats, last finished step, what its main thread does, node]``.
+            still: seconds since rank 0 last made progress.
         """
         now = time.monotonic()
         for rank, (beats, *_) in seen.items():
@@ -140,6 +141,6 @@ class Watcher:
 
 
 def doing_now(thread: int) -> str:
-    """Where a thread is: ``file.function`` of its innermost frame."""
+    """The innermost frame of a thread, as ``file.function``."""
     frame = sys._current_frames().get(thread)
     return "nothing" if frame is None else f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"

@@ -1,7 +1,7 @@
-"""What a run says about itself: metrics.jsonl, TensorBoard events, a progress bar; and two things that stop it.
+"""Metrics of a run: metrics.jsonl, TensorBoard events and a progress bar; also the two checks that stop it.
 
-Metrics exist on the last pipeline stage; they are sent to every stage, because rank 0 writes and all ranks must agree
-on stopping.
+Metrics are computed on the last pipeline stage and sent to every stage, because rank 0 writes them and all ranks must
+agree on stopping.
 """
 
 import json
@@ -30,13 +30,13 @@ class RunMetrics(pl.Callback):
 
     Args:
         run: the run's folder.
-        steps_per_epoch: to tell the epoch.
-        first_loss: preference loss that the first step must show, or None where it depends on the data.
-        tolerance: how far from it the first step may be.
+        steps_per_epoch: optimizer steps per epoch, to report the epoch.
+        first_loss: the preference loss expected of the first step, or None if it depends on the data.
+        tolerance: the absolute deviation from it that is allowed.
 
     Raises:
-        UserError: on every rank, before the optimizer steps: the first preference loss is not ``first_loss`` (policy and
-            reference are not the same model), or a loss is no finite number.
+        UserError: on every rank, before the optimizer step: the first preference loss is not ``first_loss`` (policy
+            and reference are different models), or a loss is not finite.
     """
 
     def __init__(self, run: Path, steps_per_epoch: int, first_loss: float | None, tolerance: float):
@@ -68,7 +68,7 @@ class RunMetrics(pl.Callback):
         if not math.isfinite(self.step_metrics["loss"]):
             raise UserError(
                 f"the loss of step {step.trainer.global_step + 1} is {self.step_metrics['loss']}, from the pairs "
-                f"{', '.join(result.not_finite)}; no update was made from it, the last checkpoint is good"
+                f"{', '.join(result.not_finite)}; no update was made from it, and the last checkpoint is good"
             )
         if step.trainer.global_step == 0 and self.first_loss is not None:
             _require_first_loss(self.step_metrics["loss/preference"], self.first_loss, self.tolerance)
@@ -101,7 +101,7 @@ class RunMetrics(pl.Callback):
         self._close()
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        self._close()  # what is said of the exception begins a line
+        self._close()  # so that the error message starts on a line of its own
 
     def _close(self) -> None:
         if self.bar is not None:
@@ -134,13 +134,13 @@ def _require_first_loss(found: float, expected: float, tolerance: float) -> None
     if abs(found - expected) > tolerance:
         raise UserError(
             f"the first preference loss is {found:.6f}, but a policy that equals its reference has {expected:.6f} "
-            f"(tolerance train.first_loss_tolerance={tolerance:g}): check that model.checkpoint is the model that labelled "
-            f"the pairs, that both used the same chat template, and that label.dtype and train.precision agree"
+            f"(tolerance train.first_loss_tolerance={tolerance:g}): check that model.checkpoint is the model that "
+            f"labelled the pairs, that both used the same chat template, and that label.dtype and train.precision agree"
         )
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop lines of steps that a resumed run makes again."""
+    """Drop the lines of steps after ``step``, which a resumed run repeats."""
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if step > 0 and line.endswith("\n") and json.loads(line)["step"] <= step]

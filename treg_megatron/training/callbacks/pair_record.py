@@ -1,4 +1,4 @@
-"""Which pairs each step trained on, written as it happens: evidence that a run saw every pair once an epoch."""
+"""A log of the pairs that each step trained on: evidence that a run saw every pair once per epoch."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,8 @@ from treg_megatron.training.callbacks.metrics import forget_after
 class PairRecord(pl.Callback):
     """Writes the ids of the pairs whose gradients went into each optimizer step.
 
-    One rank of each data-parallel replica writes: the last pipeline stage, which knows what it computed the loss of. A
-    resumed run forgets the steps that it makes again, as it does with metrics.
+    One rank of each data-parallel replica writes, on the last pipeline stage, where the loss is computed. A resumed run
+    drops the lines of steps that it repeats, as for metrics.
     """
 
     def __init__(self, run: Path):
@@ -25,7 +25,7 @@ class PairRecord(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.glob("rank_*.jsonl"):  # of all ranks: there may have been more of them
+            for path in self.folder.glob("rank_*.jsonl"):  # of all ranks: the earlier run may have had more
                 forget_after(path, trainer.global_step)
         trainer.strategy.barrier()
 

@@ -1,23 +1,23 @@
-"""Stopping on a signal: every rank ends after the same step, and that step is saved."""
+"""Graceful stop on a signal: every rank ends after the same step, which is saved."""
 
 import signal
 
 import lightning.pytorch as pl
 import torch
 
-#: Slurm sends the first before a time limit or a preemption where a script asks for it, the second when it means it
+#: Slurm sends the first ahead of a time limit or preemption if the job script asks for it, the second when it acts
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
-#: exit code of a run that saved and stopped before its last step: start it again and it goes on
+#: exit code of a run that saved and stopped before its last step; the same command resumes it
 EXIT_STOPPED = 85
 
 
 class StopOnSignal(pl.Callback):
-    """Ends the run after the step in which any rank got one of :data:`SIGNALS`.
+    """Ends the run after the step in which any rank received one of :data:`SIGNALS`.
 
-    Ranks get a signal at different moments and in different steps, or not at all. So they take the largest of their
-    flags at the end of every step: all see the same answer after the same step. ``SaveEvery``, which runs later in the
-    step, saves whenever the trainer is to stop.
+    Ranks receive a signal at different times, in different steps, or not at all. An all-reduce (max) of their flags at
+    the end of every step makes all of them stop after the same step. ``SaveEvery``, which runs later in the step, saves
+    whenever the trainer is about to stop.
     """
 
     def __init__(self):
@@ -26,7 +26,7 @@ class StopOnSignal(pl.Callback):
         self._listen()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._listen()  # Lightning has put handlers of its own there, which stop each rank by itself
+        self._listen()  # Lightning has installed its own handlers, which stop each rank separately
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
         flag = torch.tensor(self.received, device=module.device)
@@ -36,7 +36,7 @@ class StopOnSignal(pl.Callback):
             trainer.should_stop = True
 
     def settle(self) -> None:
-        """Ignore signals from here on: the first rank to exit has srun end the others, whose exit code must be their own."""
+        """Ignore signals from here on: when one rank exits, srun signals the others; they must keep their exit code."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 

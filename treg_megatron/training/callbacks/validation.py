@@ -1,4 +1,4 @@
-"""When held-out pairs are scored: before the first step, every so many steps, and after the last."""
+"""Validation on held-out pairs: before the first step, every so many steps, and after the last."""
 
 import lightning.pytorch as pl
 import torch
@@ -7,9 +7,9 @@ from treg_megatron.training.callbacks.metrics import RunMetrics
 
 
 class ValidateEvery(pl.Callback):
-    """Passes over all validation pairs, forward only, through Megatron's schedule.
+    """Runs all validation pairs, forward only, through Megatron's schedule.
 
-    Lightning's own validation loop knows nothing of step 0 and counts micro-batches where Megatron counts steps.
+    Lightning's own validation loop cannot run at step 0 and counts micro-batches where Megatron counts steps.
     """
 
     def __init__(self, steps: int, metrics: RunMetrics):
