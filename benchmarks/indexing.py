@@ -2,7 +2,7 @@
 
     python benchmarks/indexing.py --megatron MEGATRON_LM --tokenizer MODEL --pairs pairs.jsonl
 
-MEGATRON_LM is a checkout of NVIDIA's Megatron-LM, whose tools/preprocess_data.py is run; MODEL is a Hugging Face folder.
+MEGATRON_LM is a checkout of NVIDIA's Megatron-LM, whose tools/preprocess_data.py is run; MODEL a Hugging Face folder.
 Both programs read the same JSONL with the same tokenizer and number of worker processes, alternating. The time for a
 hundred pairs is subtracted as start-up. Megatron-LM's tool runs in two modes:
 
@@ -107,7 +107,7 @@ def cpu_of_children() -> float:
 
 
 def same_ids(folder: Path, arguments: argparse.Namespace) -> None:
-    """Compare the ids of the rejected sequences, as Megatron-LM's tool writes an index only for the last of its keys."""
+    """Compare the ids of the rejected sequences: Megatron-LM's tool writes an index only for the last of its keys."""
     from treg_megatron.data.indexed import IndexedReader
     from treg_megatron.data.streams import open_streams
 

@@ -6,8 +6,8 @@
 One round labels, indexes, trains on two pipeline ranks and exports a small model. In each command a process of the
 job, either a rank or a process that writes a rank's checkpoint, is killed at a random moment. When a rank dies, the
 job's other processes are ended, as `srun --kill-on-bad-exit` does, and the same command is restarted without any
-clean-up. At the end of the round, labels, the metrics of every step, the record of the pairs trained on and the exported
-weights are compared, bit for bit, with those of a round without kills.
+clean-up. At the end of the round, labels, the metrics of every step, the record of the pairs trained on and the
+exported weights are compared, bit for bit, with those of a round without kills.
 
 Ranks are forked from a process that has imported the libraries, so a restart is cheaper here than on a cluster.
 """

@@ -4,9 +4,9 @@
     python benchmarks/train_step.py --model MODEL --pairs pairs.json  # a Hugging Face folder, your pairs
 
 Baselines: TRL from PyPI, in a virtual environment that this script makes, with reference log-probs precomputed and with
-the reference in memory; our trainer with one optimisation switched off at a time; our trainer without T-REG (alpha = 0).
+the reference in memory; our trainer with one optimisation switched off at a time; our trainer without T-REG (alpha 0).
 All run at once, each in its own process, and take steps in turn, so that a slow moment of the machine affects all
-equally. Figures are ratios of medians over the same steps: same global batch, same micro-batch, AdamW, fp32 on a CPU and
+equally. Figures are ratios of medians over the same steps: same global batch, same micro-batch, AdamW, fp32 on a CPU,
 bf16 on a GPU. `train_gemm_share` is the FLOP rate of forward + backward over that of a square matrix product measured
 between the steps; on a GPU, the rate of the whole step over the card's peak (MFU) is printed too.
 """

@@ -1,4 +1,4 @@
-"""Our trainer, one step at a time: each line on stdin is a step, each step a line of JSON on stdout."""
+"""Our trainer, one step per line on stdin; each step prints a line of JSON on stdout."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ GEMM = 2048
 
 
 class OnDemand(pl.Callback):
-    """Waits before each step, times it, and measures the matrix rate after it."""
+    """Waits for a line before each step, times the step, and measures the rate of a matrix product after it."""
 
     def __init__(self, fields: dict):
         self.fields, self.tokens, self.scored = fields, 0, 0
@@ -27,15 +27,18 @@ class OnDemand(pl.Callback):
             self.a, self.b = self.a.cuda().bfloat16(), self.b.cuda().bfloat16()
 
     def on_train_start(self, trainer, module):
+        """Report that the trainer is ready."""
         say({"ready": 1})
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        """Wait for a line on stdin, then start the clock; end the process at the end of stdin."""
         if not sys.stdin.readline():
             os._exit(0)
         synchronize()
         self.start, self.flops, self.tokens = time.perf_counter(), 0.0, 0
 
     def on_megatron_microbatch_start(self, step, batch, forward_callback):
+        """Count the micro-batch's tokens and FLOPs; a prompt shared by both responses is computed once."""
         row = batch["tokens"].shape[1]
         if "pairs" in batch:
             sequences = [n for prompt, chosen, rejected in batch["pairs"] for n in (prompt + chosen, prompt + rejected)]
@@ -47,10 +50,12 @@ class OnDemand(pl.Callback):
         self.flops += flops(self.fields, sequences, len(batch["targets"])) - flops(self.fields, again, 0)
 
     def on_megatron_step_end(self, step, **_):
+        """Record the seconds of all forward and backward passes."""
         synchronize()
         self.forward_backward = time.perf_counter() - self.start
 
     def on_train_batch_end(self, trainer, module, *_):
+        """Report the step: seconds, FLOPs, tokens, and the rate of a matrix product in FLOP/s."""
         synchronize()
         seconds = time.perf_counter() - self.start
         say(
@@ -70,6 +75,7 @@ class OnDemand(pl.Callback):
         return 2 * GEMM**3 / best
 
     def timed_product(self) -> float:
+        """Seconds of one square matrix product."""
         synchronize()
         start = time.perf_counter()
         self.a @ self.b
@@ -78,7 +84,13 @@ class OnDemand(pl.Callback):
 
 
 def flops(fields: dict, sequences: list[int], scored: int) -> float:
-    """Forward + backward of one micro-batch: 6 per weight and token, causal attention, the head on scored rows only."""
+    """FLOPs of a micro-batch's forward + backward pass: 6 per weight and token, causal attention, head on scored tokens.
+
+    Args:
+        fields: the model's sizes, from ``families.model_fields``.
+        sequences: their lengths in tokens.
+        scored: number of response tokens.
+    """
     hidden, heads, groups, channels = (
         fields[k] for k in ("hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
     )
@@ -89,16 +101,18 @@ def flops(fields: dict, sequences: list[int], scored: int) -> float:
 
 
 def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def say(message: dict) -> None:
+    """Print a line of JSON."""
     print(json.dumps(message), flush=True)
 
 
 def switch_off(gains: dict[str, str]) -> None:
-    """Replace one of our parts by what Megatron or Hugging Face does."""
+    """Replace some of our optimisations by what Megatron or Hugging Face does."""
     from treg_megatron.models import policy as model
 
     if gains.get("products") == "mkl":

@@ -1,4 +1,4 @@
-"""Shared inputs of train_step.py: weights, tokenizer, pairs that fit, and for our trainer labels, dataset, checkpoint."""
+"""Shared inputs of train_step.py: weights, tokenizer, pairs that fit; for our trainer labels, dataset, checkpoint."""
 
 import json
 import sys
