@@ -84,7 +84,7 @@ class OnDemand(pl.Callback):
 
 
 def flops(fields: dict, sequences: list[int], scored: int) -> float:
-    """FLOPs of a micro-batch's forward + backward pass: 6 per weight and token, causal attention, head on scored tokens.
+    """FLOPs of forward + backward of a micro-batch: 6 per weight and token, causal attention, head on scored tokens.
 
     Args:
         fields: the model's sizes, from ``families.model_fields``.
