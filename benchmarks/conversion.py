@@ -1,10 +1,10 @@
-"""Speed of import and export beside `cp` of the same bytes, and their peak memory, on synthetic Llama checkpoints.
+"""Speed and peak memory of import and export on synthetic Llama checkpoints, compared with `cp` of the same bytes.
 
     python benchmarks/conversion.py                      # 1, 2 and 4 GB; needs 13 GB of disk and a few minutes
 
-Each conversion runs in a process of its own, next to a `cp` of the same bytes, several times over; a ratio is
-cp's seconds / ours, the median of its repetitions. Neither waits for the disk (no fsync). Warm: the source was just
-read. Cold: its pages were dropped from the cache (sync, then posix_fadvise DONTNEED), so that it comes from the disk.
+Each conversion runs in a separate process, after a `cp` of the same bytes, several times. A ratio is the seconds of cp
+divided by ours, the median over repetitions. Neither waits for the disk (no fsync). Warm: the source was just read.
+Cold: its pages were dropped from the cache (sync, then posix_fadvise DONTNEED), so it is read from disk.
 """
 
 import argparse
@@ -68,7 +68,10 @@ def main() -> None:
 
 
 def synthetic_llama(folder: Path, gigabytes: float) -> int:
-    """Write a random bf16 Llama of about that size, its tensors alike at every size; the bytes of the largest."""
+    """Write a random bf16 Llama of at least the given size; return the bytes of its largest tensor.
+
+    Models of different sizes differ only in the number of layers.
+    """
     import torch
 
     from treg_megatron.checkpoint.buffers import as_bytes
@@ -109,7 +112,7 @@ def synthetic_llama(folder: Path, gigabytes: float) -> int:
 
 
 def measure(kind: str, source: Path, base: Path, folder: Path, cache: str) -> tuple[float, float, float]:
-    """Seconds of cp, seconds of the conversion, peak GB of the conversion; what they wrote is deleted."""
+    """Seconds of cp, seconds and peak GB of the conversion; the output of both is deleted."""
     prepare(source, cache)
     start = time.monotonic()
     subprocess.run(["cp", "-r", source, folder / "copy"], check=True)
@@ -122,7 +125,7 @@ def measure(kind: str, source: Path, base: Path, folder: Path, cache: str) -> tu
 
 
 def prepare(source: Path, cache: str) -> None:
-    """Read the source, or drop it from the page cache, with nothing left to be written back in either case."""
+    """Read the source into the page cache (warm) or drop it from there (cold), after writing back dirty pages."""
     os.sync()
     for path in source.rglob("*"):
         if path.is_file() and cache == "warm":
@@ -133,13 +136,14 @@ def prepare(source: Path, cache: str) -> None:
 
 
 def run(kind: str, source: Path, base: Path, output: Path) -> tuple[float, float]:
-    """One conversion in a process of its own: its seconds without the start of Python, and its peak GB."""
+    """Run one conversion in a separate process; return its seconds, without Python's start-up, and its peak GB."""
     command = [sys.executable, __file__, "--convert", kind, source, base, output]
     done = subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True)
     return tuple(json.loads(done.stdout))
 
 
 def convert(kind: str, source: str, base: str, output: str) -> tuple[float, float]:
+    """Run one conversion in this process; return its seconds and the process's peak GB."""
     from treg_megatron.checkpoint.from_hf import import_checkpoint
     from treg_megatron.checkpoint.to_hf import export_checkpoint
 

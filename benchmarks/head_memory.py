@@ -1,11 +1,11 @@
-"""Peak memory and time of the log-prob head on one long pair, against whole logits.
+"""Peak memory and time of the log-prob head on one long pair, compared with whole logits.
 
     python benchmarks/head_memory.py                 # 2 x 4096 tokens, vocabulary 128,256, bf16, hidden 1024
 
-The head projects a chunk of rows at a time and again in the backward pass. The opponent is log_softmax of all logits at
-once, on as many rows as still fit (--plain-rows), where both are timed. Peak memory is what the allocator held at most
-beyond inputs and outputs, gradients of hidden states and weight counted in: on a CPU from the profiler's record of
-allocations, on a GPU from the caching allocator.
+The head computes the logits of one vocabulary block at a time, and again in the backward pass. The baseline is
+log_softmax of all logits at once, on as many rows as fit (--plain-rows), where both are timed. Peak memory is the most
+that was allocated beyond inputs and outputs, including the gradients of hidden states and weight: on a CPU from the
+profiler's record of allocations, on a GPU from the caching allocator.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from treg_megatron.models.head import response_logps
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2 * 4096, help="response tokens of the pair")
-    parser.add_argument("--plain-rows", type=int, default=1024, help="rows on which the opponent is timed")
+    parser.add_argument("--plain-rows", type=int, default=1024, help="rows on which both are timed")
     parser.add_argument("--vocabulary", type=int, default=128_256)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
@@ -32,14 +32,14 @@ def main() -> None:
     weight.requires_grad_()
 
     hidden, targets, upstream = problem(arguments.rows, arguments, device)
-    peak = peak_bytes(lambda: step(chunked, hidden, weight, targets, upstream), device)
+    peak = peak_bytes(lambda: step(blockwise, hidden, weight, targets, upstream), device)
     print(
-        f"chunked: {arguments.rows} rows, vocabulary {arguments.vocabulary}, bf16: peak {peak / 1e9:.3f} GB "
+        f"blockwise: {arguments.rows} rows, vocabulary {arguments.vocabulary}, bf16: peak {peak / 1e9:.3f} GB "
         f"(whole fp32 logits alone: {4 * arguments.rows * arguments.vocabulary / 1e9:.1f} GB)"
     )
 
     hidden, targets, upstream = problem(arguments.plain_rows, arguments, device)
-    seconds = {chunked: [], plain: []}
+    seconds = {blockwise: [], plain: []}
     for _ in range(arguments.repeats + 1):
         for head, taken in seconds.items():
             start = time.perf_counter()
@@ -48,30 +48,34 @@ def main() -> None:
                 torch.cuda.synchronize()
             taken.append(time.perf_counter() - start)
     ours, theirs = (statistics.median(taken[1:]) for taken in seconds.values())
-    print(f"{arguments.plain_rows} rows forward and backward: chunked {ours:.2f} s, whole logits {theirs:.2f} s")
+    print(f"{arguments.plain_rows} rows forward and backward: blockwise {ours:.2f} s, whole logits {theirs:.2f} s")
     print(f"figure head_peak_gb {peak / 1e9:.3f} GB")
     print(f"figure head_time_ratio {ours / theirs:.2f} ratio")
 
 
 def problem(rows: int, arguments: argparse.Namespace, device: str) -> tuple[torch.Tensor, ...]:
+    """Random hidden states [rows, hidden] in bf16, targets [rows], and the loss's gradient of the log-probs [rows]."""
     hidden = torch.randn(rows, arguments.hidden).to(device, torch.bfloat16).requires_grad_()
     return hidden, torch.randint(arguments.vocabulary, (rows,), device=device), torch.randn(rows, device=device)
 
 
-def chunked(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def blockwise(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probs [rows] from the project's head."""
     return response_logps(hidden, weight, targets, vocab_size=len(weight))
 
 
 def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probs [rows] from whole fp32 logits, the baseline."""
     return (hidden @ weight.T).float().log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
 
 
 def step(head, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, upstream: torch.Tensor) -> None:
+    """One forward and backward pass."""
     torch.autograd.grad((head(hidden, weight, targets) * upstream).sum(), (hidden, weight))
 
 
 def peak_bytes(run, device: str) -> float:
-    """Most bytes that were allocated at once during ``run()``, beyond what was there before."""
+    """Peak of the bytes allocated during ``run()``, beyond those allocated before."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,18 +1,18 @@
-"""Text to aligned streams, against Megatron-LM's own preprocessing of the same file; reading; memory; packing.
+"""Indexing throughput compared with Megatron-LM's preprocessing of the same file; reading, peak memory, packing.
 
     python benchmarks/indexing.py --megatron MEGATRON_LM --tokenizer MODEL --pairs pairs.jsonl
 
-MEGATRON_LM is a checkout of NVIDIA's Megatron-LM whose tools/preprocess_data.py is run; MODEL a Hugging Face folder.
-Both programs read one JSONL with the same tokenizer and number of worker processes, turn by turn. What a program takes
-for a hundred pairs, its start, is subtracted. Megatron-LM's tool runs in two ways:
+MEGATRON_LM is a checkout of NVIDIA's Megatron-LM, whose tools/preprocess_data.py is run; MODEL a Hugging Face folder.
+Both programs read the same JSONL with the same tokenizer and number of worker processes, alternating. The time for a
+hundred pairs is subtracted as start-up. Megatron-LM's tool runs in two modes:
 
     sequences   the two sequences of each pair, prompt and response, which is what training needs; the chat template is
-                applied beforehand, and the ids that come out are compared with ours
-    texts       prompt, chosen and rejected, each once, which no training could use as it is
+                applied beforehand, and the resulting ids are compared with ours
+    texts       prompt, chosen and rejected, each once, which training could not use as they are
 
-Ours renders the chat template, finds the boundary between prompt and response, maps token rewards, checks every row and
-hashes what it writes. The texts are those of --pairs, again and again; in each repetition some words are changed into
-words that never came before, as large a share as was new in the second half of --pairs.
+Ours renders the chat template, finds the boundary between prompt and response, maps token rewards, validates every
+record and hashes its output. The texts are those of --pairs, repeated; in each repetition some words are replaced by
+new ones, the same share as was new in the second half of --pairs.
 """
 
 import argparse
@@ -36,13 +36,13 @@ SEQUENCES, TEXTS = ("chosen_sequence", "rejected_sequence"), ("prompt_text", "ch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megatron", type=Path, help="checkout of Megatron-LM; left out, nothing is compared")
+    parser.add_argument("--megatron", type=Path, help="checkout of Megatron-LM (default: no comparison)")
     parser.add_argument("--tokenizer", required=True, type=Path, help="Hugging Face folder of a tokenizer")
     parser.add_argument(
         "--pairs",
         type=Path,
         default=ROOT / "demo" / "pairs" / "train.jsonl",
-        help="preference pairs of any format that the texts and lengths are taken from",
+        help="preference pairs of any format, the source of texts and lengths",
     )
     parser.add_argument("--count", type=int, default=8000, help="pairs to index from text")
     parser.add_argument("--most", type=int, default=1_000_000, help="pairs of the largest file in the memory test")
@@ -53,7 +53,7 @@ def main() -> None:
         nargs="+",
         default=PARTS,
         choices=PARTS,
-        help="what to measure: text and labelled are the peak memory of indexing either",
+        help="what to measure: text and labelled are the peak memory of indexing either; fill is packing",
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -69,6 +69,7 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> None:
+    """Time our indexing and both modes of Megatron-LM's tool in turn, and print the figures."""
     for count in (FEW, arguments.count):
         write_text(folder / f"{count}.jsonl", count, arguments)
     programs = {
@@ -83,7 +84,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
             seconds[name].append(many - few)
             print(f"  {name:<24}{seconds[name][-1][0]:6.2f} s, {seconds[name][-1][1]:6.2f} s of CPU", flush=True)
     manifest = json.loads((folder / f"{arguments.count}-ours.manifest.json").read_text())
-    print(f"{manifest['pairs']} pairs, {manifest['tokens']} tokens in the streams, {arguments.workers} workers")
+    print(f"{manifest['pairs']} pairs, {manifest['tokens']} tokens in the dataset, {arguments.workers} workers")
     same_ids(folder, arguments)
     ours, sequences, texts = (np.array(each).T for each in seconds.values())
     print(f"figure index_rate {manifest['tokens'] / np.median(ours[0]):.0f} tokens/s")
@@ -93,19 +94,20 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def timed(run, text: Path) -> np.ndarray:
-    """Seconds by the clock, and seconds of CPU over all processes: these are the same on a busy machine."""
+    """[2] wall-clock seconds, and CPU seconds of all processes, which do not depend on the machine's other load."""
     start = time.perf_counter(), cpu_of_children()
     run(text)
     return np.array([time.perf_counter() - start[0], cpu_of_children() - start[1]])
 
 
 def cpu_of_children() -> float:
+    """CPU seconds of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def same_ids(folder: Path, arguments: argparse.Namespace) -> None:
-    """Compare the rejected sequences: Megatron-LM's tool writes an index for the last of its keys alone."""
+    """Compare the ids of the rejected sequences: Megatron-LM's tool writes an index only for the last of its keys."""
     from treg_megatron.data.indexed import IndexedReader
     from treg_megatron.data.streams import open_streams
 
@@ -117,6 +119,7 @@ def same_ids(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def ours_on(path: Path, arguments: argparse.Namespace) -> None:
+    """Index a file with our tool."""
     call(
         [
             ROOT / "tools" / "index_pairs.py",
@@ -134,6 +137,7 @@ def ours_on(path: Path, arguments: argparse.Namespace) -> None:
 
 
 def megatron_on(path: Path, keys: tuple[str, ...], arguments: argparse.Namespace) -> None:
+    """Index some keys of a file with Megatron-LM's tool."""
     call(
         [
             arguments.megatron / "tools" / "preprocess_data.py",
@@ -156,6 +160,7 @@ def megatron_on(path: Path, keys: tuple[str, ...], arguments: argparse.Namespace
 
 
 def call(command: list, package: Path) -> None:
+    """Run a Python script with ``package`` on its path; exit with its last output if it fails."""
     result = subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
@@ -167,7 +172,7 @@ def call(command: list, package: Path) -> None:
 
 
 def write_text(path: Path, count: int, arguments: argparse.Namespace) -> None:
-    """Pairs with a reward for each response, and the texts that Megatron-LM's tool is given."""
+    """Write pairs with a reward per response, and the texts that Megatron-LM's tool reads."""
     from treg_megatron.data.pairs import read_pairs
     from treg_megatron.tokenizer.chat import load_tokenizer
 
@@ -208,7 +213,7 @@ def write_text(path: Path, count: int, arguments: argparse.Namespace) -> None:
 
 
 def new_words(pairs: list) -> float:
-    """Share of the words in the second half of the pairs that did not come before."""
+    """Share of the words in the second half of the pairs that have not occurred before."""
     words = [
         word
         for pair in pairs
@@ -223,7 +228,7 @@ def new_words(pairs: list) -> float:
 
 
 def memory(name: str, write, workers: int, arguments: argparse.Namespace, folder: Path) -> None:
-    """Peak memory of the largest process that indexes a file of growing length."""
+    """Measure the peak memory of the largest indexing process on files of growing length."""
     for count in (n for n in (10_000, 100_000, 1_000_000) if n <= arguments.most):
         write(folder / name, count)
         child = os.fork()
@@ -236,7 +241,7 @@ def memory(name: str, write, workers: int, arguments: argparse.Namespace, folder
 
 
 def reading(prefix: Path) -> None:
-    """Pairs a second in an order as random as training's."""
+    """Measure pairs per second in random order, as training reads them."""
     from treg_megatron.data.streams import open_streams
 
     streams = open_streams(prefix)
@@ -248,6 +253,7 @@ def reading(prefix: Path) -> None:
 
 
 def index_one(labelled: Path, prefix: Path, tokenizer: Path, workers: int) -> None:
+    """Index a file in this process, with worker processes."""
     from treg_megatron.config.recipe import load_recipe, section
     from treg_megatron.labelling.indexing import index
 
@@ -267,7 +273,7 @@ def index_one(labelled: Path, prefix: Path, tokenizer: Path, workers: int) -> No
 
 
 def write_short_text(path: Path, pairs: int) -> None:
-    """Pairs of a few words with token rewards: what grows with their number shows."""
+    """Write pairs of a few words with token rewards, so that memory per pair stands out."""
     with open(path, "w", encoding="utf-8") as file:
         for i in range(pairs):
             file.write(
@@ -285,7 +291,7 @@ def write_short_text(path: Path, pairs: int) -> None:
 
 
 def write_labelled(path: Path, pairs: int) -> None:
-    """Labelled pairs of about 60 tokens a sequence, written some at a time."""
+    """Write labelled pairs of 60 tokens per sequence, in batches."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -322,7 +328,7 @@ def write_labelled(path: Path, pairs: int) -> None:
 
 
 def fill(arguments: argparse.Namespace) -> None:
-    """Bins of 8192 tokens in global batches of 128 pairs, of the lengths of --pairs drawn again and again."""
+    """Measure packing into bins of 8192 tokens in global batches of 128 pairs, with lengths drawn from --pairs."""
     from treg_megatron.data.packing import BinOrder
     from treg_megatron.data.pairs import read_pairs
     from treg_megatron.tokenizer.chat import load_tokenizer

@@ -1,15 +1,15 @@
-"""SIGKILL to random processes at random moments of labelling, training, saving and exporting.
+"""Fault-injection test: SIGKILL to random processes at random moments of labelling, training, saving and exporting.
 
     python benchmarks/kill_storm.py --kills 100
-    python benchmarks/kill_storm.py --kills 100 --state storm --seconds 500     # in pieces: the same command goes on
+    python benchmarks/kill_storm.py --kills 100 --state storm --seconds 500     # in parts: repeat the command
 
-One round labels, indexes, trains on two pipeline ranks and exports a small model. In each station a process of the
-job, a rank or one of the processes that write a rank's checkpoint, is killed at a random moment; when a rank dies, the
-job's other processes are ended, as `srun --kill-on-bad-exit` does, and the same command is started again, without a look
-at what is left. At the end of the round everything is compared with a round in which nobody was killed: labels, the
-metrics of every step, the record of the pairs that were trained on, the exported weights, bit for bit.
+One round labels, indexes, trains on two pipeline ranks and exports a small model. In each command a process of the
+job, either a rank or a process that writes a rank's checkpoint, is killed at a random moment. When a rank dies, the
+job's other processes are ended, as `srun --kill-on-bad-exit` does, and the same command is restarted without any
+clean-up. At the end of the round, labels, the metrics of every step, the record of the pairs trained on and the
+exported weights are compared, bit for bit, with those of a round without kills.
 
-Ranks are forked from a process that has imported the libraries, so a restart costs less here than on a cluster.
+Ranks are forked from a process that has imported the libraries, so a restart is cheaper here than on a cluster.
 """
 
 import argparse
@@ -32,17 +32,17 @@ from tests.support.tiny import tiny_llama, tiny_pair, tiny_tokenizer  # noqa: E4
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "tiny.yaml"
 PAIRS, EPOCHS, GLOBAL_BATCH = 46, 16, 8
-KILLS_A_STATION = {"label": 2, "train": 25, "export": 2}
-TRAIN_SECONDS = 5.0  # a training is killed within this time of its start, about half of it at work
+KILLS_PER_COMMAND = {"label": 2, "train": 25, "export": 2}
+TRAIN_SECONDS = 5.0  # training is killed within this time of its start, about half of which is spent training
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--kills", type=int, default=100, help="stop after the round that reaches so many (%(default)s)"
+        "--kills", type=int, default=100, help="stop after the round that reaches this many (%(default)s)"
     )
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further round after this time")
-    parser.add_argument("--state", type=Path, help="folder that keeps the counts; without it one call does it all")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further round after this time")
+    parser.add_argument("--state", type=Path, help="folder that keeps the counts between calls (default: none)")
     arguments = parser.parse_args()
     warm_up()
     with tempfile.TemporaryDirectory() as scratch:
@@ -54,11 +54,11 @@ def main() -> None:
 
 
 class Killed(Exception):
-    """A rank was killed, so the whole job is ended."""
+    """A rank was killed, so the whole job has to end."""
 
 
 class Storm:
-    """Rounds of kills, and what they came to.
+    """Rounds of kills and the counts of their consequences.
 
     Args:
         state: folder of counts.json.
@@ -76,6 +76,7 @@ class Storm:
         self.quiet_seconds = time.monotonic() - start
 
     def round(self) -> None:
+        """Run one round with kills, compare it with the round without, and save the counts."""
         number = self.counts["rounds"]
         start, folder = time.monotonic(), self.scratch / f"round{number}"
         found = self._run(folder, random.Random(number), kills=True)
@@ -92,11 +93,12 @@ class Storm:
         print(
             f"round {number}: {self.counts['kills']} kills so far, {time.monotonic() - start:.0f} s instead of "
             f"{self.quiet_seconds:.0f} s, "
-            + (f"DIFFERENT: {', '.join(wrong)}" if wrong else "everything as in the quiet round"),
+            + (f"DIFFERENT: {', '.join(wrong)}" if wrong else "everything equals the round without kills"),
             flush=True,
         )
 
     def report(self) -> None:
+        """Print the counts and the figures."""
         kills = max(self.counts["kills"], 1)
         print(
             "kills while "
@@ -117,7 +119,7 @@ class Storm:
     # -- one round
 
     def _run(self, folder: Path, chance: random.Random, kills: bool) -> dict:
-        """Every station in turn; what is to be compared."""
+        """Run all commands of a round; return everything that rounds are compared by."""
         from treg_megatron.checkpoint.from_hf import import_checkpoint
         from treg_megatron.config.recipe import load_recipe, section
         from treg_megatron.data.labelled_pairs import read_labelled
@@ -138,21 +140,21 @@ class Storm:
             "train.record_pairs=true",
             "train.hang_timeout_s=20",
         ]
-        for station, ranks, action in (
-            ("label", 2, label_station),
-            ("train", 2, train_station),
-            ("export", 1, export_station),
+        for command, ranks, action in (
+            ("label", 2, label_command),
+            ("train", 2, train_command),
+            ("export", 1, export_command),
         ):
-            if station == "train":
+            if command == "train":
                 recipe = load_recipe(RECIPE, overrides)
                 index(section(recipe, "index"))
                 import_checkpoint(self.scratch / "hf", folder / "megatron")
             start = time.monotonic()
-            left = KILLS_A_STATION[station] if kills else 0
-            while not self._attempt(station, folder, ranks, action, overrides, chance, left > 0):
+            left = KILLS_PER_COMMAND[command] if kills else 0
+            while not self._attempt(command, folder, ranks, action, overrides, chance, left > 0):
                 left -= 1
                 self.counts["restarts"] += 1
-            self.seconds.setdefault(station, time.monotonic() - start)
+            self.seconds.setdefault(command, time.monotonic() - start)
         records = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
         return {
             "labels": [
@@ -177,7 +179,7 @@ class Storm:
 
     def _attempt(
         self,
-        station: str,
+        command: str,
         folder: Path,
         ranks: int,
         action: Callable,
@@ -185,25 +187,25 @@ class Storm:
         chance: random.Random,
         kill: bool,
     ) -> bool:
-        """Start a station once, with or without a kill; whether it came to its end."""
+        """Run a command once, with or without a kill; return whether it finished."""
 
         def strike() -> None:
-            time.sleep(chance.uniform(0.0, TRAIN_SECONDS if station == "train" else self.seconds[station]))
+            time.sleep(chance.uniform(0.0, TRAIN_SECONDS if command == "train" else self.seconds[command]))
             victims = processes_of_ranks()
             if not victims:
-                return  # it is done already
+                return  # the command has already finished
             rank_alive = [pid for pid, is_rank in victims.items() if is_rank]
             pid = chance.choice(rank_alive if chance.random() < 0.7 and rank_alive else list(victims))
             while_saving = any((folder / "train" / "checkpoints").glob("*-unfinished"))
             os.kill(pid, signal.SIGKILL)
             self.counts["kills"] += 1
             self.counts["of ranks" if victims[pid] else "of helpers"] += 1
-            self.counts[f"while {'saving' if while_saving and station == 'train' else station + 'ing'}"] += 1
+            self.counts[f"while {'saving' if while_saving and command == 'train' else command + 'ing'}"] += 1
             if victims[pid]:
                 raise Killed
 
         try:
-            run_ranks(ranks, action, overrides, log=folder / f"{station}.log", meanwhile=strike if kill else None)
+            run_ranks(ranks, action, overrides, log=folder / f"{command}.log", meanwhile=strike if kill else None)
         except (Killed, AssertionError) as error:
             if not kill:
                 raise
@@ -213,31 +215,34 @@ class Storm:
         return True
 
 
-def label_station(overrides: list[str]) -> None:
+def label_command(overrides: list[str]) -> None:
+    """Label the pairs, as ``tools/label_tokens.py`` does."""
     from treg_megatron.config.recipe import load_recipe, section
     from treg_megatron.labelling.job import label
 
     label(section(load_recipe(RECIPE, overrides), "label"))
 
 
-def train_station(overrides: list[str]) -> None:
+def train_command(overrides: list[str]) -> None:
+    """Train, as ``python -m treg_megatron.train`` does."""
     from treg_megatron.config.recipe import load_recipe
     from treg_megatron.train import train
 
     train(load_recipe(RECIPE, overrides))
 
 
-def export_station(overrides: list[str]) -> None:
+def export_command(overrides: list[str]) -> None:
+    """Export the newest checkpoint, unless the export had finished before it was killed."""
     from treg_megatron.checkpoint.to_hf import export_checkpoint
     from treg_megatron.config.recipe import load_recipe, section
 
     export = section(load_recipe(RECIPE, overrides), "export")
-    if not Path(export.output).exists():  # renamed there when it was whole, a moment before the kill
+    if not Path(export.output).exists():  # the kill came after the complete folder was renamed
         export_checkpoint(export.checkpoint, export.base, export.output, export.dtype, shard_bytes=1 << 30)
 
 
 def processes_of_ranks() -> dict[int, bool]:
-    """Living processes of the job, and whether each is a rank itself: a rank is the leader of its session."""
+    """Ids of the job's living processes, and whether each is a rank, that is, the leader of its session."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -256,7 +261,7 @@ def _children(pid: int) -> list[int]:
 
 
 def epochs_of(run: Path) -> list[list[str]]:
-    """Ids of the pairs that each epoch trained on, in order."""
+    """Ids of the pairs that each epoch was trained on, in order."""
     from treg_megatron.data.sampler import recorded_pairs
 
     by_step = recorded_pairs(run)

@@ -1,14 +1,14 @@
-"""How much faster labelling is than scoring each response by itself, and what each idea brings.
+"""Speed of labelling compared with scoring one sequence at a time, and an ablation of its optimisations.
 
     python benchmarks/labelling.py --model HF_FOLDER [--pairs PAIRS.jsonl] [--prompt-pair few_shot] [--count 16]
 
-The plain way: Hugging Face, one sequence at a time, logits at response positions only, each of the three contexts of a
-response computed whole. Ours: the engine of tools/label_tokens.py. Both score the same sequences in this one run, in
-turns, and the figure is the ratio of the best times; tokens/s count every token of all three contexts for both. Then
-each idea is switched off by itself, once.
+Plain: Hugging Face, one sequence at a time, logits at response positions only, each of a response's three contexts
+computed in full. Ours: the engine of tools/label_tokens.py. Both score the same sequences in the same run, alternating,
+and the figure is the ratio of their best times; tokens/s count all tokens of all three contexts for both. Then each
+optimisation is switched off in turn, once.
 
-No way computes less than the tokens that differ: `computed` says how many of all tokens that is, and so what sharing
-prefixes can bring at most where a matrix product takes the same time for each token.
+`computed` is the number of tokens that remain when shared prefixes are computed once. It bounds the gain from sharing,
+as far as a matrix product takes the same time per token.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=16, help="pairs to score, spread evenly over the file")
     parser.add_argument("--max-length", type=int, default=2048, help="longer sequences are left out")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of one forward pass of ours")
-    parser.add_argument("--repeat", type=int, default=2, help="times that plain and ours are run; the fastest counts")
+    parser.add_argument("--repeat", type=int, default=2, help="runs of plain and ours; the fastest counts")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     arguments = parser.parse_args()
     sequences = scored_sequences(arguments)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def scored_sequences(arguments: argparse.Namespace) -> list[ScoredSequence]:
-    """Six for each pair: chosen and rejected after x, x_better and x_worse."""
+    """Six sequences per pair: chosen and rejected response after the prompts x, x_better and x_worse."""
     tokenizer, prompts = load_tokenizer(arguments.model), load_prompt_pair(arguments.prompt_pair)
     pairs = list(read_pairs(arguments.pairs))
     sequences = []
@@ -73,6 +73,7 @@ def scored_sequences(arguments: argparse.Namespace) -> list[ScoredSequence]:
 
 
 def figure(arguments: argparse.Namespace, dtype: str, sequences: list[ScoredSequence], tokens: int) -> str:
+    """Time all variants in one precision and print them; return the figure's line."""
     plain = plain_scorer(arguments.model, dtype)
     ours = HuggingFaceScorer(arguments.model, dtype, "cpu", arguments.batch_tokens)
     ways: dict[str, Callable[[], list[np.ndarray]]] = {
@@ -85,7 +86,7 @@ def figure(arguments: argparse.Namespace, dtype: str, sequences: list[ScoredSequ
         "ours, one sequence in a pass": lambda: [ours.score([sequence])[0] for sequence in sequences],
         "plain, logits of every token": lambda: [plain(sequence, True) for sequence in sequences],
     }
-    plain(sequences[0]), ours.score(sequences[:1])  # the first call of a process sets kernels up
+    plain(sequences[0]), ours.score(sequences[:1])  # warm-up: the first call of a process sets up kernels
     seconds, values = dict.fromkeys(ways, float("inf")), {}
     for name in ["plain", "ours"] * (arguments.repeat - 1) + list(ways):
         start = time.perf_counter()
@@ -107,6 +108,7 @@ def figure(arguments: argparse.Namespace, dtype: str, sequences: list[ScoredSequ
 
 
 def plain_scorer(folder: str, dtype: str) -> Callable[[ScoredSequence], np.ndarray]:
+    """The baseline: a function that returns the fp32 log-probs [response tokens] of one sequence."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True).eval()
@@ -127,7 +129,7 @@ def plain_scorer(folder: str, dtype: str) -> Callable[[ScoredSequence], np.ndarr
 
 
 def computed_tokens(sequences: list[ScoredSequence], scorer: HuggingFaceScorer) -> int:
-    """Tokens that go through the model when what is shared does so once for each pass of the scorer."""
+    """Tokens that pass through the model if shared prefixes are computed once per forward pass of the scorer."""
     read = [np.array([*s.prompt_ids, *s.response_ids[:-1]]) for s in sequences]
     return sum(
         len(shared_prefixes.one_row([read[i] for i in portion], scorer.device).tokens)
@@ -136,12 +138,14 @@ def computed_tokens(sequences: list[ScoredSequence], scorer: HuggingFaceScorer) 
 
 
 def without_sharing(scorer: HuggingFaceScorer, sequences: list[ScoredSequence]) -> list[np.ndarray]:
+    """Score with shared prefixes switched off."""
     with no_shared_prefixes():
         return scorer.score(sequences)
 
 
 @contextlib.contextmanager
 def no_shared_prefixes() -> Iterator[None]:
+    """Switch shared prefixes off inside the block."""
     with mock.patch.object(shared_prefixes, "shared_length", lambda first, second: 0):
         yield
 

@@ -1,10 +1,11 @@
-"""What preflight finds on the first pipeline stage beside the closed formulas that Megatron-LM prints at start-up.
+"""Preflight's memory estimate of the first pipeline stage, compared with Megatron-LM's closed-form formulas.
 
     python benchmarks/preflight_formulas.py
 
-The formulas are ``compute_weight_and_optimizer_memory`` and ``compute_activation_memory`` of Megatron-LM's
-megatron/training/theoretical_memory_usage.py (Apache-2.0), written down for a dense model with SwiGLU, grouped queries,
-untied embeddings, the distributed optimizer and sequence parallelism. Two sequences a micro-batch, as a pair has.
+The formulas, which Megatron-LM evaluates at start-up, are ``compute_weight_and_optimizer_memory`` and
+``compute_activation_memory`` of its megatron/training/theoretical_memory_usage.py (Apache-2.0), specialised to a dense
+model with SwiGLU, grouped queries, untied embeddings, the distributed optimizer and sequence parallelism. A micro-batch
+has two sequences per pair.
 """
 
 from treg_megatron.config.recipe import load_recipe
@@ -14,6 +15,7 @@ RECIPES = {"llama3_8b": [], "llama3_70b": []}
 
 
 def formula_weights_and_optimizer(fields: dict, tensor: int, pipeline: int, data: int) -> float:
+    """Bytes of weights, gradients and optimizer state per rank of the first stage."""
     hidden, layers = fields["hidden_size"], fields["num_layers"]
     attention = 2 * hidden * hidden * (1 + fields["num_query_groups"] / fields["num_attention_heads"])
     layer = 2 * hidden * (fields["ffn_hidden_size"] * 3 / 2 + 2) + attention
@@ -23,6 +25,7 @@ def formula_weights_and_optimizer(fields: dict, tensor: int, pipeline: int, data
 
 
 def formula_activations(fields: dict, tokens: int, tensor: int, pipeline: int, micro_batches: int) -> float:
+    """Bytes of activations per rank of the first stage; ``tokens`` is the size of a micro-batch."""
     hidden = fields["hidden_size"]
     activations = tokens * hidden * (18 + 4 * fields["ffn_hidden_size"] / hidden) * fields["num_layers"]
     activations += 8 * tokens * pipeline + tokens * hidden * pipeline

@@ -1,14 +1,14 @@
-"""Pairs a second of a training step, against TRL's DPOTrainer on the same weights and the same pairs.
+"""Training throughput in pairs per second, compared with TRL's DPOTrainer on the same weights and pairs.
 
-    python benchmarks/train_step.py                                   # 56M random Llama, the demo's pairs
+    python benchmarks/train_step.py                                   # random Llama of 56.6M, the demo's pairs
     python benchmarks/train_step.py --model MODEL --pairs pairs.json  # a Hugging Face folder, your pairs
 
-Opponents: TRL from PyPI, in a virtual environment that this script makes, with reference log-probs precomputed and
-with the reference in memory; ourselves with one gain switched off at a time; ourselves without T-REG (alpha = 0). All
-run at once, each in a process of its own, and take steps in turn, so that a slow moment of the machine hits all alike.
-Figures are ratios of medians over the same steps: same global batch, same micro-batch, AdamW, fp32 on a CPU and bf16 on
-a GPU. `train_gemm_share` is the rate of forward + backward over that of a square matrix product measured in between;
-on a GPU the whole step's rate over the card's peak (MFU) is printed, too.
+Baselines: TRL from PyPI, in a virtual environment that this script makes, with reference log-probs precomputed and with
+the reference in memory; our trainer with one optimisation switched off at a time; our trainer without T-REG (alpha 0).
+All run at once, each in its own process, and take steps in turn, so that a slow moment of the machine affects all
+equally. Figures are ratios of medians over the same steps: same global batch, same micro-batch, AdamW, fp32 on a CPU,
+bf16 on a GPU. `train_gemm_share` is the FLOP rate of forward + backward over that of a square matrix product measured
+between the steps; on a GPU, the rate of the whole step over the card's peak (MFU) is printed too.
 """
 
 import argparse
@@ -29,8 +29,8 @@ SHARED = "data.share_prompts=true"
 OURS = {
     "treg": [SHARED],
     "dpo": [SHARED, "objective.alpha=0"],
-    "products by MKL": [SHARED, "bench.products=mkl"],  # on Intel's processors they are so anyway
-    "prompts computed twice": [],  # and so in those below
+    "products by MKL": [SHARED, "bench.products=mkl"],  # the default on Intel's processors
+    "prompts computed twice": [],  # as in all runs below
     "padded rows": ["data.layout=padded"],
     "padded, Megatron's attention": ["data.layout=padded", "bench.attention=local"],
     "logits of all tokens": ["bench.head=whole"],
@@ -40,16 +40,16 @@ OURS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", type=Path, help="Hugging Face folder (default: a random 56M Llama with the demo's tokenizer)"
+        "--model", type=Path, help="Hugging Face folder (default: a random Llama of 56.6M with the demo's tokenizer)"
     )
     parser.add_argument(
         "--tokenizer", type=Path, help="folder of a tokenizer with a chat template, for the random model"
     )
     parser.add_argument("--pairs", type=Path, default=ROOT / "demo" / "pairs" / "train.jsonl", help="preference pairs")
     parser.add_argument("--max-length", type=int, default=512, help="longest sequence; longer pairs are left out")
-    parser.add_argument("--steps", type=int, default=9, help="timed steps of each, after two that are not")
-    parser.add_argument("--batch", type=int, default=8, help="pairs in a step")
-    parser.add_argument("--micro-batch", type=int, default=4, help="pairs in a forward pass, ours and TRL's")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps per run, after two untimed ones")
+    parser.add_argument("--batch", type=int, default=8, help="pairs per step")
+    parser.add_argument("--micro-batch", type=int, default=4, help="pairs per forward pass, in ours and TRL")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--peak-tflops", type=float, default=989.0, help="of the GPU in bf16, for MFU (default: H100 SXM)"
@@ -58,18 +58,18 @@ def main() -> None:
         "--trl-python",
         type=Path,
         default=ROOT / "runs" / "trl-venv" / "bin" / "python",
-        help="interpreter of an environment with TRL; made when missing",
+        help="interpreter of an environment with TRL, which is made if it does not exist",
     )
     parser.add_argument(
         "--only",
         nargs="*",
         default=None,
-        help="names of the runs to take part (default: all); each holds a model, so not all fit every machine at once",
+        help="names of the runs to include (default: all); each holds a model in memory, all at the same time",
     )
     parser.add_argument(
         "--prepared",
         type=Path,
-        help="folder that keeps labels and checkpoint for another run on the same "
+        help="folder that keeps labels and checkpoint for further benchmarks of the same "
         "model and pairs (default: a temporary one)",
     )
     arguments = parser.parse_args()
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def make_trl(python: Path) -> None:
-    """An environment with TRL and this environment's versions of torch and transformers."""
+    """Make a virtual environment with TRL and this environment's versions of torch and transformers."""
     if python.exists():
         return
     print(f"making {python.parent.parent} with {TRL}", flush=True)
@@ -110,13 +110,14 @@ def make_trl(python: Path) -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
+    """Prepare the inputs, time the steps of all runs in turn, and print the report."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(arguments.threads),
         "PYTHONPATH": str(ROOT),
         "TREG_THREADS": str(arguments.threads),
     }
-    told = folder / "prepared.txt"
-    if not told.exists():
+    summary = folder / "prepared.txt"
+    if not summary.exists():
         folder.mkdir(parents=True, exist_ok=True)
         prepare = subprocess.run(
             [
@@ -133,8 +134,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             capture_output=True,
             text=True,
         )
-        told.write_text(prepare.stdout.strip().splitlines()[-1])
-    print(told.read_text(), flush=True)
+        summary.write_text(prepare.stdout.strip().splitlines()[-1])
+    print(summary.read_text(), flush=True)
     sizes = [
         "--batch",
         str(arguments.batch),
@@ -167,7 +168,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 class Worker:
-    """A training process that takes a step when told and says how long it took."""
+    """A training process that takes one step per request and reports its duration."""
 
     def __init__(self, name: str, command: list, environment: dict[str, str], folder: Path):
         self.name, self.log = name, folder / f"{name.replace(' ', '_')}.log"
@@ -181,10 +182,12 @@ class Worker:
         )
 
     def wait_until_ready(self) -> None:
+        """Wait for the process to reach its first step."""
         self._read()
 
     def step(self) -> dict[str, float]:
-        with contextlib.suppress(BrokenPipeError):  # _read says why it ended
+        """Take a step; return what the worker reports, with its duration as ``seconds``."""
+        with contextlib.suppress(BrokenPipeError):  # _read reports why it ended
             self.process.stdin.write("step\n")
             self.process.stdin.flush()
         return self._read()
@@ -193,14 +196,15 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        killed = " (killed: was there memory for all runs? --only takes some)" if self.process.wait() == -9 else ""
+        killed = " (killed, perhaps out of memory: select fewer runs with --only)" if self.process.wait() == -9 else ""
         raise SystemExit(f"{self.name} ended{killed}:\n{self.log.read_text()[-3000:]}")
 
 
 def report(samples: dict[str, list[dict[str, float]]], arguments: argparse.Namespace) -> None:
+    """Print the table of all runs and the figures."""
     medians = {name: statistics.median(s["seconds"] for s in taken) for name, taken in samples.items()}
     ours = samples["treg"]
-    tokens = statistics.mean(s["tokens"] for s in ours)  # padding is none, whoever computes it
+    tokens = statistics.mean(s["tokens"] for s in ours)  # without padding, also for runs that compute it
     print(f"\n{'':32} {'median s/step':>14} {'pairs/s':>9} {'tokens/s':>9} {'x treg':>8}")
     for name, seconds in medians.items():
         print(
@@ -209,7 +213,7 @@ def report(samples: dict[str, list[dict[str, float]]], arguments: argparse.Names
         )
     share = statistics.median(s["flops"] / s["forward_backward_seconds"] / s["gemm_rate"] for s in ours)
     print(
-        f"\n{arguments.steps} steps of {arguments.batch} pairs, {tokens:.0f} tokens a step on {ours[0]['device']}, "
+        f"\n{arguments.steps} steps of {arguments.batch} pairs, {tokens:.0f} tokens per step on {ours[0]['device']}, "
         f"matrix product {statistics.median(s['gemm_rate'] for s in ours) / 1e9:.0f} GFLOP/s"
     )
     if ours[0]["device"] != "cpu":

@@ -1,4 +1,4 @@
-"""Our trainer, one step at a time: each line on stdin is a step, each step a line of JSON on stdout."""
+"""Our trainer, one step per line on stdin; each step prints a line of JSON on stdout."""
 
 import argparse
 import dataclasses
@@ -20,7 +20,7 @@ GEMM = 2048
 
 
 class OnDemand(pl.Callback):
-    """Waits before each step, times it, and measures the matrix rate after it."""
+    """Waits for a line before each step, times the step, and measures the rate of a matrix product after it."""
 
     def __init__(self, fields: dict):
         self.fields, self.tokens, self.scored = fields, 0, 0
@@ -29,15 +29,18 @@ class OnDemand(pl.Callback):
             self.a, self.b = self.a.cuda().bfloat16(), self.b.cuda().bfloat16()
 
     def on_train_start(self, trainer, module):
+        """Report that the trainer is ready."""
         say({"ready": 1})
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        """Wait for a line on stdin, then start the clock; end the process at the end of stdin."""
         if not sys.stdin.readline():
             os._exit(0)
         synchronize()
         self.start, self.flops, self.tokens = time.perf_counter(), 0.0, 0
 
     def on_megatron_microbatch_start(self, step, batch, forward_callback):
+        """Count the micro-batch's tokens and FLOPs; a prompt shared by both responses is computed once."""
         row = batch["tokens"].shape[1]
         if "pairs" in batch:
             sequences = [n for prompt, chosen, rejected in batch["pairs"] for n in (prompt + chosen, prompt + rejected)]
@@ -49,10 +52,12 @@ class OnDemand(pl.Callback):
         self.flops += flops(self.fields, sequences, len(batch["targets"])) - flops(self.fields, again, 0)
 
     def on_megatron_step_end(self, step, **_):
+        """Record the seconds of all forward and backward passes."""
         synchronize()
         self.forward_backward = time.perf_counter() - self.start
 
     def on_train_batch_end(self, trainer, module, *_):
+        """Report the step: seconds, FLOPs, tokens, and the rate of a matrix product in FLOP/s."""
         synchronize()
         seconds = time.perf_counter() - self.start
         say(
@@ -72,6 +77,7 @@ class OnDemand(pl.Callback):
         return 2 * GEMM**3 / best
 
     def timed_product(self) -> float:
+        """Seconds of one square matrix product."""
         synchronize()
         start = time.perf_counter()
         self.a @ self.b
@@ -86,11 +92,13 @@ def flops(fields: dict, sequences: list[int], scored: int) -> float:
 
 
 def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def say(message: dict) -> None:
+    """Print a line of JSON."""
     print(json.dumps(message), flush=True)
 
 

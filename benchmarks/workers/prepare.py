@@ -1,4 +1,4 @@
-"""What all runs of train_step.py share: weights, tokenizer, pairs that fit, and for ours labels, streams, checkpoint."""
+"""Shared inputs of train_step.py: weights, tokenizer, pairs that fit; for our trainer labels, dataset, checkpoint."""
 
 import json
 import sys
@@ -17,6 +17,12 @@ from treg_megatron.tokenizer.chat import load_tokenizer
 
 
 def main(folder: Path, model: str, tokenizer: str, pairs: Path, max_length: int) -> None:
+    """Write all inputs into ``folder`` and print a one-line summary.
+
+    Args:
+        model: Hugging Face folder; empty for a random Llama with the tokenizer of folder ``tokenizer``.
+        pairs: preference pairs; those with a sequence longer than ``max_length`` tokens are left out.
+    """
     hf = Path(model) if model else random_llama(folder / "hf", tokenizer)
     encoder = load_tokenizer(hf)
     kept = []
@@ -34,7 +40,7 @@ def main(folder: Path, model: str, tokenizer: str, pairs: Path, max_length: int)
                     "rejected": [{"role": "assistant", "content": pair.rejected}],
                 }
             )
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     (folder / "model.txt").write_text(str(hf))
     recipe = load_recipe(
         "recipes/tiny.yaml",
@@ -48,13 +54,13 @@ def main(folder: Path, model: str, tokenizer: str, pairs: Path, max_length: int)
         sum(p.numel() for p in LlamaForCausalLM(AutoConfig.from_pretrained(hf)).parameters()) if not model else 0
     )
     print(
-        f"{len(lengths)} pairs, {lengths.mean():.0f} tokens a sequence (longest {lengths.max()}), model {hf}"
+        f"{len(lengths)} pairs, {lengths.mean():.0f} tokens per sequence (longest {lengths.max()}), model {hf}"
         + (f", {parameters / 1e6:.0f}M parameters" if parameters else "")
     )
 
 
 def random_llama(folder: Path, tokenizer: str) -> Path:
-    """56M parameters: 8 layers of 512 under a vocabulary of 49,152, tied."""
+    """Write a random Llama of 10 layers of width 512: 56.6M parameters with a tied vocabulary of 49,152."""
     encoder = AutoTokenizer.from_pretrained(tokenizer)
     torch.manual_seed(0)
     LlamaForCausalLM(

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer, one step at a time: each line on stdin is a step, each step a line of JSON on stdout."""
+"""TRL's DPOTrainer, one step per line on stdin; each step prints a line of JSON on stdout."""
 
 import argparse
 import json
@@ -15,21 +15,27 @@ from trl import DPOConfig, DPOTrainer
 
 
 class OnDemand(TrainerCallback):
+    """Waits for a line before each step, and reports the step's duration."""
+
     def on_train_begin(self, *args, **kwargs):
+        """Report that the trainer is ready."""
         print(json.dumps({"ready": 1}), flush=True)
 
     def on_step_begin(self, *args, **kwargs):
+        """Wait for a line on stdin, then start the clock; end the process at the end of stdin."""
         if not sys.stdin.readline():
             os._exit(0)
         synchronize()
         self.start = time.perf_counter()
 
     def on_step_end(self, *args, **kwargs):
+        """Report the seconds since the step began."""
         synchronize()
         print(json.dumps({"seconds": time.perf_counter() - self.start}), flush=True)
 
 
 def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

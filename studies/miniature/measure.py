@@ -1,6 +1,6 @@
-"""What is measured of a policy: answers by the verifier, distance from the reference, and where its rewards lie.
+"""Measurements of a policy: the verifier's verdicts, KL from the reference, and implicit token rewards.
 
-Shapes: P prompts, S sampled answers to each, I items of a task, n response tokens of the credit set.
+Shapes: P prompts, S sampled answers per prompt, I items per task, n response tokens of the credit set.
 """
 
 import io
@@ -21,7 +21,7 @@ CURVES = ("step", "loss/preference", "rewards/accuracies", "rewards/margins", "l
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """An .npz, whole or not at all, with the same bytes for the same arrays."""
+    """Write an .npz atomically; the same arrays give the same bytes."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     with atomic_write(path) as partial:
@@ -29,17 +29,19 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz, by name."""
     with np.load(path) as arrays:
         return dict(arrays)
 
 
 def credit_set(labelled: Path, pairs: Path) -> dict[str, np.ndarray]:
-    """The reference's ranked answers token by token, on which credit is measured.
+    """The credit set: all tokens of the reference's ranked answers, on which token rewards are compared.
 
     Returns:
-        right: [n] bool, the verifier's marks. reward: [n] the labels r_t. ref_logp: [n]. pair: [n] int, whose token.
+        right: [n] bool, the verifier's marks. reward: [n], the token rewards r_t. ref_logp: [n], the reference's
+        log-probs. pair: [n] int, index of the token's pair.
     """
-    by_id = {row["pair_id"]: row for row in data.read_records(pairs)}
+    by_id = {record["pair_id"]: record for record in data.read_records(pairs)}
     columns: dict[str, list] = {"right": [], "reward": [], "ref_logp": [], "pair": []}
     for number, pair in enumerate(read_labelled(labelled)):
         for side in SIDES:
@@ -51,16 +53,16 @@ def credit_set(labelled: Path, pairs: Path) -> dict[str, np.ndarray]:
 
 
 def implicit_rewards(policy: Path, labelled: Path, credit: dict[str, np.ndarray]) -> np.ndarray:
-    """[n] log pi(y_t) - log pi_ref(y_t) of the tokens of the credit set: DPO's token reward over beta."""
+    """[n] log pi(y_t) - log pi_ref(y_t) on the credit set: DPO's implicit token reward divided by beta."""
     sequences = [sequence for pair in read_labelled(labelled) for sequence in sequences_of(pair)]
     return np.concatenate(_scorer(policy).score(sequences)) - credit["ref_logp"]
 
 
 def answers(samples: Path) -> dict[str, np.ndarray]:
-    """Verdicts on sampled answers: score, length in tokens [P, S]; results, whether each item's is right [P, S, I]."""
+    """Verdicts on sampled answers: score, length in tokens [P, S]; whether each item's result is right [P, S, I]."""
     verdicts = [
-        [verify(task_of(row["messages"][-1]["content"]), response["text"]) for response in row["responses"]]
-        for row in _rows(samples)
+        [verify(task_of(record["messages"][-1]["content"]), response["text"]) for response in record["responses"]]
+        for record in _records(samples)
     ]
     return {
         "score": np.array([[verdict.score for verdict in row] for row in verdicts]),
@@ -70,28 +72,28 @@ def answers(samples: Path) -> dict[str, np.ndarray]:
 
 
 def divergence(policy: Path, reference: Path, samples: Path) -> np.ndarray:
-    """[P, S] log pi(y) - log pi_ref(y) of answers that pi sampled at temperature 1; the mean is KL(pi || pi_ref)."""
+    """[P, S] log pi(y) - log pi_ref(y) of answers that pi sampled at temperature 1; estimates KL(pi || pi_ref)."""
     tokenizer = load_tokenizer(reference)
-    rows = _rows(samples)
+    records = _records(samples)
     sequences = []
-    for row in rows:
-        prompt = tokenizer.encode_prompt([Message(**message) for message in row["messages"]])
-        sequences += [ScoredSequence(prompt, response["ids"]) for response in row["responses"]]
+    for record in records:
+        prompt = tokenizer.encode_prompt([Message(**message) for message in record["messages"]])
+        sequences += [ScoredSequence(prompt, response["ids"]) for response in record["responses"]]
     ratios = [
         float(np.sum(ours - theirs, dtype=np.float64))
         for ours, theirs in zip(_scorer(policy).score(sequences), _scorer(reference).score(sequences), strict=True)
     ]
-    return np.array(ratios).reshape(len(rows), -1)
+    return np.array(ratios).reshape(len(records), -1)
 
 
 def curves(metrics: Path) -> dict[str, np.ndarray]:
-    """Training metrics by step."""
+    """Training metrics by step, [steps] each."""
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return {f"curve/{name}": np.array([record[name] for record in records if "loss" in record]) for name in CURVES}
 
 
-def _rows(samples: Path) -> list[dict]:
-    return [row for path in sorted(samples.glob("samples-*.jsonl")) for row in data.read_records(path)]
+def _records(samples: Path) -> list[dict]:
+    return [record for path in sorted(samples.glob("samples-*.jsonl")) for record in data.read_records(path)]
 
 
 def _scorer(folder: Path):

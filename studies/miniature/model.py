@@ -1,4 +1,4 @@
-"""The world's tokenizer, one token a word, and a Llama of about a million random weights: a Hugging Face folder."""
+"""Hugging Face folder of a word-level tokenizer and a randomly initialised Llama of about a million parameters."""
 
 import functools
 from pathlib import Path
@@ -16,7 +16,7 @@ CHAT_TEMPLATE = """\
 
 @functools.cache
 def vocabulary() -> list[str]:
-    """Every word of the world, the special ones first; a word's place is its id."""
+    """All tokens in the order of their ids, special tokens first."""
     words = [*SPECIAL, *REQUEST, *CONNECTORS, *VERBS, *FILLERS, *DIGITS, *LETTERS]
     for name, operation in OPERATIONS.items():
         words += [name, *operation.arguments, *operation.items]
@@ -25,7 +25,13 @@ def vocabulary() -> list[str]:
 
 
 def write_model(folder: Path, *, layers: int, hidden: int, ffn: int, heads: int, positions: int, seed: int) -> None:
-    """Write tokenizer and random weights (fp32)."""
+    """Write the tokenizer and random fp32 weights.
+
+    Args:
+        folder: the Hugging Face folder to write.
+        positions: longest sequence.
+        seed: of the weights.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

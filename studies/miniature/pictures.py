@@ -1,4 +1,4 @@
-"""Learning curves and token pictures as PNG: the same bytes for the same results."""
+"""Figures of the study's report as PNG files; the same results give the same bytes."""
 
 import io
 from pathlib import Path
@@ -21,11 +21,11 @@ CURVES = {
 }
 SMOOTHED_STEPS = 8
 EXAMPLES = 3
-WHOLE_COLOUR = 0.95  # quantile of a row's sizes that gets the full colour: each row has a scale of its own
+WHOLE_COLOUR = 0.95  # quantile of a row's magnitudes that gets the full colour: each row has its own scale
 
 
 def draw_all(results: Results, regularised: str, folder: Path) -> dict[str, str]:
-    """Write the pictures into ``folder``; what each is called, relative to the report beside that folder."""
+    """Write all figures into ``folder``; return their paths relative to the report, which is beside that folder."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -40,7 +40,7 @@ def draw_all(results: Results, regularised: str, folder: Path) -> dict[str, str]
 
 
 def learning_curves(results: Results):
-    """Metrics of the training steps, mean over seeds, a line a method."""
+    """Training metrics by step, mean over seeds, one line per method."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(CURVES), figsize=(16, 4), layout="constrained")
@@ -48,7 +48,7 @@ def learning_curves(results: Results):
     for axis, (name, title) in zip(axes, CURVES.items()):
         for number, (method, runs) in enumerate(results.runs.items()):
             if name == "rewards/margins" and results.study.methods[method]["grid"] != "dpo":
-                continue  # in other units
+                continue  # their rewards have other units
             mean = np.mean([run[f"curve/{name}"] for run in runs], axis=0)
             window = min(SMOOTHED_STEPS, len(mean))
             axis.plot(
@@ -65,7 +65,7 @@ def learning_curves(results: Results):
 
 
 def search_picture(study: Study):
-    """Score of sampled answers to development prompts over KL from the reference, a point a search run."""
+    """Score of sampled answers to development prompts over KL from the reference, one point per search run."""
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
@@ -82,7 +82,7 @@ def search_picture(study: Study):
 
 
 def token_picture(results: Results, regularised: str):
-    """Answers token by token: the verifier's marks, r_t, and what policies make of the tokens."""
+    """Heat map of answers by token: the verifier's marks, r_t, and the log-ratios of trained policies."""
     from matplotlib import pyplot
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -105,7 +105,7 @@ def token_picture(results: Results, regularised: str):
 
 
 def _answers_with_errors(results: Results) -> list[tuple[str, list[str], slice]]:
-    """Title, tokens and place in the credit set of the first answers with two wrong tokens or more."""
+    """Title, tokens and range in the credit set of the first answers with at least two wrong tokens."""
     found, at = [], 0
     for pair in read_labelled(results.study.run / "labelled" / "test"):
         for side in SIDES:

@@ -1,4 +1,4 @@
-"""The report docs/STUDY.md: every figure and every verdict in it is computed here from the results."""
+"""Generator of the report docs/STUDY.md, with every figure and every verdict computed from the results."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ REGULARISED = ("dpo_reg_0.1", "dpo_reg_0.25", "dpo_reg_0.5")
 
 
 def write_report(study: Study, choice: dict[str, int]) -> Path:
-    """Write the report and its pictures beside it; returns its path."""
+    """Write the report and, beside it, its figures; return its path."""
     results, search = Results(study, choice), search_scores(study)
     regularised = max((method for method in REGULARISED if method in search), key=lambda method: max(search[method]))
     files = pictures.draw_all(results, regularised, study.report.with_name(study.report.stem.lower()))
@@ -56,7 +56,7 @@ def write_report(study: Study, choice: dict[str, int]) -> Path:
 
 
 def introduction(study: Study) -> Iterator[str]:
-    """What the study is, with its sizes."""
+    """Introduction with the sizes of the study."""
     world, reference = study.world, study.reference
     facts = sum(len(operation.arguments) * len(operation.items) for operation in OPERATIONS.values())
     yield f"""\
@@ -82,7 +82,7 @@ on-policy pairs from {world["prompts"]["train"]} prompts (5 samples, the verifie
 
 
 def reference_section(study: Study, results: Results) -> Iterator[str]:
-    """Whether token rewards see what surprisal does not."""
+    """Whether token rewards detect wrong tokens better than plain log-probs."""
     yield from heading("Does the reference understand the two prompts?")
     yield from table(
         ("prompts", "tokens", "wrong", "AUROC of token rewards r_t", "AUROC of its plain log-prob"),
@@ -95,6 +95,7 @@ test prompts is {reward[right].mean():+.3f} of right tokens and {reward[~right].
 
 
 def reference_row(study: Study, split: str) -> list[str]:
+    """Table row of the reference's token rewards and log-probs on a split."""
     credit = load_arrays(study.run / "credit" / f"{split}.npz")
     draw = Bootstrap(1, int(credit["pair"].max()) + 1, study.measure["resamples"])
     rewards, plain = (
@@ -104,7 +105,7 @@ def reference_row(study: Study, split: str) -> list[str]:
 
 
 def method_section(study: Study) -> Iterator[str]:
-    """What tells the methods apart."""
+    """The settings of each method."""
     yield from heading("The methods")
     yield from table(
         ("method", "settings"),
@@ -120,7 +121,7 @@ right, -0.5 wrong) instead of r_t. Learning rate and beta were chosen on develop
 
 
 def main_section(results: Results, regularised: str, files: dict[str, str]) -> Iterator[str]:
-    """The measures of every method."""
+    """The measurements of every method."""
     yield from heading("Results on test prompts")
     columns = ("method", "score, sampled", "score, greedy", "wins, sampled", "wins, greedy", "length", "KL", "credit")
     scores = ("sampled/score", "greedy/score")
@@ -156,13 +157,13 @@ against the verifier's marks. Of the three alphas of `dpo_reg`, the development 
 
 
 def order_section(results: Results, regularised: str) -> Iterator[str]:
-    """The paper's claims beside our differences."""
+    """The paper's ranking compared with the measured differences."""
     yield from heading("The paper's ranking and ours")
     yield from table(
         ("in the paper", "its figures", "difference in score", "same order here?", "difference in credit"),
         [
-            order_row(results, *(regularised if name == "dpo_reg" else name for name in names), told)
-            for *names, told in (*PAPER_ORDER, *EXTRA_ORDER)
+            order_row(results, *(regularised if name == "dpo_reg" else name for name in names), published)
+            for *names, published in (*PAPER_ORDER, *EXTRA_ORDER)
         ],
     )
     yield """
@@ -174,14 +175,15 @@ The rows with `implicit` do not test the paper's claim. The paper does not say w
 log-ratio of the policy that is being trained, as here, or that of a separate, frozen model trained by DPO."""
 
 
-def order_row(results: Results, better: str, worse: str, told: str) -> list[str]:
+def order_row(results: Results, better: str, worse: str, published: str) -> list[str]:
+    """Table row comparing two methods; ``published`` says what the paper reports."""
     score, credit = results.score_difference(better, worse), results.credit_difference(better, worse)
     verdict = "not distinguishable" if not score.excludes_zero else "yes" if score.value > 0 else "no, the opposite"
-    return [f"{better} > {worse}", told, shown(score, signed=True), verdict, shown(credit, signed=True)]
+    return [f"{better} > {worse}", published, shown(score, signed=True), verdict, shown(credit, signed=True)]
 
 
 def fact_section(results: Results) -> Iterator[str]:
-    """Which popular errors each method gets rid of."""
+    """Share of right results by the error rate of the facts."""
     yield from heading("Which errors disappear")
     yield from table(
         ("method", *(f"{rate:.0%} wrong" for rate in ERROR_RATES)),
@@ -196,7 +198,7 @@ samples mostly share the errors of the last column: there the preference says li
 
 
 def search_scores(study: Study) -> dict[str, list[float]]:
-    """Method -> mean score of sampled answers to development prompts, of each setting of its grid."""
+    """Mean score of sampled answers to development prompts, by method, for each setting of its grid."""
     found: dict[str, list[float]] = {}
     for run in study.search_runs:
         result = load_arrays(result_path(study, run.name, "dev"))
@@ -231,7 +233,7 @@ the grids come from a few earlier runs of `dpo` on development prompts. All runs
 
 
 def token_section(files: dict[str, str]) -> Iterator[str]:
-    """The token picture."""
+    """The heat map of token rewards."""
     yield from heading("What each token gets")
     yield f"""\
 The reference's answers to the first test prompts with two or more wrong tokens. Blue is positive, orange is negative, each
@@ -241,7 +243,7 @@ row on its own scale; the first row is the truth, the last ones are trained poli
 
 
 def limits_section(study: Study) -> Iterator[str]:
-    """What the figures do not say."""
+    """Limits of the study."""
     yield from heading("Limits")
     settings = len(next(iter(study.grids.values())))
     yield f"""\
@@ -279,11 +281,12 @@ def run_section(study: Study, results: Results) -> Iterator[str]:
 
 
 def heading(title: str) -> Iterator[str]:
+    """A section heading in Markdown."""
     yield from ("", f"## {title}", "")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A Markdown table, its first column to the left, the others to the right."""
+    """A Markdown table with the first column left-aligned and the others right-aligned."""
     yield f"| {' | '.join(columns)} |"
     yield f"| --- |{' ---: |' * (len(columns) - 1)}"
     for row in rows:
@@ -291,6 +294,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
 
 
 def shown(estimate: Estimate, digits: int = 3, signed: bool = False) -> str:
-    """0.912 [0.905, 0.919]"""
+    """An estimate as text: 0.912 [0.905, 0.919]."""
     value, low, high = (f"{number:{'+' if signed else ''}.{digits}f}" for number in estimate)
     return f"{value} [{low}, {high}]"

@@ -1,15 +1,15 @@
-"""A made world whose truth is known: short tasks, answers of many tokens, errors that can be planted, a verifier.
+"""Synthetic task with token-level ground truth: short tasks, longer answers, planted errors, and a verifier.
 
 A task applies one operation to four items, and an answer goes through them in order:
 
     add 7 : 3 9 0 5          so 3 makes 1 0 then 9 gives 1 6 next 0 makes 0 7 and 5 is 1 2
 
-Every word is a token. Connectors and verbs are free choices, equally right. Everything else is decided by the task.
-What an operation makes of an item is a *fact*; each fact has one popular error, which changes one token of the
-result, and a rate at which people who answer fall for it. Of some facts the error is rare, of others it is what most
-people say, so that how likely a token is does not tell whether it is right. Fillers ("um") may slip in before an item.
+Every word is one token. Connectors and verbs are free choices, all equally right. Everything else is determined by the
+task. The result of an operation on an item is a *fact*. Each fact has one popular error, which changes one token of the
+result, and a rate at which annotators make it: rare for some facts, the majority for others, so that a token's
+likelihood does not show whether it is right. Fillers ("um") may occur before an item.
 
-The verifier aligns an answer with the places of the right one and marks each token right or wrong.
+The verifier aligns an answer with the slots of the right one and marks each token right or wrong.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ ERROR_RATES = (0.1, 0.5, 0.9)
 
 
 class Fact(NamedTuple):
-    """What an operation makes of an item, what people often say instead, and how often."""
+    """Result of an operation on an item, its popular error, and how often annotators make that error."""
 
     right: tuple[str, ...]
     popular_error: tuple[str, ...]
@@ -61,12 +61,12 @@ class Fact(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One kind of task: the arguments that it takes, the items that it is applied to, and its results."""
+    """One kind of task: its possible arguments and items, and its results."""
 
     arguments: tuple[str, ...]
     items: tuple[str, ...]
     result: Callable[[str, str], tuple[str, ...]]
-    alphabet: Callable[[str], tuple[str, ...]]  # argument -> tokens that a result may hold
+    alphabet: Callable[[str], tuple[str, ...]]  # argument -> tokens that may occur in a result
 
 
 def _foreign(language: str, word: str) -> str:
@@ -93,7 +93,7 @@ OPERATIONS = {
 
 
 def fact(operation: str, argument: str, item: str) -> Fact:
-    """The same for ever: drawn from a hash of its name."""
+    """The fact about an item; deterministic, as it is drawn from a hash of its name."""
     op = OPERATIONS[operation]
     right = op.result(argument, item)
     draw = random.Random(f"{operation} {argument} {item}")
@@ -104,7 +104,7 @@ def fact(operation: str, argument: str, item: str) -> Fact:
 
 @dataclass(frozen=True)
 class Task:
-    """An operation with its argument, and the items that it is applied to."""
+    """An operation with its argument and the items that it is applied to."""
 
     operation: str
     argument: str
@@ -112,32 +112,40 @@ class Task:
 
     @property
     def prompt(self) -> str:
+        """The task as text, one space between tokens."""
         return " ".join((self.operation, self.argument, ":", *self.items))
 
     @property
     def facts(self) -> list[Fact]:
+        """The fact about each item, in order."""
         return [fact(self.operation, self.argument, item) for item in self.items]
 
     @property
     def content(self) -> str:
-        """What a split keeps together: the items, in whatever order and for whatever operation."""
+        """The set of items as text: tasks on the same items always belong to the same split."""
         return " ".join(sorted(self.items))
 
 
 def task_of(prompt: str) -> Task:
-    """The task that a prompt states."""
+    """The task of a prompt, inverse of :attr:`Task.prompt`."""
     operation, argument, _, *items = prompt.split()
     return Task(operation, argument, tuple(items))
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Somebody who answers: falls for popular errors at their own rate (None) or at one rate, and puts fillers in."""
+    """Simulated annotator that makes popular errors and inserts fillers.
+
+    Attributes:
+        error_rate: probability of a popular error; None for each fact's own rate.
+        filler_rate: probability of a filler before an item.
+    """
 
     error_rate: float | None
     filler_rate: float
 
     def answer(self, task: Task, draw: random.Random) -> str:
+        """A random answer to a task."""
         tokens: list[str] = []
         for item, known in zip(task.items, task.facts):
             if draw.random() < self.filler_rate:
@@ -149,11 +157,11 @@ class Writer:
 
 
 def splits(seed: int, sizes: dict[str, int], shares: dict[str, float]) -> dict[str, list[Task]]:
-    """Different tasks for each split; no two splits share a set of items.
+    """Distinct random tasks for each split; no two splits share a set of items.
 
     Args:
-        sizes: tasks of each split.
-        shares: share of the sets of items that belong to each; they add up to 1.
+        sizes: number of tasks per split.
+        shares: share of all sets of items per split; they add up to 1.
     """
     draw = random.Random(f"tasks {seed}")
     found: dict[str, dict[str, Task]] = {name: {} for name in sizes}
@@ -180,7 +188,7 @@ def _split_of(content: str, shares: dict[str, float]) -> str:
 
 
 class Verdict(NamedTuple):
-    """Marks of an answer's tokens and of its end, whether each item's result is right in full; score in [0, 1]."""
+    """The verifier's marks of an answer: per token, of its end, and per item (the whole result); score in [0, 1]."""
 
     right: list[bool]
     end_is_right: bool
@@ -189,58 +197,58 @@ class Verdict(NamedTuple):
 
 
 def verify(task: Task, answer: str) -> Verdict:
-    """Align an answer with the places of the right one, at the least number of edits.
+    """Align an answer with the slots of the right one by minimum edit distance.
 
-    A token is right if it stands at a place that accepts it; the end is right if no place is left. The score is one
-    minus edits (tokens that are wrong, too many or missing) divided by places, or 0.
+    A token is right if it is aligned with a slot that accepts it; the end is right if no slot is left. The score is
+    max(0, 1 - edits / slots), where edits are wrong, superfluous and missing tokens.
     """
-    places, tokens = _places(task), answer.split()
-    accepted = [place.accepted for place in places]
+    slots, tokens = _slots(task), answer.split()
+    accepted = [slot.accepted for slot in slots]
     edits = _edit_table(accepted, tokens)
     right, results, end_is_right = [False] * len(tokens), [True] * len(task.items), True
-    p, t = len(places), len(tokens)
-    while p or t:
-        fits = bool(p and t) and tokens[t - 1] in accepted[p - 1]
-        paired = p and t and edits[p][t] == edits[p - 1][t - 1] + (not fits)
-        if not paired and t and edits[p][t] == edits[p][t - 1] + 1:
-            t -= 1  # a token too many
+    s, t = len(slots), len(tokens)
+    while s or t:
+        fits = bool(s and t) and tokens[t - 1] in accepted[s - 1]
+        paired = s and t and edits[s][t] == edits[s - 1][t - 1] + (not fits)
+        if not paired and t and edits[s][t] == edits[s][t - 1] + 1:
+            t -= 1  # a superfluous token
             continue
-        p -= 1
+        s -= 1
         if paired:
             t -= 1
             right[t] = fits
         else:
             end_is_right &= t < len(tokens)  # a token is missing
-        if places[p].result_of is not None:
-            results[places[p].result_of] &= bool(paired) and fits
-    return Verdict(right, end_is_right, results, max(0.0, 1 - edits[-1][-1] / len(places)))
+        if slots[s].result_of is not None:
+            results[slots[s].result_of] &= bool(paired) and fits
+    return Verdict(right, end_is_right, results, max(0.0, 1 - edits[-1][-1] / len(slots)))
 
 
 def scores(messages: list[dict[str, str]], responses: Sequence[str]) -> list[float]:
-    """The verifier as a function that ``tools/rank_responses.py`` calls."""
+    """The verifier's scores of some responses, as the scoring function of ``tools/rank_responses.py``."""
     task = task_of(messages[-1]["content"])
     return [verify(task, response).score for response in responses]
 
 
-class _Place(NamedTuple):
+class _Slot(NamedTuple):
     accepted: frozenset[str]
-    result_of: int | None  # the number of the item, where the place belongs to a result
+    result_of: int | None  # index of the item, if the slot belongs to its result
 
 
-def _places(task: Task) -> list[_Place]:
-    places = []
+def _slots(task: Task) -> list[_Slot]:
+    slots = []
     for number, (item, known) in enumerate(zip(task.items, task.facts)):
-        places += [_Place(frozenset(words), None) for words in (CONNECTORS, [item], VERBS)]
-        places += [_Place(frozenset([token]), number) for token in known.right]
-    return places
+        slots += [_Slot(frozenset(words), None) for words in (CONNECTORS, [item], VERBS)]
+        slots += [_Slot(frozenset([token]), number) for token in known.right]
+    return slots
 
 
-def _edit_table(places: list[frozenset[str]], tokens: list[str]) -> list[list[int]]:
-    """[p][t]: least edits between the first p places and the first t tokens."""
+def _edit_table(slots: list[frozenset[str]], tokens: list[str]) -> list[list[int]]:
+    """[s][t]: edit distance between the first s slots and the first t tokens."""
     table = [list(range(len(tokens) + 1))]
-    for p, place in enumerate(places, start=1):
-        row = [p]
+    for s, slot in enumerate(slots, start=1):
+        row = [s]
         for t, token in enumerate(tokens, start=1):
-            row.append(min(table[-1][t - 1] + (token not in place), table[-1][t] + 1, row[-1] + 1))
+            row.append(min(table[-1][t - 1] + (token not in slot), table[-1][t] + 1, row[-1] + 1))
         table.append(row)
     return table

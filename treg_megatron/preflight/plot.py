@@ -42,7 +42,7 @@ def plot(plan: Plan, name: str, path: Path) -> None:
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     axes.axhline(plan.memory / GB, color="#b30000", linewidth=1.5, linestyle="--")
     axes.annotate(
-        f"a rank has {plan.memory / GB:g} GB",
+        f"{plan.memory / GB:g} GB per rank",
         (1.0, plan.memory / GB),
         xycoords=("axes fraction", "data"),
         xytext=(-4, 3),
