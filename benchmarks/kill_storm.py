@@ -5,9 +5,9 @@
 
 One round labels, indexes, trains on two pipeline ranks and exports a small model. In each station a process of the
 job, a rank or one of the processes that write a rank's checkpoint, is killed at a random moment; when a rank dies, the
-job's other processes are ended, as `srun --kill-on-bad-exit` does, and the same command is started again, without a look
-at what is left. At the end of the round everything is compared with a round in which nobody was killed: labels, the
-metrics of every step, the record of the pairs that were trained on, the exported weights, bit for bit.
+job's other processes are ended, as `srun --kill-on-bad-exit` does, and the same command is started again, without a
+look at what is left. At the end of the round everything is compared with a round in which nobody was killed: labels,
+the metrics of every step, the record of the pairs that were trained on, the exported weights, bit for bit.
 
 Ranks are forked from a process that has imported the libraries, so a restart costs less here than on a cluster.
 """

@@ -1,4 +1,4 @@
-"""What all runs of train_step.py share: weights, tokenizer, pairs that fit, and for ours labels, streams, checkpoint."""
+"""What all runs of train_step.py share: weights, tokenizer, pairs that fit; for ours labels, streams, a checkpoint."""
 
 import json
 import sys

@@ -57,7 +57,7 @@ class Results:
         by_item = np.mean([run["sampled/results"].mean(axis=1) for run in self.of(method)], axis=0)
         return float(by_item[of_rate].mean())
 
-    @functools.cache
+    @functools.cache  # noqa: B019  lives as long as the command
     def credit_aurocs(self, method: str) -> tuple[np.ndarray, np.ndarray]:
         """How well implicit token rewards tell right tokens from wrong ones, by seed and by draw."""
         implicit = np.stack([run["implicit"] for run in self.runs[method]])
