@@ -32,10 +32,11 @@ constraints: $(INSTALLED)  ## constraints.txt again from setup.py; ARGS=--upgrad
 		| LC_ALL=C sort; } >$(VENV)/constraints.txt
 	mv $(VENV)/constraints.txt constraints.txt
 
-lint: $(INSTALLED)  ## ruff over all Python, shellcheck over all job scripts
+lint: $(INSTALLED)  ## ruff over all Python, shellcheck over all job scripts, codespell over all text
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck -x slurm/*.sh .ci/run
+	$(BIN)/codespell
 
 format: $(INSTALLED)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
