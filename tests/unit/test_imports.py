@@ -1,7 +1,6 @@
-"""Imports without a search for garbage leave the process as it was."""
+"""Imports with garbage collection paused leave the process as it was."""
 
 import gc
-import logging
 import sys
 
 import pytest
@@ -29,13 +28,7 @@ def test_only_what_was_imported_is_kept_for_good(something_to_import):
     assert gc.isenabled() and gc.get_freeze_count() > 0
 
 
-@pytest.mark.parametrize("verbose", [False, True])
-def test_warnings_are_heard_again_even_after_a_failed_import(verbose, monkeypatch, caplog):
-    monkeypatch.setenv("TREG_VERBOSE", str(int(verbose)))
-    monkeypatch.setattr(logging.root.manager, "disable", logging.INFO)
+def test_collection_resumes_even_after_a_failed_import():
     with pytest.raises(ModuleNotFoundError), heavy_imports():
-        logging.getLogger().warning("while importing")
         import there_is_no_such_module  # noqa: F401
-    logging.getLogger().warning("after")
-    assert caplog.messages == ["while importing"] * verbose + ["after"]
     assert gc.isenabled()
