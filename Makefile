@@ -12,20 +12,31 @@ TEST_MODEL := $(VENV)/smollm2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv lint format typecheck test-fast test test-slurm demo study clean
+.PHONY: help venv constraints lint format typecheck test-fast test test-slurm demo study clean
 
 help:  ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s  %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  PYTHON=python3.11 chooses the interpreter of a new .venv (3.10 to 3.12);"
 	@echo "  ARGS=... reaches the demo, the study or pytest, as in: make demo ARGS=--fresh"
 
 venv: $(INSTALLED)  ## .venv with exactly the versions of constraints.txt
 
-lint: $(INSTALLED)  ## ruff over all Python, shellcheck over all job scripts
+# Resolved for the oldest Python, whose versions the newer ones take as well; torch stays at the version that the file names,
+# and what only torch's CUDA builds need is left out. uv reads metadata alone: nothing is installed.
+constraints: $(INSTALLED)  ## constraints.txt again from setup.py; ARGS=--upgrade raises all versions
+	cp constraints.txt $(VENV)/resolved.txt
+	{ grep '^torch==' constraints.txt; echo pip; echo setuptools; } | $(BIN)/uv pip compile -q setup.py - --extra dev \
+		--python-version 3.10 --python-platform x86_64-manylinux_2_31 --no-annotate --no-header -o $(VENV)/resolved.txt $(ARGS)
+	{ grep '^#' constraints.txt; grep -vE '^(#|triton|cuda-toolkit|nvidia-(cu|nccl|nvjitlink|nvshmem|nvtx))' $(VENV)/resolved.txt \
+		| LC_ALL=C sort; } >$(VENV)/constraints.txt
+	mv $(VENV)/constraints.txt constraints.txt
+
+lint: $(INSTALLED)  ## ruff over all Python, shellcheck over all job scripts, codespell over all text
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck -x slurm/*.sh .ci/run
+	$(BIN)/codespell
 
 format: $(INSTALLED)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .

@@ -60,6 +60,7 @@ EXTRAS = {
         "mypy",
         "peft",
         "pre-commit",
+        "pre-commit-hooks",
         "pytest",
         "pytest-timeout",
         "pytest-xdist",

@@ -59,7 +59,7 @@ class Results:
         by_item = np.mean([run["sampled/results"].mean(axis=1) for run in self.of(method)], axis=0)
         return float(by_item[of_rate].mean())
 
-    @functools.cache
+    @functools.cache  # noqa: B019  lives as long as the command
     def credit_aurocs(self, method: str) -> tuple[np.ndarray, np.ndarray]:
         """AUROCs of implicit token rewards for right against wrong tokens: [seeds], and [seeds, resamples]."""
         implicit = np.stack([run["implicit"] for run in self.runs[method]])

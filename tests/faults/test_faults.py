@@ -70,15 +70,19 @@ def test_pairs(tmp_path):
             shutil.copytree(source.parent, path, dirs_exist_ok=True)
         (path / source.name if path.is_dir() else path).write_bytes(damaged(source.read_bytes(), chance))
         read: list[bytes] = []
-        outcomes.append(refused_or_read(lambda: read.extend(p.chosen.encode() for p in read_pairs(path)), path.name))
+
+        def read_all(read=read, path=path):
+            read.extend(pair.chosen.encode() for pair in read_pairs(path))
+
+        outcomes.append(refused_or_read(read_all, path.name))
         if outcomes[-1] and source.suffix in (".parquet", ".arrow"):  # these say how many rows they have
             assert len(read) == 6, seed
     assert 0 < sum(outcomes) < len(SEEDS)  # flipped letters of a text are another text
 
 
 def test_rows_are_not_lost_silently(tmp_path):
-    """What readers take for an end or for nothing: an Arrow stream cut between two batches, zeros where the second one's
-    length was, a Parquet page of a kind that is skipped."""
+    """What readers take for an end or for nothing: an Arrow stream cut between two batches, zeros where the length
+    of the second one was, a Parquet page of a kind that is skipped."""
     batch = pa.record_batch({name: ["x", "y"] for name in ("prompt", "chosen")} | {"rejected": ["no", "no"]})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as stream:
@@ -102,7 +106,7 @@ def test_rows_are_not_lost_silently(tmp_path):
     for at, bit in itertools.product(range(4, 24), range(8)):
         path.write_bytes(good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
         read: list = []
-        if refused_or_read(lambda: read.extend(read_rows(path)), "own.parquet"):
+        if refused_or_read(lambda to=read: to.extend(read_rows(path)), "own.parquet"):
             assert len(read) == 6, (at, bit)
 
 
@@ -113,7 +117,7 @@ def test_labelled_pairs(tmp_path):
     for seed in SEEDS:
         path.write_bytes(damaged(good, random.Random(seed)))
         read: list[LabelledPair] = []
-        if refused_or_read(lambda: read.extend(read_labelled(path)), "own.parquet"):
+        if refused_or_read(lambda to=read: to.extend(read_labelled(path)), "own.parquet"):
             assert list(map(trained_on, read)) == list(map(trained_on, THREE)), seed
 
 
@@ -194,7 +198,7 @@ def test_rows_of_ten_megabytes(tmp_path):
     for broken in (False, True):
         path = tmp_path / "long.json"
         path.write_text('[{"prompt": "q", "chosen": "' + long + ('"' if not broken else "") + ', "rejected": "no"}]')
-        assert refused_or_read(lambda: list(read_pairs(path)), "long.json row 1") is not broken
+        assert refused_or_read(lambda of=path: list(read_pairs(of)), "long.json row 1") is not broken
 
 
 def test_rows_out_of_order(chatml, tmp_path):

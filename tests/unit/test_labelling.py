@@ -114,7 +114,7 @@ def test_values_belong_to_the_response_tokens(section, chatml):
             tokens = getattr(pair, f"{side}_tokens")
             assert tokens.tolist() == chatml.encode_prompt(messages) + response_ids
 
-            def logps(prompt_ids):
+            def logps(prompt_ids, response_ids=response_ids):
                 return ArithmeticScorer.logps(ScoredSequence(prompt_ids, response_ids)).astype(np.float64)
 
             better, worse = (

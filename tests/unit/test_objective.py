@@ -49,17 +49,17 @@ def formula(o: Objective, logps, ref_logps, rewards) -> float:
                     "logp": sum(lp),
                 }
             )
-        w, l = sides
-        margin = w["reward"] - l["reward"]
+        chosen, rejected = sides
+        margin = chosen["reward"] - rejected["reward"]
         if o.loss_type == "ipo":
-            loss = (w["mean_ratio"] - l["mean_ratio"] - 1 / (2 * o.beta)) ** 2
+            loss = (chosen["mean_ratio"] - rejected["mean_ratio"] - 1 / (2 * o.beta)) ** 2
         elif o.loss_type == "sft":
-            loss = -w["logp"]
+            loss = -chosen["logp"]
         else:
             eps = o.label_smoothing
             loss = -(1 - eps) * math.log(sigmoid(margin - o.gamma)) - eps * math.log(sigmoid(o.gamma - margin))
         weight = 1.0 if o.weight == "static" else sigmoid((o.gamma if o.weight_margin else 0.0) - margin)
-        loss += o.alpha * weight * (w["reg"] + l["reg"]) - o.sft_loss_weight * w["logp"]
+        loss += o.alpha * weight * (chosen["reg"] + rejected["reg"]) - o.sft_loss_weight * chosen["logp"]
         total += loss
     return total
 
