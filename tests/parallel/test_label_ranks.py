@@ -1,14 +1,17 @@
 """Labelling shared out to ranks: their number changes no byte, and neither does killing them, whenever it happens."""
 
 import contextlib
+import os
 import random
 import shutil
+import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.support.forked import run_ranks
+from tests.support.forked import TIMEOUT_SECONDS, run_ranks
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.training import RECIPE, write_pairs
 from treg_megatron.config.recipe import load_recipe, section
@@ -16,7 +19,7 @@ from treg_megatron.config.schema import LabelSection
 from treg_megatron.labelling.job import label
 from treg_megatron.utils.shard_job import MANIFEST_NAME
 
-KILLS = 20
+STARTS, FEWEST_KILLS = 24, 15  # a start that has less left to do than the moment asks for ends
 
 
 @pytest.fixture(scope="module")
@@ -77,27 +80,47 @@ class _Kill(Exception):
     """Makes run_ranks kill its ranks."""
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(job, whole, tmp_path):
-    output = tmp_path / "labelled"
-    job, chance, kills, finished = moved(job, output), random.Random(0), 0, 0
-    start = time.monotonic()
-    run_ranks(2, label, job)
-    seconds = time.monotonic() - start
-    shutil.rmtree(output)
-    while kills < KILLS:
+def label_and_stop(job: LabelSection, rank: int, renames: int, after: bool, marks: Path) -> None:
+    """Label; ``rank`` stops for good just before or after it renames its file number ``renames`` into place."""
+    me, rename, count = int(os.environ["RANK"]), os.replace, 0
 
-        def kill():
-            time.sleep(chance.uniform(0.2, 1) * seconds)
-            if not (output / MANIFEST_NAME).exists():
-                raise _Kill
+    def stopping(*paths) -> None:
+        nonlocal count
+        count += 1
+        stop = me == rank and count == renames
+        if after or not stop:
+            rename(*paths)
+        if stop:
+            (marks / "stopped").touch()
+            signal.pause()
 
+    os.replace = stopping  # in this rank alone, a process of its own
+    label(job)
+    (marks / f"done{me}").touch()
+
+
+def kill_when_stopped(marks: Path, ranks: int) -> None:
+    """Return if all ranks end without stopping."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while len(list(marks.glob("done*"))) < ranks:
+        if (marks / "stopped").exists():
+            raise _Kill
+        assert time.monotonic() < deadline, "no rank stopped or ended"
+        time.sleep(0.005)
+
+
+def test_killed_at_any_rename_it_ends_with_the_same_bytes(job, whole, tmp_path):
+    job, chance, kills = moved(job, tmp_path / "labelled"), random.Random(0), 0
+    for start in range(STARTS):
+        marks = tmp_path / str(start)
+        marks.mkdir()
         with contextlib.suppress(_Kill):
-            run_ranks(2, label, job, meanwhile=kill)
-            assert contents(output) == whole
-            shutil.rmtree(output)
-            finished += 1
+            moment = (chance.randrange(2), chance.randint(1, 3), chance.random() < 0.5)
+            run_ranks(2, label_and_stop, job, *moment, marks, meanwhile=partial(kill_when_stopped, marks, 2))
+            assert contents(Path(job.output)) == whole
+            shutil.rmtree(job.output)
             continue
         kills += 1
     run_ranks(2, label, job)
-    assert contents(output) == whole
-    print(f"{kills} kills, {finished} jobs finished between them")
+    assert contents(Path(job.output)) == whole
+    assert kills >= FEWEST_KILLS

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support import reference
-from tests.support.training import STEPS, Killed, assert_same, kill_when, records, run
+from tests.support.training import STEPS, assert_same, records, run, run_and_kill
 from treg_megatron.config.schema import LoraSection
 from treg_megatron.errors import UserError
 
@@ -31,8 +31,7 @@ def single(tied_run, tmp_path_factory) -> Path:
 def killed(tied_run, tmp_path_factory) -> Path:
     """A run of one rank that was killed at step 8; its checkpoint is of step 7."""
     out = tmp_path_factory.mktemp("killed") / "out"
-    with pytest.raises(Killed):
-        run(tied_run, out, 1, *LORA, meanwhile=lambda: kill_when(out, '"step": 8, "epoch"'))
+    run_and_kill(tied_run, out, 1, 8, *LORA)
     return out
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.training import Killed, assert_same, kill_when, records, run
+from tests.support.training import assert_same, records, run, run_and_kill
 
 BINS = ["data.layout=bins", "data.bin_size=180"]  # a pair has 43 to 121 tokens, a global batch 1 to 3 bins
 LAYOUTS = {
@@ -37,8 +37,7 @@ def test_bins_give_the_losses_of_a_single_rank(layout, tied_run, padded, tmp_pat
 @pytest.mark.parametrize("layout", ["DP2", "PP2+VPP2"])
 def test_a_killed_run_with_bins_resumes_on_two_ranks(layout, tied_run, padded, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(Killed):
-        run(tied_run, out, 1, "train.save_every=7", *BINS, meanwhile=lambda: kill_when(out, '"step": 8, "epoch"'))
+    run_and_kill(tied_run, out, 1, 8, "train.save_every=7", *BINS)
     run(tied_run, out, 2, "train.save_every=7", *LAYOUTS[layout][1])
     assert "resuming from step_000007" in out.with_suffix(".log.0").read_text()
     assert_same([r["loss"] for r in records(out)], [r["loss"] for r in records(padded)], rtol=1e-5)

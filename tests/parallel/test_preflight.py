@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import re
-import resource
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -31,8 +30,8 @@ PUBLISHED = {  # parameters, as counted from the safetensors files that the auth
 class Done(NamedTuple):
     code: int
     printed: str
-    seconds: float
-    peak_gb: float
+    cpu_seconds: float
+    grown_gb: float  # the most memory at a time beyond what the process began with
 
 
 def preflight_in_this_process(
@@ -40,12 +39,17 @@ def preflight_in_this_process(
 ) -> Done:
     from treg_megatron.cli.preflight import preflight
 
-    start, printed = time.monotonic(), io.StringIO()
+    begun_kb, start, printed = memory_kb("VmRSS"), time.process_time(), io.StringIO()
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # the peak counts from here, not from the process this one is a fork of
     with contextlib.redirect_stdout(printed):
         code = preflight(load_recipe(RECIPES / f"{name}.yaml", overrides), suggest, picture)
-    return Done(
-        code, printed.getvalue(), time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    )
+    return Done(code, printed.getvalue(), time.process_time() - start, (memory_kb("VmHWM") - begun_kb) / 1e6)
+
+
+def memory_kb(field: str) -> int:
+    return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
 
 
 def preflight(name: str, *overrides: str, **options) -> Done:
@@ -65,13 +69,13 @@ def test_a_recipe_fits_its_stated_cluster_and_has_the_published_parameters(name)
     done = preflight(name)
     assert done.code == 0 and "verdict: fits" in done.printed, done.printed
     assert f"{PUBLISHED[name]:,} parameters, all trained" in done.printed
-    assert done.seconds < 60 and done.peak_gb < 2
+    assert done.cpu_seconds < 60 and done.grown_gb < 1
 
 
 @pytest.mark.parametrize("name, whole", [("llama3_8b_lora", "llama3_8b"), ("llama3_70b_lora", "llama3_70b")])
 def test_a_recipe_with_adapters_fits_and_trains_them_alone(name, whole):
     done = preflight(name)
-    assert done.code == 0 and done.seconds < 60 and done.peak_gb < 2, done.printed
+    assert done.code == 0 and done.cpu_seconds < 60 and done.grown_gb < 1, done.printed
     total, adapters = (
         int(count.replace(",", ""))
         for count in re.search(r"([\d,]+) parameters, ([\d,]+) of them in adapters", done.printed).groups()
@@ -97,7 +101,7 @@ def test_the_stated_clusters_are_those_of_the_headers():
 
 def test_more_nodes_than_one_needs_are_told_at_thousands_of_ranks():
     done = preflight("llama3_70b", "cluster.nodes=128", "parallel.pipeline=4", "data.global_batch_size=128")
-    assert done.code == 0 and "data 32" in done.printed and done.seconds < 60
+    assert done.code == 0 and "data 32" in done.printed and done.cpu_seconds < 60
 
 
 @pytest.mark.parametrize(

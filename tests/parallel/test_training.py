@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.support import reference
-from tests.support.training import STEPS, Killed, assert_same, kill_when, records, run
+from tests.support.training import STEPS, assert_same, records, run, run_and_kill
 
+# Of a loss, in all 20 steps: 0.0061 was measured, of losses of about 0.7; bf16 rounds to 1 part in 256. fp32 stays within 1e-5.
+BF16_NEAREST, BF16_FARTHEST = 1e-4, 0.012
 LAYOUTS = {
     "PP2": (2, ["parallel.pipeline=2"]),
     "TP2": (2, ["parallel.tensor=2"]),
@@ -131,19 +133,11 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tied_run, tmp_path):
 
 @pytest.mark.parametrize("layout, moment", [("PP2", 8), ("TP2", 6), ("DP2", 5)])
 def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(layout, moment, tied_run, tmp_path):
-    """SIGKILL to every rank in the middle (in the case of 6, while a checkpoint is written), then the same command."""
+    """SIGKILL to every rank, in the case of 6 with a checkpoint that lacks its last file; then the same command."""
     size, overrides = LAYOUTS[layout]
     overrides = [*overrides, "train.save_every=3", "train.validate_every=4", "train.hang_timeout_s=60"]
     whole = run(tied_run, tmp_path / "whole", size, *overrides)
-    with pytest.raises(Killed):
-        run(
-            tied_run,
-            tmp_path / "killed",
-            size,
-            *overrides,
-            meanwhile=lambda: kill_when(tmp_path / "killed", f'"step": {moment}, "epoch"'),
-        )
-    assert records(tmp_path / "killed")[-1]["step"] < STEPS
+    run_and_kill(tied_run, tmp_path / "killed", size, moment, *overrides, saving=moment == 6)
     again = run(tied_run, tmp_path / "killed", size, *overrides)
     assert "resuming from step_" in (tmp_path / "killed.log.0").read_text()
     for validation in (False, True):
@@ -158,15 +152,7 @@ def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(layout, moment,
 def test_a_run_resumes_on_another_layout(before, after, tied_run, single, tmp_path):
     size, overrides = LAYOUTS[before]
     out = tmp_path / "out"
-    with pytest.raises(Killed):
-        run(
-            tied_run,
-            out,
-            size,
-            "train.save_every=7",
-            *overrides,
-            meanwhile=lambda: kill_when(out, '"step": 8, "epoch"'),
-        )
+    run_and_kill(tied_run, out, size, 8, "train.save_every=7", *overrides)
     run(tied_run, out, LAYOUTS[after][0], "train.save_every=7", *LAYOUTS[after][1])
     assert "resuming from step_000007" in out.with_suffix(".log.0").read_text()
     assert_same([r["loss"] for r in records(out)], [r["loss"] for r in records(single)], rtol=1e-5)
@@ -178,6 +164,6 @@ def test_bf16_trains_like_fp32_within_its_precision(tied_run, single, tmp_path):
         tied_run, tmp_path / "out", 2, "parallel.pipeline=2", "train.precision=bf16", "train.first_loss_tolerance=0.05"
     )
     found, expected = ([r["loss"] for r in records(o)] for o in (out, single))
-    assert found[0] == pytest.approx(expected[0], abs=0.05)
     assert found[-1] < 0.5 < found[0]
-    assert found != expected
+    farthest = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    assert BF16_NEAREST < farthest < BF16_FARTHEST, "nearer is fp32, farther is another curve"

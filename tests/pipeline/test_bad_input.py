@@ -125,8 +125,8 @@ def test_train_refuses_streams_of_another_tokenizer(files, tmp_path):
     assert_refused(train(files, tmp_path), "another tokenizer")
 
 
-def test_train_refuses_streams_whose_lengths_disagree(files, tiny_hf, tmp_path):
-    """The reward stream of other pairs, with a manifest to match its size."""
+def test_train_refuses_an_index_whose_offsets_do_not_follow_from_its_lengths(files, tiny_hf, tmp_path):
+    """One token more in the first sequence and one less in the second: the file has the size that the manifest names."""
     streams = tmp_path / "streams"
     shutil.copytree(files / "streams", streams)
     path = streams / "train_token_rewards.idx"
@@ -135,7 +135,11 @@ def test_train_refuses_streams_whose_lengths_disagree(files, tiny_hf, tmp_path):
     lengths[:2] += [1, -1]
     content[34 : 34 + lengths.nbytes] = lengths.tobytes()
     path.write_bytes(bytes(content))
-    assert_refused(train(files, tiny_hf, f"data.train={streams}/train"), "train")
+    assert_refused(
+        train(files, tiny_hf, f"data.train={streams}/train"),
+        "train_token_rewards.idx: offsets do not follow from lengths",
+    )
+    assert not (files / "refused").exists()
 
 
 def test_train_refuses_a_flipped_bit_far_from_the_ends_of_a_file(files, tiny_hf, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.pipeline.webdriver import CHROMIUM, DRIVER, browser
+from tests.support.browser import CHROMIUM, DRIVER, browser
 from treg_megatron.data.labelled_pairs import SIDES, LabelledPair
 from treg_megatron.labelling.rewards_page import quality, text_report, token_texts, write_page
 
@@ -66,9 +66,9 @@ def test_a_character_of_several_tokens_appears_with_its_last():
 @pytest.fixture(scope="module")
 def window(tmp_path_factory):
     if not (CHROMIUM and DRIVER):
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
-            "needs Chromium: apt-get install chromium chromium-driver"
-        )
+        if os.environ.get("CI") == "true":
+            pytest.fail("Chromium or its driver is not installed; .ci/run installs them")
+        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
     with browser(tmp_path_factory.mktemp("browser")) as opened:
         yield opened
 

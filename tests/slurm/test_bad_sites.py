@@ -5,7 +5,7 @@ import re
 import socket
 import subprocess
 
-from tests.slurm.conftest import ROOT, assert_equal, log
+from tests.slurm.conftest import ROOT, assert_complete, assert_same, log
 
 SCRIPT = ROOT / "slurm" / "treg_70b.sh"
 
@@ -79,4 +79,5 @@ def test_a_disk_that_fills_up_while_saving(slurm, files, uninterrupted):
     subprocess.run(["mount", "-o", "remount,size=200m", slurm.small_disk], check=True)
     job = slurm.submit(SCRIPT, cwd=files.folder, RECIPE=str(run.recipe), CHECKS="")
     slurm.wait(job, "COMPLETED")
-    assert_equal(run, uninterrupted)
+    assert_complete(run)
+    assert_same(run, uninterrupted)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import ROOT, Files, Run, assert_equal, log
+from tests.slurm.conftest import ROOT, Files, Run, assert_complete, assert_same, log
 
 SCRIPT = ROOT / "slurm" / "treg_70b.sh"
 
@@ -22,6 +22,13 @@ def wait_for_step(run: Run, step: int, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while run.step() < step:
         assert time.monotonic() < deadline, f"step {step} not reached; the run is at {run.step()}"
+        time.sleep(0.02)
+
+
+def wait_for_log(files: Files, job: str, words: str, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while words not in log(files, job):
+        assert time.monotonic() < deadline, f"the job's log never said {words!r}"
         time.sleep(0.02)
 
 
@@ -57,7 +64,7 @@ def test_a_killed_rank_a_new_controller_and_a_node_without_power(slurm, files, u
     job = start(slurm, files, run)
     wait_for_step(run, 7)
     os.kill(ranks_of(slurm)[-1], signal.SIGKILL)
-    time.sleep(1)
+    wait_for_log(files, job, "starting it again")
     wait_for_step(run, 13)
     slurm.restart_controller()
     wait_for_step(run, 19)
@@ -69,7 +76,8 @@ def test_a_killed_rank_a_new_controller_and_a_node_without_power(slurm, files, u
     assert all(re.fullmatch(r"resuming from step_0000[0-3][05]", again) for again in begun[1:]) and begun[1] < begun[2]
     assert "restarting (consecutive failure 1 of 3)" in text
     assert "node2" not in slurm.run("scontrol", "show", "hostnames", slurm.field(job, "NodeList")).split()
-    assert_equal(run, uninterrupted)
+    assert_complete(run)
+    assert_same(run, uninterrupted)
 
 
 def test_a_warning_before_the_time_limit_then_a_preemption(slurm, files, uninterrupted):
@@ -96,7 +104,8 @@ def test_a_warning_before_the_time_limit_then_a_preemption(slurm, files, uninter
     begun = starts(text)
     assert len(begun) == 3 and begun[1] == f"resuming from {first}" and begun[2] > begun[1]
     assert text.count("is saved; rerun the same command to continue") == 2
-    assert_equal(run, uninterrupted)
+    assert_complete(run)
+    assert_same(run, uninterrupted)
 
 
 def test_a_time_limit_without_warning_is_taken_up_by_the_successor(slurm, files, uninterrupted):
@@ -121,7 +130,8 @@ def test_a_time_limit_without_warning_is_taken_up_by_the_successor(slurm, files,
     text = log(files, successor)
     assert starts(text) == [f"resuming from {before.name}"] and before.name < "step_000040"
     assert f"checkpoint {newest.name} is damaged (weights/{part.name} is not what was written)" in text
-    assert_equal(run, uninterrupted)
+    assert_complete(run)
+    assert_same(run, uninterrupted)
 
 
 def test_a_rank_that_hangs_is_named_shown_and_ended(slurm, files, uninterrupted):
@@ -137,7 +147,8 @@ def test_a_rank_that_hangs_is_named_shown_and_ended(slurm, files, uninterrupted)
     )
     assert "Timeout (0:00:20)!" in text and "most recent call first" in text
     assert re.fullmatch(r"resuming from step_0000(05|10)", starts(text)[1])
-    assert_equal(run, uninterrupted)
+    assert_complete(run)
+    assert_same(run, uninterrupted)
 
 
 def test_another_layout_takes_the_run_up(slurm, files, uninterrupted):

@@ -1,8 +1,9 @@
 """A tiny training run on forked ranks: its inputs, its metrics, and how it is killed."""
 
+import contextlib
 import json
+import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,14 +75,13 @@ def records(output: Path, validation: bool = False) -> list[dict]:
     return [line for line in lines if ("loss" not in line) == validation]
 
 
-def run(files: TinyRun, output: Path, size: int, *overrides: str, meanwhile: Callable[[], None] | None = None) -> Path:
+def run(files: TinyRun, output: Path, size: int, *overrides: str) -> Path:
     run_ranks(
         size,
         train_on_this_rank,
         files.recipe,
         files.sections(output, "data.epochs=4", f"train.max_steps={STEPS}", *overrides),
         log=output.with_suffix(".log"),
-        meanwhile=meanwhile,
     )
     return output
 
@@ -96,9 +96,47 @@ class Killed(Exception):
     """All ranks were sent SIGKILL."""
 
 
-def kill_when(output: Path, line: str) -> None:
-    deadline = time.time() + TIMEOUT_SECONDS
-    while not (output / "metrics.jsonl").exists() or line not in (output / "metrics.jsonl").read_text():
-        assert time.time() < deadline, f"{output} never came to {line}"
-        time.sleep(0.002)
-    raise Killed
+def train_and_stop(recipe: Path, overrides: list[str], step: int, saving: bool, stopped: Path) -> None:
+    """Train; rank 0 stops for good after it wrote the metrics of ``step``.
+
+    Or, if ``saving``, when that step's checkpoint has all its files but for treg.json, which makes it count.
+    """
+    from treg_megatron.training.callbacks import checkpoints, metrics
+
+    def stop() -> None:
+        stopped.touch()
+        signal.pause()
+
+    end_of_batch, write_identity = metrics.RunMetrics.on_train_batch_end, checkpoints.write_identity
+
+    def stop_at_the_end(self, trainer, *rest) -> None:
+        end_of_batch(self, trainer, *rest)
+        if trainer.is_global_zero and trainer.global_step == step and not saving:
+            stop()
+
+    def stop_while_saving(checkpoint: Path, *rest) -> None:
+        if saving and checkpoint.name == f"step_{step:06d}":
+            stop()
+        write_identity(checkpoint, *rest)
+
+    # in this rank alone, a process of its own
+    metrics.RunMetrics.on_train_batch_end, checkpoints.write_identity = stop_at_the_end, stop_while_saving
+    train_on_this_rank(recipe, overrides)
+
+
+def run_and_kill(files: TinyRun, output: Path, size: int, step: int, *overrides: str, saving: bool = False) -> None:
+    """:func:`run`, and SIGKILL to all ranks once rank 0 has stopped as :func:`train_and_stop` says."""
+    stopped = output.with_suffix(".stopped")
+
+    def kill() -> None:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not stopped.exists():
+            assert time.monotonic() < deadline, f"{output} never came to step {step}"
+            time.sleep(0.02)
+        raise Killed
+
+    with contextlib.suppress(Killed):
+        overrides = files.sections(output, "data.epochs=4", f"train.max_steps={STEPS}", *overrides)
+        log = output.with_suffix(".log")
+        run_ranks(size, train_and_stop, files.recipe, overrides, step, saving, stopped, log=log, meanwhile=kill)
+    assert records(output)[-1]["step"] == step

@@ -45,8 +45,8 @@ def test_every_pair_once_an_epoch_whatever_the_ranks_and_the_interruption(length
     assert walk(lengths, others, micro_batches(most, others), stop, epochs=2, seed=seed) == steps[stop:]
 
 
-def test_real_lengths_fill_the_bins():
-    """Made-up lengths: log-normal, 2 x (230 + 260) tokens in the mean, cut at 2 x 2048."""
+def test_bins_of_log_normal_lengths_are_nearly_full():
+    """Lengths drawn at random: log-normal, 2 x (230 + 260) tokens in the mean, cut at 2 x 2048."""
     random = np.random.default_rng(0)
     lengths = np.minimum(random.lognormal(np.log(850), 0.55, 12_800), 4096).astype(np.int64)
     order = BinOrder(lengths, 8192, 128, 0, 1, micro_batches=1, seed=1)
