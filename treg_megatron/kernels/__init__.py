@@ -1,1 +1,1 @@
-"""What a transformer block computes with: a plain torch set, and a fast one for CPUs."""
+"""Kernels of a transformer block: a reference set in plain torch, and a fast set for CPUs."""

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention of the last tokens of a sequence, by torch's fused kernels where they know how."""
+"""Causal grouped-query attention of the last tokens of a sequence, with torch's fused kernels where they apply."""
 
 from typing import NamedTuple
 

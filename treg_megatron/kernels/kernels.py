@@ -1,4 +1,4 @@
-"""The kernels of a transformer block, and which set of them a CPU runs."""
+"""Sets of kernels for a transformer block, and the choice of set on a CPU."""
 
 import logging
 import os

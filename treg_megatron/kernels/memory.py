@@ -1,4 +1,4 @@
-"""Memory of tensors on a CPU, of which every step takes and frees the same gigabytes."""
+"""Allocator settings for tensors on a CPU, where every step allocates and frees the same gigabytes."""
 
 import ctypes
 import os

@@ -1,8 +1,8 @@
 """Matrix products by oneDNN on processors where MKL, torch's choice for fp32, is slower.
 
-MKL takes its widest kernels on Intel's processors only. On an AMD EPYC (two cores, torch 2.13, 2026-11-25) it reaches
-190 GFLOP/s, but 156 for gate and up projections and 127 for logits, whose results outgrow the cache. oneDNN, which torch
-ships too and takes for bf16, reaches 200 to 215 for all of them.
+MKL uses its widest kernels only on Intel processors. On an AMD EPYC (two cores, torch 2.13, 2026-11-25) it reaches
+190 GFLOP/s, but 156 for gate and up projections and 127 for logits, whose results exceed the cache. oneDNN, which torch
+also ships and uses for bf16, reaches 200 to 215 for all of them.
 """
 
 from collections.abc import Callable

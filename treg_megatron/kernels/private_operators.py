@@ -1,4 +1,4 @@
-"""The private torch operators that the fast CPU kernels call, compared with this torch's once at start-up."""
+"""A start-up check of the private torch operators that the fast CPU kernels call."""
 
 from functools import cache
 

@@ -1,4 +1,4 @@
-"""RMSNorm that knows of sequence parallelism: torch's, and one for CPUs, where torch has no fused kernel."""
+"""RMSNorm with sequence parallelism: torch's, and one for CPUs, where torch has no fused kernel."""
 
 import torch
 import torch.nn.functional as F

@@ -1,8 +1,8 @@
-"""Low-rank adapters on the policy (LoRA, arXiv 2106.09685), by NeMo's PEFT.
+"""Low-rank adapters on the policy (LoRA, arXiv 2106.09685), with NeMo's PEFT.
 
-The base weights are frozen and stay in the checkpoint that the run starts from; a run's own checkpoints hold adapters
-and their optimizer state alone. The reference model is the policy without adapters, whose log-probs are in the streams
-already.
+The base weights are frozen and stay in the checkpoint that the run starts from; a run's own checkpoints hold only
+adapters and their optimizer state. The reference model is the policy without adapters, and its log-probs are already
+in the aligned dataset.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ MLP = ("linear_fc1", "linear_fc2")
 
 
 class PolicyLoRA(LoRA):
-    """NeMo's LoRA, also without Transformer Engine, with whose classes it compares every layer; and under recompute."""
+    """NeMo's LoRA, extended to work without Transformer Engine and with recompute."""
 
     def __call__(self, model: nn.Module) -> nn.Module:
         model = super().__call__(model)

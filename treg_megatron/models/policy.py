@@ -34,21 +34,21 @@ from treg_megatron.utils.substitute import substituted
 
 
 class ResponseTokens(NamedTuple):
-    """What the last pipeline stage scores; travels where Megatron expects labels."""
+    """The tokens that the last pipeline stage scores, passed in place of Megatron's labels."""
 
-    rows: Tensor  # [n] int64, rows of the flattened [s * b, hidden] hidden states
+    rows: Tensor  # [n] int64, indices into the flattened [s * b, hidden] hidden states
     targets: Tensor  # [n] int64, token ids
 
 
 class ResponseGPTModel(MegatronGPTModel):
-    """Megatron's GPT model with the response-only, chunked, vocabulary-parallel head instead of whole logits."""
+    """Megatron's GPT model with fused vocabulary-parallel log-probs of response tokens instead of logits."""
 
     block_words: int | None = None  # vocabulary entries that the head projects at a time, see response_logps
 
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, *args, packed_seq_params: PackedSeqParams | None = None, **kwargs
     ) -> tuple:
-        """Megatron's, and where pairs share their prompts the angles of each token's own position, [t, 1, channels]."""
+        """Megatron's preprocessing; if pairs share prompts, with rotary angles [t, 1, channels] by position id."""
         embedded, angles, *others = super()._preprocess(
             input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
         )
@@ -171,7 +171,7 @@ def forward_step(model, batch: dict[str, Any]) -> Tensor:
 
 
 class StepResult(NamedTuple):
-    """What a step over the global batch gave."""
+    """The result of a step over the global batch."""
 
     sums: dict[str, float]  # see treg_megatron.objective.means
     not_finite: list[str]  # ids of the pairs in micro-batches whose loss is no finite number

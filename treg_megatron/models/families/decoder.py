@@ -1,4 +1,4 @@
-"""Rows of the parameter maps that several architectures share."""
+"""Entries of the parameter maps that several architectures share."""
 
 from treg_megatron.models.families.parameters import HFTensor, Parameter
 

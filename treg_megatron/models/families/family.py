@@ -1,4 +1,4 @@
-"""What an architecture is made of."""
+"""The interface of an architecture, and the registry of supported ones."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""From config.json to the fields of Megatron's config: what all architectures share, and refusals."""
+"""Conversion of config.json to the fields of Megatron's config, as far as architectures share it."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Mistral: Llama's parameters, in its first version with a sliding window in every layer."""
+"""Mistral: Llama's parameters; the first version has a sliding window in every layer."""
 
 from typing import Any
 
