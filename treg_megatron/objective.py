@@ -25,7 +25,7 @@ _UNUSUAL_ALPHA = 1.0  # the paper searched up to 0.5
 
 @dataclass
 class Objective(ObjectiveSection):
-    """What is minimised: the recipe's section ``objective``, where each field is explained, with values that make sense.
+    """The loss to minimise: the recipe's section ``objective``, which explains the fields, with its values checked.
 
     Raises:
         UserError: a value is out of range, or a combination of values has no meaning.

@@ -1,8 +1,8 @@
 """Calls into NeMo and megatron-core fit the installed signatures.
 
 Both change keywords between minor versions, and a call that no longer binds is otherwise found hours into a job. The
-calls are found in our source, so a new one is covered by being written: those of imported names and of their attributes,
-and those of super() in classes whose base is imported. Calls of methods of an instance are not found.
+calls are found in our source, so a new one is covered at once: calls of imported names and of their attributes, and
+calls of super() in classes whose base is imported. Calls of an instance's methods are not found.
 """
 
 import ast

@@ -126,7 +126,7 @@ def test_train_refuses_streams_of_another_tokenizer(files, tmp_path):
 
 
 def test_train_refuses_an_index_whose_offsets_do_not_follow_from_its_lengths(files, tiny_hf, tmp_path):
-    """One token more in the first sequence and one less in the second: the file has the size that the manifest names."""
+    """One token more in the first sequence, one less in the second: the file has the size that the manifest names."""
     streams = tmp_path / "streams"
     shutil.copytree(files / "streams", streams)
     path = streams / "train_token_rewards.idx"

@@ -1,4 +1,4 @@
-"""Import, label, index, train with two pipeline ranks, killed and taken up again, export: one command line after another."""
+"""Import, label, index, train on two pipeline ranks, killed and resumed, export: one command line after another."""
 
 import json
 import os

@@ -1,8 +1,8 @@
 """A real Slurm on one machine: slurmctld, munge, and nodes that pose as hosts of eight H100.
 
-Each node is a slurmd in mount, UTS and process namespaces of its own: it has its own host name, a killed node takes all
-its processes with it as a power cut does, and a folder can be hidden from one node alone. Needs root and Debian's packages
-slurmctld, slurmd, slurm-client, munge.
+Each node is a slurmd in its own mount, UTS and process namespaces: it has its own host name, a killed node takes all
+its processes with it as a power cut does, and a folder can be hidden from one node alone. Needs root and Debian's
+packages slurmctld, slurmd, slurm-client, munge.
 """
 
 import contextlib

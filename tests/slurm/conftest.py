@@ -44,7 +44,7 @@ class Files(NamedTuple):
     folder: Path
 
     def run(self, name: str, **train: object) -> Run:
-        """The recipe of a run of its own. Eight micro-batches a step on two pipeline ranks: slow enough to interfere."""
+        """The recipe of a new run. Eight micro-batches per step on two pipeline ranks: slow enough to interfere."""
         keys = {"save_every": 5, "save_total_limit": 2, "record_pairs": "true", "output": self.folder / name, **train}
         recipe = self.folder / f"{name}.yaml"
         recipe.write_text(

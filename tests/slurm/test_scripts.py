@@ -1,4 +1,4 @@
-"""The scripts as they are: accepted on nodes of eight H100, clean, and run to their ends by two CPU ranks on two nodes."""
+"""The scripts as they are: accepted on nodes of eight H100, clean, and run to the end by two CPU ranks on two nodes."""
 
 import os
 import shutil

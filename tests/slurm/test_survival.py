@@ -1,4 +1,4 @@
-"""What clusters do to a run, done to it: its numbers are as if nothing had happened, every pair is seen once an epoch."""
+"""Failures that clusters cause: the numbers are as if nothing had happened, each pair is seen once per epoch."""
 
 import contextlib
 import os
@@ -38,7 +38,7 @@ def starts(text: str) -> list[str]:
 
 
 def ranks_of(slurm) -> list[int]:
-    """The ranks' processes in the order of their ranks: what slurmstepd started; checkpoint writers are their children."""
+    """The ranks' processes in order of rank: what slurmstepd started; checkpoint writers are their children."""
     found = {}
     for pid in slurm.processes("treg_megatron.train", "--recipe"):
         parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
@@ -109,7 +109,7 @@ def test_a_warning_before_the_time_limit_then_a_preemption(slurm, files, uninter
 
 
 def test_a_time_limit_without_warning_is_taken_up_by_the_successor(slurm, files, uninterrupted):
-    """The ranks stand still until the limit comes. Before the successor starts, the newest checkpoint is damaged, too."""
+    """The ranks hang until the time limit. Before the next job starts, the newest checkpoint is damaged, too."""
     run = files.run("limited")
     job = start(slurm, files, run, CHAIN="1", SBATCH_TIMELIMIT="10", SBATCH_SIGNAL="URG@1")
     wait_for_step(run, 12)
@@ -152,7 +152,7 @@ def test_a_rank_that_hangs_is_named_shown_and_ended(slurm, files, uninterrupted)
 
 
 def test_another_layout_takes_the_run_up(slurm, files, uninterrupted):
-    """Two pipeline ranks, stopped by a signal; two data-parallel ones under the same script go on with the same losses."""
+    """Two pipeline ranks, stopped by a signal; two data-parallel ranks continue with the same losses."""
     run = files.run("relaid", save_every=1000)
     job = start(slurm, files, run)
     wait_for_step(run, 6)

@@ -1,4 +1,4 @@
-"""What preflight predicts for a model, and what real ranks take: Megatron's own schedule over gloo, live tensors counted."""
+"""What preflight predicts for a model, and what real ranks take: Megatron's schedule, live tensors counted."""
 
 from typing import NamedTuple
 

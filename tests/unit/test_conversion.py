@@ -21,6 +21,7 @@ from tests.support.hf_folder import CONFIG, hf_folder, read_tensors
 from treg_megatron.checkpoint import layout
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.checkpoint.to_hf import export_checkpoint
+from treg_megatron.checkpoint.torch_dist import TorchDistReader
 from treg_megatron.errors import UserError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
@@ -402,3 +403,13 @@ def test_export_where_the_kernel_cannot_copy_between_the_file_systems(hf, checkp
     monkeypatch.setattr(os, "copy_file_range", refuse)
     export_checkpoint(checkpoint, hf, tmp_path / "back")
     assert_equal(read_tensors(tmp_path / "back"), read_tensors(hf))
+
+
+@pytest.mark.parametrize("module, name", [("torch.distributed.checkpoint.filesystem", "os.getcwd"), ("os", "getcwd")])
+def test_metadata_that_names_a_function_is_not_executed(module, name, tmp_path):
+    """A pickle in protocol 4 may name an attribute of an attribute: ``os.system`` of a harmless module's ``os``."""
+    text = b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name))
+    (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04" + text + b"\x93)R.")
+    with pytest.raises(UserError, match=f"refers to {module}.{name}, which is not allowed"):
+        TorchDistReader(tmp_path)

@@ -30,7 +30,7 @@ SCHEMA = 1
 # NeMo wraps Megatron-core's model once: its keys in a checkpoint have this prefix.
 MODEL_PREFIX = "module."
 
-# A fingerprint reads this much of a file, in blocks from end to end of it: all of a small file, a sample of a large one.
+# A fingerprint reads this much of a file, in blocks from end to end: all of a small file, a sample of a large one.
 BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
 
@@ -128,7 +128,7 @@ def fingerprints(checkpoint: Path) -> dict[str, str]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint that was complete once, in a few words; None if they look as written."""
+    """What is wrong with the files of a complete checkpoint, in a few words; None if they look as written."""
     try:
         for name, expected in read_identity(checkpoint).files.items():
             path = checkpoint / name

@@ -212,8 +212,10 @@ def planned_tensors(family: Family, fields: dict[str, Any], dtype: torch.dtype) 
 def exported_tensors(
     reader: TorchDistReader, family: Family, fields: dict[str, Any], dtype: torch.dtype
 ) -> Iterator[list[memoryview | Stretch]]:
-    """The bytes of each Hugging Face tensor in ``dtype``, in memory (until the next is asked for) or in the checkpoint's
-    files."""
+    """The bytes of each Hugging Face tensor in ``dtype``.
+
+    They are in memory until the next tensor is asked for, or in the checkpoint's files.
+    """
     whole, part = Scratch(), Scratch()
     for parameter, place in in_model_order(family, fields):
         key = MODEL_PREFIX + parameter.key

@@ -10,7 +10,8 @@ import json
 import math
 import os
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -247,8 +248,17 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("megatron.core.dist_checkpointing."):
             return _Record
-        if module.startswith("torch.distributed.checkpoint.") or (module, name) in self.SAFE:
+        if (module, name) in self.SAFE:
             return super().find_class(module, name)
+        if module.startswith("torch.distributed.checkpoint.") and "." not in name:
+            # a dotted name could walk to anything that the module imports, such as os.system
+            found = super().find_class(module, name)
+            if (
+                isinstance(found, type)
+                and found.__module__ == module
+                and (is_dataclass(found) or issubclass(found, Enum))
+            ):
+                return found
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"its metadata refers to {module}.{name}, which is not allowed")

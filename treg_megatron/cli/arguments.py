@@ -1,4 +1,4 @@
-"""Arguments that commands share: ``--recipe``, ``--print``, flags for the keys of a section, ``key=value`` overrides."""
+"""Arguments that commands share: ``--recipe``, ``--print``, a flag per key of a section, ``key=value`` overrides."""
 
 import argparse
 import dataclasses

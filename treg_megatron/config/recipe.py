@@ -1,8 +1,8 @@
 """One YAML recipe describes a whole run; each station reads its own section.
 
 A recipe is a short diff: its ``defaults:`` key names the file that it extends, and the chain ends in
-``recipes/base.yaml``, the only place where a default value stands. :mod:`treg_megatron.config.schema` gives every key its
-type and help. ``key=value`` arguments override the file, flags of a tool override those.
+``recipes/base.yaml``, the only home of default values. :mod:`treg_megatron.config.schema` gives every key its type and
+help. ``key=value`` arguments override the file, and flags of a command override those.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ def summaries() -> dict[str, str]:
 
 
 def with_current_keys(recorded: dict[str, Any]) -> dict[str, Any]:
-    """A recipe that an earlier release wrote into a checkpoint, with the keys of :data:`RENAMED` under their new names."""
+    """A recipe that an earlier release wrote into a checkpoint, with the keys of :data:`RENAMED` renamed."""
     current = {name: dict(value) if isinstance(value, dict) else value for name, value in recorded.items()}
     for old, new in RENAMED.items():
         section_name, key = old.split(".")

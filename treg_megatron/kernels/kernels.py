@@ -33,7 +33,7 @@ class Kernels:
         norm: module class, built as ``norm(config, hidden_size, eps)``: [..., hidden] -> [..., hidden].
         activation: SwiGLU, [..., 2 * width] with gate and up side by side -> [..., width]; None: Megatron's own,
             whatever the activation function.
-        rotary: rotary position embedding, x [..., d] and angles that broadcast to it -> x rotated; None: Megatron's own.
+        rotary: rotary position embedding, x [..., d] and angles that broadcast to it -> x rotated; None: Megatron's.
         core_attention: module class that takes the place of Megatron's ``DotProductAttention``.
         linear: makes the context in which linear layers and the head compute their matrix products; None: torch's
             products, as they are.
