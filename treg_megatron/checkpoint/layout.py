@@ -144,10 +144,9 @@ def damage(checkpoint: Path) -> str | None:
 def _fingerprint(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256()
-    if size > BLOCKS * BLOCK_BYTES:
+    offsets = list(range(0, size, BLOCK_BYTES))
+    if len(offsets) > BLOCKS:
         offsets = [block * (size - BLOCK_BYTES) // (BLOCKS - 1) for block in range(BLOCKS)]
-    else:
-        offsets = range(0, size, BLOCK_BYTES)
     hash_blocks(digest, path, offsets, BLOCK_BYTES)
     return f"{size} bytes, sha256 {digest.hexdigest()}"
 

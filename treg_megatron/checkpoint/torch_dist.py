@@ -150,7 +150,8 @@ class TorchDistReader:
             block = piece if in_place else self._scratch.tensor(tuple(rows.shape), rows.dtype)
             read_into(path, start, block)
             if not in_place:
-                piece.copy_(block[(slice(None), *part.in_chunk[1:])])
+                columns = (slice(None), *part.in_chunk[1:])
+                piece.copy_(block[columns])
 
     def rows_in_files(
         self, key: str, place: tuple[int, ...], first_row: int, shape: tuple[int, ...]
@@ -212,7 +213,8 @@ class TorchDistReader:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
         if not stored.is_contiguous():
             raise UserError(f"{path}: {part.key} is not stored contiguously, which is not supported")
-        rows = stored[(*part.place, part.in_chunk[0])]
+        where = (*part.place, part.in_chunk[0])
+        rows = stored[where]
         start = stored.untyped_storage()._checkpoint_offset + rows.storage_offset() * rows.element_size()
         return path, info.offset + start, rows
 

@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="treg",
-        usage="treg [-h] [--version] COMMAND ...",
+        usage="treg [-h] [--version] [--verbose] COMMAND ...",
         description=f"{DESCRIPTION}\ncommands:\n{listed}\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -99,7 +99,9 @@ def load(name: str):
 
 
 def _main() -> None:
-    arguments = parser().parse_args(sys.argv[1:2])
+    verbose = [word for word in sys.argv[1:] if word == "--verbose"][:1]  # before the command or after it
+    words = [word for word in sys.argv[1:] if word != "--verbose"]
+    arguments = parser().parse_args(words[:1])
     if arguments.version:
         from treg_megatron import __version__
 
@@ -107,7 +109,7 @@ def _main() -> None:
     elif arguments.command is None:
         parser().print_help()
     else:
-        _run(arguments.command, sys.argv[2:], f"treg {arguments.command}")
+        _run(arguments.command, [*verbose, *words[1:]], f"treg {arguments.command}")
 
 
 def _run(name: str, argv: list[str], prog: str) -> None:

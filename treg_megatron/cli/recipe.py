@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     overrides = [word for word in arguments.words if "=" in word]
     named = [arguments.recipe] * (arguments.recipe is not None) + [word for word in arguments.words if "=" not in word]
-    if not arguments.words and not named and not arguments.key:
+    if not (arguments.words or named or arguments.key):
         for name, summary in recipe.summaries().items():
             print(f"{name:<18} {summary}")
         return

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,10 +99,10 @@ def with_current_keys(recorded: dict[str, Any]) -> dict[str, Any]:
     return current
 
 
-def load_recipe(path: str | Path | RecordedRecipe = BASE_RECIPE, overrides: list[str] = ()) -> DictConfig:
+def load_recipe(path: str | Path | RecordedRecipe = BASE_RECIPE, overrides: Sequence[str] = ()) -> DictConfig:
     """Read a recipe, its ``defaults`` and ``key=value`` overrides into one checked, typed config.
 
-    Interpolations stay unresolved, and keys left as ``???`` are asked for only when a station reads them.
+    Interpolations stay unresolved, and keys left as ``???`` are asked for only when a step reads them.
 
     Args:
         path: a recipe's file, or the recipe that a checkpoint holds.
@@ -112,7 +113,7 @@ def load_recipe(path: str | Path | RecordedRecipe = BASE_RECIPE, overrides: list
     return trace_recipe(path, overrides)[0]
 
 
-def trace_recipe(path: str | Path | RecordedRecipe, overrides: list[str] = ()) -> tuple[DictConfig, dict[str, str]]:
+def trace_recipe(path: str | Path | RecordedRecipe, overrides: Sequence[str] = ()) -> tuple[DictConfig, dict[str, str]]:
     """:func:`load_recipe`, and where each value comes from: a file or the command line, by ``section.key``."""
     config = OmegaConf.structured(Recipe)
     OmegaConf.set_struct(config, True)
@@ -139,7 +140,7 @@ def described(config: DictConfig, sources: dict[str, str]) -> str:
             node = config[name]
             lines += ["", f"{name}:", *(_described(node, k, f"{name}.{k}", sources, "  ") for k in node)]
         else:
-            lines.append(_described(config, name, name, sources, ""))
+            lines.append(_described(config, str(name), str(name), sources, ""))
     return "\n".join(lines)
 
 
@@ -157,7 +158,7 @@ def section(recipe: DictConfig, name: str) -> Any:
             f"set it in the recipe or pass {name}.{missing[0]}=VALUE ({_help(name, missing[0])})"
         )
     try:
-        values = OmegaConf.to_object(node)
+        values: Any = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise UserError(f"recipe section {name}: {_first_line(error)}") from None
     for field in dataclasses.fields(values):
@@ -224,8 +225,8 @@ def _short(path: Path) -> str:
 
 
 def _merge(config: DictConfig, extra: DictConfig, source: str, sources: dict[str, str]) -> None:
-    for name in extra:
-        _refuse_unknown(str(name), "", source)
+    for name in map(str, extra):
+        _refuse_unknown(name, "", source)
         if name not in SECTIONS:
             sources[name] = source
             continue
@@ -262,7 +263,8 @@ def _refuse_unknown(name: str, section_name: str, source: str) -> None:
 
 
 def _described(node: DictConfig, name: str, full_name: str, sources: dict[str, str], indent: str) -> str:
-    written = OmegaConf.to_container(node, resolve=False)[name]
+    unresolved: Any = OmegaConf.to_container(node, resolve=False)
+    written = unresolved[name]
     origin = sources.get(full_name, "no value yet")
     try:
         value = OmegaConf.to_container(node[name]) if OmegaConf.is_config(node[name]) else node[name]

@@ -289,4 +289,6 @@ class Recipe:
     cluster: ClusterSection
 
 
-SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Recipe) if dataclasses.is_dataclass(f.type)}
+SECTIONS: dict[str, type] = {
+    f.name: f.type for f in dataclasses.fields(Recipe) if isinstance(f.type, type) and dataclasses.is_dataclass(f.type)
+}

@@ -94,8 +94,8 @@ def parse_blend(written: str) -> tuple[list[str], list[float] | None]:
     numbers = [_number(word) for word in words]
     if all(number is None for number in numbers):
         return words, None
-    weights, prefixes = numbers[::2], words[1::2]
-    if len(words) % 2 or None in weights or any(number is not None for number in numbers[1::2]):
+    weights, prefixes = [number for number in numbers[::2] if number is not None], words[1::2]
+    if len(words) % 2 or len(weights) < len(prefixes) or any(number is not None for number in numbers[1::2]):
         raise UserError(
             f"{written!r} is not a blend of aligned datasets: write WEIGHT PREFIX WEIGHT PREFIX ..., or prefixes alone"
         )

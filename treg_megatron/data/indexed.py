@@ -74,8 +74,8 @@ class IndexedWriter:
         lengths, sizes = np.array(self._lengths, dtype=np.int32), np.array(self._document_sizes, dtype=np.int64)
         with open(self.idx_path, "wb") as stream:
             stream.write(_HEADER.pack(_MAGIC, _VERSION, DTYPE_CODES[self.dtype], len(lengths), len(sizes) + 1))
-            stream.write(lengths)
-            stream.write(_offsets(lengths, self.dtype))
+            stream.write(lengths.tobytes())
+            stream.write(_offsets(lengths, self.dtype).tobytes())
             stream.write(np.cumsum(np.append(0, sizes)))
         return {
             "bin": {

@@ -94,10 +94,8 @@ def as_text(report: dict[str, Any]) -> str:
 def _lengths(pair: Pair, tokenizer: ChatTokenizer | None) -> tuple[int, int, int]:
     if tokenizer is None:
         return sum(len(m.content) for m in pair.messages), len(pair.chosen), len(pair.rejected)
-    return (
-        len(tokenizer.encode_prompt(pair.messages)),
-        *(len(tokenizer.encode_response(pair.messages, response)) for response in (pair.chosen, pair.rejected)),
-    )
+    chosen, rejected = (len(tokenizer.encode_response(pair.messages, text)) for text in (pair.chosen, pair.rejected))
+    return len(tokenizer.encode_prompt(pair.messages)), chosen, rejected
 
 
 def _quantiles(values: list[int]) -> list[int]:

@@ -8,7 +8,6 @@
 Only the last needs the ``datasets`` package and network access.
 """
 
-import codecs
 import gzip
 import io
 import json
@@ -16,7 +15,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import sha256_of, sha256_of_json
@@ -209,7 +208,7 @@ def _first_character(path: Path) -> str:
         return first
 
 
-def _json_lines(stream: codecs.StreamReader, path: Path) -> Iterator[tuple[int, Any]]:
+def _json_lines(stream: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(stream, start=1):
         if line.strip(_SPACE):
             try:
@@ -218,7 +217,7 @@ def _json_lines(stream: codecs.StreamReader, path: Path) -> Iterator[tuple[int, 
                 raise UserError(f"{path} row {number} does not parse as JSON: {error}") from None
 
 
-def _array_elements(stream: codecs.StreamReader, path: Path) -> Iterator[tuple[int, Any]]:
+def _array_elements(stream: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
     """Elements of the JSON array whose ``[`` was just read, one by one: memory holds one chunk or one element."""
     text = _Lookahead(stream)
     if text.skip_space() == "]":
@@ -249,7 +248,7 @@ def _array_elements(stream: codecs.StreamReader, path: Path) -> Iterator[tuple[i
 class _Lookahead:
     """The part of a text stream around the next JSON value."""
 
-    def __init__(self, stream: codecs.StreamReader):
+    def __init__(self, stream: TextIO):
         self.stream, self.text, self.position, self.ended = stream, "", 0, False
         self.decoder = json.JSONDecoder()
 

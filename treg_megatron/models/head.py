@@ -68,7 +68,7 @@ class _ResponseLogps(torch.autograd.Function):
         keep, ctx.kept = any(ctx.needs_input_grad) and to_keep <= CHUNK_BYTES, []
         scratch = None if keep else _scratch(hidden, words, block_words)
         for block in blocks:
-            logits = _logits(hidden, weight[block], softcap, None if keep else scratch(block))
+            logits = _logits(hidden, weight[block], softcap, scratch(block) if scratch else None)
             slope = _slope(logits, softcap) if keep else None
             own, columns = _targets_in(block, local_targets)
             target_logits[own] = logits[own, columns]
@@ -102,7 +102,7 @@ class _ResponseLogps(torch.autograd.Function):
                 exponentials, largest, slope = ctx.kept.pop(0)
                 grad_logits = exponentials.mul_((largest - log_normaliser).exp_().mul_(-grad)[:, None])
             else:
-                logits = _logits(hidden, weight[block], ctx.softcap, scratch(block))
+                logits = _logits(hidden, weight[block], ctx.softcap, scratch(block) if scratch else None)
                 slope = _slope(logits, ctx.softcap)
                 grad_logits = logits.sub_(log_normaliser[:, None]).exp_().mul_(-grad[:, None])
             own, columns = _targets_in(block, local_targets)

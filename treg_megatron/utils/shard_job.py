@@ -6,9 +6,9 @@ not depend on which process computes it. Every process that finds all shards fin
 """
 
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import read_manifest, remove_partials, write_manifest
@@ -19,7 +19,8 @@ MANIFEST_NAME = "manifest.json"
 Item = TypeVar("Item")
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """The portions of one process: those whose number is ``index`` modulo ``count``.
 
     ``writes`` is False on processes that only take part in the computation, such as the other ranks of a split model.
@@ -29,8 +30,8 @@ class Share(NamedTuple):
     count: int = 1
     writes: bool = True
 
-    def __contains__(self, number: int) -> bool:
-        return number % self.count == self.index
+    def __contains__(self, number: object) -> bool:
+        return isinstance(number, int) and number % self.count == self.index
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class ShardJob:
     pattern: str
     total: int
     shard_size: int
-    share: Share = Share()
+    share: Share = field(default_factory=Share)
 
     @property
     def portions(self) -> range:
