@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from treg_megatron.checkpoint.layout import Identity, read_identity
+from treg_megatron.checkpoint.layout import CheckpointMetadata, read_metadata
 from treg_megatron.cli.arguments import add_recipe_arguments, command_parser, parse_recipe
 from treg_megatron.config.recipe import section
 from treg_megatron.config.schema import DataSection, OptimizerSection, ParallelSection, TrainSection
 from treg_megatron.distributed.launch import (
-    World,
-    join,
-    leave,
+    RankInfo,
+    destroy_process_group,
+    init_process_group,
     on_rank_zero,
-    world,
+    rank_info,
 )
 from treg_megatron.utils import entry
 from treg_megatron.utils.imports import heavy_imports
@@ -74,8 +74,8 @@ class Plan:
     """
 
     recipe: DictConfig
-    ranks: World
-    identity: Identity
+    ranks: RankInfo
+    identity: CheckpointMetadata
     fields: dict[str, Any]
     objective: "Objective"
     data: DataSection
@@ -119,7 +119,7 @@ def prepare(recipe: DictConfig) -> Job:
 
     ranks, run, streams = plan.ranks, plan.run, plan.streams
     data = dataclasses.replace(plan.data, share_prompts=shares_prompts(plan.fields, plan.parallel, plan.data))
-    join(ranks, run.hang_timeout_s)
+    init_process_group(ranks, run.hang_timeout_s)
     # one reader is enough, and takes about a second per gigabyte: damaged bytes would be trained on
     on_rank_zero(lambda: [opened.require_unchanged() for opened in streams.values()])
     pairs = PairData(data, streams[data.train], streams.get(data.validation), plan.parallel)
@@ -156,9 +156,9 @@ def checked(recipe: DictConfig) -> Plan:
         section(recipe, name) for name in ("model", "data", "parallel", "optimizer", "train")
     )
     objective = Objective.of(section(recipe, "objective"))
-    ranks = world()
+    ranks = rank_info()
     checkpoint = Path(model.checkpoint)
-    identity = read_identity(checkpoint)
+    identity = read_metadata(checkpoint)
     require_architecture(model, identity.hf_config, model.checkpoint)
     fields = model_fields(identity.hf_config)
     require_layout(fields, parallel, data, ranks.size)
@@ -246,7 +246,7 @@ def finish(job: Job) -> None:
     from treg_megatron.training.callbacks.preemption import EXIT_STOPPED
 
     job.stop.settle()
-    leave()
+    destroy_process_group()
     if job.stop.stopped_by:
         logger.info(
             "stopped by %s: step %d of %d is saved; rerun the same command to continue",

@@ -153,9 +153,9 @@ def main() -> None:
         from treg_megatron.models.build import build_policy, policy_config
         from treg_megatron.training import build
         from treg_megatron.training.data_module import PairData
-    from treg_megatron.checkpoint.layout import read_identity
+    from treg_megatron.checkpoint.layout import read_metadata
     from treg_megatron.data.streams import open_streams
-    from treg_megatron.distributed.launch import world
+    from treg_megatron.distributed.launch import rank_info
     from treg_megatron.models.families import model_fields
     from treg_megatron.objective import Objective
 
@@ -176,10 +176,10 @@ def main() -> None:
         ],
     )
     data, parallel, train = (section(recipe, name) for name in ("data", "parallel", "train"))
-    identity = read_identity(folder / "megatron")
+    identity = read_metadata(folder / "megatron")
     fields = model_fields(identity.hf_config)
     strategy = build.strategy(parallel, train, folder / "megatron")
-    trainer = build.trainer(world(), strategy, train, int(arguments.steps), [OnDemand(fields)])
+    trainer = build.trainer(rank_info(), strategy, train, int(arguments.steps), [OnDemand(fields)])
     config = policy_config(identity.hf_config, parallel, train, kernels=kernels_without(gains))
     if gains.get("head") == "whole":
         with_all_logits(config)

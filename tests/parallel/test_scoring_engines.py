@@ -12,7 +12,7 @@ from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.config.schema import LabelSection
 from treg_megatron.data.labelled_pairs import SIDES, read_labelled
-from treg_megatron.distributed.launch import World
+from treg_megatron.distributed.launch import RankInfo
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.job import label
 from treg_megatron.labelling.scoring import ScoredSequence
@@ -159,7 +159,7 @@ def test_a_model_of_the_same_shape_is_another_model(tiny, tmp_path):
 
 
 def test_copies_of_the_model_share_out_the_ranks():
-    ranks = [replica(World(rank, 8, rank, 8), tensor=2, pipeline=2) for rank in range(8)]
+    ranks = [replica(RankInfo(rank, 8, rank, 8), tensor=2, pipeline=2) for rank in range(8)]
     assert ranks == [
         (0, 2, True),
         (0, 2, False),

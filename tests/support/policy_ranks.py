@@ -31,13 +31,13 @@ def load(checkpoint: Path, layout: Layout):
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from treg_megatron.checkpoint.layout import read_identity
+    from treg_megatron.checkpoint.layout import read_metadata
     from treg_megatron.checkpoint.policy import load_policy
 
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline, expert_model_parallel_size=layout.expert)
     model_parallel_cuda_manual_seed(1)
-    experts = "num_local_experts" in read_identity(checkpoint).hf_config
+    experts = "num_local_experts" in read_metadata(checkpoint).hf_config
     return load_policy(checkpoint, *layout, sequence=experts and layout.tensor > 1)
 
 

@@ -107,7 +107,7 @@ def train_and_stop(recipe: Path, overrides: list[str], step: int, saving: bool, 
         stopped.touch()
         signal.pause()
 
-    end_of_batch, write_identity = metrics.RunMetrics.on_train_batch_end, checkpoints.write_identity
+    end_of_batch, write_metadata = metrics.RunMetrics.on_train_batch_end, checkpoints.write_metadata
 
     def stop_at_the_end(self, trainer, *rest) -> None:
         end_of_batch(self, trainer, *rest)
@@ -117,10 +117,10 @@ def train_and_stop(recipe: Path, overrides: list[str], step: int, saving: bool, 
     def stop_while_saving(checkpoint: Path, *rest) -> None:
         if saving and checkpoint.name == f"step_{step:06d}":
             stop()
-        write_identity(checkpoint, *rest)
+        write_metadata(checkpoint, *rest)
 
     # in this rank alone, a process of its own
-    metrics.RunMetrics.on_train_batch_end, checkpoints.write_identity = stop_at_the_end, stop_while_saving
+    metrics.RunMetrics.on_train_batch_end, checkpoints.write_metadata = stop_at_the_end, stop_while_saving
     train_on_this_rank(recipe, overrides)
 
 

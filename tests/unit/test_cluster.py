@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from treg_megatron.checkpoint.layout import Identity, damage, fingerprints, newest_checkpoint, write_identity
+from treg_megatron.checkpoint.layout import CheckpointMetadata, damage, fingerprints, newest_checkpoint, write_metadata
 from treg_megatron.config.recipe import described, trace_recipe, value
 from treg_megatron.data.sampler import recorded_pairs
-from treg_megatron.distributed.launch import World, world
+from treg_megatron.distributed.launch import RankInfo, rank_info
 from treg_megatron.errors import UserError
 from treg_megatron.preflight.nodes import verdict
 
@@ -30,17 +30,17 @@ def launched(monkeypatch):
 
 def test_ranks_from_srun(launched):
     launched(**SLURM)
-    assert world() == World(5, 8, 1, 4) and world().nodes == 2
+    assert rank_info() == RankInfo(5, 8, 1, 4) and rank_info().nodes == 2
 
 
 def test_ranks_without_a_launcher(launched):
-    assert world() == World(0, 1, 0, 1)
+    assert rank_info() == RankInfo(0, 1, 0, 1)
 
 
 def test_uneven_nodes_are_refused(launched):
     launched(**SLURM | {"SLURM_NTASKS": "7"})
     with pytest.raises(UserError, match="7 processes do not divide evenly"):
-        world()
+        rank_info()
 
 
 def node(name: str, **differs) -> dict:
@@ -79,8 +79,8 @@ def checkpoint(run: Path, step: int, size: int) -> Path:
     folder = run / "checkpoints" / f"step_{step:06d}"
     (folder / "weights").mkdir(parents=True)
     (folder / "weights" / "a.distcp").write_bytes(os.urandom(size))
-    identity = Identity(family="Llama", hf_config={}, dtype="float32", source="", written_by="")
-    write_identity(folder, dataclasses.replace(identity, files=fingerprints(folder)))
+    identity = CheckpointMetadata(family="Llama", hf_config={}, dtype="float32", source="", written_by="")
+    write_metadata(folder, dataclasses.replace(identity, files=fingerprints(folder)))
     return folder
 
 

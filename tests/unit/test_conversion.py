@@ -357,7 +357,7 @@ def test_a_checkpoint_that_disagrees_with_its_config_is_refused(tmp_path, tied, 
     identity = import_checkpoint(hf, tmp_path / "checkpoint")
     config = identity.hf_config | change
     (hf / "config.json").write_text(json.dumps(config))
-    layout.write_identity(tmp_path / "checkpoint", dataclasses.replace(identity, hf_config=config))
+    layout.write_metadata(tmp_path / "checkpoint", dataclasses.replace(identity, hf_config=config))
     with pytest.raises(UserError, match=said):
         export_checkpoint(tmp_path / "checkpoint", hf, tmp_path / "back")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from treg_megatron.checkpoint.layout import Identity, write_identity
+from treg_megatron.checkpoint.layout import CheckpointMetadata, write_metadata
 from treg_megatron.cli.arguments import recipe_at
 from treg_megatron.config.recipe import RENAMED, described, load_recipe, section, trace_recipe
 from treg_megatron.config.schema import SECTIONS
@@ -103,12 +103,12 @@ def test_the_recipe_of_a_checkpoint_can_be_launched_as_it_is(tmp_path):
     run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_000010"
     checkpoint.mkdir(parents=True)
     saved = {"recipe": OmegaConf.to_container(recipe, resolve=False)}
-    write_identity(checkpoint, Identity("LlamaForCausalLM", {}, "float32", "source", "test", run=saved))
+    write_metadata(checkpoint, CheckpointMetadata("LlamaForCausalLM", {}, "float32", "source", "test", run=saved))
     OmegaConf.save(recipe, run / "recipe.yaml")
     for path in (checkpoint, run, run / "recipe.yaml"):
         assert resolved(load_recipe(recipe_at(path))) == resolved(recipe)
     with pytest.raises(UserError, match="has no recipe"):
-        write_identity(checkpoint, Identity("LlamaForCausalLM", {}, "float32", "source", "import"))
+        write_metadata(checkpoint, CheckpointMetadata("LlamaForCausalLM", {}, "float32", "source", "import"))
         load_recipe(recipe_at(checkpoint))
 
 
@@ -124,7 +124,9 @@ def test_a_checkpoint_with_renamed_keys_still_gives_its_recipe(tmp_path):
     for old, new in RENAMED.items():
         section_name, key = old.split(".")
         recorded[section_name][key] = recorded[section_name].pop(new.split(".")[1])
-    write_identity(tmp_path, Identity("LlamaForCausalLM", {}, "float32", "source", "test", run={"recipe": recorded}))
+    write_metadata(
+        tmp_path, CheckpointMetadata("LlamaForCausalLM", {}, "float32", "source", "test", run={"recipe": recorded})
+    )
     assert resolved(load_recipe(recipe_at(tmp_path))) == resolved(recipe)
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treg_megatron.utils import string_set as seen
-from treg_megatron.utils.string_set import Seen
+from treg_megatron.utils.string_set import StringSet
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -18,7 +18,7 @@ def few():
 
 @given(texts=st.lists(st.text(max_size=3), max_size=60))
 def test_seen_is_a_set(texts):
-    known, expected = Seen(), set()
+    known, expected = StringSet(), set()
     for text in texts:
         assert (text in known) == (text in expected)
         if text not in known:

@@ -143,7 +143,7 @@ def test_words_of_letters_take_the_model_alone(both, kind, words, before):
 def test_a_letter_that_the_vocabulary_lacks():
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "\u0120": 1, "<unk>": 2}, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = KINDS["gpt2"]
-    memory = word_memory.WordMemory(
+    memory = word_memory.TokenCache(
         lambda text: tokenizer.encode(text, add_special_tokens=False), word_memory.known_cuts(tokenizer)
     )
     for text in ("aza a", "zaz", "z z a"):

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from treg_megatron.checkpoint.buffers import Scratch, as_bytes
-from treg_megatron.checkpoint.layout import MODEL_PREFIX, Identity
+from treg_megatron.checkpoint.buffers import ReusableBuffer, as_bytes
+from treg_megatron.checkpoint.layout import MODEL_PREFIX, CheckpointMetadata
 from treg_megatron.checkpoint.safetensors_stream import DTYPES, StoredTensor
 from treg_megatron.checkpoint.torch_dist import TorchDistReader
 from treg_megatron.errors import UserError
@@ -70,7 +70,7 @@ class Adapters:
         Args:
             base: tensors of the base model's folder, by name.
         """
-        read, written = Scratch(), Scratch()
+        read, written = ReusableBuffer(), ReusableBuffer()
         scale = self._lora["alpha"] / self._lora["rank"]
         for parameter, place in in_model_order(self._family, self._fields):
             adapter = self.of(parameter, place)
@@ -114,7 +114,7 @@ class Adapters:
 
 
 def adapters_of(
-    reader: TorchDistReader, identity: Identity, family: Family, fields: dict[str, Any], checkpoint: Path
+    reader: TorchDistReader, identity: CheckpointMetadata, family: Family, fields: dict[str, Any], checkpoint: Path
 ) -> Adapters | None:
     """The adapters of a checkpoint, or None if it has none.
 

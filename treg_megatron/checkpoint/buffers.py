@@ -20,7 +20,7 @@ PIECE_BYTES = 128 * 1024
 CANNOT_COPY_INSIDE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-class Stretch(NamedTuple):
+class ByteRange(NamedTuple):
     """A byte range of a file, to be copied unchanged."""
 
     path: Path
@@ -28,7 +28,7 @@ class Stretch(NamedTuple):
     nbytes: int
 
 
-class Scratch:
+class ReusableBuffer:
     """Reusable buffer for one tensor at a time, as large as the largest tensor requested so far.
 
     Allocating gigabytes anew for each tensor takes longer than filling them.
@@ -62,7 +62,7 @@ class OutputFile(io.FileIO):
             written += super().write(view[written : written + PIECE_BYTES])
         return written
 
-    def copy(self, stretch: Stretch) -> int:
+    def copy(self, stretch: ByteRange) -> int:
         """Append a byte range of another file, inside the kernel where supported; return the bytes written.
 
         Raises:
@@ -81,7 +81,7 @@ class OutputFile(io.FileIO):
                 except OSError as error:
                     if error.errno not in CANNOT_COPY_INSIDE:
                         raise
-                    rest = Stretch(stretch.path, stretch.start + copied, stretch.nbytes - copied)
+                    rest = ByteRange(stretch.path, stretch.start + copied, stretch.nbytes - copied)
                     return copied + sum(self.write(piece) for piece in read_pieces(rest))
                 if not count:
                     raise UserError(f"{stretch.path} is truncated")
@@ -94,7 +94,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def read_pieces(stretch: Stretch) -> Iterator[memoryview]:
+def read_pieces(stretch: ByteRange) -> Iterator[memoryview]:
     """Read a byte range in pieces small enough to stay in the processor's cache until they are written.
 
     Each piece is valid until the next one is requested.

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from treg_megatron.checkpoint.buffers import Scratch, Stretch, as_bytes, read_into
-from treg_megatron.checkpoint.layout import WEIGHTS, find_checkpoint, is_checkpoint, read_identity
+from treg_megatron.checkpoint.buffers import ByteRange, ReusableBuffer, as_bytes, read_into
+from treg_megatron.checkpoint.layout import WEIGHTS, find_checkpoint, is_checkpoint, read_metadata
 from treg_megatron.checkpoint.safetensors_stream import DTYPES, PlannedTensor, StoredTensor, tensors_in_folder
 from treg_megatron.checkpoint.to_hf import check_tensors, exported_tensors, planned_tensors
 from treg_megatron.checkpoint.torch_dist import TorchDistReader
@@ -51,7 +51,7 @@ def compare(a: Path, b: Path) -> Comparison:
     different = [tensor.name for tensor in planned if others.get(tensor.name) != tensor]
     different += sorted(others.keys() - {tensor.name for tensor in planned})
     if not different:
-        left, right = Scratch(), Scratch()
+        left, right = ReusableBuffer(), ReusableBuffer()
         names = [tensor.name for tensor in planned]
         for tensor, mine, other in zip(planned, ours.read(names), theirs.read(names), strict=True):
             if not torch.equal(_filled(left, mine, tensor.nbytes), _filled(right, other, tensor.nbytes)):
@@ -77,8 +77,8 @@ class _FolderWeights:
     def planned(self) -> list[PlannedTensor]:
         return [PlannedTensor(name, tensor.shape, DTYPES[tensor.dtype]) for name, tensor in self._stored.items()]
 
-    def read(self, names: list[str]) -> Iterator[list[Stretch]]:
-        return ([Stretch(t.file, t.start, t.nbytes)] for t in (self._stored[name] for name in names))
+    def read(self, names: list[str]) -> Iterator[list[ByteRange]]:
+        return ([ByteRange(t.file, t.start, t.nbytes)] for t in (self._stored[name] for name in names))
 
 
 class _CheckpointWeights:
@@ -86,7 +86,7 @@ class _CheckpointWeights:
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         checkpoint = find_checkpoint(folder)
-        identity = read_identity(checkpoint)
+        identity = read_metadata(checkpoint)
         self._family, self._fields = family_of(identity.hf_config), model_fields(identity.hf_config)
         self._reader = TorchDistReader(checkpoint / WEIGHTS)
         check_tensors(self._reader, self._family, self._fields, checkpoint)
@@ -95,7 +95,7 @@ class _CheckpointWeights:
     def planned(self) -> list[PlannedTensor]:
         return planned_tensors(self._family, self._fields, self.dtype)
 
-    def read(self, names: list[str]) -> Iterator[list[memoryview | Stretch]]:
+    def read(self, names: list[str]) -> Iterator[list[memoryview | ByteRange]]:
         """The tensors in the family's order, which equals ``names`` if both sides are checkpoints of one model."""
         return exported_tensors(self._reader, self._family, self._fields, self.dtype)
 
@@ -105,11 +105,11 @@ def _is_tied(folder: Path) -> bool:
     return path.is_file() and read_json(path).get("tie_word_embeddings", False)
 
 
-def _filled(scratch: Scratch, pieces: list[memoryview | Stretch], nbytes: int) -> torch.Tensor:
+def _filled(scratch: ReusableBuffer, pieces: list[memoryview | ByteRange], nbytes: int) -> torch.Tensor:
     whole, at = scratch.tensor((nbytes,), torch.uint8), 0
     for piece in pieces:
         length = piece.nbytes
-        if isinstance(piece, Stretch):
+        if isinstance(piece, ByteRange):
             read_into(piece.path, piece.start, whole[at : at + length])
         else:
             as_bytes(whole)[at : at + length] = piece

@@ -7,8 +7,8 @@ import torch
 from tqdm import tqdm
 
 import treg_megatron
-from treg_megatron.checkpoint.buffers import Scratch
-from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, Identity, write_identity
+from treg_megatron.checkpoint.buffers import ReusableBuffer
+from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, CheckpointMetadata, write_metadata
 from treg_megatron.checkpoint.safetensors_stream import DTYPES, StoredTensor, tensors_in_folder
 from treg_megatron.checkpoint.torch_dist import TorchDistWriter
 from treg_megatron.errors import UserError
@@ -30,7 +30,7 @@ from treg_megatron.models.families import (
 from treg_megatron.utils.files import atomic_folder, read_json
 
 
-def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False) -> Identity:
+def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False) -> CheckpointMetadata:
     """Write the model of a Hugging Face folder as a Megatron checkpoint that loads at any TP x PP.
 
     Values keep their precision bit for bit; the vocabulary is stored without padding (Megatron-core pads on loading).
@@ -46,7 +46,7 @@ def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False
     family, fields = family_of(hf_config), model_fields(hf_config)
     stored = model_tensors(tensors_in_folder(hf), family, fields, hf)
     dtype = common_dtype(stored, hf)
-    identity = Identity(
+    identity = CheckpointMetadata(
         family=family.architecture,
         hf_config=hf_config,
         dtype=str(dtype).removeprefix("torch."),
@@ -66,7 +66,7 @@ def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False
             for parameter, place in in_model_order(family, fields):
                 copier.copy(parameter, place)
             _write_extra_state(writer, family, fields)
-        write_identity(folder, identity)
+        write_metadata(folder, identity)
     return identity
 
 
@@ -82,7 +82,7 @@ class _ParameterCopier:
         bar: tqdm,
     ) -> None:
         self._stored, self._dtype, self._fields, self._writer, self._bar = stored, dtype, fields, writer, bar
-        self._source, self._merged = Scratch(), Scratch()
+        self._source, self._merged = ReusableBuffer(), ReusableBuffer()
 
     def copy(self, parameter: Parameter, place: tuple[int, ...]) -> None:
         """Copy one parameter (of one layer, of one expert)."""

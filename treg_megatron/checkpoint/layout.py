@@ -35,7 +35,7 @@ BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
 
 @dataclass(frozen=True)
-class Identity:
+class CheckpointMetadata:
     """What a checkpoint holds: the content of treg.json.
 
     Attributes:
@@ -59,13 +59,13 @@ class Identity:
     schema: int = SCHEMA
 
 
-def write_identity(checkpoint: Path, identity: Identity) -> None:
+def write_metadata(checkpoint: Path, identity: CheckpointMetadata) -> None:
     """Write treg.json in one step: it is whole or absent. Call it after everything else is in place."""
     with atomic_write(checkpoint / IDENTITY) as partial:
         partial.write_text(json.dumps(dataclasses.asdict(identity), indent=2) + "\n", encoding="utf-8")
 
 
-def read_identity(checkpoint: Path) -> Identity:
+def read_metadata(checkpoint: Path) -> CheckpointMetadata:
     """treg.json of a complete checkpoint.
 
     Raises:
@@ -84,7 +84,7 @@ def read_identity(checkpoint: Path) -> Identity:
     if content.get("schema") != SCHEMA:
         raise UserError(f"{path} has schema {content.get('schema')!r}, this version reads {SCHEMA}")
     try:
-        identity = Identity(**content)
+        identity = CheckpointMetadata(**content)
     except TypeError as error:
         raise UserError(f"{path} does not fit its schema: {error}") from None
     if "recipe" in identity.run:
@@ -130,7 +130,7 @@ def fingerprints(checkpoint: Path) -> dict[str, str]:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a complete checkpoint, in a few words; None if they look as written."""
     try:
-        for name, expected in read_identity(checkpoint).files.items():
+        for name, expected in read_metadata(checkpoint).files.items():
             path = checkpoint / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -168,7 +168,7 @@ def find_checkpoint(folder: Path) -> Path:
         if newest is None:
             raise UserError(f"run {folder} has no complete checkpoint yet")
         return newest
-    read_identity(folder)
+    read_metadata(folder)
     return folder
 
 

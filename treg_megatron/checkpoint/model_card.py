@@ -6,12 +6,12 @@ from typing import Any
 
 import yaml
 
-from treg_megatron.checkpoint.layout import Identity
+from treg_megatron.checkpoint.layout import CheckpointMetadata
 
 PAPER = "[T-REG](https://arxiv.org/abs/2412.02685)"
 
 
-def model_card(identity: Identity, run: dict[str, Any]) -> str:
+def model_card(identity: CheckpointMetadata, run: dict[str, Any]) -> str:
     """The model card in Markdown, with Hugging Face's YAML header.
 
     Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, read_identity
+from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, read_metadata
 from treg_megatron.checkpoint.torch_dist import CONTENT_METADATA
 from treg_megatron.config.recipe import load_recipe, section
 
@@ -39,7 +39,7 @@ def load_policy(
     from treg_megatron.models.build import build_policy, policy_config
     from treg_megatron.objective import Objective
 
-    hf_config = read_identity(checkpoint).hf_config
+    hf_config = read_metadata(checkpoint).hf_config
     recipe = load_recipe(
         overrides=[
             "train.precision=fp32",

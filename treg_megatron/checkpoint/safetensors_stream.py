@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from treg_megatron.checkpoint.buffers import OutputFile, Stretch, read_into
+from treg_megatron.checkpoint.buffers import ByteRange, OutputFile, read_into
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import read_json
 
@@ -187,7 +187,7 @@ class ShardWriter:
         if exception_type is None and self._remaining:
             raise RuntimeError(f"{self._remaining[-1].name} was planned but not written")
 
-    def write(self, name: str, pieces: Iterable[memoryview | Stretch]) -> None:
+    def write(self, name: str, pieces: Iterable[memoryview | ByteRange]) -> None:
         """Append the next tensor's bytes, given in pieces.
 
         Raises:
@@ -195,7 +195,7 @@ class ShardWriter:
         """
         planned = self._remaining.pop()
         written = sum(
-            self._file.copy(piece) if isinstance(piece, Stretch) else self._file.write(piece) for piece in pieces
+            self._file.copy(piece) if isinstance(piece, ByteRange) else self._file.write(piece) for piece in pieces
         )
         if (name, written) != (planned.name, planned.nbytes):
             raise RuntimeError(f"planned {planned}, got {written} bytes of {name}")

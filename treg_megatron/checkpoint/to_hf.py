@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from treg_megatron.checkpoint.adapters import adapters_of
-from treg_megatron.checkpoint.buffers import Scratch, Stretch, as_bytes
+from treg_megatron.checkpoint.buffers import ByteRange, ReusableBuffer, as_bytes
 from treg_megatron.checkpoint.from_hf import model_tensors
 from treg_megatron.checkpoint.layout import (
     MODEL_PREFIX,
     WEIGHTS,
-    Identity,
+    CheckpointMetadata,
     find_checkpoint,
-    read_identity,
+    read_metadata,
 )
 from treg_megatron.checkpoint.model_card import model_card
 from treg_megatron.checkpoint.safetensors_stream import (
@@ -102,7 +102,7 @@ def export_checkpoint(
     base, output = Path(base), Path(output)
     refuse_existing(output)
     checkpoint = find_checkpoint(Path(checkpoint))
-    identity = read_identity(checkpoint)
+    identity = read_metadata(checkpoint)
     base_config = read_json(base / "config.json")
     fields = _common_fields(identity, checkpoint, base_config, base)
     family = family_of(base_config)
@@ -143,7 +143,7 @@ def export_adapter(checkpoint: str | Path, base: str | Path, output: str | Path)
     base, output = Path(base), Path(output)
     refuse_existing(output)
     checkpoint = find_checkpoint(Path(checkpoint))
-    identity = read_identity(checkpoint)
+    identity = read_metadata(checkpoint)
     fields = _common_fields(identity, checkpoint, read_json(base / "config.json"), base)
     low_rank = adapters_of(
         TorchDistReader(checkpoint / WEIGHTS), identity, family_of(identity.hf_config), fields, checkpoint
@@ -188,7 +188,7 @@ def check_tensors(reader: TorchDistReader, family: Family, fields: dict[str, Any
         )
 
 
-def _common_fields(identity: Identity, checkpoint: Path, base_config: dict, base: Path) -> dict[str, Any]:
+def _common_fields(identity: CheckpointMetadata, checkpoint: Path, base_config: dict, base: Path) -> dict[str, Any]:
     ours = {"architecture": identity.family, **model_fields(identity.hf_config)}
     theirs = {"architecture": family_of(base_config).architecture, **model_fields(base_config)}
     for name in sorted((ours.keys() | theirs.keys()) - FREE_FIELDS):
@@ -211,12 +211,12 @@ def planned_tensors(family: Family, fields: dict[str, Any], dtype: torch.dtype) 
 
 def exported_tensors(
     reader: TorchDistReader, family: Family, fields: dict[str, Any], dtype: torch.dtype
-) -> Iterator[list[memoryview | Stretch]]:
+) -> Iterator[list[memoryview | ByteRange]]:
     """The bytes of each Hugging Face tensor in ``dtype``.
 
     They are in memory until the next tensor is asked for, or in the checkpoint's files.
     """
-    whole, part = Scratch(), Scratch()
+    whole, part = ReusableBuffer(), ReusableBuffer()
     for parameter, place in in_model_order(family, fields):
         key = MODEL_PREFIX + parameter.key
         shapes = [source_shape(source, fields) for source in parameter.sources]

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from treg_megatron.checkpoint.buffers import OutputFile, Scratch, Stretch, read_into
+from treg_megatron.checkpoint.buffers import ByteRange, OutputFile, ReusableBuffer, read_into
 from treg_megatron.errors import UserError
 
 METADATA = ".metadata"
@@ -130,7 +130,7 @@ class TorchDistReader:
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        self._scratch = Scratch()
+        self._scratch = ReusableBuffer()
 
     def read_into(self, key: str, target: torch.Tensor, place: tuple[int, ...] = ()) -> None:
         """Read a tensor, or one layer (and expert) of a tensor that stacks them on its leading axes.
@@ -155,7 +155,7 @@ class TorchDistReader:
 
     def rows_in_files(
         self, key: str, place: tuple[int, ...], first_row: int, shape: tuple[int, ...]
-    ) -> list[Stretch] | None:
+    ) -> list[ByteRange] | None:
         """Byte ranges of ``shape[0]`` rows of a tensor, in order, starting at ``first_row``.
 
         Returns:
@@ -170,7 +170,7 @@ class TorchDistReader:
             path, start, rows = self._locate(part)
             if rows.shape[1:] != shape[1:]:
                 return None
-            stretches.append(Stretch(path, start, rows.nbytes))
+            stretches.append(ByteRange(path, start, rows.nbytes))
         return stretches
 
     def _parts(self, key: str, place: tuple[int, ...], first_row: int, shape: tuple[int, ...]) -> list["_Part"]:

@@ -87,14 +87,14 @@ def recipe_at(name: str | Path) -> "Path | RecordedRecipe":
     Raises:
         UserError: no such recipe, a folder that is not a checkpoint, or a checkpoint without a recipe.
     """
-    from treg_megatron.checkpoint.layout import find_checkpoint, is_checkpoint, read_identity
+    from treg_megatron.checkpoint.layout import find_checkpoint, is_checkpoint, read_metadata
     from treg_megatron.config.recipe import RecordedRecipe, find_recipe, summaries
 
     # a folder that only happens to be called like a shipped recipe does not hide it
     if not Path(name).is_dir() or (str(name) in summaries() and not is_checkpoint(Path(name))):
         return find_recipe(name)
     checkpoint = find_checkpoint(Path(name))
-    recorded = read_identity(checkpoint).run.get("recipe")
+    recorded = read_metadata(checkpoint).run.get("recipe")
     if recorded is None:
         raise UserError(f"checkpoint {checkpoint} has no recipe: training did not write it; name the recipe's file")
     return RecordedRecipe(Path(name), recorded)

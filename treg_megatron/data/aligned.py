@@ -38,7 +38,7 @@ class PairRecord(NamedTuple):
     rejected_ref_logprobs: np.ndarray | None
 
 
-class PairStreams:
+class AlignedDataset:
     """Aligned dataset with random access to its pairs. Made by :func:`open_streams`; pickles as its prefix.
 
     Attributes:
@@ -83,7 +83,7 @@ class PairStreams:
         )
 
     def __reduce__(self):
-        return PairStreams, (self.prefix,)
+        return AlignedDataset, (self.prefix,)
 
     def reader(self, name: str) -> IndexedReader:
         """The indexed dataset ``name``; REF_LOGPROBS must be present."""

@@ -9,25 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from treg_megatron.data.aligned import PairRecord, PairStreams
+from treg_megatron.data.aligned import AlignedDataset, PairRecord
 from treg_megatron.errors import UserError
 
 _LONGEST = 100  # epoch length as a multiple of all pairs; more than this is almost certainly a typo in the weights
 
 
-class BlendedStreams:
-    """Blend with the reading interface of :class:`~treg_megatron.data.aligned.PairStreams`.
+class BlendedDataset:
+    """Blend with the reading interface of :class:`~treg_megatron.data.aligned.AlignedDataset`.
 
     Attributes:
         prefix: the blend as written in the recipe.
         parts: the datasets blended.
-        sequence_lengths, response_lengths: int32 [pairs, 2], as in ``PairStreams``, repeats included.
+        sequence_lengths, response_lengths: int32 [pairs, 2], as in ``AlignedDataset``, repeats included.
 
     Raises:
         UserError: the parts were made with different tokenizers, or the weights make an unreasonably long epoch.
     """
 
-    def __init__(self, written: str, parts: list[PairStreams], weights: list[float] | None):
+    def __init__(self, written: str, parts: list[AlignedDataset], weights: list[float] | None):
         self.prefix, self.parts = written, parts
         for part in parts[1:]:
             if part.manifest["tokenizer"]["sha256"] != parts[0].manifest["tokenizer"]["sha256"]:
@@ -71,7 +71,7 @@ class BlendedStreams:
         return record._replace(chosen_ref_logprobs=None, rejected_ref_logprobs=None)
 
     def require_unchanged(self) -> None:
-        """Check every part with :meth:`PairStreams.require_unchanged`.
+        """Check every part with :meth:`AlignedDataset.require_unchanged`.
 
         Raises:
             UserError: a file of a part does not match its manifest.

@@ -3,7 +3,7 @@
 import numpy as np
 
 from treg_megatron.config.schema import DataSection
-from treg_megatron.data.aligned import PairStreams
+from treg_megatron.data.aligned import AlignedDataset
 from treg_megatron.errors import UserError
 from treg_megatron.objective import Objective
 
@@ -21,7 +21,7 @@ def require_enough(pairs: int, data: DataSection, where: str) -> None:
         )
 
 
-def require_trainable(streams: PairStreams, data: DataSection, objective: Objective) -> None:
+def require_trainable(streams: AlignedDataset, data: DataSection, objective: Objective) -> None:
     """Check that every pair fits the recipe, and that the dataset holds what the objective reads.
 
     Raises:

@@ -13,7 +13,7 @@ from treg_megatron.data.formats import AUTO, FORMATS, Answered, NoPreference, Pa
 from treg_megatron.data.records import read_rows
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.conversation import Message
-from treg_megatron.utils.string_set import Seen
+from treg_megatron.utils.string_set import StringSet
 
 IDENTICAL_RESPONSES = "identical responses"
 REPEATED_PAIR = "repeats an earlier pair"
@@ -72,7 +72,7 @@ def read_pairs_and_rows(
     """:func:`read_pairs`, with the record that each pair was read from."""
     drops = Counter() if drops is None else drops
     reader = None if format == AUTO else format_named(format)
-    seen_ids, seen_pairs = Seen(), Seen()
+    seen_ids, seen_pairs = StringSet(), StringSet()
     for number, row in read_rows(source):
         try:
             if not isinstance(row, dict):

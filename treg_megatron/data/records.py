@@ -55,7 +55,7 @@ def is_parquet(path: Path) -> bool:
 
 
 def source_identity(source: str | Path) -> dict[str, str]:
-    """Identity of an input: name and hash of a file or folder, or name and fingerprint of a hub dataset.
+    """CheckpointMetadata of an input: name and hash of a file or folder, or name and fingerprint of a hub dataset.
 
     Raises:
         UserError: as :func:`read_rows`.

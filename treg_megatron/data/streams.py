@@ -17,18 +17,18 @@ from treg_megatron.data.aligned import (
     REF_LOGPROBS,
     TOKEN_REWARDS,
     TOKENS,
-    PairStreams,
+    AlignedDataset,
     manifest_path,
     stream_paths,
     streams_manifest,
 )
-from treg_megatron.data.blend import BlendedStreams, parse_blend
+from treg_megatron.data.blend import BlendedDataset, parse_blend
 from treg_megatron.data.indexed import IndexedWriter
 from treg_megatron.data.labelled_pairs import LabelledPair
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.utils.files import atomic_write_all, manifest_text
-from treg_megatron.utils.string_set import Seen
+from treg_megatron.utils.string_set import StringSet
 
 _UINT16_VOCABULARY = 65500  # megatron-core's own limit for two-byte tokens
 
@@ -93,7 +93,7 @@ def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, 
     all_labels = [streams.manifest["labels"] for streams in opened]
     labels = all_labels[0] if all(each == all_labels[0] for each in all_labels) else {"merged": all_labels}
     with _stream_writers(prefix, np.dtype(first["token_dtype"]), first["reference_logprobs"]) as (writers, manifest):
-        seen = Seen()
+        seen = StringSet()
         for streams in opened:
             for pair in range(len(streams)):
                 if (pair_id := streams.pair_id(pair)) in seen:
@@ -113,7 +113,7 @@ def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, 
     return streams_manifest(prefix)
 
 
-def split_streams(source: PairStreams, outputs: Sequence[str | Path], fraction: float) -> list[dict[str, Any]]:
+def split_streams(source: AlignedDataset, outputs: Sequence[str | Path], fraction: float) -> list[dict[str, Any]]:
     """Split a dataset into training (``outputs[0]``) and validation (``outputs[1]``), and return the manifests.
 
     Only a hash of pair_id decides, so a pair stays on its side whatever else the dataset holds.
@@ -181,7 +181,7 @@ def _stream_writers(
             leftover.unlink(missing_ok=True)
 
 
-def open_streams(prefix: str | Path) -> PairStreams | BlendedStreams:
+def open_streams(prefix: str | Path) -> AlignedDataset | BlendedDataset:
     """Open an aligned dataset or blend, with the cheap checks: sizes, counts, matching lengths, and the first and last
     bytes of every file.
 
@@ -192,18 +192,18 @@ def open_streams(prefix: str | Path) -> PairStreams | BlendedStreams:
         UserError: a file is missing or foreign, or the files do not match each other or the manifest.
     """
     if len(str(prefix).split()) < 2 or manifest_path(prefix).exists():
-        return PairStreams(prefix)
+        return AlignedDataset(prefix)
     prefixes, weights = parse_blend(str(prefix))
-    return BlendedStreams(str(prefix), [PairStreams(each) for each in prefixes], weights)
+    return BlendedDataset(str(prefix), [AlignedDataset(each) for each in prefixes], weights)
 
 
-def verify(prefix: str | Path) -> PairStreams:
+def verify(prefix: str | Path) -> AlignedDataset:
     """Open one aligned dataset and compare every byte with the manifest.
 
     Raises:
         UserError: as :func:`open_streams`, or the sha256 of a file differs from the manifest's.
     """
-    streams = PairStreams(prefix)
+    streams = AlignedDataset(prefix)
     streams.require_unchanged()
     return streams
 
@@ -226,7 +226,7 @@ def require_same_tokenizer(manifest: dict[str, Any], tokenizer_folder: str | Pat
 def _write_pairs(
     writers: dict[str, IndexedWriter], pairs: Iterable[LabelledPair], tokenizer: ChatTokenizer
 ) -> dict[str, int]:
-    seen = Seen()
+    seen = StringSet()
     tokens = response_tokens = longest = 0
     for pair in pairs:
         if max(pair.chosen_tokens.max(), pair.rejected_tokens.max()) >= tokenizer.vocab_size:

@@ -17,7 +17,7 @@ JOIN_SECONDS = 600  # a node may still be reading Python's files from a busy dis
 
 
 @dataclass(frozen=True)
-class World:
+class RankInfo:
     """This process's place among the processes of a job; without a launcher, the only one of one."""
 
     rank: int
@@ -41,7 +41,7 @@ def _under_srun() -> bool:
     return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
-def world() -> World:
+def rank_info() -> RankInfo:
     """The ranks of the job, from the launcher's environment variables.
 
     Raises:
@@ -58,10 +58,10 @@ def world() -> World:
         )
         local_size, uneven = size // nodes, size % nodes
     else:
-        return World(0, 1, 0, 1)
+        return RankInfo(0, 1, 0, 1)
     if uneven:
         raise UserError(f"{size} processes do not divide evenly over their nodes: start the same number on every node")
-    return World(rank, size, local_rank, local_size)
+    return RankInfo(rank, size, local_rank, local_size)
 
 
 def node_name() -> str:
@@ -69,13 +69,13 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def join(ranks: World, timeout: float, store: "torch.distributed.Store | None" = None) -> None:
+def init_process_group(ranks: RankInfo, timeout: float, store: "torch.distributed.Store | None" = None) -> None:
     """Initialise the process group before NeMo does: NCCL with GPUs, otherwise gloo.
 
     Args:
         ranks: the processes of the job.
         timeout: seconds after which a collective fails.
-        store: the result of :func:`connect`, if it was called before.
+        store: the result of :func:`connect_store`, if it was called before.
 
     Raises:
         UserError: the port is taken, rank 0's address is unknown, or ranks did not connect in time.
@@ -90,18 +90,18 @@ def join(ranks: World, timeout: float, store: "torch.distributed.Store | None" =
         torch.cuda.set_device(ranks.local_rank)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        store=store or connect(ranks),
+        store=store or connect_store(ranks),
         rank=ranks.rank,
         world_size=ranks.size,
         timeout=timedelta(seconds=timeout),
     )
 
 
-def connect(ranks: World) -> "torch.distributed.Store":
+def connect_store(ranks: RankInfo) -> "torch.distributed.Store":
     """A key-value store that all ranks share; rank 0 serves it at MASTER_ADDR:MASTER_PORT.
 
     Raises:
-        UserError: as for :func:`join`.
+        UserError: as for :func:`init_process_group`.
     """
     import torch.distributed as dist
 
@@ -129,7 +129,7 @@ def connect(ranks: World) -> "torch.distributed.Store":
         raise UserError(_why_not_connected(str(error), address, port, ranks)) from None
 
 
-def _why_not_connected(message: str, address: str, port: str, ranks: World) -> str:
+def _why_not_connected(message: str, address: str, port: str, ranks: RankInfo) -> str:
     if "EADDRINUSE" in message or "address already in use" in message.lower():
         return f"port {port} of {node_name()} is taken by another program: set MASTER_PORT to a free one"
     if "clients joined" in message:
@@ -140,7 +140,7 @@ def _why_not_connected(message: str, address: str, port: str, ranks: World) -> s
     return f"rank {ranks.rank} on {node_name()} cannot reach rank 0 at {address}:{port}: {message.splitlines()[0]}"
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Destroy the process group on all ranks at once: rank 0 serves the store, and threads must end before Python."""
     import torch.distributed as dist
 
@@ -157,7 +157,7 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     import torch.distributed as dist
 
     outcome: list = [None, None]
-    if world().rank == 0:
+    if rank_info().rank == 0:
         try:
             outcome[0] = action()
         except (UserError, OSError) as error:

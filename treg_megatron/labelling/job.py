@@ -30,7 +30,7 @@ from treg_megatron.data.labelled_pairs import (
 )
 from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs
 from treg_megatron.data.records import source_identity
-from treg_megatron.distributed.launch import world
+from treg_megatron.distributed.launch import rank_info
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.contrastive import contrastive_rewards
 from treg_megatron.labelling.prompt_pair import PromptPair, load_prompt_pair
@@ -277,7 +277,7 @@ def _listed(drops: Counter[str]) -> str:
 
 
 def _share(section: LabelSection) -> Share:
-    here = world()
+    here = rank_info()
     if section.engine == "huggingface":
         return Share(here.rank, here.size, True)
     from treg_megatron.labelling.scoring.megatron import replica

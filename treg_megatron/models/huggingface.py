@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from treg_megatron.distributed.launch import world
+from treg_megatron.distributed.launch import rank_info
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import hash_blocks
 from treg_megatron.utils.imports import heavy_imports
@@ -75,7 +75,7 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{world().local_rank % torch.cuda.device_count()}"
+        name = f"cuda:{rank_info().local_rank % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

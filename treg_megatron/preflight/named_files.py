@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from treg_megatron.checkpoint.layout import read_identity
+from treg_megatron.checkpoint.layout import read_metadata
 from treg_megatron.data.aligned import manifest_path
 from treg_megatron.data.blend import parse_blend
 from treg_megatron.data.checks import require_enough, require_trainable
@@ -24,7 +24,7 @@ def check_files(sections: Sections) -> tuple[list[str], int | None]:
     model, lines, pairs = sections.model, [], sections.cluster.pairs
     checkpoint, hf = Path(model.checkpoint), Path(model.hf)
     if checkpoint.exists():
-        require_architecture(model, read_identity(checkpoint).hf_config, str(checkpoint))
+        require_architecture(model, read_metadata(checkpoint).hf_config, str(checkpoint))
     for prefix in (sections.data.train, sections.data.validation):
         if prefix is None or not _made(prefix):
             continue

@@ -13,11 +13,18 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from treg_megatron.checkpoint.layout import IDENTITY, read_identity
+from treg_megatron.checkpoint.layout import IDENTITY, read_metadata
 from treg_megatron.config.recipe import section
 from treg_megatron.data.blend import parse_blend
 from treg_megatron.data.indexed import ends_of
-from treg_megatron.distributed.launch import World, connect, join, leave, node_name, world
+from treg_megatron.distributed.launch import (
+    RankInfo,
+    connect_store,
+    destroy_process_group,
+    init_process_group,
+    node_name,
+    rank_info,
+)
 from treg_megatron.errors import UserError
 from treg_megatron.preflight.costs import checkpoint_bytes
 from treg_megatron.utils.files import bytes_in
@@ -32,9 +39,9 @@ def check(recipe: DictConfig) -> None:
     Raises:
         UserError: on every rank, if a node fails the check; the message names the node.
     """
-    ranks = world()
+    ranks = rank_info()
     inputs, output = files_of_training(recipe)
-    store = connect(ranks)
+    store = connect_store(ranks)
     store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
     if ranks.rank == 0:
         store.set("probe", write_probe(output))
@@ -66,7 +73,7 @@ def write_probe(output: Path) -> str:
     return str(probe)
 
 
-def _nodes(store, ranks: World) -> list[dict[str, Any]]:
+def _nodes(store, ranks: RankInfo) -> list[dict[str, Any]]:
     """The report of each node, see :func:`describe_node`; a node that did not answer is marked as silent."""
     nodes = []
     for rank in range(0, ranks.size, ranks.local_size):
@@ -100,7 +107,7 @@ def bytes_needed(recipe: DictConfig) -> int:
     source = Path(model.checkpoint)
     if not (source / IDENTITY).is_file():
         return 0  # training will refuse to start
-    itemsize = 4 if read_identity(source).dtype == "float32" else 2
+    itemsize = 4 if read_metadata(source).dtype == "float32" else 2
     parameters = bytes_in(source) // itemsize
     written = bytes_in(Path(run.output) / "checkpoints")
     return max(checkpoint_bytes(parameters, 0, run.precision) * (run.save_total_limit + 1) - written, 0)
@@ -165,7 +172,7 @@ def _differences(nodes: list[dict[str, Any]], kind: str) -> list[tuple[str, str 
     return found
 
 
-def devices(ranks: World, store: Any) -> None:
+def devices(ranks: RankInfo, store: Any) -> None:
     """Run a matrix product on every device and an all-reduce over all ranks; rank 0 prints the bandwidth.
 
     Raises:
@@ -173,7 +180,7 @@ def devices(ranks: World, store: Any) -> None:
     """
     import torch
 
-    join(ranks, ANSWER_SECONDS, store)
+    init_process_group(ranks, ANSWER_SECONDS, store)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         ones = torch.ones(512, 512, device=kind)
@@ -195,7 +202,7 @@ def devices(ranks: World, store: Any) -> None:
             f"all-reduce of {size >> 20} MiB over all ranks: {on_wire / seconds / 1e9:.2f} GB/s",
             flush=True,
         )
-    leave()
+    destroy_process_group()
 
 
 def _all_reduce_seconds(kind: str) -> float:

@@ -19,7 +19,7 @@ import numpy as np
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.conversation import Message, Sampled
 from treg_megatron.tokenizer.sentencepiece_model import SentencePieceTokenizer
-from treg_megatron.tokenizer.word_cache import WordMemory, known_cuts
+from treg_megatron.tokenizer.word_cache import TokenCache, known_cuts
 from treg_megatron.utils.files import sha256_of_json
 from treg_megatron.utils.imports import heavy_imports
 
@@ -256,7 +256,7 @@ class _FastEngine:
             None
             if cuts is None
             else {
-                special: WordMemory(functools.partial(self.encode_whole, special=special), cuts)
+                special: TokenCache(functools.partial(self.encode_whole, special=special), cuts)
                 for special in (True, False)
             }
         )

@@ -45,7 +45,7 @@ class Cuts(NamedTuple):
     word_model: Callable[[str], list[Any]] | None
 
 
-class WordMemory:
+class TokenCache:
     """Caching encoder for tokenizers with :func:`known_cuts`.
 
     Args:

@@ -11,7 +11,7 @@ from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
 from treg_megatron.config.schema import OptimizerSection, ParallelSection, TrainSection
 from treg_megatron.distributed.cpu_redirect import is_cpu
-from treg_megatron.distributed.launch import World
+from treg_megatron.distributed.launch import RankInfo
 from treg_megatron.models.build import DTYPES
 from treg_megatron.training.strategy import PolicyStrategy
 
@@ -63,7 +63,7 @@ def strategy(parallel: ParallelSection, train: TrainSection, initial_weights: Pa
 
 
 def trainer(
-    world: World, strategy: PolicyStrategy, train: TrainSection, steps: int, callbacks: list[pl.Callback]
+    world: RankInfo, strategy: PolicyStrategy, train: TrainSection, steps: int, callbacks: list[pl.Callback]
 ) -> nl.Trainer:
     """A trainer that leaves logging, saving and validation to ``callbacks``."""
     return nl.Trainer(

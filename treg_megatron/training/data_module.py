@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from treg_megatron.config.schema import DataSection, ParallelSection
 from treg_megatron.data import packing
-from treg_megatron.data.aligned import PairRecord, PairStreams
+from treg_megatron.data.aligned import AlignedDataset, PairRecord
 from treg_megatron.data.collate import collate, row_multiple
 from treg_megatron.data.sampler import MicrobatchOrder
 from treg_megatron.distributed.context_parallel import ContextPart
@@ -21,7 +21,7 @@ from treg_megatron.distributed.context_parallel import ContextPart
 class PairDataset(Dataset):
     """An opened aligned dataset as a map-style dataset of pairs."""
 
-    def __init__(self, streams: PairStreams):
+    def __init__(self, streams: AlignedDataset):
         self.streams = streams
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class PairData(pl.LightningDataModule):
     """
 
     def __init__(
-        self, data: DataSection, train: PairStreams, validation: PairStreams | None, parallel: ParallelSection
+        self, data: DataSection, train: AlignedDataset, validation: AlignedDataset | None, parallel: ParallelSection
     ):
         super().__init__()
         self.data, self.train, self.validation = data, train, validation
@@ -125,7 +125,7 @@ class PairData(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.validation)
 
-    def _loader(self, streams: PairStreams, **order) -> DataLoader:
+    def _loader(self, streams: AlignedDataset, **order) -> DataLoader:
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         if self.bins is None:
             layout = self.data.layout
@@ -157,7 +157,7 @@ class PairData(pl.LightningDataModule):
             ),
         )
 
-    def _lengths(self, streams: PairStreams) -> np.ndarray:
+    def _lengths(self, streams: AlignedDataset) -> np.ndarray:
         lengths = self.padded_length(streams.sequence_lengths)
         if self.data.share_prompts:  # the rejected sequence adds only its response
             lengths = np.column_stack([lengths[:, 0], streams.response_lengths[:, 1]])

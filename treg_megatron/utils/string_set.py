@@ -5,7 +5,7 @@ import numpy as np
 _FEW = 1 << 14
 
 
-class Seen:
+class StringSet:
     """A growing set of strings that stores 64-bit hashes alone, 8 to 14 bytes each; a Python set takes ten times that.
 
     The chance that any two of a million strings share a hash is one in 30 million.

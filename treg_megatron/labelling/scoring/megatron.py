@@ -17,7 +17,13 @@ import torch
 
 from treg_megatron.data.alignment import score_positions
 from treg_megatron.data.collate import packed_row
-from treg_megatron.distributed.launch import World, join, leave, on_rank_zero, world
+from treg_megatron.distributed.launch import (
+    RankInfo,
+    destroy_process_group,
+    init_process_group,
+    on_rank_zero,
+    rank_info,
+)
 from treg_megatron.distributed.layout import require_split
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.scoring import ScoredSequence
@@ -25,7 +31,7 @@ from treg_megatron.labelling.scoring import ScoredSequence
 _PATIENCE = 3600.0  # seconds: rank 0 may read hundreds of gigabytes while the others wait
 
 
-def replica(here: World, tensor: int, pipeline: int) -> tuple[int, int, bool]:
+def replica(here: RankInfo, tensor: int, pipeline: int) -> tuple[int, int, bool]:
     """The replica of the model that this rank belongs to, the number of replicas, and whether it is its first rank.
 
     Ranks are in Megatron's order: tensor-parallel neighbours first, pipeline stages last.
@@ -57,11 +63,11 @@ class MegatronScorer:
     """
 
     def __init__(self, checkpoint: str | Path, tensor: int, pipeline: int, dtype: str, batch_tokens: int):
-        from treg_megatron.checkpoint.layout import find_checkpoint, read_identity
+        from treg_megatron.checkpoint.layout import find_checkpoint, read_metadata
         from treg_megatron.models.families import model_fields
 
         self._checkpoint = folder = find_checkpoint(Path(checkpoint))
-        config = read_identity(folder).hf_config
+        config = read_metadata(folder).hf_config
         require_split(model_fields(config), tensor, pipeline, "label")
         self.max_length, self.vocab_size = config["max_position_embeddings"], config["vocab_size"]
         self.batch_tokens = batch_tokens
@@ -83,7 +89,7 @@ class MegatronScorer:
 
     def close(self) -> None:
         """Destroy the process group once no sequence is left; all ranks must call this."""
-        leave()
+        destroy_process_group()
 
     def score(
         self, sequences: Sequence[ScoredSequence], scored: Callable[[int, int], None] = lambda sequences, tokens: None
@@ -163,7 +169,7 @@ def _start_ranks(tensor: int, pipeline: int) -> None:
 
     if not torch.cuda.is_available():
         use_cpu()
-    join(world(), _PATIENCE)
+    init_process_group(rank_info(), _PATIENCE)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor, pipeline)
         model_parallel_cuda_manual_seed(1)

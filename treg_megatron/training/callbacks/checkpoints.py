@@ -17,12 +17,12 @@ from treg_megatron.checkpoint.layout import (
     CHECKPOINTS,
     IDENTITY,
     UNFINISHED_MARKER,
-    Identity,
+    CheckpointMetadata,
     damage,
     fingerprints,
     is_complete,
     newest_checkpoint,
-    write_identity,
+    write_metadata,
 )
 from treg_megatron.distributed.launch import on_rank_zero
 from treg_megatron.errors import UserError
@@ -56,7 +56,7 @@ class SaveEvery(pl.Callback):
         run: Path,
         steps: int,
         keep: int,
-        identity: Identity,
+        identity: CheckpointMetadata,
         description: dict[str, Any],
         metrics: dict[str, float],
     ):
@@ -98,7 +98,7 @@ class SaveEvery(pl.Callback):
             with self._refused(self.folder):
                 trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=wait)
 
-    def _finish(self, checkpoint: Path, identity: Identity) -> None:
+    def _finish(self, checkpoint: Path, identity: CheckpointMetadata) -> None:
         torch.distributed.barrier()
         on_rank_zero(lambda: _complete(checkpoint, identity, self.keep))
 
@@ -131,8 +131,8 @@ def _begin(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def _complete(checkpoint: Path, identity: Identity, keep: int) -> None:
-    write_identity(checkpoint, dataclasses.replace(identity, files=fingerprints(checkpoint)))
+def _complete(checkpoint: Path, identity: CheckpointMetadata, keep: int) -> None:
+    write_metadata(checkpoint, dataclasses.replace(identity, files=fingerprints(checkpoint)))
     _marker(checkpoint).unlink()
     remove_old(checkpoint.parent, keep)
 

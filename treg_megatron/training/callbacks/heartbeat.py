@@ -13,7 +13,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from treg_megatron.distributed.launch import World, node_name
+from treg_megatron.distributed.launch import RankInfo, node_name
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Heartbeat(pl.Callback):
         hang_timeout_s: seconds; a validation micro-batch and a checkpoint also count as progress.
     """
 
-    def __init__(self, ranks: World, hang_timeout_s: float):
+    def __init__(self, ranks: RankInfo, hang_timeout_s: float):
         self.ranks, self.hang_timeout_s = ranks, hang_timeout_s
         self.quiet = min(QUIET_SECONDS, hang_timeout_s / 4)
         self.step, self.thread = 0, None
