@@ -1,4 +1,4 @@
-"""One YAML recipe describes a whole run; each station reads its own section.
+"""One YAML recipe describes a whole run; each step reads its own section.
 
 A recipe is a short diff: its ``defaults:`` key names the file that it extends, and the chain ends in
 ``recipes/base.yaml``, the only home of default values. :mod:`treg_megatron.config.schema` gives every key its type and
