@@ -52,7 +52,9 @@ def test_a_node_with_another_version_of_a_package(slurm, files, tmp_path):
     other.write_text(re.sub(r"\nVersion: .*", "\nVersion: 0.0.1", found.read_text()))
     slurm.inside("node2", "mount", "--bind", str(other), str(found))
     try:
-        refused(slurm, files, files.run("versions"), f"node[12] has einops .*, others have (0.0.1|{metadata.version})")
+        refused(
+            slurm, files, files.run("versions"), f"node[12] has einops .*, the others have (0.0.1|{metadata.version})"
+        )
     finally:
         slurm.inside("node2", "umount", "--lazy", str(found))
 

@@ -163,7 +163,8 @@ def _differences(nodes: list[dict[str, Any]], kind: str) -> list[tuple[str, str 
     """(what, found, usual, node) wherever a node differs from the majority, or no node sees an input."""
     found = []
     for what in sorted({what for node in nodes for what in node[kind]}):
-        usual = Counter(node[kind].get(what) for node in nodes).most_common(1)[0][0]
+        counts = Counter(node[kind].get(what) for node in nodes)
+        usual = max(counts, key=lambda value: (counts[value], value is not None))  # of two nodes, the one that has it
         found += [
             (what, node[kind].get(what), usual, node["node"])
             for node in nodes
@@ -198,7 +199,7 @@ def devices(ranks: RankInfo, store: Any) -> None:
     on_wire = size * 2 * (ranks.size - 1) / ranks.size  # bytes that each rank of a ring sends
     if ranks.rank == 0:
         print(
-            f"nodes: {ranks.nodes} with {ranks.local_size} ranks each, same packages, all folders visible; "
+            f"nodes: {ranks.nodes} with {ranks.local_size} ranks each, the same packages, all folders visible; "
             f"all-reduce of {size >> 20} MiB over all ranks: {on_wire / seconds / 1e9:.2f} GB/s",
             flush=True,
         )

@@ -13,7 +13,8 @@ import warnings
 
 #: loggers whose informational lines users of this package do not need
 CHATTY = (
-    *(f"{package}.utilities.rank_zero" for package in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric")),
+    *("pytorch_lightning.utilities", "pytorch_lightning.trainer", "lightning_fabric.utilities"),
+    *("lightning.pytorch.utilities", "lightning.pytorch.trainer", "lightning.fabric.utilities"),
     *(
         "transformers",
         "datasets",
