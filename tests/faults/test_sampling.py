@@ -319,6 +319,9 @@ def test_a_server_that_is_silent_or_gone_is_told(settings, http, monkeypatch):
     http.pause = 0.5
     with pytest.raises(UserError, match="completions gave no answer in 2 attempts .the last: timed out."):
         sample(served)
+    deadline = time.monotonic() + 30  # the server reads the last request when it gets to it
+    while len(http.asked) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert len(http.asked) == 4  # two prompts, each asked for again once
     nobody = dataclasses.replace(served, server="http://127.0.0.1:9/v1")
     with pytest.raises(UserError, match="127.0.0.1:9/v1/models gave no answer in 2 attempts .the last: .*refused"):

@@ -96,7 +96,7 @@ def test_index_refuses_another_tokenizer(files, tmp_path):
         ("data.sequence_length=3", "unknown recipe key data.sequence_length; did you mean data.seq_length"),
         ("objective.alpha=3", "objective.alpha is 3"),
         ("data.seq_length=8", "longer than data.seq_length=8.*label.max_length"),
-        ("data.micro_batch_size=3", "no multiple of data.micro_batch_size=3"),
+        ("data.micro_batch_size=3", "not a multiple of data.micro_batch_size=3"),
         ("train.precision=fp8", "train.precision is 'fp8'; choose one of"),
         ("data.train=nowhere", "nowhere"),
         ("model.checkpoint=nowhere", "nowhere does not exist"),
