@@ -64,7 +64,7 @@ def test_a_killed_rank_a_new_controller_and_a_node_without_power(slurm, files, u
     job = start(slurm, files, run)
     wait_for_step(run, 7)
     os.kill(ranks_of(slurm)[-1], signal.SIGKILL)
-    wait_for_log(files, job, "starting it again")
+    wait_for_log(files, job, "restarting (consecutive failure")
     wait_for_step(run, 13)
     slurm.restart_controller()
     wait_for_step(run, 19)
