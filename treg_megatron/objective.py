@@ -93,11 +93,6 @@ class Objective(ObjectiveSection):
         return self.loss_type in ("simpo", "dpo_norm")
 
     @property
-    def reads_token_rewards(self) -> bool:
-        """Whether token rewards are read from the aligned dataset."""
-        return self.alpha > 0 and self.token_rewards == "contrastive"
-
-    @property
     def warning(self) -> str | None:
         """A warning about settings that are valid but rarely intended, or None."""
         if self.alpha <= _UNUSUAL_ALPHA:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from treg_megatron.checkpoint.layout import find_checkpoint
 from treg_megatron.checkpoint.policy import load_policy
 from treg_megatron.errors import UserError
+from treg_megatron.models.huggingface import load_causal_lm
 from treg_megatron.utils.imports import heavy_imports
 
 # Largest accepted difference in nats: both sides compute in fp32, with different rounding in every layer.
@@ -89,20 +90,7 @@ def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _transformers_logprobs(hf: Path, ids: list[torch.Tensor]) -> list[torch.Tensor]:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        # eager is the reference implementation; others leave parts out (Gemma 2's soft-capping)
-        model = AutoModelForCausalLM.from_pretrained(
-            hf,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation="eager",
-        ).eval()
-    except Exception as error:
-        raise UserError(f"the model of {hf} does not load: {error}") from None
+    model = load_causal_lm(hf, torch.float32)
     with torch.no_grad():
         logits = [model(x[None]).logits[0, :-1] for x in ids]
     return [x.log_softmax(-1).gather(-1, i[1:, None]).squeeze(-1) for x, i in zip(logits, ids, strict=True)]

@@ -73,13 +73,14 @@ def main() -> None:
     entry.run(_main)
 
 
-def run_script(*commands: str) -> None:
-    """Run a command as the script that was started, as the files in ``tools/`` do.
+def run_script(*commands: str, prog: str | None = None) -> None:
+    """Run a command as the script or module that was started, as the files in ``tools/`` do.
 
     Args:
         commands: one command, or several of which the script's first argument names one.
+        prog: how help names the program; by default the script's file name.
     """
-    prog = Path(sys.argv[0]).name
+    prog = prog or Path(sys.argv[0]).name
     if len(commands) == 1:
         entry.run(lambda: _run(commands[0], sys.argv[1:], prog))
         return
@@ -99,8 +100,7 @@ def load(name: str):
 
 
 def _main() -> None:
-    verbose = [word for word in sys.argv[1:] if word == "--verbose"][:1]  # before the command or after it
-    words = [word for word in sys.argv[1:] if word != "--verbose"]
+    words = [word for word in sys.argv[1:] if word != "--verbose"]  # before the command or after it: read by entry.run
     arguments = parser().parse_args(words[:1])
     if arguments.version:
         from treg_megatron import __version__
@@ -109,7 +109,7 @@ def _main() -> None:
     elif arguments.command is None:
         parser().print_help()
     else:
-        _run(arguments.command, [*verbose, *words[1:]], f"treg {arguments.command}")
+        _run(arguments.command, words[1:], f"treg {arguments.command}")
 
 
 def _run(name: str, argv: list[str], prog: str) -> None:

@@ -34,8 +34,6 @@ def run(arguments: argparse.Namespace) -> None:
     from treg_megatron.distributed.launch import was_launched
 
     training = ["-m", "treg_megatron.train", "--recipe", arguments.recipe, *arguments.overrides]
-    if arguments.verbose:
-        training.append("--verbose")
     if was_launched():
         if arguments.nproc is not None:
             raise UserError(f"--nproc {arguments.nproc}: this process was started by torchrun or srun; leave it out")

@@ -7,7 +7,6 @@ of token rewards, so everything in it is validated when it is read. Files writte
 
 import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from treg_megatron.errors import UserError
-from treg_megatron.utils.files import atomic_write, read_manifest
+from treg_megatron.utils.files import atomic_write, natural_order, read_manifest
 from treg_megatron.utils.shard_job import MANIFEST_NAME
 
 MANIFEST_FORMAT, MANIFEST_VERSION = "treg-megatron labelled pairs", 1
@@ -141,10 +140,7 @@ def labelled_files(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"labelled pairs {path} do not exist")
-    files = sorted(
-        path.glob("*.parquet"),
-        key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)],
-    )
+    files = sorted(path.glob("*.parquet"), key=natural_order)
     if not files:
         raise UserError(f"{path} holds no .parquet files")
     return files

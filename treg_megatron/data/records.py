@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from treg_megatron.errors import UserError
-from treg_megatron.utils.files import sha256_of, sha256_of_json
+from treg_megatron.utils.files import natural_order, sha256_of, sha256_of_json
 
 HUB = "hub:"
 
@@ -97,11 +97,6 @@ def _folder_rows(folder: Path) -> Iterator[tuple[int, Any]]:
     if not files:
         raise UserError(f"{folder} holds neither .parquet files nor a data set that save_to_disk wrote")
     return _numbered(folder, files, _parquet_tables)
-
-
-def natural_order(path: Path) -> list[tuple[int, int | str]]:
-    """Sort key for natural order: part-2 before part-10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"([0-9]+)", path.name)]
 
 
 def _numbered(source: Path, files: list[Path], tables) -> Iterator[tuple[int, Any]]:

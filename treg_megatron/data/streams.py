@@ -56,15 +56,12 @@ def write_streams(
     token_dtype = np.uint16 if tokenizer.vocab_size < _UINT16_VOCABULARY else np.int32
     with _stream_writers(prefix, token_dtype, first.chosen_ref_logprobs is not None) as (writers, manifest):
         manifest |= _write_pairs(writers, itertools.chain([first], pairs), tokenizer)
-        manifest |= {
-            "alignment": ALIGNMENT,
-            "tokenizer": {
-                "sha256": tokenizer.sha256,
-                "chat_template_sha256": tokenizer.template_sha256,
-                "vocab_size": tokenizer.vocab_size,
-            },
-            "labels": labels,
+        made_with = {
+            "sha256": tokenizer.sha256,
+            "chat_template_sha256": tokenizer.template_sha256,
+            "vocab_size": tokenizer.vocab_size,
         }
+        manifest |= _provenance(made_with, labels)
     return streams_manifest(prefix)
 
 
@@ -106,9 +103,7 @@ def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, 
             "tokens": sum(s.manifest["tokens"] for s in opened),
             "response_tokens": sum(s.manifest["response_tokens"] for s in opened),
             "longest_sequence": max(s.manifest["longest_sequence"] for s in opened),
-            "alignment": ALIGNMENT,
-            "tokenizer": first["tokenizer"],
-            "labels": labels,
+            **_provenance(first["tokenizer"], labels),
         }
     return streams_manifest(prefix)
 
@@ -138,9 +133,7 @@ def split_streams(source: AlignedDataset, outputs: Sequence[str | Path], fractio
                 "tokens": int(source.sequence_lengths[chosen].sum()),
                 "response_tokens": int(source.response_lengths[chosen].sum()),
                 "longest_sequence": int(source.sequence_lengths[chosen].max()),
-                "alignment": ALIGNMENT,
-                "tokenizer": source.manifest["tokenizer"],
-                "labels": source.manifest["labels"],
+                **_provenance(source.manifest["tokenizer"], source.manifest["labels"]),
             }
         manifests.append(streams_manifest(output))
     return manifests
@@ -221,6 +214,10 @@ def require_same_tokenizer(manifest: dict[str, Any], tokenizer_folder: str | Pat
             f"({manifest['tokenizer']['sha256'][:12]}, not {tokenizer.sha256[:12]}): label and index with "
             "the tokenizer of the model to be trained"
         )
+
+
+def _provenance(tokenizer: dict[str, Any], labels: Any) -> dict[str, Any]:
+    return {"alignment": ALIGNMENT, "tokenizer": tokenizer, "labels": labels}
 
 
 def _write_pairs(

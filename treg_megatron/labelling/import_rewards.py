@@ -25,10 +25,10 @@ import numpy as np
 
 from treg_megatron.config.schema import LabelSection
 from treg_megatron.data.labelled_pairs import SIDES, LabelledPair, write_shard
-from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs_and_rows
+from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, read_pairs_and_rows
 from treg_megatron.data.records import source_identity
 from treg_megatron.errors import UserError
-from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, response_ids
+from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, labelled_pair, response_ids
 from treg_megatron.labelling.scoring import Scorer, sequences_of
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 
@@ -199,15 +199,7 @@ def _labelled(pair: Pair, row: dict, tokenizer: ChatTokenizer, max_length: int) 
         columns[f"{side}_token_rewards"] = rewards
     if np.array_equal(columns["chosen_tokens"], columns["rejected_tokens"]):
         return None, IDENTICAL_RESPONSES
-    return LabelledPair(
-        pair.pair_id,
-        **columns,
-        chosen_score=pair.chosen_score,
-        rejected_score=pair.rejected_score,
-        prompt=conversation_text(pair.messages),
-        chosen=pair.chosen,
-        rejected=pair.rejected,
-    ), ""
+    return labelled_pair(pair, columns), ""
 
 
 def _by_id(side: str, given: Any, values: list[float], ids: list[int]) -> list[float]:

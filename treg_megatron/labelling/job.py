@@ -28,13 +28,13 @@ from treg_megatron.data.labelled_pairs import (
     read_shard_metadata,
     write_shard,
 )
-from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, conversation_text, read_pairs
+from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, read_pairs
 from treg_megatron.data.records import source_identity
 from treg_megatron.distributed.launch import rank_info
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.contrastive import contrastive_rewards
 from treg_megatron.labelling.prompt_pair import PromptPair, load_prompt_pair
-from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, response_ids
+from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, labelled_pair, response_ids
 from treg_megatron.labelling.scoring import ScoredSequence, Scorer
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.utils.files import read_manifest
@@ -88,8 +88,9 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     drops: Counter[str] = Counter()
     total = sum(1 for _ in read_pairs(section.pairs, drops, section.format))
     job = ShardJob(output, SHARD_PATTERN, total, section.shard_pairs, share)
+    shards = set(job.paths)
     for path in sorted(output.glob("*.parquet")):
-        metadata = read_shard_metadata(path) if path in job.paths else None
+        metadata = read_shard_metadata(path) if path in shards else None
         _require_same_run((metadata or {}).get("run"), run, path)
     finished = job.finished()
     # All ranks of a split model must start together.
@@ -188,15 +189,7 @@ def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], sect
         columns[f"{side}_tokens"] = np.array([*sequence.prompt_ids, *sequence.response_ids], dtype=np.int32)
         columns[f"{side}_token_rewards"] = rewards
         columns[f"{side}_ref_logprobs"] = logps[side]["reference"]
-    return LabelledPair(
-        pair.pair_id,
-        **columns,
-        chosen_score=pair.chosen_score,
-        rejected_score=pair.rejected_score,
-        prompt=conversation_text(pair.messages),
-        chosen=pair.chosen,
-        rejected=pair.rejected,
-    )
+    return labelled_pair(pair, columns)
 
 
 # -- fingerprint and manifest ------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
-"""Token ids of a pair's responses, and the reasons for dropping a pair that does not fit."""
+"""Token ids of a pair's responses, why a pair is dropped, and its record once it is labelled."""
 
-from treg_megatron.data.pairs import Pair
+from typing import Any
+
+from treg_megatron.data.labelled_pairs import LabelledPair
+from treg_megatron.data.pairs import Pair, conversation_text
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.chat import ChatTokenizer
 
@@ -25,3 +28,16 @@ def response_ids(pair: Pair, side: str, tokenizer: ChatTokenizer) -> list[int]:
     if max(sampled) >= tokenizer.vocab_size:
         raise UserError(f"{side}_ids holds {max(sampled)}, but the tokenizer has only {tokenizer.vocab_size} tokens")
     return list(sampled)
+
+
+def labelled_pair(pair: Pair, columns: dict[str, Any]) -> LabelledPair:
+    """``pair`` with its per-token ``columns`` (tokens, token rewards, reference log-probs of both sides)."""
+    return LabelledPair(
+        pair.pair_id,
+        **columns,
+        chosen_score=pair.chosen_score,
+        rejected_score=pair.rejected_score,
+        prompt=conversation_text(pair.messages),
+        chosen=pair.chosen,
+        rejected=pair.rejected,
+    )

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
@@ -55,6 +56,11 @@ def bytes_in(folder: str | Path) -> int:
 def sha256_of_json(value: Any) -> str:
     """Hex digest of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def natural_order(path: Path) -> list[tuple[int, int | str]]:
+    """Sort key for natural order: part-2 before part-10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"([0-9]+)", path.name)]
 
 
 @contextlib.contextmanager
