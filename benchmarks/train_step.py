@@ -43,7 +43,10 @@ def main() -> None:
         "--model", type=Path, help="Hugging Face folder (default: a random Llama of 56.6M with the demo's tokenizer)"
     )
     parser.add_argument(
-        "--tokenizer", type=Path, help="folder of a tokenizer with a chat template, for the random model"
+        "--tokenizer",
+        type=Path,
+        default=ROOT / "runs" / "smollm2_135m" / "smollm2",
+        help="folder of a tokenizer with a chat template, for the random model (default: that of `make demo`)",
     )
     parser.add_argument("--pairs", type=Path, default=ROOT / "demo" / "pairs" / "train.jsonl", help="preference pairs")
     parser.add_argument("--max-length", type=int, default=512, help="longest sequence; longer pairs are left out")
@@ -73,6 +76,8 @@ def main() -> None:
         "model and pairs (default: a temporary one)",
     )
     arguments = parser.parse_args()
+    if not arguments.model and not arguments.tokenizer.is_dir():
+        parser.error(f"{arguments.tokenizer} does not exist: run `make demo` once, or name another --tokenizer")
     make_trl(arguments.trl_python)
     with contextlib.ExitStack() as stack:
         measure(arguments, arguments.prepared or Path(stack.enter_context(tempfile.TemporaryDirectory())))

@@ -15,9 +15,6 @@ from treg_megatron.config.recipe import load_recipe, section
 if TYPE_CHECKING:
     from treg_megatron.models.policy import Policy
 
-if TYPE_CHECKING:
-    from treg_megatron.models.policy import Policy
-
 
 def load_policy(
     checkpoint: Path, tensor: int = 1, pipeline: int = 1, expert: int = 1, sequence: bool = False

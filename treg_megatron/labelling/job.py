@@ -24,22 +24,21 @@ from treg_megatron.data.labelled_pairs import (
     MANIFEST_VERSION,
     SIDES,
     LabelledPair,
-    read_labelled,
     read_shard_metadata,
     write_shard,
 )
 from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, read_pairs
-from treg_megatron.data.records import source_identity
 from treg_megatron.distributed.launch import rank_info
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.contrastive import contrastive_rewards
+from treg_megatron.labelling.manifest import fingerprint, finish, require_own_output
 from treg_megatron.labelling.prompt_pair import PromptPair, load_prompt_pair
 from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, labelled_pair, response_ids
 from treg_megatron.labelling.scoring import ScoredSequence, Scorer
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.utils.files import read_manifest
 from treg_megatron.utils.progress import Progress
-from treg_megatron.utils.shard_job import MANIFEST_NAME, ShardJob, Share, remove_leftovers, require_same_run
+from treg_megatron.utils.shard_job import MANIFEST_NAME, ShardJob, Share, remove_leftovers
 
 SHARD_PATTERN = "shard-{:05d}.parquet"
 REVISION_TOO_LONG = "revision prompt and response do not fit max_revision_length"
@@ -77,12 +76,12 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     output = Path(section.output)
     tokenizer = load_tokenizer(section.model)
     prompt_pair = load_prompt_pair(section.prompt_pair)
-    run = _fingerprint(section, tokenizer, prompt_pair)
+    run = fingerprint(section, tokenizer, prompt_pair)
     share = _share(section)
     remove_leftovers(output, share)
     if (output / MANIFEST_NAME).exists():
         manifest = read_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
-        _require_same_run(manifest["run"], run, output / MANIFEST_NAME)
+        require_own_output(manifest["run"], run, output / MANIFEST_NAME)
         return manifest
     # Read everything once before the first forward pass: a broken record must not surface after hours of scoring.
     drops: Counter[str] = Counter()
@@ -91,7 +90,7 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     shards = set(job.paths)
     for path in sorted(output.glob("*.parquet")):
         metadata = read_shard_metadata(path) if path in shards else None
-        _require_same_run((metadata or {}).get("run"), run, path)
+        require_own_output((metadata or {}).get("run"), run, path)
     finished = job.finished()
     # All ranks of a split model must start together.
     needed = job.mine if section.engine == "huggingface" else job.portions
@@ -107,7 +106,7 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
             scorer.close()
     if not share.writes or len(job.finished()) < len(job.portions):
         return None
-    return _finish(job, drops, run, section)
+    return finish(job, drops, run, section)
 
 
 def _label_portion(
@@ -190,83 +189,6 @@ def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], sect
         columns[f"{side}_token_rewards"] = rewards
         columns[f"{side}_ref_logprobs"] = logps[side]["reference"]
     return labelled_pair(pair, columns)
-
-
-# -- fingerprint and manifest ------------------------------------------------------------------------------------------
-
-
-def _require_same_run(found: dict | None, run: dict, path: Path) -> None:
-    if found is None:
-        raise UserError(f"{path} was not written by this run; name another label.output, or remove that folder")
-    require_same_run(found, run, f"{path} is a run", "label.output")
-
-
-def _fingerprint(section: LabelSection, tokenizer: ChatTokenizer, prompt_pair: PromptPair) -> dict[str, Any]:
-    """Everything that determines the labels. Batch size and device are left out: they only change rounding."""
-    from treg_megatron.models.huggingface import model_identity
-
-    return {
-        "pairs": source_identity(section.pairs),
-        "reference": {**model_identity(section.model), "dtype": section.dtype},
-        "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256},
-        "prompt_pair": {"name": prompt_pair.name, "sha256": prompt_pair.sha256},
-        "max_length": section.max_length,
-        "max_revision_length": section.max_revision_length,
-        "reward_eot": section.reward_eot,
-        "shard_pairs": section.shard_pairs,
-    }
-
-
-def _finish(job: ShardJob, drops: Counter[str], run: dict, section: LabelSection) -> dict[str, Any]:
-    shards, drops = [], Counter(drops)
-    means = {side: _Mean() for side in SIDES}
-    magnitude = _Mean()
-    for path in job.paths:
-        pairs = 0
-        for pair in read_labelled(path):
-            pairs += 1
-            for side in SIDES:
-                rewards = getattr(pair, f"{side}_token_rewards")
-                means[side].add(rewards)
-                magnitude.add(np.abs(rewards))
-        drops.update(read_shard_metadata(path)["drops"])
-        shards.append({"file": path.name, "pairs": pairs})
-    kept = sum(shard["pairs"] for shard in shards)
-    if not kept:
-        for shard in shards:
-            (job.output / shard["file"]).unlink(missing_ok=True)
-        raise UserError(f"{section.pairs}: no pair is left to label ({_listed(drops)})")
-    return job.finish(
-        MANIFEST_FORMAT,
-        MANIFEST_VERSION,
-        {
-            "pairs": kept,
-            "drops": dict(sorted(drops.items())),
-            "token_rewards": {"mean_abs": magnitude.value, **{f"{side}_mean": means[side].value for side in SIDES}},
-            "run": run,
-            "shards": shards,
-        },
-    )
-
-
-class _Mean:
-    def __init__(self):
-        self.total, self.count = 0.0, 0
-
-    def add(self, values: np.ndarray) -> None:
-        self.total += float(values.sum(dtype=np.float64))
-        self.count += len(values)
-
-    @property
-    def value(self) -> float:
-        return round(self.total / max(self.count, 1), 6)
-
-
-def _listed(drops: Counter[str]) -> str:
-    return ", ".join(f"{count} dropped: {reason}" for reason, count in sorted(drops.items()))
-
-
-# -- the reference model -----------------------------------------------------------------------------------------------
 
 
 def _share(section: LabelSection) -> Share:
