@@ -20,11 +20,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = Path(__file__).resolve().parent / "workers"
-TRL = "trl==0.24.0"
+TRL = "trl==1.16.0"
 SHARED = "data.share_prompts=true"
 OURS = {
     "treg": [SHARED],
@@ -84,31 +85,15 @@ def main() -> None:
 
 
 def make_trl(python: Path) -> None:
-    """Make a virtual environment with TRL and this environment's versions of torch and transformers."""
+    """Make a virtual environment with TRL, this environment's torch, and the newest transformers that TRL accepts."""
     if python.exists():
         return
     print(f"making {python.parent.parent} with {TRL}", flush=True)
     folder = python.parent.parent
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     try:
-        subprocess.run(
-            [
-                python,
-                "-m",
-                "pip",
-                "install",
-                "-q",
-                "-c",
-                ROOT / "constraints.txt",
-                "torch",
-                "transformers",
-                "accelerate",
-                "datasets",
-                "jinja2",
-                TRL,
-            ],
-            check=True,
-        )
+        packages = [f"torch=={version('torch').partition('+')[0]}", "accelerate", "datasets", "jinja2", TRL]
+        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
     except subprocess.CalledProcessError:
         shutil.rmtree(folder)
         raise

@@ -65,7 +65,6 @@ def main() -> None:
             max_steps=arguments.steps,
             precompute_ref_log_probs=arguments.precompute,
             max_length=arguments.max_length,
-            max_prompt_length=arguments.max_length,
             optim="adamw_torch_fused",
             gradient_checkpointing=False,
             bf16=cuda,

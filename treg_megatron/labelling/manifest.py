@@ -74,7 +74,9 @@ def finish(job: ShardJob, drops: Counter[str], run: dict[str, Any], section: Lab
                 rewards = getattr(pair, f"{side}_token_rewards")
                 means[side].add(rewards)
                 magnitude.add(np.abs(rewards))
-        drops.update(read_shard_metadata(path)["drops"])
+        metadata = read_shard_metadata(path)
+        assert metadata is not None  # every shard has the run's fingerprint, or the job would not have started
+        drops.update(metadata["drops"])
         shards.append({"file": path.name, "pairs": pairs})
     kept = sum(shard["pairs"] for shard in shards)
     if not kept:
