@@ -31,6 +31,7 @@ from treg_megatron.errors import UserError
 from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, labelled_pair, response_ids
 from treg_megatron.labelling.scoring import Scorer, sequences_of
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
+from treg_megatron.utils.lock import Lock
 
 _LARGEST = 0.5
 _PAIRS_AT_ONCE = 64
@@ -72,7 +73,8 @@ def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[s
     }
     output = Path(section.output)
     file = output if output.suffix == ".parquet" else output.with_name(output.name + ".parquet")
-    pairs = write_shard(file, itertools.chain([first], labelled), {"run": run, "drops": drops})
+    with Lock(file):
+        pairs = write_shard(file, itertools.chain([first], labelled), {"run": run, "drops": drops})
     return {"file": str(file), "pairs": pairs, "drops": dict(sorted(drops.items()))}
 
 

@@ -13,6 +13,7 @@ from treg_megatron.data.streams import merge_streams, open_streams, split_stream
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.import_rewards import labelled_from_text
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
+from treg_megatron.utils.lock import Lock
 
 
 def validation_prefix(output: str | Path) -> str:
@@ -51,17 +52,18 @@ def index(section: IndexSection) -> dict[str, Any]:
             return write_streams(prefix, labelled_from_text(source, tokenizer, section.workers), tokenizer, run)
         return _write(prefix, section, tokenizer, run, parts)
 
-    try:
-        if not section.validation_fraction:
-            return write(section.output)
-        write(parts / "all")
-        return split_streams(
-            open_streams(parts / "all"),
-            (section.output, validation_prefix(section.output)),
-            section.validation_fraction,
-        )[0]
-    finally:
-        shutil.rmtree(parts, ignore_errors=True)
+    with Lock(section.output):
+        try:
+            if not section.validation_fraction:
+                return write(section.output)
+            write(parts / "all")
+            return split_streams(
+                open_streams(parts / "all"),
+                (section.output, validation_prefix(section.output)),
+                section.validation_fraction,
+            )[0]
+        finally:
+            shutil.rmtree(parts, ignore_errors=True)
 
 
 def _write(

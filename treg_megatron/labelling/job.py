@@ -95,6 +95,7 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     # All ranks of a split model must start together.
     needed = job.mine if section.engine == "huggingface" else job.portions
     if any(portion not in finished for portion in needed):
+        job.require_free(finished)
         scorer = scorer or _load_scorer(section)
         _require_fitting_model(section, scorer, tokenizer)
         with job.progress("label", "pairs", finished) as progress:

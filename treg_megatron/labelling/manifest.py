@@ -60,7 +60,7 @@ def finish(job: ShardJob, drops: Counter[str], run: dict[str, Any], section: Lab
         drops: counts, by reason, of the records dropped before the job was cut into shards.
 
     Raises:
-        UserError: every pair was dropped; the empty shards are removed.
+        UserError: a shard is another run's; or every pair was dropped, and the empty shards are removed.
     """
     shards: list[dict[str, Any]] = []
     drops = Counter(drops)
@@ -75,7 +75,8 @@ def finish(job: ShardJob, drops: Counter[str], run: dict[str, Any], section: Lab
                 means[side].add(rewards)
                 magnitude.add(np.abs(rewards))
         metadata = read_shard_metadata(path)
-        assert metadata is not None  # every shard has the run's fingerprint, or the job would not have started
+        require_own_output((metadata or {}).get("run"), run, path)  # another job may have written it meanwhile
+        assert metadata is not None
         drops.update(metadata["drops"])
         shards.append({"file": path.name, "pairs": pairs})
     kept = sum(shard["pairs"] for shard in shards)

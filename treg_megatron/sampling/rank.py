@@ -20,6 +20,7 @@ from treg_megatron.data.records import read_rows
 from treg_megatron.errors import UserError
 from treg_megatron.sampling.sample import FORMAT, VERSION
 from treg_megatron.utils.files import atomic_write, read_manifest
+from treg_megatron.utils.lock import Lock
 from treg_megatron.utils.progress import Progress
 from treg_megatron.utils.shard_job import MANIFEST_NAME
 
@@ -47,6 +48,11 @@ def rank(section: RankSection) -> Ranked:
     Raises:
         UserError: the samples are incomplete; scores are missing, not numbers or wrong in number; or no pair is left.
     """
+    with Lock(section.output):
+        return _rank(section)
+
+
+def _rank(section: RankSection) -> Ranked:
     folder = Path(section.samples)
     manifest = read_manifest(folder / MANIFEST_NAME, FORMAT, VERSION)
     score = _score_function(section)

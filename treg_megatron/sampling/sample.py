@@ -18,6 +18,7 @@ from treg_megatron.sampling import Sampler
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.utils.files import atomic_write, read_manifest, sha256_of, sha256_of_json, write_manifest
+from treg_megatron.utils.lock import Lock
 from treg_megatron.utils.progress import Progress
 from treg_megatron.utils.shard_job import ShardJob, remove_leftovers, require_same_run
 
@@ -54,6 +55,11 @@ def sample(section: SampleSection, sampler: Sampler | None = None) -> dict[str, 
         UserError: the input or settings are unusable, the output folder holds another run, or the server is down.
     """
     _require_sensible(section)
+    with Lock(section.output):
+        return _sample(section, sampler)
+
+
+def _sample(section: SampleSection, sampler: Sampler | None) -> dict[str, Any]:
     output = Path(section.output)
     tokenizer = load_tokenizer(section.model)
     drops: Counter[str] = Counter()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from treg_megatron.errors import UserError
+from treg_megatron.utils.lock import Lock
 
 # Errors of the machine that the user can fix; any other OSError is a bug and keeps its traceback.
 _REFUSED_BY_THE_MACHINE = {
@@ -122,34 +123,39 @@ def atomic_folder(output: Path, nbytes: int) -> Iterator[Path]:
     A folder left by a killed process is deleted and written anew.
 
     Raises:
-        UserError: ``output`` exists, or its disk has no room for ``nbytes``.
+        UserError: ``output`` exists, another process is writing it, or its disk has no room for ``nbytes``.
     """
     refuse_existing(output)
     unfinished = output.with_name(output.name + ".unfinished")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if unfinished.exists():
-            shutil.rmtree(unfinished)
-        free = shutil.disk_usage(output.parent).free
-        if nbytes > free:
-            raise UserError(
-                f"not enough disk space for {output}: it needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-            )
-        unfinished.mkdir()
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from None
-    try:
-        yield unfinished
-        unfinished.rename(output)
-    except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk of {output} is full; nothing was written") from None
-        raise
+    with Lock(output) as lock:
+        refuse_existing(output)  # another process may just have finished it
+        try:
+            if unfinished.exists():
+                shutil.rmtree(unfinished)
+            free = shutil.disk_usage(output.parent).free
+            if nbytes > free:
+                raise UserError(
+                    f"not enough disk space for {output}: it needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+                )
+            unfinished.mkdir()
+        except OSError as error:
+            raise UserError(f"cannot write {output}: {error.strerror}") from None
+        try:
+            yield unfinished
+            lock.require_held()
+            unfinished.rename(output)
+        except BaseException as error:
+            if lock.is_held():
+                shutil.rmtree(unfinished, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"the disk of {output} is full; nothing was written") from None
+            raise
 
 
 def refuse_existing(output: Path) -> None:
     """Raises :class:`UserError` if ``output`` exists: nothing is ever overwritten."""
+    if output.is_symlink() and not output.exists():
+        raise UserError(f"{output} is a link to {os.readlink(output)}, which does not exist; remove it, or make that")
     if output.exists():
         raise UserError(f"{output} already exists; delete it or choose another folder")
 

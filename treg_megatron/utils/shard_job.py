@@ -2,9 +2,11 @@
 
 A shard is written atomically, so a file that exists is finished, and an interrupted job resumes with those that do not
 exist. Portions are independent of each other, so any number of processes can divide them, and a portion's content does
-not depend on which process computes it. Every process that finds all shards finished writes the same manifest.
+not depend on which process computes it. Every process that finds all shards finished writes the same manifest. A
+second job on the same folder is refused at the first portion that the first one is writing.
 """
 
+import contextlib
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, TypeVar
 
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import read_manifest, remove_partials, write_manifest
+from treg_megatron.utils.lock import Lock
 from treg_megatron.utils.progress import Progress
 
 MANIFEST_NAME = "manifest.json"
@@ -83,9 +86,14 @@ class ShardJob:
     def unfinished(self, items: Iterable[Item], finished: Container[int]) -> Iterator[tuple[int, list[Item]]]:
         """This process's portions that are not ``finished``, with their items; reads no further than the last one.
 
+        A portion is locked while the caller works on it.
+
         Args:
             items: the whole input, in order.
             finished: numbers of the portions to skip.
+
+        Raises:
+            UserError: another process is writing a portion.
         """
         due = [portion for portion in self.mine if portion not in finished]
         if not due:
@@ -96,10 +104,25 @@ class ShardJob:
             if number in wanted:
                 portion.append(item)
                 if len(portion) == self.shard_size or position + 1 == self.total:
-                    yield number, portion
+                    with self._lock(number):
+                        yield number, portion
                     portion = []
                     if number == due[-1]:
                         return
+
+    def require_free(self, finished: Container[int]) -> None:
+        """Check that no other process is writing this process's next portion; call it before a model is loaded.
+
+        Raises:
+            UserError: one is.
+        """
+        for portion in self.mine:
+            if portion not in finished:
+                with self._lock(portion):
+                    return
+
+    def _lock(self, portion: int) -> contextlib.AbstractContextManager:
+        return Lock(self.path(portion)) if self.share.writes else contextlib.nullcontext()
 
     def finish(self, format: str, version: int, content: dict[str, Any]) -> dict[str, Any]:
         """Write the manifest and return it as read back."""
