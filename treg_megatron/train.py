@@ -11,6 +11,7 @@ after the CPU redirect is on. That is why imports stand in functions here, and n
 """
 
 import argparse
+import atexit
 import dataclasses
 import logging
 import multiprocessing
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from treg_megatron.checkpoint.layout import CheckpointMetadata, read_metadata
+from treg_megatron.checkpoint.layout import CHECKPOINTS, CheckpointMetadata, read_metadata, require_whole
 from treg_megatron.cli.arguments import add_recipe_arguments, command_parser, parse_recipe
 from treg_megatron.config.recipe import section
 from treg_megatron.config.schema import DataSection, OptimizerSection, ParallelSection, TrainSection
@@ -34,6 +35,7 @@ from treg_megatron.distributed.launch import (
 )
 from treg_megatron.utils import entry
 from treg_megatron.utils.imports import heavy_imports
+from treg_megatron.utils.lock import Lock
 
 if TYPE_CHECKING:
     from nemo import lightning as nl
@@ -113,18 +115,20 @@ def prepare(recipe: DictConfig) -> Job:
     plan = checked(recipe)
     set_up_stack(plan.objective)
     with heavy_imports():
+        from treg_megatron.checkpoint.run_folder import checkpoint_to_resume
         from treg_megatron.models.build import shares_prompts
-        from treg_megatron.training.callbacks.checkpoints import checkpoint_to_resume
         from treg_megatron.training.data_module import PairData
 
     ranks, run, streams = plan.ranks, plan.run, plan.streams
     data = dataclasses.replace(plan.data, share_prompts=shares_prompts(plan.fields, plan.parallel, plan.data))
     init_process_group(ranks, run.hang_timeout_s)
-    # one reader is enough, and takes about a second per gigabyte: damaged bytes would be trained on
-    on_rank_zero(lambda: [opened.require_unchanged() for opened in streams.values()])
+    output = Path(run.output)
+    lock = Lock(output / CHECKPOINTS)
+    on_rank_zero(lock.acquire)
+    atexit.register(lock.release)
+    on_rank_zero(lambda: require_undamaged(plan))
     pairs = PairData(data, streams[data.train], streams.get(data.validation), plan.parallel)
     steps = min(pairs.steps, run.max_steps or pairs.steps)
-    output = Path(run.output)
     resume = on_rank_zero(lambda: checkpoint_to_resume(output))
     if ranks.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
@@ -136,7 +140,18 @@ def prepare(recipe: DictConfig) -> Job:
         data.global_batch_size,
         f"resuming from {resume.name}" if resume else f"starting from {plan.checkpoint}",
     )
-    return build_job(plan, pairs, steps, resume)
+    return build_job(plan, pairs, steps, resume, lock)
+
+
+def require_undamaged(plan: Plan) -> None:
+    """Check every byte of the datasets, about a second per gigabyte, and a sample of the initial weights.
+
+    Raises:
+        UserError: something is not what was written, and would be trained on.
+    """
+    require_whole(plan.checkpoint)
+    for opened in plan.streams.values():
+        opened.require_unchanged()
 
 
 def checked(recipe: DictConfig) -> Plan:
@@ -189,7 +204,7 @@ def set_up_stack(objective: "Objective") -> None:
         logger.warning(objective.warning)
 
 
-def build_job(plan: Plan, pairs: "PairData", steps: int, resume: Path | None) -> Job:
+def build_job(plan: Plan, pairs: "PairData", steps: int, resume: Path | None, lock: Lock) -> Job:
     """The policy, the trainer and its callbacks."""
     from treg_megatron.distributed.layout import data_parallel_size
     from treg_megatron.models import lora
@@ -218,6 +233,7 @@ def build_job(plan: Plan, pairs: "PairData", steps: int, resume: Path | None) ->
             plan.identity,
             metrics=metrics.last,
             description=written_by,
+            lock=lock,
         ),
         Heartbeat(ranks, run.hang_timeout_s),  # the last: a step counts when it is saved
     ]

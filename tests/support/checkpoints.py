@@ -1,9 +1,25 @@
-"""Model folders of the parallel tests: their configuration, and whether two hold the same tensors."""
+"""Model folders and checkpoints of the tests: reading, comparing and certifying them."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+from treg_megatron.checkpoint.layout import CheckpointMetadata, fingerprints, read_metadata, write_metadata
 from treg_megatron.checkpoint.safetensors_stream import tensors_in_folder
+
+
+def certify(checkpoint: Path, metadata: CheckpointMetadata | None = None) -> Path:
+    """Write treg.json for the files that are there, with ``metadata`` or that of the checkpoint."""
+    metadata = metadata or read_metadata(checkpoint)
+    write_metadata(checkpoint, dataclasses.replace(metadata, files=fingerprints(checkpoint)))
+    return checkpoint
+
+
+def small_checkpoint(checkpoint: Path, metadata: CheckpointMetadata | None = None) -> Path:
+    """A complete checkpoint whose weights are a few bytes that nothing reads."""
+    (checkpoint / "weights").mkdir(parents=True, exist_ok=True)
+    (checkpoint / "weights" / "__0_0.distcp").write_bytes(b"weights")
+    return certify(checkpoint, metadata or CheckpointMetadata("LlamaForCausalLM", {}, "float32", "source", "test"))
 
 
 def config_of(hf: Path) -> dict:

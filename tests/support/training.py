@@ -101,13 +101,14 @@ def train_and_stop(recipe: Path, overrides: list[str], step: int, saving: bool, 
 
     Or, if ``saving``, when that step's checkpoint has all its files but for treg.json, which makes it count.
     """
-    from treg_megatron.training.callbacks import checkpoints, metrics
+    from treg_megatron.checkpoint import run_folder
+    from treg_megatron.training.callbacks import metrics
 
     def stop() -> None:
         stopped.touch()
         signal.pause()
 
-    end_of_batch, write_metadata = metrics.RunMetrics.on_train_batch_end, checkpoints.write_metadata
+    end_of_batch, write_metadata = metrics.RunMetrics.on_train_batch_end, run_folder.write_metadata
 
     def stop_at_the_end(self, trainer, *rest) -> None:
         end_of_batch(self, trainer, *rest)
@@ -120,7 +121,7 @@ def train_and_stop(recipe: Path, overrides: list[str], step: int, saving: bool, 
         write_metadata(checkpoint, *rest)
 
     # in this rank alone, a process of its own
-    metrics.RunMetrics.on_train_batch_end, checkpoints.write_metadata = stop_at_the_end, stop_while_saving
+    metrics.RunMetrics.on_train_batch_end, run_folder.write_metadata = stop_at_the_end, stop_while_saving
     train_on_this_rank(recipe, overrides)
 
 

@@ -88,10 +88,10 @@ def checkpoint(run: Path, step: int, size: int) -> Path:
 @pytest.mark.parametrize(
     "wound, wrong",
     [
-        ("end", "not what was written"),
-        ("cut", "not what was written"),
-        ("gone", "missing"),
-        ("start", "not what was written"),
+        ("end", "is not what was written"),
+        ("cut", "has {cut} bytes, {size} bytes were written"),
+        ("gone", "is missing"),
+        ("start", "is not what was written"),
     ],
 )
 def test_a_damaged_newest_checkpoint_is_passed_over(wound, wrong, size, tmp_path, caplog):
@@ -106,7 +106,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(wound, wrong, size, tmp_path
         content[0 if wound == "start" else -1] ^= 1
         part.write_bytes(content[:-1] if wound == "cut" else content)
     assert newest_checkpoint(tmp_path).name == "step_000005"
-    assert f"step_000010 is damaged (weights/a.distcp is {wrong})" in caplog.text
+    assert f"step_000010 is damaged (weights/a.distcp {wrong.format(cut=size - 1, size=size)})" in caplog.text
 
 
 def test_values_of_a_recipe_and_all_of_it():

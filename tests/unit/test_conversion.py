@@ -17,6 +17,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.support.checkpoints import certify
 from tests.support.hf_folder import CONFIG, hf_folder, read_tensors
 from treg_megatron.checkpoint import layout
 from treg_megatron.checkpoint.from_hf import import_checkpoint
@@ -300,6 +301,11 @@ def unfinished(checkpoint: Path) -> None:
     checkpoint.with_name(checkpoint.name + "-unfinished").touch()
 
 
+def hostile_metadata(checkpoint: Path) -> None:
+    (checkpoint / "weights" / ".metadata").write_bytes(b"cposix\nsystem\n(S'echo'\ntR.")
+    certify(checkpoint)  # whoever plants it writes the list as well
+
+
 def cut_data(checkpoint: Path) -> None:
     path = checkpoint / "weights" / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:20_000])
@@ -312,10 +318,10 @@ def cut_data(checkpoint: Path) -> None:
         (lambda c: (c / "treg.json").unlink(), "is not a complete checkpoint"),
         (lambda c: (c / "treg.json").write_text('{"schema": 99}'), "schema 99"),
         (lambda c: (c / "treg.json").write_text('{"schema": 1}'), "does not fit its schema"),
-        (lambda c: shutil.rmtree(c / "weights"), "not a readable Megatron checkpoint"),
-        (lambda c: (c / "weights" / ".metadata").write_bytes(b"cposix\nsystem\n(S'echo'\ntR."), "posix.system"),
-        (cut_data, "cannot be read|truncated"),
-        (lambda c: (c / "weights" / "__0_0.distcp").unlink(), "cannot be read"),
+        (lambda c: shutil.rmtree(c / "weights"), r"weights/.metadata is missing"),
+        (hostile_metadata, "posix.system"),
+        (cut_data, "__0_0.distcp has 20000 bytes, [0-9]+ bytes were written"),
+        (lambda c: (c / "weights" / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
         (shutil.rmtree, "does not exist"),
     ],
 )

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from treg_megatron.checkpoint.layout import CheckpointMetadata, write_metadata
+from tests.support.checkpoints import small_checkpoint
+from treg_megatron.checkpoint.layout import CheckpointMetadata
 from treg_megatron.cli.arguments import recipe_at
 from treg_megatron.config.recipe import RENAMED, described, load_recipe, section, trace_recipe
 from treg_megatron.config.schema import SECTIONS
@@ -101,14 +102,13 @@ def test_what_is_printed_can_be_launched_as_it_is(tmp_path):
 def test_the_recipe_of_a_checkpoint_can_be_launched_as_it_is(tmp_path):
     recipe = load_recipe(ROOT / "recipes" / "smollm2_135m.yaml", ["data.seed=7"])
     run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_000010"
-    checkpoint.mkdir(parents=True)
     saved = {"recipe": OmegaConf.to_container(recipe, resolve=False)}
-    write_metadata(checkpoint, CheckpointMetadata("LlamaForCausalLM", {}, "float32", "source", "test", run=saved))
+    small_checkpoint(checkpoint, CheckpointMetadata("LlamaForCausalLM", {}, "float32", "source", "test", run=saved))
     OmegaConf.save(recipe, run / "recipe.yaml")
     for path in (checkpoint, run, run / "recipe.yaml"):
         assert resolved(load_recipe(recipe_at(path))) == resolved(recipe)
     with pytest.raises(UserError, match="has no recipe"):
-        write_metadata(checkpoint, CheckpointMetadata("LlamaForCausalLM", {}, "float32", "source", "import"))
+        small_checkpoint(checkpoint, CheckpointMetadata("LlamaForCausalLM", {}, "float32", "source", "import"))
         load_recipe(recipe_at(checkpoint))
 
 
@@ -124,7 +124,7 @@ def test_a_checkpoint_with_renamed_keys_still_gives_its_recipe(tmp_path):
     for old, new in RENAMED.items():
         section_name, key = old.split(".")
         recorded[section_name][key] = recorded[section_name].pop(new.split(".")[1])
-    write_metadata(
+    small_checkpoint(
         tmp_path, CheckpointMetadata("LlamaForCausalLM", {}, "float32", "source", "test", run={"recipe": recorded})
     )
     assert resolved(load_recipe(recipe_at(tmp_path))) == resolved(recipe)

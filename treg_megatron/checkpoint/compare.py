@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from treg_megatron.checkpoint.buffers import ByteRange, ReusableBuffer, as_bytes, read_into
-from treg_megatron.checkpoint.layout import WEIGHTS, find_checkpoint, is_checkpoint, read_metadata
+from treg_megatron.checkpoint.layout import WEIGHTS, find_checkpoint, is_checkpoint, read_metadata, require_whole_export
 from treg_megatron.checkpoint.safetensors_stream import DTYPES, PlannedTensor, StoredTensor, tensors_in_folder
 from treg_megatron.checkpoint.to_hf import check_tensors, exported_tensors, planned_tensors
 from treg_megatron.checkpoint.torch_dist import TorchDistReader
@@ -63,6 +63,7 @@ class _FolderWeights:
     """Weights of a Hugging Face folder of any architecture."""
 
     def __init__(self, folder: Path) -> None:
+        require_whole_export(folder)
         self._stored: dict[str, StoredTensor] = tensors_in_folder(folder)
         if _is_tied(folder):
             self._stored.pop("lm_head.weight", None)  # a second copy, which transformers ignores too

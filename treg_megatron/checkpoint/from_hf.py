@@ -1,5 +1,6 @@
 """Hugging Face folder to Megatron checkpoint, tensor by tensor: no model is built and memory holds one parameter."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,14 @@ from tqdm import tqdm
 
 import treg_megatron
 from treg_megatron.checkpoint.buffers import ReusableBuffer
-from treg_megatron.checkpoint.layout import MODEL_PREFIX, WEIGHTS, CheckpointMetadata, write_metadata
+from treg_megatron.checkpoint.layout import (
+    MODEL_PREFIX,
+    WEIGHTS,
+    CheckpointMetadata,
+    fingerprints,
+    require_whole_export,
+    write_metadata,
+)
 from treg_megatron.checkpoint.safetensors_stream import DTYPES, StoredTensor, tensors_in_folder
 from treg_megatron.checkpoint.torch_dist import TorchDistWriter
 from treg_megatron.errors import UserError
@@ -42,6 +50,7 @@ def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False
     hf, output = Path(hf), Path(output)
     if not hf.is_dir():
         raise UserError(f"Hugging Face folder {hf} does not exist")
+    require_whole_export(hf)
     hf_config = read_json(hf / "config.json")
     family, fields = family_of(hf_config), model_fields(hf_config)
     stored = model_tensors(tensors_in_folder(hf), family, fields, hf)
@@ -66,6 +75,7 @@ def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False
             for parameter, place in in_model_order(family, fields):
                 copier.copy(parameter, place)
             _write_extra_state(writer, family, fields)
+        identity = dataclasses.replace(identity, files=fingerprints(folder))
         write_metadata(folder, identity)
     return identity
 

@@ -19,6 +19,7 @@ from treg_megatron.checkpoint.layout import (
     MODEL_PREFIX,
     WEIGHTS,
     CheckpointMetadata,
+    certify_export,
     find_checkpoint,
     read_metadata,
 )
@@ -131,6 +132,7 @@ def export_checkpoint(
         _write_json(folder / "config.json", _with_dtype(base_config, target_dtype))
         _copy_companions(base, folder)
         (folder / "README.md").write_text(model_card(identity, identity.run if run is None else run), encoding="utf-8")
+        certify_export(folder)
     return Exported(checkpoint, str(target_dtype).removeprefix("torch."), nbytes, len(shards))
 
 
@@ -158,6 +160,7 @@ def export_adapter(checkpoint: str | Path, base: str | Path, output: str | Path)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         _write_json(folder / "adapter_config.json", low_rank.peft_config(str(base)))
         (folder / "README.md").write_text(model_card(identity, identity.run), encoding="utf-8")
+        certify_export(folder)
     return Exported(checkpoint, "float32", nbytes, 1)
 
 

@@ -132,6 +132,19 @@ class TorchDistReader:
         }
         self._scratch = ReusableBuffer()
 
+    def damage(self) -> str | None:
+        """The first file that is missing or shorter than the metadata says, in a few words; None if there is none."""
+        ends: dict[str, int] = {}
+        for info in self._storage.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for name, end in sorted(ends.items()):
+            path = self._folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size < end:
+                return f"{name} has {path.stat().st_size} bytes, at least {end} were written"
+        return None if ends else "it holds no weights"
+
     def read_into(self, key: str, target: torch.Tensor, place: tuple[int, ...] = ()) -> None:
         """Read a tensor, or one layer (and expert) of a tensor that stacks them on its leading axes.
 

@@ -15,22 +15,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from treg_megatron import __version__
 from treg_megatron.checkpoint.layout import (
     CHECKPOINTS,
-    IDENTITY,
-    UNFINISHED_MARKER,
     CheckpointMetadata,
-    damage,
-    fingerprints,
-    is_complete,
     newest_checkpoint,
-    write_metadata,
 )
+from treg_megatron.checkpoint.run_folder import begin, complete, remove_unfinished
 from treg_megatron.distributed.launch import on_rank_zero
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import bytes_in
+from treg_megatron.utils.lock import Lock
 
 logger = logging.getLogger(__name__)
-
-DAMAGED = ".damaged"
 
 
 class SaveEvery(pl.Callback):
@@ -46,6 +40,7 @@ class SaveEvery(pl.Callback):
         identity: that of the checkpoint the run started from.
         description: provenance of the run, stored in each checkpoint.
         metrics: the latest metrics, read at each save.
+        lock: of the run's checkpoints, held by rank 0.
 
     Raises:
         UserError: on every rank, if a rank cannot write its part; nothing of that checkpoint is left.
@@ -59,10 +54,11 @@ class SaveEvery(pl.Callback):
         identity: CheckpointMetadata,
         description: dict[str, Any],
         metrics: dict[str, float],
+        lock: Lock,
     ):
         self.folder = Path(run) / CHECKPOINTS
         self.steps, self.keep, self.identity = steps, keep, identity
-        self.description, self.metrics = description, metrics
+        self.description, self.metrics, self.lock = description, metrics, lock
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
         last = trainer.should_stop or trainer.global_step == trainer.max_steps
@@ -84,7 +80,7 @@ class SaveEvery(pl.Callback):
         background = trainer.strategy.async_save
         finish = lambda: self._finish(checkpoint, identity)  # noqa: E731
         with self._refused(checkpoint):
-            on_rank_zero(lambda: _begin(checkpoint))
+            on_rank_zero(lambda: begin(checkpoint, self.lock))
             # NeMo drops the suffix and writes a folder with one file per rank
             trainer.save_checkpoint(
                 f"{checkpoint}.ckpt", storage_options={"finalize_fn": finish} if background else None
@@ -100,7 +96,7 @@ class SaveEvery(pl.Callback):
 
     def _finish(self, checkpoint: Path, identity: CheckpointMetadata) -> None:
         torch.distributed.barrier()
-        on_rank_zero(lambda: _complete(checkpoint, identity, self.keep))
+        on_rank_zero(lambda: complete(checkpoint, identity, self.keep, self.lock))
 
     @contextlib.contextmanager
     def _refused(self, checkpoint: Path):
@@ -109,7 +105,7 @@ class SaveEvery(pl.Callback):
         except (CheckpointException, CheckpointingException, OSError, UserError) as error:
             good = newest_checkpoint(self.folder.parent)
             full = "No space left" in str(error) or _lacks_room(self.folder, good)
-            if torch.distributed.get_rank() == 0:  # also frees its space
+            if torch.distributed.get_rank() == 0 and self.lock.is_held():  # also frees its space
                 remove_unfinished(self.folder.parent)
             reason = "No space left on device" if full else str(error).splitlines()[0]
             raise UserError(
@@ -123,59 +119,3 @@ def _lacks_room(folder: Path, written: Path | None) -> bool:
     """Whether a checkpoint the size of the last one does not fit; torch's message does not tell why a write failed."""
     needed = bytes_in(written) if written else 1 << 20
     return shutil.disk_usage(folder).free < needed
-
-
-def _begin(checkpoint: Path) -> None:
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    _marker(checkpoint).touch()
-    shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-def _complete(checkpoint: Path, identity: CheckpointMetadata, keep: int) -> None:
-    write_metadata(checkpoint, dataclasses.replace(identity, files=fingerprints(checkpoint)))
-    _marker(checkpoint).unlink()
-    remove_old(checkpoint.parent, keep)
-
-
-def checkpoint_to_resume(run: Path) -> Path | None:
-    """Clean up after an interrupted run, logging what is removed, and find the checkpoint to resume from (rank 0)."""
-    if left := remove_unfinished(run):
-        logger.info("removed checkpoints that an interrupted save left unfinished: %s", ", ".join(left))
-    newest = newest_checkpoint(run)
-    for checkpoint in (Path(run) / CHECKPOINTS).glob("step_*"):
-        if is_complete(checkpoint) and damage(checkpoint):
-            # rename it, so that it does not count towards those to keep but can still be inspected
-            aside = checkpoint.with_name(checkpoint.name + DAMAGED)
-            shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
-    return newest
-
-
-def remove_unfinished(run: Path) -> list[str]:
-    """Delete what an interrupted save left; return the names of the checkpoints removed."""
-    folder = Path(run) / CHECKPOINTS
-    if not folder.is_dir():
-        return []
-    left = [p for p in _checkpoints(folder) if not is_complete(p)]
-    for checkpoint in left:
-        shutil.rmtree(checkpoint)
-    for marker in folder.glob("step_*" + UNFINISHED_MARKER):
-        marker.unlink()
-    return [p.name for p in left]
-
-
-def remove_old(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` complete checkpoints of ``folder``."""
-    complete = sorted(p for p in _checkpoints(folder) if is_complete(p))
-    for checkpoint in complete[:-keep]:
-        # remove treg.json first, so that an interrupted removal leaves nothing that looks complete
-        (checkpoint / IDENTITY).unlink()
-        shutil.rmtree(checkpoint)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return [p for p in folder.glob("step_*") if p.is_dir() and p.suffix != DAMAGED]
-
-
-def _marker(checkpoint: Path) -> Path:
-    return checkpoint.with_name(checkpoint.name + UNFINISHED_MARKER)
