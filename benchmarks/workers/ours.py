@@ -121,7 +121,7 @@ def with_all_logits(config) -> None:
     from treg_megatron.models.policy import ResponseGPTModel, ResponseTokens
 
     class Everything(ResponseGPTModel):
-        block_words = 1 << 30
+        block_vocab = 1 << 30
 
         def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, **kwargs):
             rows = torch.arange(hidden_states.shape[0] * hidden_states.shape[1])

@@ -109,7 +109,7 @@ def test_the_head_equals_float64_on_the_cpu():
         if where == "cpu":
             logps = (x @ w.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
         else:
-            logps = response_logps(x, w, targets.cuda(), 5000, block_words=700)
+            logps = response_logps(x, w, targets.cuda(), 5000, block_vocab=700)
         logps.backward(upstream.to(where).to(logps.dtype))
         results.append([t.detach().cpu().double() for t in (logps, x.grad, w.grad)])
     for expected, found in zip(*results):

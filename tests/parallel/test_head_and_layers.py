@@ -12,7 +12,7 @@ from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.models import head
 from treg_megatron.models.head import response_logps
 
-WORDS, ROWS, HIDDEN = 30, 11, 8
+VOCAB, ROWS, HIDDEN = 30, 11, 8
 
 
 def megatron_world(tensor: int = 1) -> None:
@@ -34,7 +34,7 @@ def head_on_this_rank(vocabulary: int, chunk_bytes: int) -> list[tuple[torch.Ten
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(ROWS, HIDDEN, generator=generator).requires_grad_()
     weight = torch.randn(vocabulary, HIDDEN, generator=generator)
-    targets = torch.randint(0, WORDS, (ROWS,), generator=generator)
+    targets = torch.randint(0, VOCAB, (ROWS,), generator=generator)
     upstream = torch.randn(ROWS, generator=generator)
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     mine = weight.chunk(size)[rank].clone().requires_grad_()
@@ -42,14 +42,14 @@ def head_on_this_rank(vocabulary: int, chunk_bytes: int) -> list[tuple[torch.Ten
         copy_to_tensor_model_parallel_region(hidden),
         mine,
         targets,
-        WORDS,
+        VOCAB,
         parallel_state.get_tensor_model_parallel_group(),
-        block_words=4,
+        block_vocab=4,
     )
     (logps * upstream).sum().backward()
 
     whole_hidden, whole = hidden.detach().double().requires_grad_(), weight.double().requires_grad_()
-    expected = (whole_hidden @ whole[:WORDS].T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    expected = (whole_hidden @ whole[:VOCAB].T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     (expected * upstream).sum().backward()
     return [
         (logps.detach(), expected.detach()),

@@ -1,4 +1,4 @@
-"""The architecture of a recipe's model, from its own config.json or, before its download, a published one."""
+"""Architecture of a recipe's model: from its config.json, or from a published one before the download."""
 
 import difflib
 import math
@@ -14,10 +14,10 @@ PUBLISHED = Path(__file__).parent / "architectures"
 
 
 def hf_config_of(model: ModelSection) -> dict[str, Any]:
-    """config.json of ``model.hf`` where it is on disk, else that of ``model.architecture``.
+    """The config.json of ``model.hf`` if it is on disk, else that of ``model.architecture``.
 
     Raises:
-        UserError: neither is there, or they are different models.
+        UserError: neither exists, or the two are different models.
     """
     own = Path(model.hf) / "config.json"
     if own.is_file():
@@ -33,10 +33,10 @@ def hf_config_of(model: ModelSection) -> dict[str, Any]:
 
 
 def require_architecture(model: ModelSection, config: dict[str, Any], where: str) -> None:
-    """Check that a config.json is of the architecture that the recipe names, if it names one.
+    """Check that a config.json has the architecture that the recipe names, if it names one.
 
     Raises:
-        UserError: another architecture; the message names the first field that differs.
+        UserError: the architectures differ; the message names the first field that does.
     """
     if model.architecture is None:
         return

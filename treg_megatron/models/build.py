@@ -1,4 +1,4 @@
-"""A checked recipe to the policy: the NeMo config and model class that hold it."""
+"""Builds the policy of a validated recipe: its NeMo config and its Lightning module."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ from treg_megatron.objective import Objective
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """GELU by its tanh approximation, which Gemma is trained with."""
+    """GELU with the tanh approximation, as in Gemma."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -30,7 +30,7 @@ ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": gelu_tanh}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-#: what needs a CUDA kernel, an extension module or a compiler that a CPU machine does not have
+#: config fields that turn off what needs a CUDA kernel, an extension module or a compiler
 CPU_FIELDS = {
     "apply_rope_fusion": False,
     "bias_activation_fusion": False,
@@ -48,15 +48,15 @@ def policy_config(
     router_aux_loss: float = 0.0,
     kernels: Kernels | None = None,
 ) -> policies.PolicyConfig:
-    """The NeMo config of the policy of a config.json.
+    """The policy's NeMo config, from the model's config.json.
 
     Args:
-        router_aux_loss: strength of the experts' load-balancing loss of one micro-batch beside the sum over its pairs.
-        kernels: of layers on plain torch; by default what ``TREG_CPU_KERNELS`` asks for on a CPU, the reference set
-            elsewhere.
+        router_aux_loss: coefficient of a micro-batch's load-balancing loss, added to the loss summed over its pairs.
+        kernels: kernels of the plain PyTorch layers; by default the set that ``TREG_CPU_KERNELS`` names on a CPU, and
+            the reference set elsewhere.
 
     Raises:
-        UserError: a layout that Megatron does not train the model in, or an architecture that is not supported.
+        UserError: the architecture is not supported, or Megatron cannot train it with this layout.
     """
     family, fields = family_of(hf_config), model_fields(hf_config)
     if fields.get("num_moe_experts") and parallel.tensor > 1 and not parallel.sequence:
@@ -68,9 +68,9 @@ def policy_config(
     vocabulary, activation = fields.pop("vocab_size"), ACTIVATIONS[fields.pop("activation")]
     schedule = {"variable_seq_lengths": True}
     if parallel.virtual_pipeline:
-        # rows of one length (see data.PairData): the lengths of two neighbours' rows get mixed up where, as with two
-        # stages, both neighbours are the same rank. Two stages need the overlapped exchange, one transfer at a time;
-        # gloo sends in the background from memory that CUDA's allocator alone would keep alive
+        # all rows have the same length (see PairData): with two stages, the previous and the next stage are the same
+        # rank, and Megatron would mix up the lengths received from them. Two stages also need overlapped, unbatched
+        # P2P communication. gloo sends asynchronously from memory that only CUDA's allocator would keep alive
         schedule = {
             "variable_seq_lengths": False,
             "overlap_p2p_comm": True,
@@ -95,18 +95,18 @@ def policy_config(
         data_step_fn=policies.data_step,
         forward_step_fn=policies.forward_step,
         cross_entropy_loss_fusion=False,
-        calculate_per_token_loss=True,  # with pairs for tokens: the loss is the mean over the global batch's pairs
-        moe_token_dispatcher_type="alltoall",  # what Megatron asks for with variable lengths, of dense models too
+        calculate_per_token_loss=True,  # we count pairs as tokens: the loss is the mean over the global batch's pairs
+        moe_token_dispatcher_type="alltoall",  # Megatron requires it with variable lengths, even for dense models
         params_dtype=DTYPES[train.precision],
         bf16=train.precision == "bf16",
     )
 
 
 def shares_prompts(fields: dict[str, Any], parallel: ParallelSection, data: DataSection) -> bool:
-    """Whether a pair's prompt stands in its row once; where ``data.share_prompts`` is null, on a CPU that can.
+    """Whether a row holds each pair's prompt only once. If ``data.share_prompts`` is null: on a CPU, where possible.
 
     Raises:
-        UserError: it is asked for, and attention and rotary embedding are Transformer Engine's.
+        UserError: ``data.share_prompts`` is true, but attention and rotary embedding are Transformer Engine's.
     """
     if data.share_prompts is None:
         return is_cpu() and not policies.HAVE_TE and can_share_prompts(fields, parallel, data)
@@ -124,5 +124,5 @@ def build_policy(
     optim: MegatronOptimizerModule | None = None,
     adapters: PEFT | None = None,
 ) -> policies.Policy:
-    """The Lightning module that is trained, of the NeMo model class that goes with ``config``."""
+    """The Lightning module to train, derived from the NeMo model class that belongs to ``config``."""
     return policies.policy_class(config.nemo_model)(config, objective, optim, adapters)

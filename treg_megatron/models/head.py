@@ -1,13 +1,13 @@
 """Fused vocabulary-parallel linear log-probs: output projection and log-softmax in one blockwise operation.
 
-Logits of a long sequence are the largest tensor of preference training (2 x 4096 tokens x 128k vocabulary entries: 4 GB
-in fp32, and several times that in a naive backward pass). Here only hidden states that predict a response token are
-projected, and at most one chunk of logits exists at a time. The forward pass runs over blocks of the vocabulary with an
-online softmax (Milakov and Gimelshein, arXiv:1805.02867) and keeps one log-normaliser per token; the backward pass
-recomputes each block and turns it into its gradient in place, as in Cut Cross-Entropy (Wijmans et al.,
+The logits of a long sequence are the largest tensor in preference training (2 x 4096 tokens x 128k vocabulary entries:
+4 GB in fp32, and several times that in a naive backward pass). Here only the hidden states that predict a response
+token are projected, and at most one chunk of logits exists at a time. The forward pass runs over blocks of the
+vocabulary with an online softmax (Milakov and Gimelshein, arXiv:1805.02867) and keeps one log-normaliser per token. The
+backward pass recomputes each block and overwrites it with its gradient, as in Cut Cross-Entropy (Wijmans et al.,
 arXiv:2411.09009). If all blocks together fit into one chunk, the forward pass keeps their exponentials instead, which
-saves a quarter of the head's arithmetic. Each block of the weight gradient is one product over all tokens, written
-once. A vocabulary split over ranks costs three all-reduces of one float per token, whatever its size.
+saves a quarter of the head's FLOPs. Each block of the weight gradient is one matrix product over all tokens, written
+once. Splitting the vocabulary over ranks costs three all-reduces of one float per token, whatever the vocabulary size.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_BYTES = 384 << 20  # fp32 logits that a rank may hold between its forward and backward pass
-BLOCK_BYTES = 32 << 20  # fp32 logits of one block on one rank: enough to fill a GPU, and fit its last-level cache
+CHUNK_BYTES = 384 << 20  # fp32 logits that a rank may keep between the forward and the backward pass
+BLOCK_BYTES = 32 << 20  # fp32 logits of one block on one rank: keeps a GPU busy and fits its last-level cache
 CPU_BLOCK_BYTES = 8 << 20  # the last-level cache of a CPU is smaller
 
 
@@ -28,45 +28,45 @@ def response_logps(
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
     logit_softcap: float | None = None,
-    block_words: int | None = None,
+    block_vocab: int | None = None,
 ) -> Tensor:
-    """log softmax(hidden @ weight.T)[target] of each token; differentiable, with a separate upstream gradient each.
+    """log softmax(hidden @ weight.T)[target] of each token; differentiable, with one upstream gradient per token.
 
     Args:
         hidden: [rows, hidden] of any floating dtype, the same on every rank of ``group``. Its gradient is this rank's
             part only; the caller's tensor-parallel region sums it over the group in its backward pass.
-        weight: [vocabulary / ranks, hidden], this rank's part of the output embedding. It may end in padding entries
-            of the whole vocabulary, which get no probability.
-        targets: [rows] int64, ids in the whole vocabulary.
+        weight: [vocabulary / ranks, hidden], this rank's part of the output embedding. Padding entries of the
+            vocabulary at its end get no probability.
+        targets: [rows] int64, ids in the full (unsplit) vocabulary.
         vocab_size: number of vocabulary entries without padding.
         group: the tensor-parallel group that splits the vocabulary; None if it is not split.
         logit_softcap: c of Gemma 2's c * tanh(logits / c), or None.
-        block_words: vocabulary entries projected at a time; by default as many as fit into a block's bytes.
+        block_vocab: vocabulary entries projected at a time; by default as many as fit into a block.
 
     Returns:
         [rows] fp32, nats; softmax and reductions are fp32 whatever the dtype of ``hidden``.
     """
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-    first_word = rank * weight.shape[0]
-    words = max(0, min(weight.shape[0], vocab_size - first_word))
+    first_id = rank * weight.shape[0]
+    entries = max(0, min(weight.shape[0], vocab_size - first_id))
     block_bytes = CPU_BLOCK_BYTES if hidden.is_cpu else BLOCK_BYTES
-    block_words = block_words or max(256, block_bytes // (4 * max(1, hidden.shape[0])))
+    block_vocab = block_vocab or max(256, block_bytes // (4 * max(1, hidden.shape[0])))
     return _ResponseLogps.apply(
-        hidden, weight, targets - first_word, words, group if size > 1 else None, logit_softcap, block_words
+        hidden, weight, targets - first_id, entries, group if size > 1 else None, logit_softcap, block_vocab
     )
 
 
 class _ResponseLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, local_targets, words, group, softcap, block_words):
+    def forward(ctx, hidden, weight, local_targets, entries, group, softcap, block_vocab):
         rows = hidden.shape[0]
         largest = torch.full((rows,), -torch.inf, dtype=torch.float32, device=hidden.device)
         normaliser = torch.zeros_like(largest)  # sum of exp(logit - largest) over the entries so far
         target_logits = torch.zeros_like(largest)
-        blocks = _blocks(words, block_words) if rows else []
-        to_keep = 4 * rows * words * (1 if softcap is None else 2)  # including the slopes of a soft-cap
+        blocks = _blocks(entries, block_vocab) if rows else []
+        to_keep = 4 * rows * entries * (1 if softcap is None else 2)  # including the slopes of a soft-cap
         keep, ctx.kept = any(ctx.needs_input_grad) and to_keep <= CHUNK_BYTES, []
-        scratch = None if keep else _scratch(hidden, words, block_words)
+        scratch = None if keep else _scratch(hidden, entries, block_vocab)
         for block in blocks:
             logits = _logits(hidden, weight[block], softcap, scratch(block) if scratch else None)
             slope = _slope(logits, softcap) if keep else None
@@ -86,17 +86,17 @@ class _ResponseLogps(torch.autograd.Function):
             dist.all_reduce(target_logits, group=group)
         log_normaliser = normaliser.log().add_(largest)
         ctx.save_for_backward(hidden, weight, local_targets, log_normaliser)
-        ctx.words, ctx.softcap, ctx.block_words = words, softcap, block_words
+        ctx.entries, ctx.softcap, ctx.block_vocab = entries, softcap, block_vocab
         return target_logits - log_normaliser
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, local_targets, log_normaliser = ctx.saved_tensors
-        blocks = _blocks(ctx.words, ctx.block_words) if len(hidden) else []
+        blocks = _blocks(ctx.entries, ctx.block_vocab) if len(hidden) else []
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.empty_like(weight)
-        grad_weight[ctx.words if len(hidden) else 0 :] = 0
-        scratch = None if ctx.kept else _scratch(hidden, ctx.words, ctx.block_words)
+        grad_weight[ctx.entries if len(hidden) else 0 :] = 0
+        scratch = None if ctx.kept else _scratch(hidden, ctx.entries, ctx.block_vocab)
         for block in blocks:
             if ctx.kept:
                 exponentials, largest, slope = ctx.kept.pop(0)
@@ -112,25 +112,26 @@ class _ResponseLogps(torch.autograd.Function):
             grad_logits = grad_logits.to(weight.dtype)
             if grad_logits.dtype == torch.float32:
                 grad_hidden.addmm_(grad_logits, weight[block])
-            else:  # accumulate over blocks in fp32, whatever the precision of the model
+            else:  # accumulate over blocks in fp32, whatever the model's precision
                 grad_hidden += grad_logits @ weight[block]
             torch.mm(grad_logits.T, hidden, out=grad_weight[block])
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None
 
 
-def _blocks(words: int, block_words: int) -> list[slice]:
-    return [slice(start, min(start + block_words, words)) for start in range(0, words, block_words)]
+def _blocks(entries: int, block_vocab: int) -> list[slice]:
+    return [slice(start, min(start + block_vocab, entries)) for start in range(0, entries, block_vocab)]
 
 
 def _targets_in(block: slice, local_targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows whose target lies in the block, and its column there."""
+    """Rows whose target lies in the block, and the target's column in it."""
     own = ((local_targets >= block.start) & (local_targets < block.stop)).nonzero().squeeze(1)
     return own, local_targets[own] - block.start
 
 
-def _scratch(like: Tensor, words: int, block_words: int) -> Callable[[slice], Tensor]:
-    """A function from block to [rows, entries of the block] in reused memory, of ``like``'s rows, dtype and device."""
-    memory = like.new_empty(len(like) * min(words, block_words))
+def _scratch(like: Tensor, entries: int, block_vocab: int) -> Callable[[slice], Tensor]:
+    """A function that returns a [rows, entries] buffer for a block; all share memory, with rows, dtype and device of
+    ``like``."""
+    memory = like.new_empty(len(like) * min(entries, block_vocab))
     return lambda block: memory[: len(like) * (block.stop - block.start)].view(len(like), -1)
 
 

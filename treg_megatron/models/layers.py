@@ -1,8 +1,9 @@
-"""Megatron-core transformer layers on plain PyTorch, where Transformer Engine is not installed.
+"""Megatron-core transformer layers in plain PyTorch, for use without Transformer Engine.
 
-Megatron's own "local" layers refuse sequence parallelism (their norm), packed sequences (their attention) and hold the
-whole score matrix. This spec keeps all of Megatron's modules except those that :class:`~treg_megatron.kernels.kernels.
-Kernels` names. Parameter names are the local spec's, checkpoint keys are Transformer Engine's.
+Megatron's own "local" layers support neither sequence parallelism (the norm) nor packed sequences (the attention), and
+they materialise the full score matrix. This spec replaces only the modules that
+:class:`~treg_megatron.kernels.kernels.Kernels` names. Parameter names are those of the local spec, checkpoint keys
+those of Transformer Engine.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,9 +32,9 @@ from treg_megatron.kernels.linear import ColumnParallelLinearIn, RowParallelLine
 
 
 def torch_block_spec(config: TransformerConfig, kernels: Kernels, vp_stage: int | None = None) -> ModuleSpec:
-    """The decoder block of this pipeline stage, every layer and the final norm on ``kernels``.
+    """Spec of this pipeline stage's decoder block, with every layer and the final norm built from ``kernels``.
 
-    ``config.post_layer_norms``, where a config has it, asks for Gemma 2's norms behind attention and MLP.
+    If the config has ``post_layer_norms`` set, attention and MLP are followed by a norm, as in Gemma 2.
     """
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
@@ -53,13 +54,13 @@ def torch_block_spec(config: TransformerConfig, kernels: Kernels, vp_stage: int 
     mlp = layer.submodules.mlp.submodules
     if config.num_moe_experts:
         mlp = mlp.experts.submodules
-        # the local spec files this norm under a fused linear_fc1, which experts have in no spec
+        # the local spec maps this norm's key to a fused linear_fc1, which experts never have
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     post_norm = kernels.norm if getattr(config, "post_layer_norms", False) else None
     attention.linear_qkv = mlp.linear_fc1 = _column_parallel(kernels)
     attention.linear_proj = mlp.linear_fc2 = _row_parallel(kernels, post_norm)
     if kernels.activation is not None and config.activation_func is torch.nn.functional.silu:
-        if not config.num_moe_experts:  # experts scale what the activation gives by the router's probabilities
+        if not config.num_moe_experts:  # experts scale the activation's output by the router's probabilities
             layer.submodules.mlp = _gated_mlp(mlp, kernels.activation)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return ModuleSpec(
@@ -84,8 +85,8 @@ def _row_parallel(kernels: Kernels, norm: type[torch.nn.Module] | None) -> Modul
 
 
 class _WithNorm:
-    """Mix-in over row-parallel linear layers whose output is normalised; the parameters are named as NeMo's
-    ``TERowParallelLinearLayerNorm`` names them."""
+    """Mix-in for row-parallel linear layers that adds a norm on the output; parameter names are those of NeMo's
+    ``TERowParallelLinearLayerNorm``."""
 
     def __init__(
         self, input_size: int, output_size: int, *, config: TransformerConfig, norm: type[torch.nn.Module], **kwargs
@@ -99,20 +100,20 @@ class _WithNorm:
 
 
 class RowParallelLinearWithNorm(_WithNorm, RowParallelLinear):
-    """On Megatron's layer."""
+    """Megatron's layer with a norm on its output."""
 
 
 class RowParallelLinearInWithNorm(_WithNorm, RowParallelLinearIn):
-    """On the layer that computes its products in a given context."""
+    """The layer that computes its matrix products in a given context, with a norm on its output."""
 
 
 _WITH_NORM = {RowParallelLinear: RowParallelLinearWithNorm, RowParallelLinearIn: RowParallelLinearInWithNorm}
 
 
 def _gated_mlp(submodules: MLPSubmodules, activation: Callable[[Tensor], Tensor]) -> type[MLP]:
-    """Megatron's dense MLP with a gated activation of ours: [..., 2 * width] -> [..., width].
+    """Megatron's dense MLP with the given gated activation: [..., 2 * width] -> [..., width].
 
-    A class, and no spec: Megatron's layer compares the module of a spec with its own MLP, and warns about others.
+    Returns a class rather than a spec, because Megatron's layer warns about a spec whose module is not its own MLP.
     """
 
     class GatedMLP(MLP):
@@ -131,11 +132,11 @@ def _gated_mlp(submodules: MLPSubmodules, activation: Callable[[Tensor], Tensor]
 class RotatedSelfAttention(SelfAttention):
     """Megatron's self-attention with a given rotary position embedding.
 
-    Megatron rotates by a function of its module, which only a patch of the whole process would replace; training takes
-    one path through its ``forward``, which is repeated here.
+    Megatron calls a module-level function for the rotation, which could only be replaced by a process-wide patch.
+    Instead, the one path through its ``forward`` that training takes is repeated here.
 
     Args:
-        rotary: x [..., d] and angles -> x rotated.
+        rotary: function of x [..., d] and angles that returns the rotated x.
     """
 
     def __init__(self, *args, rotary: Callable[[Tensor, Tensor], Tensor], **kwargs):
@@ -153,7 +154,7 @@ class RotatedSelfAttention(SelfAttention):
         inference_context=None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """[s, b, hidden], angles [s, 1, 1, d] or of a packed batch's own tokens [t, 1, d] -> [s, b, hidden]."""
+        """[s, b, hidden] -> [s, b, hidden]; angles are [s, 1, 1, d], or [t, 1, d] per token of a packed batch."""
         if inference_context is not None or rotary_pos_emb is None:
             return super().forward(
                 hidden_states,
@@ -190,7 +191,7 @@ class RotatedSelfAttention(SelfAttention):
 
 
 def _angles_of_tokens(angles: Tensor, packed: PackedSeqParams) -> Tensor:
-    """[longest, 1, 1, d] by position -> [t, 1, d] of this rank's tokens of packed sequences."""
+    """Angles by position, [longest, 1, 1, d] -> angles of this rank's tokens of packed sequences, [t, 1, d]."""
     context, angles = _context_part(), angles.squeeze(1)
     starts = [
         (number * (length // context.divisor), length // context.divisor)
@@ -205,18 +206,18 @@ def _context_part() -> ContextPart:
 
 
 class ContextParallelAttention(SdpaAttention):
-    """Attention of a context-parallel rank to packed sequences: it gathers the keys and values of all ranks; each of
-    its two pieces of a sequence attends to what comes before its end."""
+    """Attention over packed sequences with context parallelism: keys and values are gathered from all ranks, and each
+    of this rank's two chunks of a sequence attends to everything up to its own end."""
 
     def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        """[t / ranks, heads, d], [t / ranks, groups, d] of keys and of values -> [t / ranks, heads * d]."""
+        """[t / ranks, heads, d], keys and values [t / ranks, groups, d] -> [t / ranks, heads * d]."""
         return self.attend_each(_pieces(query, key, value, packed.cu_seqlens_q.diff().tolist(), _context_part()))
 
 
 def _pieces(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int], context: ContextPart
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each sequence this rank's two pieces of the queries, each with all keys and values up to its end."""
+    """This rank's two query chunks of each sequence, each with all keys and values up to the chunk's end."""
     lengths = [length // context.ranks for length in lengths]
     group = parallel_state.get_context_parallel_group()
     key, value = (

@@ -1,6 +1,6 @@
 """Low-rank adapters on the policy (LoRA, arXiv 2106.09685), with NeMo's PEFT.
 
-The base weights are frozen and stay in the checkpoint that the run starts from; a run's own checkpoints hold only
+The base weights are frozen and stay in the checkpoint that the run starts from; the run's checkpoints hold only the
 adapters and their optimizer state. The reference model is the policy without adapters, and its log-probs are already
 in the aligned dataset.
 """
@@ -26,13 +26,13 @@ MLP = ("linear_fc1", "linear_fc2")
 
 
 class PolicyLoRA(LoRA):
-    """NeMo's LoRA, extended to work without Transformer Engine and with recompute."""
+    """NeMo's LoRA, extended to work without Transformer Engine and with activation recompute."""
 
     def __call__(self, model: nn.Module) -> nn.Module:
         model = super().__call__(model)
         for module in model.modules():
             if isinstance(module, LanguageModelEmbedding):
-                # recompute gives no gradient to a block whose input asks for none, as that of frozen embeddings does
+                # recompute drops the gradient of a block whose input does not require one, such as frozen embeddings
                 module.register_forward_hook(
                     lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled())
                 )
@@ -65,10 +65,10 @@ class PolicyLoRA(LoRA):
 
 
 def adapters(section: LoraSection, config: TransformerConfig) -> PolicyLoRA | None:
-    """The model transform, which is also the trainer callback that applies it; None where every weight is trained.
+    """The model transform, which is also the trainer callback that applies it; None if all weights are trained.
 
     Args:
-        config: of the policy, as ``build.policy_config`` gives it.
+        config: the policy's config, from ``build.policy_config``.
 
     Raises:
         UserError: a value out of range, or a layer that cannot have an adapter.
@@ -86,7 +86,7 @@ def adapters(section: LoraSection, config: TransformerConfig) -> PolicyLoRA | No
     if config.num_moe_experts and set(section.targets) & set(MLP):
         raise UserError(f"lora.targets: experts get no adapters; use [{', '.join(ATTENTION)}]")
     if getattr(config, "post_layer_norms", False) and set(section.targets) & {"linear_proj", "linear_fc2"}:
-        # Gemma 2 normalises what these two layers give, and an adapter would come after the norm
+        # Gemma 2 normalises the output of these two layers, and an adapter would be added after the norm
         raise UserError(
             "lora.targets: this model normalises the output of linear_proj and linear_fc2, so an adapter on "
             "them could not be merged; use [linear_qkv, linear_fc1]"
@@ -97,5 +97,5 @@ def adapters(section: LoraSection, config: TransformerConfig) -> PolicyLoRA | No
 
 
 def resumed(checkpoint: Path, base: Path) -> Path:
-    """What Lightning is given to resume a run with adapters: its checkpoint, and where the frozen weights are."""
+    """What Lightning needs to resume a run with adapters: its checkpoint, and the path of the frozen weights."""
     return AdapterPath(str(checkpoint), base_model_path=base)

@@ -1,8 +1,8 @@
 """The policy: a NeMo GPT model whose output is the log-prob of each response token, and T-REG's loss on top.
 
-The loss joins NeMo's Megatron path at the places it offers: the data and forward steps of the model's config, the loss
+The loss uses the extension points of NeMo's Megatron path: the data and forward steps of the model's config, the loss
 reductions of the Lightning module, and ``GPTModel._postprocess``, where Megatron would turn hidden states into logits.
-Tensor and pipeline parallelism, schedules, optimizer and checkpoints stay theirs.
+Tensor and pipeline parallelism, schedules, optimizer and checkpoints are NeMo's and Megatron's own.
 """
 
 import contextlib
@@ -43,12 +43,12 @@ class ResponseTokens(NamedTuple):
 class ResponseGPTModel(MegatronGPTModel):
     """Megatron's GPT model with fused vocabulary-parallel log-probs of response tokens instead of logits."""
 
-    block_words: int | None = None  # vocabulary entries that the head projects at a time, see response_logps
+    block_vocab: int | None = None  # vocabulary entries that the head projects at a time, see response_logps
 
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, *args, packed_seq_params: PackedSeqParams | None = None, **kwargs
     ) -> tuple:
-        """Megatron's preprocessing; if pairs share prompts, with rotary angles [t, 1, channels] by position id."""
+        """Megatron's preprocessing; with shared prompts, rotary angles [t, 1, channels] follow position ids."""
         embedded, angles, *others = super()._preprocess(
             input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
         )
@@ -65,7 +65,7 @@ class ResponseGPTModel(MegatronGPTModel):
         *args,
         **kwargs,
     ) -> Tensor:
-        """[s, b, hidden] -> [n] fp32 log-probs on the last stage, the hidden states on others."""
+        """[s, b, hidden] -> [n] fp32 log-probs on the last stage, hidden states on the others."""
         if not self.post_process or not isinstance(labels, ResponseTokens):
             return super()._postprocess(hidden_states, input_ids, position_ids, labels, *args, **kwargs)
         if self.config.sequence_parallel:
@@ -81,17 +81,17 @@ class ResponseGPTModel(MegatronGPTModel):
                 vocab_size=self.config.true_vocab_size,
                 group=parallel_state.get_tensor_model_parallel_group(),
                 logit_softcap=getattr(self.config, "final_logit_softcapping", None),
-                block_words=self.block_words,
+                block_vocab=self.block_vocab,
             )
 
 
 @dataclass
 class PolicyConfig:
-    """Mix-in over NeMo's GPT configs: builds a :class:`ResponseGPTModel` of the same weights."""
+    """Mix-in for NeMo's GPT configs: builds a :class:`ResponseGPTModel` with the same weights."""
 
     true_vocab_size: int = 0  # without padding
-    post_layer_norms: bool = False  # Gemma 2's norms behind attention and MLP
-    kernels: Kernels = field(default_factory=Kernels.reference)  # of layers on plain torch, and of the head
+    post_layer_norms: bool = False  # norms after attention and MLP, as in Gemma 2
+    kernels: Kernels = field(default_factory=Kernels.reference)  # for the plain PyTorch layers and the head
 
     nemo_model: ClassVar[type[llm.GPTModel]]  # the Lightning module that goes with the config
     megatron_model: ClassVar[type[MegatronGPTModel]] = ResponseGPTModel
@@ -108,29 +108,29 @@ class PolicyConfig:
                 "token to all of them (TransformerEngine issue 2139), where token rewards give each its own; "
                 "leave it at native"
             )
-        # NeMo names the class outright, and some families adjust the model that it built (rotary scaling)
+        # NeMo hard-codes the class, and some families modify the model after building it (rotary scaling)
         with substituted(nemo_gpt, "MCoreGPTModel", self.megatron_model):
             model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
         for module in model.modules():
             if isinstance(module, Router):
-                # it would multiply the auxiliary loss by tokens, because Megatron takes what we count for tokens
+                # otherwise it multiplies the auxiliary loss by the token count, although we count pairs, not tokens
                 module.calculate_per_token_loss = False
         return model
 
 
 @cache
 def policy_config_class(nemo_config: type[llm.GPTConfig], nemo_model: type[llm.GPTModel]) -> type[PolicyConfig]:
-    """The config dataclass of a policy, from NeMo's config dataclass and Lightning module of its architecture."""
+    """The policy's config dataclass, derived from NeMo's config dataclass and Lightning module of an architecture."""
     name = f"{nemo_config.__name__}OfPolicy"
     bases = (PolicyConfig, nemo_config)
     return dataclass(type(name, bases, {"__module__": __name__, "__doc__": None, "nemo_model": nemo_model}))
 
 
 def layer_spec(config: PolicyConfig, vp_stage: int | None = None) -> ModuleSpec:
-    """Transformer Engine's layers where it is installed, PyTorch's otherwise and for Gemma 2.
+    """Transformer Engine's layers if it is installed; plain PyTorch layers otherwise, and always for Gemma 2.
 
-    NeMo's own layers for Gemma 2 refuse packed sequences, drop the sliding window where no mask is passed, and slide in
-    the odd layers where the model slides in the even ones.
+    NeMo's own Gemma 2 layers do not support packed sequences, ignore the sliding window if no mask is passed, and apply
+    it in the odd layers, where the model has it in the even ones.
     """
     if HAVE_TE and not config.post_layer_norms:
         return transformer_engine_layer_spec(config)
@@ -138,14 +138,14 @@ def layer_spec(config: PolicyConfig, vp_stage: int | None = None) -> ModuleSpec:
 
 
 def data_step(iterator) -> dict[str, Any]:
-    """Next micro-batch on this rank's device. Every stage gets all of it: the tensors are a few bytes a token."""
+    """Next micro-batch, moved to this rank's device. Every stage gets all its tensors: a few bytes per token."""
     batch = next(iterator)
     batch = batch[0] if isinstance(batch, tuple) else batch
     return {k: v.cuda(non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def forward_step(model, batch: dict[str, Any]) -> Tensor:
-    """Hidden states of this stage, or [n] fp32 log-probs of the response tokens on the last one."""
+    """This stage's hidden states, or on the last stage the log-probs of the response tokens, [n] fp32."""
     packed = None
     if "cu_seqlens" in batch:
         ends = batch["cu_seqlens"]
@@ -174,14 +174,14 @@ class StepResult(NamedTuple):
     """The result of a step over the global batch."""
 
     sums: dict[str, float]  # see treg_megatron.objective.means
-    not_finite: list[str]  # ids of the pairs in micro-batches whose loss is no finite number
+    not_finite: list[str]  # ids of the pairs in micro-batches whose loss is not finite
 
 
 class PreferenceLossReduction(MegatronLossReduction):
     """Loss of a micro-batch, and the metrics of a global batch.
 
-    Megatron divides the gradients by the pairs of the global batch (``calculate_per_token_loss`` with pairs for
-    tokens), so the loss is their mean however they are spread over micro-batches, ranks and bins.
+    Megatron divides the gradients by the number of pairs in the global batch (``calculate_per_token_loss``, with pairs
+    counted as tokens). The loss is thus the mean over pairs, however they are split over micro-batches, ranks and bins.
     """
 
     def __init__(self, objective: Objective):
@@ -199,7 +199,7 @@ class PreferenceLossReduction(MegatronLossReduction):
             self.objective,
             parallel_state.get_context_parallel_group() if split else None,
         )
-        # Megatron adds the counts of context-parallel ranks, which share their pairs
+        # Megatron sums the counts over context-parallel ranks, which hold the same pairs
         own = len(batch["lengths"]) // 2 if parallel_state.get_context_parallel_rank() == 0 else 0
         pairs = torch.tensor(own, dtype=torch.int, device=loss.device)
         return loss, pairs, {"sums": sums, "pair_ids": batch["pair_ids"]}
@@ -225,7 +225,7 @@ class PreferenceLossReduction(MegatronLossReduction):
 
 
 class Policy:
-    """Mix-in over NeMo's ``llm.GPTModel`` classes: their training and validation loss is the objective's."""
+    """Mix-in for NeMo's ``llm.GPTModel`` classes: training and validation use the objective's loss."""
 
     def __init__(self, config: llm.GPTConfig, objective: Objective, optim=None, adapters=None):
         super().__init__(config, optim=optim, model_transform=adapters)
@@ -246,5 +246,5 @@ class Policy:
 
 @cache
 def policy_class(nemo_model: type[llm.GPTModel]) -> type[Policy]:
-    """The policy's Lightning module, from NeMo's of its architecture."""
+    """The policy's Lightning module, derived from NeMo's module of an architecture."""
     return type(f"{nemo_model.__name__}Policy", (Policy, nemo_model), {"__module__": __name__})
