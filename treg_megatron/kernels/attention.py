@@ -1,4 +1,4 @@
-"""Causal grouped-query attention of the last tokens of a sequence, with torch's fused kernels where they apply."""
+"""Causal grouped-query attention for the last tokens of a sequence, on torch's fused kernels where possible."""
 
 from typing import NamedTuple
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class Span(NamedTuple):
-    """Consecutive tokens of a packed sequence that attend to themselves, behind the first tokens of the span before."""
+    """Consecutive tokens of a packed sequence that attend to each other, and to the first tokens of the span before."""
 
     tokens: int
-    prompt: int = 0  # how many of the span before
+    prompt: int = 0  # how many tokens of the span before
 
 
 def causal_attention(
@@ -23,11 +23,11 @@ def causal_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """[b, heads, q, d], [b, groups, s, d] of keys and of values -> [b, heads, q, d].
+    """Queries [b, heads, q, d], keys and values [b, groups, s, d] -> [b, heads, q, d].
 
     Args:
-        query: of the last q positions.
-        tokens_before: how many tokens before itself a query sees; None: all.
+        query: queries of the last q positions.
+        tokens_before: how many preceding tokens a query sees; None: all.
         softcap: c of Gemma 2's c * tanh(scores / c), or None.
     """
     queries, length = query.shape[2], key.shape[2]
@@ -55,14 +55,14 @@ def causal_attention(
 
 
 def rows_to_add(queries: int, length: int) -> int:
-    """How many rows of zeros to put before the queries of the last positions. Of as many queries as keys, fused kernels
-    leave out the half that a causal mask hides: where few are missing, computing them costs less than that half."""
+    """How many rows of zeros to prepend to the queries of the last positions. With as many queries as keys, fused
+    kernels skip the half that the causal mask hides; if few queries are missing, padding costs less than that half."""
     missing = length - queries
     return missing if missing < queries else 0
 
 
 def causal_mask(queries: int, length: int, tokens_before: int | None, device: torch.device) -> Tensor:
-    """[queries, s] bool, True where a query (row) sees a key: itself and the tokens before it, at most
+    """Mask, bool [queries, s], True where a query (row) sees a key: its own token and the ones before it, at most
     ``tokens_before`` (None: all). The queries are those of the last positions."""
     position = torch.arange(length, device=device)
     distance = position[length - queries :, None] - position
@@ -72,9 +72,9 @@ def causal_mask(queries: int, length: int, tokens_before: int | None, device: to
 def soft_capped_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float, dropout: float = 0.0
 ) -> Tensor:
-    """Attention on c * tanh(scores / c), scores and softmax in fp32.
+    """Attention with scores capped to c * tanh(scores / c); scores and softmax in fp32.
 
-    [b, heads, q, d], [b, groups, s, d], mask [q, s] -> [b, heads, q, d].
+    Queries [b, heads, q, d], keys and values [b, groups, s, d], mask [q, s] -> [b, heads, q, d].
     """
     grouped = query.unflatten(1, (key.shape[1], -1))
     scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * scale

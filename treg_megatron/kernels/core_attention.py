@@ -1,4 +1,4 @@
-"""Megatron's core attention on ``scaled_dot_product_attention``: padded batches and packed sequences."""
+"""Megatron's core attention, built on ``scaled_dot_product_attention``, for padded batches and packed sequences."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -17,20 +17,20 @@ from treg_megatron.kernels.attention import Span, causal_attention
 
 @dataclass
 class SharedPrompts(PackedSeqParams):
-    """A packed sequence of pairs that hold their prompt once; rotation goes by position ids."""
+    """A packed sequence of pairs that hold their prompt once; rotary embedding follows position ids."""
 
     pairs: list[tuple[int, int, int]] | None = None  # tokens of prompt, chosen, rejected; what follows is padding
 
 
 class SdpaAttention(MegatronModule):
-    """Causal grouped-query attention on ``scaled_dot_product_attention``.
+    """Causal grouped-query attention, built on ``scaled_dot_product_attention``.
 
-    Packed sequences (THD) are attended one by one: block-diagonal without a mask, and no work between sequences. Of a
-    pair that holds its prompt once, the rejected response attends to the prompt and to itself.
+    Packed sequences (THD) are processed one by one: this gives block-diagonal attention without a mask, and no work is
+    spent between sequences. If a pair holds its prompt once, its rejected response attends to the prompt and to itself.
 
-    Two options of the config have no fused kernel: a sliding window (``window_size``, in the layers that
-    ``window_attn_skip_freq`` names) takes a mask where a sequence is longer than the window, and a soft-cap on the
-    scores (``attn_logit_softcapping``) takes the whole score matrix of a sequence in fp32.
+    Two config options have no fused kernel: a sliding window (``window_size``, in the layers that
+    ``window_attn_skip_freq`` selects) needs a mask if a sequence is longer than the window, and a soft-cap on the
+    scores (``attn_logit_softcapping``) needs the full score matrix of a sequence in fp32.
     """
 
     def __init__(
@@ -62,23 +62,23 @@ class SdpaAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """[s, b, heads, d] or packed [t, heads, d] -> [s, b, heads * d] or [t, heads * d]."""
+        """[s, b, heads, d] -> [s, b, heads * d], or packed, [t, heads, d] -> [t, heads * d]."""
         if packed_seq_params is None:
             out = self.attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
             return out.permute(2, 0, 1, 3).flatten(2)
         return self.attend_packed(query, key, value, packed_seq_params)
 
     def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        """[t, heads, d], [t, groups, d] of keys and of values -> [t, heads * d]."""
+        """Queries [t, heads, d], keys and values [t, groups, d] -> [t, heads * d]."""
         return self.attend_each(parts_of(query, key, value, spans_of(packed, len(query))))
 
     def attend_each(self, parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        """Queries, keys and values of consecutive tokens at a time, [n, heads, d] -> [t, heads * d]."""
+        """Attend each part on its own: queries, keys, values of consecutive tokens, [n, heads, d] -> [t, heads * d]."""
         out = [self.attend(*(x.transpose(0, 1)[None] for x in part)) for part in parts]
         return torch.cat([x[0].transpose(0, 1) for x in out]).flatten(1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[b, heads, q, d], [b, groups, s, d] of keys and of values -> [b, heads, q, d]."""
+        """Queries [b, heads, q, d], keys and values [b, groups, s, d] -> [b, heads, q, d]."""
         dropout = self.dropout if self.training else 0.0
         return causal_attention(query, key, value, self.softmax_scale, self.tokens_before, self.softcap, dropout)
 
@@ -88,10 +88,11 @@ class SdpaAttention(MegatronModule):
 
 
 def spans_of(packed: PackedSeqParams, length: int) -> list[Span]:
-    """The packed sequences, or of each pair prompt and chosen response, then the rejected response; last the padding.
+    """The spans of a packed row: one per sequence or, with shared prompts, two per pair (prompt with chosen response,
+    then rejected response) and one for the padding.
 
     Args:
-        length: tokens, padding included.
+        length: number of tokens, padding included.
     """
     if not isinstance(packed, SharedPrompts):
         return [Span(tokens) for tokens in packed.cu_seqlens_q.diff().tolist()]
@@ -103,7 +104,7 @@ def spans_of(packed: PackedSeqParams, length: int) -> list[Span]:
 
 
 def parts_of(query: Tensor, key: Tensor, value: Tensor, spans: list[Span]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each span the queries, and the keys and values that they see."""
+    """For each span, its queries and the keys and values that they see."""
     of_each = list(zip(*(x.split([span.tokens for span in spans]) for x in (query, key, value)), strict=True))
     for span, before, (q, k, v) in zip(spans, [None, *of_each], of_each, strict=False):
         if span.prompt:

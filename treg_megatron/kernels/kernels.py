@@ -1,4 +1,4 @@
-"""Sets of kernels for a transformer block, and the choice of set on a CPU."""
+"""Kernel sets for a transformer block, and the choice of a set on a CPU."""
 
 import logging
 import os
@@ -27,16 +27,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a block on plain torch is built from; each part can be replaced on its own (``dataclasses.replace``).
+    """The kernels of a plain PyTorch block; each can be replaced on its own (``dataclasses.replace``).
 
     Attributes:
-        norm: module class, built as ``norm(config, hidden_size, eps)``: [..., hidden] -> [..., hidden].
-        activation: SwiGLU, [..., 2 * width] with gate and up side by side -> [..., width]; None: Megatron's own,
-            whatever the activation function.
-        rotary: rotary position embedding, x [..., d] and angles that broadcast to it -> x rotated; None: Megatron's.
-        core_attention: module class that takes the place of Megatron's ``DotProductAttention``.
-        linear: makes the context in which linear layers and the head compute their matrix products; None: torch's
-            products, as they are.
+        norm: module class, constructed as ``norm(config, hidden_size, eps)``: [..., hidden] -> [..., hidden].
+        activation: SwiGLU, [..., 2 * width] (gate and up concatenated) -> [..., width]; None: Megatron's own, whatever
+            the activation function.
+        rotary: rotary position embedding, takes x [..., d] and angles that broadcast to it, and returns the rotated x;
+            None: Megatron's.
+        core_attention: module class that replaces Megatron's ``DotProductAttention``.
+        linear: creates the context in which linear layers and the head compute their matrix products; None: torch's
+            default.
     """
 
     norm: type[torch.nn.Module]
@@ -47,12 +48,12 @@ class Kernels:
 
     @staticmethod
     def reference() -> "Kernels":
-        """Public torch operators and Megatron's own compositions of them; runs on any device."""
+        """Public torch operators and what Megatron composes from them; runs on any device."""
         return Kernels(norm=RMSNorm, activation=None, rotary=None, core_attention=SdpaAttention, linear=None)
 
     @staticmethod
     def fast_cpu() -> "Kernels":
-        """Fewer passes over memory, one call per packed sequence, and oneDNN's products where MKL is slow."""
+        """Fewer passes over memory, one attention call per packed sequence, and oneDNN's matmul where MKL is slow."""
         return Kernels(
             norm=FewPassRMSNorm,
             activation=swiglu,
@@ -68,11 +69,11 @@ SETS = {"fast": Kernels.fast_cpu, "reference": Kernels.reference}
 def cpu_kernels() -> Kernels:
     """The set that ``TREG_CPU_KERNELS`` names, ``fast`` by default.
 
-    The fast set needs private torch operators. Where this torch lacks one, or has it with other arguments, the
-    reference set takes its place, and one logged line says so.
+    The fast set needs private torch operators. If the installed torch lacks one, or its arguments differ, the reference
+    set is used instead, and one line is logged.
 
     Raises:
-        UserError: the variable names no set.
+        UserError: the variable does not name a set.
     """
     name = os.environ.get(VARIABLE) or "fast"
     if name not in SETS:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class _ProductsIn:
-    """Mix-in over Megatron's parallel linear layers.
+    """Mix-in for Megatron's parallel linear layers.
 
     Args:
-        products: makes the context for the products of the forward and of the backward pass.
+        products: creates the context for the matrix products of the forward and the backward pass.
     """
 
     def __init__(self, *args, products: Callable[[], AbstractContextManager], **kwargs):
@@ -56,11 +56,11 @@ class _ProductsIn:
 
 
 class ColumnParallelLinearIn(_ProductsIn, ColumnParallelLinear):
-    """Column-parallel."""
+    """Column-parallel linear layer."""
 
 
 class RowParallelLinearIn(_ProductsIn, RowParallelLinear):
-    """Row-parallel."""
+    """Row-parallel linear layer."""
 
 
 class _Linear(LinearWithGradAccumulationAndAsyncCommunication):

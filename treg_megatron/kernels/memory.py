@@ -1,14 +1,14 @@
-"""Allocator settings for tensors on a CPU, where every step allocates and frees the same gigabytes."""
+"""Allocator settings for CPU tensors: every step allocates and frees the same gigabytes."""
 
 import ctypes
 import os
 
 
 def keep_memory() -> None:
-    """Keep what is freed for the next tensor, and take large tensors in huge pages, for the life of the process.
+    """Keep freed memory for the next tensor, and use huge pages for large tensors, for the rest of the process.
 
-    glibc gives large blocks back to the system when they are freed, and a step would fault in the same pages again.
-    Call it before the first tensor. Idempotent.
+    By default glibc returns large freed blocks to the system, so each step would page-fault the same memory in again.
+    Call it before the first tensor is created. Idempotent.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it first allocates
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

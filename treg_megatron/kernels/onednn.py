@@ -1,8 +1,8 @@
-"""Matrix products by oneDNN on processors where MKL, torch's choice for fp32, is slower.
+"""Matrix products with oneDNN on processors where MKL, torch's default for fp32, is slower.
 
 MKL uses its widest kernels only on Intel processors. On an AMD EPYC (two cores, torch 2.13, 2026-11-25) it reaches
-190 GFLOP/s, but 156 for gate and up projections and 127 for logits, whose results exceed the cache. oneDNN, which torch
-also ships and uses for bf16, reaches 200 to 215 for all of them.
+190 GFLOP/s, but only 156 for gate and up projections and 127 for logits, whose results exceed the cache. oneDNN, which
+torch also ships and uses for bf16, reaches 200 to 215 for all of them.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# multiplications that are worth a kernel: oneDNN compiles one for each new shape, in a millisecond, for all layers
+# smallest number of multiplications worth a kernel: oneDNN takes a millisecond to compile one per new shape
 SMALLEST = 1 << 24
 
 
 class ProductsByOneDNN(TorchFunctionMode):
-    """What is called in this context goes by :func:`product_of` where that has an answer."""
+    """Mode that computes the matrix products called in it with :func:`product_of`, where that returns a result."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -28,9 +28,9 @@ class ProductsByOneDNN(TorchFunctionMode):
 
 
 def product_of(func: Callable, args: tuple, kwargs: dict) -> Tensor | None:
-    """What ``func(*args)`` gives, by oneDNN, or None where that is no product, not fp32, small, or better left to MKL.
+    """``func(*args)`` computed by oneDNN; None if it is not a matrix product, not fp32, small, or faster with MKL.
 
-    oneDNN's product has no gradient: a product that autograd would record is left alone.
+    oneDNN's operator is not differentiable, so products that autograd would record are left to torch.
     """
     if func not in _PRODUCTS or kwargs or len(args) < 2 or torch.is_grad_enabled() or not mkl_is_slow():
         return None
@@ -49,7 +49,7 @@ _PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.mm, F.linear}
 
 @cache
 def mkl_is_slow() -> bool:
-    """Whether this is an x86 processor of another maker than MKL's, and torch has oneDNN."""
+    """Whether torch has MKL and oneDNN, and the x86 processor is not made by Intel."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     cpuinfo = Path("/proc/cpuinfo")

@@ -1,7 +1,7 @@
-"""Causal attention over the sequences of a packed row, by torch's flash kernel for CPUs.
+"""Causal attention over the sequences of a packed row, with torch's flash attention kernel for CPUs.
 
-Autograd through one call of the kernel a sequence would take the row apart and put it together again, forward and
-backward: a dozen small operations a sequence and layer. Here results and gradients are written where they belong.
+With one kernel call per sequence, autograd would split the row and concatenate it again in both passes: a dozen small
+operations per sequence and layer. Here results and gradients are written directly into the row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from treg_megatron.kernels.core_attention import SdpaAttention, spans_of
 
 
 class PackedSdpaAttention(SdpaAttention):
-    """Packed sequences in one call where causal attention is all that is asked for: no window, soft-cap or dropout."""
+    """Packed sequences in one autograd call, for plain causal attention: no window, soft-cap or dropout."""
 
     def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
         if self.tokens_before is not None or self.softcap is not None or (self.training and self.dropout):
@@ -26,7 +26,7 @@ class PackedSdpaAttention(SdpaAttention):
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], scale: float) -> Tensor:
-    """[t, heads, d], [t, groups, d] of keys and of values -> [t, heads, d]; the spans fill the row."""
+    """Queries [t, heads, d], keys and values [t, groups, d] -> [t, heads, d]; the spans cover all t tokens."""
     return _PackedAttention.apply(query, key, value, spans, scale)
 
 
@@ -35,7 +35,7 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, spans, scale):
         out, normalisers = torch.empty_like(query), []
         for rows, prompt in _slices(spans):
-            q, k, v = query[rows], _behind(prompt, key, rows), _behind(prompt, value, rows)
+            q, k, v = query[rows], _with_prompt(prompt, key, rows), _with_prompt(prompt, value, rows)
             added, mask = _shape(q, k)
             part, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 _heads(q, added), _heads(k), _heads(v), 0.0, mask is None, attn_mask=mask, scale=scale
@@ -51,7 +51,7 @@ class _PackedAttention(torch.autograd.Function):
         query, key, value, out, *normalisers = ctx.saved_tensors
         grads = tuple(torch.empty_like(x) for x in (query, key, value))
         for (rows, prompt), normaliser in zip(_slices(ctx.spans), normalisers, strict=True):
-            q, k, v = query[rows], _behind(prompt, key, rows), _behind(prompt, value, rows)
+            q, k, v = query[rows], _with_prompt(prompt, key, rows), _with_prompt(prompt, value, rows)
             added, mask = _shape(q, k)
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 _heads(grad[rows], added),
@@ -68,34 +68,34 @@ class _PackedAttention(torch.autograd.Function):
             of_query, of_key, of_value = (part[0].transpose(0, 1) for part in parts)
             grads[0][rows] = of_query[added:]
             before = prompt.stop - prompt.start
-            for whole, part in ((grads[1], of_key), (grads[2], of_value)):
-                whole[rows] = part[before:]
-                if before:  # the span before wrote its own part there
-                    whole[prompt] += part[:before]
+            for total, part in ((grads[1], of_key), (grads[2], of_value)):
+                total[rows] = part[before:]
+                if before:  # add to what the span before has written there
+                    total[prompt] += part[:before]
         return *grads, None, None
 
 
 def _slices(spans: Sequence[Span]) -> Iterator[tuple[slice, slice]]:
-    """Rows of each span, and those of its prompt."""
+    """Rows of each span, and rows of its prompt."""
     before, start = 0, 0
     for span in spans:
         yield slice(start, start + span.tokens), slice(before, before + span.prompt)
         before, start = start, start + span.tokens
 
 
-def _behind(prompt: slice, x: Tensor, rows: slice) -> Tensor:
+def _with_prompt(prompt: slice, x: Tensor, rows: slice) -> Tensor:
     return torch.cat([x[prompt], x[rows]]) if prompt.stop > prompt.start else x[rows]
 
 
 def _shape(query: Tensor, key: Tensor) -> tuple[int, Tensor | None]:
-    """Rows of zeros to add before the queries, and the mask that the kernel needs, as it adds it to scores."""
+    """Number of rows of zeros to prepend to the queries, and the additive mask for the kernel, if it needs one."""
     added = rows_to_add(len(query), len(key))
     if len(query) + added == len(key):
         return added, None
     return 0, _added_mask(len(query), len(key), query.dtype)
 
 
-@lru_cache(maxsize=4)  # every layer asks for those of its row, forward and backward
+@lru_cache(maxsize=4)  # all layers use the masks of the same row, forward and backward
 def _added_mask(queries: int, length: int, dtype: torch.dtype) -> Tensor:
     """[queries, s]: 0 where a query sees a key, minus infinity elsewhere."""
     seen = causal_mask(queries, length, None, torch.device("cpu"))

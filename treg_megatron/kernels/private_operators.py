@@ -6,7 +6,7 @@ import torch
 
 from treg_megatron.kernels.onednn import mkl_is_slow
 
-#: namespace, name, overload: the arguments that we pass, in order
+#: (namespace, name, overload) of each operator, and the arguments passed to it, in order
 OPERATORS = {
     ("aten", "_scaled_dot_product_flash_attention_for_cpu", "default"): (
         "query key value dropout_p is_causal attn_mask scale"
@@ -21,7 +21,7 @@ ONEDNN = {("mkldnn", "_linear_pointwise", "default"): "X W B attr scalars algori
 
 @cache
 def unusable_operator() -> str | None:
-    """What is wrong with the first operator that this torch lacks or has with other arguments; None: nothing."""
+    """What is wrong with the first operator that is missing or takes other arguments in this torch; None: nothing."""
     for (namespace, name, overload), ours in (OPERATORS | (ONEDNN if mkl_is_slow() else {})).items():
         found = arguments_of(namespace, name, overload)
         if found is None:
@@ -35,7 +35,7 @@ def unusable_operator() -> str | None:
 
 
 def arguments_of(namespace: str, name: str, overload: str) -> list[torch.Argument] | None:
-    """The arguments in an operator's schema; None where there is no such operator."""
+    """The arguments in an operator's schema; None if it does not exist."""
     try:
         return getattr(getattr(getattr(torch.ops, namespace), name), overload)._schema.arguments
     except AttributeError:

@@ -1,4 +1,4 @@
-"""RMSNorm with sequence parallelism: torch's, and one for CPUs, where torch has no fused kernel."""
+"""RMSNorm with sequence parallelism: torch's own, and one for CPUs, where torch has no fused kernel."""
 
 import torch
 import torch.nn.functional as F
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class RMSNorm(torch.nn.Module):
-    """x / rms(x) * weight over the last dimension (arXiv 1910.07467); weight is 1 + gamma where the config says so.
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467); weight is 1 + gamma if the config says so.
 
-    Under sequence parallelism each rank sees part of the sequence, so the weight's gradient is partial: the mark
-    ``sequence_parallel`` makes Megatron sum it over the tensor-parallel group.
+    Under sequence parallelism each rank sees part of the sequence, so the weight's gradient is partial. The parameter
+    attribute ``sequence_parallel`` makes Megatron sum it over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
@@ -22,18 +22,18 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., hidden_size] -> the same."""
+        """[..., hidden_size] -> [..., hidden_size]."""
         if not self.zero_centered:
             return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
-        # bf16 has 8 bits: 1 + gamma would lose most of a small gamma
+        # bf16 has 8 bits of precision: 1 + gamma would lose most of a small gamma
         return F.rms_norm(hidden.float(), (hidden.shape[-1],), 1 + self.weight.float(), self.eps).type_as(hidden)
 
 
 class FewPassRMSNorm(RMSNorm):
-    """The same in few passes over memory: torch composes it of a dozen operations on a CPU, and again backward."""
+    """The same in few passes over memory: on a CPU torch composes it from a dozen operations, in each direction."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., hidden_size] -> the same."""
+        """[..., hidden_size] -> [..., hidden_size]."""
         return super().forward(hidden) if self.zero_centered else _Normalised.apply(hidden, self.weight, self.eps)
 
 

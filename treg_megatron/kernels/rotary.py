@@ -1,7 +1,7 @@
-"""Rotary position embedding in three passes over memory, where Transformer Engine's kernel is not installed.
+"""Rotary position embedding in three passes over memory, for use without Transformer Engine's kernel.
 
-Megatron's own path for PyTorch takes six passes forward and more backward: negation, two concatenations and their
-gradients move as many bytes as the products. The result is the same (arXiv 2104.09864, equation 34).
+Megatron's PyTorch implementation takes six passes forward and more backward: negation, two concatenations and their
+gradients move as many bytes as the multiplications. The result is the same (arXiv 2104.09864, equation 34).
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def rotated_by(x: Tensor, angles: Tensor) -> Tensor:
-    """x rotated by ``angles``; channels of ``x`` beyond those of ``angles`` stay as they are.
+    """x rotated by ``angles``; channels of ``x`` beyond those of ``angles`` are left unchanged.
 
     Args:
         x: [..., d] of any floating dtype.
@@ -23,7 +23,7 @@ def rotated_by(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + rotate_half(x) * sin, and its gradient: the rotation by the opposite angle.
+    """x * cos + rotate_half(x) * sin; its gradient is the rotation by the opposite angle.
 
     Args:
         x: [..., d] of any floating dtype.
@@ -55,7 +55,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
 
 
 def _cos_and_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Kept on the tensor of angles, and so for as long as it: all layers are given the same one."""
+    """Cosines and sines, cached on the tensor of angles, which all layers share."""
     kept = angles.__dict__.setdefault("cos_and_sin", {})
     if dtype not in kept:
         kept[dtype] = angles.cos().to(dtype), angles.sin().to(dtype)

@@ -1,4 +1,4 @@
-"""silu(gate) * up in few passes over memory, where no compiler fuses it."""
+"""silu(gate) * up in few passes over memory, without a compiler to fuse it."""
 
 import torch
 import torch.nn.functional as F
@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:
-    """[..., 2 * width], gate and up side by side -> [..., width] (arXiv 2002.05202, equation 6).
+    """[..., 2 * width], gate and up concatenated -> [..., width] (arXiv 2002.05202, equation 6).
 
-    The backward pass writes the two gradients where they belong and keeps nothing but the input; autograd's would put
-    them together in another pass, and keep silu(gate) and a copy of up.
+    Only the input is saved for the backward pass, which writes both gradients directly into one tensor. Autograd would
+    also save silu(gate) and a copy of up, and concatenate the gradients in another pass.
     """
     return _SwiGLU.apply(gate_and_up)
 
