@@ -1,7 +1,7 @@
 """Sampling of responses: the interface :class:`Sampler` and one engine per generation backend.
 
-Prompts go in as the token ids that labelling and training will see, so that no engine adds a BOS token of its own;
-responses come back as the sampled ids.
+Prompts are passed as the token ids that labelling and training will see, so that no engine adds a BOS token of its own.
+Responses are returned as the sampled ids.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ from treg_megatron.tokenizer.conversation import Sampled
 
 
 class HuggingFaceSampler:
-    """A :class:`~treg_megatron.sampling.Sampler` with the model in the folder ``section.model``.
+    """A :class:`~treg_megatron.sampling.Sampler` for the model in the folder ``section.model``.
 
     Raises:
         UserError: the folder has no loadable model, or the device does not exist.

@@ -1,7 +1,7 @@
-"""The ``rank`` step: sampled responses to preference pairs, the best against the worst response to each prompt.
+"""The ``rank`` step: turns sampled responses into preference pairs, best against worst response to each prompt.
 
-The paper leaves ties open. Here the shortest of the best responses is chosen, and of the worst ones the one closest to
-it in length is rejected.
+The paper does not say how to break ties. Here the shortest of the best responses is chosen, and the worst response
+closest to it in length is rejected.
 """
 
 import importlib
@@ -30,12 +30,12 @@ EMPTY_RESPONSE = "empty response"
 TRUNCATED = "truncated response"
 REPEATED_RESPONSE = "repeats a response to the same prompt"
 
-#: (messages, texts of the responses) -> a score for each
+#: (messages, response texts) -> one score per response
 ScoreFunction = Callable[[list[dict[str, str]], list[str]], Sequence[float]]
 
 
 class Ranked(NamedTuple):
-    """The result of :func:`rank`: pairs written, and prompts and responses dropped, counted by reason."""
+    """Result of :func:`rank`: number of pairs written, and dropped prompts and responses counted by reason."""
 
     pairs: int
     dropped_prompts: Counter[str]
@@ -46,7 +46,7 @@ def rank(section: RankSection) -> Ranked:
     """Write the pairs of ``section.samples`` to ``section.output``, replacing an existing file once all are ranked.
 
     Raises:
-        UserError: the samples are incomplete; scores are missing, not numbers or wrong in number; or no pair is left.
+        UserError: the samples are incomplete; scores are missing, not numbers, too few or too many; or no pair is left.
     """
     with Lock(section.output):
         return _rank(section)
@@ -120,7 +120,7 @@ def _scores(score: Callable[[dict, list[dict]], Sequence[float]], row: dict, kep
         raise UserError(f"prompt {row['prompt_id']!r}: its scores are not numbers: {error}") from None
     if len(scores) != len(kept) or not all(map(math.isfinite, scores)):
         raise UserError(
-            f"prompt {row['prompt_id']!r}: {len(kept)} responses got the scores {scores}; each needs a finite number"
+            f"prompt {row['prompt_id']!r}: {len(kept)} responses got the scores {scores}; each needs one finite score"
         )
     return scores
 
@@ -139,7 +139,7 @@ def _pair(row: dict, chosen: dict, rejected: dict, chosen_score: float, rejected
     return pair
 
 
-# -- where scores come from --------------------------------------------------------------------------------------------
+# -- sources of scores -------------------------------------------------------------------------------------------------
 
 
 def _score_function(section: RankSection) -> Callable[[dict, list[dict]], Sequence[float]]:
@@ -211,7 +211,7 @@ class RewardModel:
         self._torch, self._model = torch, model.to(device_of(section.device)).eval()
 
     def __call__(self, messages: list[dict[str, str]], responses: list[str]) -> list[float]:
-        """A score for each response; one at a time, because architectures differ in the padding they expect."""
+        """One score per response, computed one at a time: architectures differ in the padding they expect."""
         scores = []
         for response in responses:
             ids = self._tokenizer.apply_chat_template(

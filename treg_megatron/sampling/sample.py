@@ -1,7 +1,7 @@
 """The ``sample`` step: several responses to each prompt, grouped by prompt id.
 
-Like labelling, it writes shards atomically, one JSONL file each, and resumes with the unfinished ones. ``run.json``
-records from the start which run the folder belongs to.
+Like labelling, it writes shards atomically, one JSONL file each, and resumes with the unfinished ones. ``run.json`` is
+written first and records which run the folder belongs to.
 """
 
 import hashlib
@@ -38,14 +38,14 @@ class Prompt(NamedTuple):
 
 
 def sample(section: SampleSection, sampler: Sampler | None = None) -> dict[str, Any]:
-    """Sample into the folder ``section.output``, or resume where an earlier call stopped.
+    """Sample responses into the folder ``section.output``, or resume where an earlier call stopped.
 
     Each output record has ``prompt_id``, ``messages``, ``tokenizer`` (hash) and ``responses``; each response has
     ``seed``, ``text``, ``ids`` (or null) and ``finished``.
 
     Args:
         section: the ``sample`` settings of the run.
-        sampler: the model; loaded as ``section.engine`` says if not given.
+        sampler: the model; by default ``section.engine`` loads it.
 
     Returns:
         The manifest: ``prompts``, ``responses``, ``truncated`` (numbers), ``drops`` (counts by reason), ``run``,
@@ -101,7 +101,7 @@ def _sample(section: SampleSection, sampler: Sampler | None) -> dict[str, Any]:
 
 
 def read_prompts(path: str | Path, drops: Counter[str]) -> Iterator[Prompt]:
-    """Prompts of a JSON array or a JSONL file whose records have ``prompt`` (text or messages) or ``messages``.
+    """Read prompts from a JSON array or JSONL file whose records have ``prompt`` (text or messages) or ``messages``.
 
     Everything after the last user turn is dropped, so that conversations and preference pairs work as well. The id is
     the record's ``prompt_id``, ``pair_id`` or ``id``, otherwise a hash of the prompt.
@@ -183,8 +183,8 @@ def _sample_part(
         tokens = 0
         for seed in section.seeds:
             # include the batch in the seed: otherwise similar prompts in different batches get the same random numbers
-            place = f"{seed} {part[batch[0]].prompt_id}".encode()
-            drawn = int.from_bytes(hashlib.sha256(place).digest()[:4], "little") >> 1
+            key = f"{seed} {part[batch[0]].prompt_id}".encode()
+            drawn = int.from_bytes(hashlib.sha256(key).digest()[:4], "little") >> 1
             for i, sampled in zip(batch, sampler.sample([ids[i] for i in batch], drawn), strict=True):
                 responses[i].append({"seed": seed, **sampled._asdict()})
                 tokens += len(sampled.ids or [])

@@ -1,4 +1,4 @@
-"""Sampling from a server with OpenAI's completions API (vLLM, SGLang, llama.cpp, ...).
+"""Sampling from a server with an OpenAI-compatible completions API (vLLM, SGLang, llama.cpp, ...).
 
 Prompts are sent as token ids. vLLM returns the sampled ids on request; other servers return text, which labelling
 tokenises.
@@ -18,11 +18,11 @@ from treg_megatron.tokenizer.chat import ChatTokenizer
 from treg_megatron.tokenizer.conversation import Sampled
 
 _FIRST_PAUSE = 1.0  # seconds; doubles with each retry
-_TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
+_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
 class ServerSampler:
-    """A :class:`~treg_megatron.sampling.Sampler` with the model ``section.server_model`` of ``section.server``.
+    """A :class:`~treg_megatron.sampling.Sampler` for ``section.server_model`` on the server ``section.server``.
 
     Raises:
         UserError: no address is given, or the server does not answer.
@@ -59,7 +59,7 @@ class ServerSampler:
             text, finished, ids = choice["text"], choice["finish_reason"] == "stop", choice.get("token_ids")
         except (KeyError, TypeError, ValueError):
             raise UserError(
-                f"{self._address}/completions sent an answer of unknown form: {json.dumps(answer)[:200]}"
+                f"{self._address}/completions returned an unexpected response: {json.dumps(answer)[:200]}"
             ) from None
         if ids is None:
             return Sampled(text, None, finished)
@@ -79,9 +79,9 @@ class ServerSampler:
                 with urllib.request.urlopen(request, timeout=self._section.timeout) as answer:
                     return json.load(answer)
             except urllib.error.HTTPError as error:
-                if error.code not in _TRY_AGAIN:
+                if error.code not in _RETRIED:
                     said = error.read(300).decode(errors="replace")
-                    raise UserError(f"{self._address}/{path} refuses with status {error.code}: {said}") from None
+                    raise UserError(f"{self._address}/{path} returned status {error.code}: {said}") from None
                 problem: Any = f"status {error.code}"
             except (OSError, ValueError) as error:  # refused, reset, timed out, cut off
                 problem = getattr(error, "reason", error)

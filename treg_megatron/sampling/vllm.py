@@ -9,7 +9,7 @@ from treg_megatron.tokenizer.conversation import Sampled
 
 
 class VllmSampler:
-    """A :class:`~treg_megatron.sampling.Sampler` with the model in the folder ``section.model``.
+    """A :class:`~treg_megatron.sampling.Sampler` for the model in the folder ``section.model``.
 
     Raises:
         UserError: vLLM is not installed.
