@@ -124,7 +124,7 @@ def test_more_nodes_than_one_needs_are_told_at_thousands_of_ranks():
             ["data.seq_length=16384"],
             "seq_length=16384 exceeds the model's maximum sequence length of 8192 tokens",
         ),
-        ("llama3_8b", ["data.layout=bins", "data.micro_batch_size=2"], "micro_batch_size=2 has no meaning there"),
+        ("llama3_8b", ["data.layout=bins", "data.micro_batch_size=2"], "micro_batch_size=2 has no effect there"),
         ("llama3_8b", ["objective.alpha=2.5"], "objective.alpha is 2.5: outside .* sign"),
         ("qwen2.5_7b", ["parallel.tensor=8"], "tensor=8 does not divide the model's 28 attention heads; .* 1, 2, 4"),
         ("mixtral_8x7b", ["parallel.expert=3"], "expert=3 does not divide the model's 8 experts; .* 1, 2, 4, 8"),

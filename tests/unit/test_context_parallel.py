@@ -23,10 +23,10 @@ def test_every_token_lies_on_one_rank(ranks, length):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_parts_make_the_whole_again(ranks):
+def test_joined_is_the_inverse_of_of(ranks):
     sequence = torch.arange(16 * 3).view(16, 3)
     assert torch.equal(
-        ContextPart(0, ranks).whole(
+        ContextPart(0, ranks).joined(
             torch.stack(
                 [
                     torch.stack([ContextPart(rank, ranks).of(column) for column in sequence.T], dim=1)
@@ -38,7 +38,7 @@ def test_parts_make_the_whole_again(ranks):
     )
 
 
-def test_first_and_last_piece_go_together():
+def test_first_and_last_chunk_are_on_the_same_rank():
     assert ContextPart(0, 2).of(torch.arange(8)).tolist() == [0, 1, 6, 7]
     assert ContextPart(1, 2).of(torch.arange(8)).tolist() == [2, 3, 4, 5]
     assert WHOLE.of(torch.arange(3)).tolist() == [0, 1, 2] and WHOLE.padded(3) == 3

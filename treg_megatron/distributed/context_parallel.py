@@ -17,7 +17,7 @@ class ContextPart(NamedTuple):
 
     Attributes:
         rank: index in the context-parallel group.
-        ranks: size of the group; 1 leaves sequences whole and unpadded.
+        ranks: size of the group; with 1, sequences are neither split nor padded.
     """
 
     rank: int
@@ -25,12 +25,12 @@ class ContextPart(NamedTuple):
 
     @property
     def divisor(self) -> int:
-        """Number that every padded sequence length is a multiple of."""
+        """Every padded sequence length is a multiple of this number."""
         return 1 if self.ranks == 1 else 2 * self.ranks
 
     @property
-    def pieces(self) -> tuple[int, int]:
-        """Indices of this rank's two chunks, of 2 * ranks."""
+    def chunks(self) -> tuple[int, int]:
+        """Indices of this rank's two chunks, out of 2 * ranks."""
         return self.rank, 2 * self.ranks - 1 - self.rank
 
     def padded(self, length: int | np.ndarray) -> int | np.ndarray:
@@ -41,11 +41,11 @@ class ContextPart(NamedTuple):
         """This rank's part of a padded sequence: [padded length] -> [padded length / ranks]."""
         if self.ranks == 1:
             return sequence
-        chunks = sequence.view(self.divisor, -1)
-        return torch.cat([chunks[index] for index in self.pieces])
+        chunked = sequence.view(self.divisor, -1)
+        return torch.cat([chunked[index] for index in self.chunks])
 
-    def whole(self, parts: torch.Tensor) -> torch.Tensor:
-        """Inverse of :meth:`of`: every rank's part, [ranks, padded length / ranks, ...] -> [padded length, ...]."""
+    def joined(self, parts: torch.Tensor) -> torch.Tensor:
+        """Inverse of :meth:`of`: all ranks' parts, [ranks, padded length / ranks, ...] -> [padded length, ...]."""
         chunks = parts.unflatten(1, (2, -1))
         return torch.cat([chunks[:, 0].flatten(0, 1), chunks[:, 1].flip(0).flatten(0, 1)])
 
@@ -53,7 +53,7 @@ class ContextPart(NamedTuple):
         """Mask, bool [n], of the positions (int64 [n]) on this rank, in a sequence of padded length ``width``."""
         if self.ranks == 1:
             return np.ones(len(positions), dtype=bool)
-        return np.isin(positions // (width // self.divisor), self.pieces)
+        return np.isin(positions // (width // self.divisor), self.chunks)
 
     def row(self, positions: np.ndarray, width: int) -> np.ndarray:
         """Indices into the output of :meth:`of`, int64 [n], of positions that this rank holds (int64 [n])."""

@@ -1,9 +1,9 @@
-"""A redirect of CUDA calls to the CPU, to run unmodified Megatron-core and NeMo on a machine without a GPU.
+"""Redirects CUDA calls to the CPU, so that unmodified Megatron-core and NeMo run on a machine without a GPU.
 
 Both libraries hard-code the CUDA device: ``torch.empty(..., device="cuda")``, ``tensor.cuda()``,
 ``torch.cuda.current_device()``. :func:`use_cpu` redirects those calls to the CPU for the life of the process, so that
-the distributed optimizer, pipeline schedules and checkpoints run over gloo exactly as written. It is one explicit
-switch and refuses to work if a CUDA device is visible: nothing that could run on a GPU is ever slowed down silently.
+the distributed optimizer, pipeline schedules and checkpoints run over gloo exactly as written. It must be called
+explicitly and fails if a CUDA device is visible, so a job that could use a GPU never runs on the CPU silently.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def is_cpu() -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites the device of every torch call, and tensor methods that move to or ask about CUDA."""
+    """Rewrites the device of every torch call, and the tensor methods that move to CUDA or query it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -179,9 +179,9 @@ def _replace_cuda_runtime() -> None:
 
 
 def _unless_in_place(collective: Callable) -> Callable:
-    """``collective(output, input, ...)``, skipped if both are the same memory.
+    """``collective(output, input, ...)``, skipped if output and input are the same memory.
 
-    A rank alone in its group gathers from and scatters to itself. NCCL then does nothing, but gloo copies all
+    In a group of one rank, all-gather and reduce-scatter have nothing to do. NCCL returns at once, but gloo copies all
     parameters and gradients onto themselves.
     """
 
@@ -194,9 +194,9 @@ def _unless_in_place(collective: Callable) -> Callable:
 
 
 def _as_numpy_on_cpu(move: Callable) -> Callable:
-    """Megatron's ``maybe_move_tensor_to_cpu``, returning an array also for a tensor that is already on the CPU.
+    """Megatron's ``maybe_move_tensor_to_cpu``, which then also converts tensors that are already on the CPU.
 
-    The all-to-all of the experts takes split sizes as an array, but Megatron converts only tensors from a GPU.
+    The experts' all-to-all takes split sizes as a NumPy array, but Megatron converts only tensors from a GPU.
     """
 
     def moved(tensor: torch.Tensor | None, as_numpy: bool = False, record_stream: bool = False):

@@ -1,4 +1,4 @@
-"""Validation of a parallel layout against model, data and rank count; imports neither torch nor Megatron."""
+"""Validation of a parallel layout against the model, the data and the number of ranks, without torch or Megatron."""
 
 from typing import Any
 
@@ -27,10 +27,10 @@ def require_layout(fields: dict[str, Any], parallel: ParallelSection, data: Data
     """Check all layout constraints; training runs this first, preflight runs it without the cluster.
 
     Args:
-        fields: the model's sizes, as ``families.model_fields`` gives them.
+        fields: the model's sizes, from ``families.model_fields``.
 
     Raises:
-        UserError: the first constraint that fails, with values that satisfy it where they can be listed.
+        UserError: a constraint fails; the message names the first, with valid values if they can be listed.
     """
     require_batch(data)
     data_parallel_size(parallel, ranks)
@@ -48,11 +48,11 @@ def require_split(fields: dict[str, Any], tensor: int, pipeline: int, section: s
     """Check that tensor and pipeline sizes divide the model.
 
     Args:
-        fields: the model's sizes, as ``families.model_fields`` gives them.
-        section: recipe section that ``tensor`` and ``pipeline`` come from, for the message.
+        fields: the model's sizes, from ``families.model_fields``.
+        section: recipe section of ``tensor`` and ``pipeline``, for the message.
 
     Raises:
-        UserError: one of them does not, with the values that would.
+        UserError: one of them does not; the message lists the values that do.
     """
     heads, groups = fields["num_attention_heads"], fields["num_query_groups"]
     for name, size in (
@@ -77,13 +77,13 @@ def require_split(fields: dict[str, Any], tensor: int, pipeline: int, section: s
 
 
 def require_divisible(fields: dict[str, Any], parallel: ParallelSection, data: DataSection, ranks: int) -> None:
-    """Check every quantity that a layout divides, and that its options can be combined.
+    """Check that the layout divides the model and the batch, and that its options can be combined.
 
     Args:
-        fields: the model's sizes, as ``families.model_fields`` gives them.
+        fields: the model's sizes, from ``families.model_fields``.
 
     Raises:
-        UserError: a size that does not divide, with the values that would, or an unsupported combination.
+        UserError: a size does not divide (the message lists those that do), or options cannot be combined.
     """
     require_split(fields, parallel.tensor, parallel.pipeline, "parallel")
     if parallel.virtual_pipeline:
@@ -143,7 +143,7 @@ def require_experts_divide(fields: dict[str, Any], parallel: ParallelSection, ra
     """Check that experts divide evenly over expert-parallel ranks.
 
     Raises:
-        UserError: they do not, with the expert-parallel sizes that would.
+        UserError: they do not; the message lists the expert-parallel sizes that do.
     """
     experts, data_ranks = fields.get("num_moe_experts"), data_parallel_size(parallel, ranks)
     if parallel.expert == 1:
@@ -174,7 +174,7 @@ def require_batch(data: DataSection) -> None:
             raise UserError(f"data.{name}={getattr(data, name)} must be at least 1")
     if data.layout == "bins" and data.micro_batch_size != 1:
         raise UserError(
-            f"data.layout=bins packs as many pairs as fit data.bin_size into a micro-batch: "
-            f"data.micro_batch_size={data.micro_batch_size} has no meaning there; set it to 1 and choose "
+            f"data.layout=bins fills each micro-batch with as many pairs as fit into data.bin_size: "
+            f"data.micro_batch_size={data.micro_batch_size} has no effect there; set it to 1 and choose "
             "data.bin_size"
         )

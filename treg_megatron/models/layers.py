@@ -196,7 +196,7 @@ def _angles_of_tokens(angles: Tensor, packed: PackedSeqParams) -> Tensor:
     starts = [
         (number * (length // context.divisor), length // context.divisor)
         for length in packed.cu_seqlens_q.diff().tolist()
-        for number in (context.pieces if context.ranks > 1 else (0,))
+        for number in (context.chunks if context.ranks > 1 else (0,))
     ]
     return torch.cat([angles[start : start + length] for start, length in starts])
 
@@ -211,10 +211,10 @@ class ContextParallelAttention(SdpaAttention):
 
     def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
         """[t / ranks, heads, d], keys and values [t / ranks, groups, d] -> [t / ranks, heads * d]."""
-        return self.attend_each(_pieces(query, key, value, packed.cu_seqlens_q.diff().tolist(), _context_part()))
+        return self.attend_each(_chunks(query, key, value, packed.cu_seqlens_q.diff().tolist(), _context_part()))
 
 
-def _pieces(
+def _chunks(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int], context: ContextPart
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This rank's two query chunks of each sequence, each with all keys and values up to the chunk's end."""
@@ -224,7 +224,7 @@ def _pieces(
         gather_from_sequence_parallel_region(x, group=group).unflatten(0, (context.ranks, -1)) for x in (key, value)
     )
     for q, k, v in zip(query.split(lengths), key.split(lengths, 1), value.split(lengths, 1), strict=True):
-        k, v = context.whole(k), context.whole(v)
-        for piece, number in zip(q.chunk(2), context.pieces, strict=True):
-            end = (number + 1) * len(piece)
-            yield piece, k[:end], v[:end]
+        k, v = context.joined(k), context.joined(v)
+        for chunk, number in zip(q.chunk(2), context.chunks, strict=True):
+            end = (number + 1) * len(chunk)
+            yield chunk, k[:end], v[:end]
