@@ -1,4 +1,4 @@
-"""Peak activation memory of a rank in a training step, from one real forward and backward pass on meta tensors.
+"""Peak activation memory of a rank in a training step, from an actual forward and backward pass on meta tensors.
 
 One micro-batch is run; the pipeline schedule determines how many of them are in flight at each moment.
 """
@@ -47,10 +47,10 @@ class Peak(NamedTuple):
 
 
 def largest_micro_batch(data: DataSection, parallel: ParallelSection) -> dict:
-    """The largest micro-batch that the recipe allows: sequences of full length, nearly all of them response tokens.
+    """The largest micro-batch that the recipe allows: full-length sequences, nearly all response tokens.
 
-    Ignores ``data.share_prompts``, under which the two responses of a pair share the prompt's tokens: with it, real
-    micro-batches are smaller and the estimate is too high.
+    Ignores ``data.share_prompts``, with which the two responses of a pair share the prompt's tokens: real micro-batches
+    are then smaller, and the estimate is too high.
     """
     sequences, tokens = 2 * data.micro_batch_size, 2 * data.micro_batch_size * data.seq_length
     if data.layout == "bins":
@@ -61,7 +61,7 @@ def largest_micro_batch(data: DataSection, parallel: ParallelSection) -> dict:
 
 
 def micro_batch(data: DataSection, parallel: ParallelSection, sequences: list[tuple[int, int]]) -> dict:
-    """A collated micro-batch on meta tensors (``cu_seqlens`` alone stays on the CPU).
+    """A collated micro-batch on meta tensors (only ``cu_seqlens`` stays on the CPU).
 
     Args:
         sequences: (tokens, response tokens) of chosen 0, rejected 0, chosen 1, ...
@@ -73,7 +73,7 @@ def micro_batch(data: DataSection, parallel: ParallelSection, sequences: list[tu
         row_multiple(data, parallel),
         ContextPart(0, parallel.context),
     )
-    # cu_seqlens keeps its values: attention splits its input by them
+    # cu_seqlens keeps its values: attention splits its input accordingly
     return {k: v.to("meta") if isinstance(v, torch.Tensor) and k != "cu_seqlens" else v for k, v in batch.items()}
 
 

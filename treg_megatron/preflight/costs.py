@@ -9,7 +9,7 @@ from treg_megatron.config.schema import ClusterSection, DataSection, LabelSectio
 if TYPE_CHECKING:
     from treg_megatron.preflight.activations import Pass
 
-FORWARD_AND_BACKWARD = 3  # in forward passes: the backward pass has two products for each of the forward pass
+FORWARD_AND_BACKWARD = 3  # in units of a forward pass: the backward pass has two matmuls for each one forward
 ELEMENT = {"fp32": 4, "bf16": 2}  # bytes
 
 
@@ -27,9 +27,8 @@ class Work(NamedTuple):
 
 
 def forward_flops(fields: dict[str, Any], tokens: int, responses: int) -> Work:
-    """FLOPs of one sequence's forward pass: 2 per weight and token in every matrix product; in attention 4 per head,
-    unit of head width and visible pair of positions (arXiv 2205.05198, appendix A, with causal attention counted as
-    half).
+    """FLOPs of one sequence's forward pass: 2 per weight and token in every matmul; in attention 4 per head, head
+    dimension and visible (query, key) pair (arXiv 2205.05198, appendix A, with causal attention counted as half).
 
     Args:
         fields: the model's sizes, from ``families.model_fields``.
@@ -64,14 +63,14 @@ def step_flops(fields: dict[str, Any], data: DataSection) -> float:
 
 
 def label_flops(fields: dict[str, Any], data: DataSection, pairs: int) -> float:
-    """FLOPs of labelling: three forward passes per response, two of them under a revision prompt, which repeats it."""
+    """FLOPs of labelling: three forward passes per response, two with a revision prompt, which repeats the response."""
     plain = forward_flops(fields, data.seq_length, data.seq_length // 2).total
     revision = forward_flops(fields, data.seq_length * 3 // 2, data.seq_length // 2).total
     return pairs * 2 * (plain + 2 * revision)
 
 
 def hours(flops: float, ranks: int, cluster: ClusterSection) -> float:
-    """Hours that all ranks take for some FLOPs at the recipe's utilisation, ``cluster.mfu``."""
+    """Hours that all ranks together take for ``flops`` at the recipe's utilisation, ``cluster.mfu``."""
     return flops / (ranks * cluster.peak_tflops * 1e12 * cluster.mfu) / 3600
 
 
@@ -113,7 +112,7 @@ class Checkpoint(NamedTuple):
 
 
 def checkpoint_bytes(trainable: int, frozen: int, precision: str) -> int:
-    """Weights once, and for each trained parameter its fp32 main parameter and Adam's two moments."""
+    """Bytes of a checkpoint: all weights, and for each trained parameter its fp32 main copy and Adam's two moments."""
     return (trainable + frozen) * ELEMENT[precision] + trainable * 12
 
 

@@ -13,9 +13,9 @@ c10d = torch.ops.c10d
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts every storage that an operation returns, from then on until it is freed.
+    """Counts every storage that an operation returns until it is freed.
 
-    Works on real tensors, where it measures a running program, and on meta tensors, where collectives return at once.
+    Works on real tensors, to measure a running program, and on meta tensors, for which collectives return immediately.
 
     Args:
         at_rest: tensors whose storages are not counted (weights, gradient buffers, optimizer state).

@@ -17,7 +17,7 @@ def on_meta(gpu: bool) -> Iterator[None]:
     """Activate :class:`OnMeta` for every torch call, including those of backward passes.
 
     torch disables a mode while it runs a call that the mode intercepted, such as the backward pass of recomputed
-    layers. ``distributed.cpu_redirect`` re-enables its own mode there, by the same patch; that patch is replaced here,
+    layers. ``distributed.cpu_redirect`` re-enables its own mode there with the same patch. That patch is replaced here,
     because its mode would take precedence over this one.
     """
     previous = torch.autograd._engine_run_backward
@@ -32,11 +32,11 @@ def on_meta(gpu: bool) -> Iterator[None]:
 
 
 class OnMeta(TorchFunctionMode):
-    """Redirects CUDA allocations to the meta device, and substitutes a result where an operation depends on data.
+    """Redirects CUDA allocations to the meta device, and substitutes the result of operations that depend on data.
 
-    Meta tensors have no fused kernels and would take the implementation that saves the most for the backward pass.
-    This mode takes what real devices use: attention that saves queries, keys, values, outputs and one float per query
-    and head; on a GPU also a norm that saves its input and one float per token.
+    Meta tensors have no fused kernels and would use the implementation that saves the most for the backward pass. This
+    mode uses what real devices use: attention that saves queries, keys, values, outputs and one float per query and
+    head; on a GPU also a norm that saves its input and one float per token.
 
     Args:
         gpu: whether the real device is a GPU; CPUs have no fused norm.

@@ -1,4 +1,4 @@
-"""Consistency checks of the files that a recipe names, as far as they exist."""
+"""Consistency checks of the files that a recipe names, if they exist."""
 
 from pathlib import Path
 
@@ -13,10 +13,11 @@ from treg_megatron.preflight.plan import Sections
 
 
 def check_files(sections: Sections) -> tuple[list[str], int | None]:
-    """Check datasets, tokenizer and checkpoint against each other as training does, as far as they are on disk.
+    """Check the datasets, tokenizer and checkpoint that are on disk against each other, as training does.
 
     Returns:
-        One line per file, and the number of training pairs: from the training set, else ``cluster.pairs``, else None.
+        One line per file, and the number of training pairs: the size of the training set, else ``cluster.pairs``,
+        else None.
 
     Raises:
         UserError: two of them do not match, or one is damaged.
@@ -26,7 +27,7 @@ def check_files(sections: Sections) -> tuple[list[str], int | None]:
     if checkpoint.exists():
         require_architecture(model, read_metadata(checkpoint).hf_config, str(checkpoint))
     for prefix in (sections.data.train, sections.data.validation):
-        if prefix is None or not _made(prefix):
+        if prefix is None or not _exists(prefix):
             continue
         streams = open_streams(prefix)
         require_trainable(streams, sections.data, Objective.of(sections.objective))
@@ -44,5 +45,5 @@ def check_files(sections: Sections) -> tuple[list[str], int | None]:
     return lines, pairs
 
 
-def _made(prefix: str) -> bool:
+def _exists(prefix: str) -> bool:
     return manifest_path(prefix).exists() or all(manifest_path(each).exists() for each in parse_blend(prefix)[0])

@@ -1,4 +1,4 @@
-"""Check of a job's nodes before it starts: packages, files, room for checkpoints, devices and collectives."""
+"""Check of a job's nodes before it starts: packages, files, disk space for checkpoints, devices and collectives."""
 
 import importlib.metadata
 import json
@@ -114,7 +114,7 @@ def bytes_needed(recipe: DictConfig) -> int:
 
 
 def describe_node(inputs: dict[str, Path], probe: Path) -> dict[str, Any]:
-    """Installed packages, digests of the visible input files, visibility of the probe file and free space, in bytes."""
+    """Installed packages, digests of the visible input files, whether the probe file is visible, and free bytes."""
     packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return {
         "packages": {"python": platform.python_version(), **packages},
@@ -164,7 +164,7 @@ def _differences(nodes: list[dict[str, Any]], kind: str) -> list[tuple[str, str 
     found = []
     for what in sorted({what for node in nodes for what in node[kind]}):
         counts = Counter(node[kind].get(what) for node in nodes)
-        usual = max(counts, key=lambda value: (counts[value], value is not None))  # of two nodes, the one that has it
+        usual = max(counts, key=lambda value: (counts[value], value is not None))  # on a tie, the node that has it
         found += [
             (what, node[kind].get(what), usual, node["node"])
             for node in nodes
@@ -185,12 +185,12 @@ def devices(ranks: RankInfo, store: Any) -> None:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         ones = torch.ones(512, 512, device=kind)
-        well = bool((ones @ ones == 512).all())
+        correct = bool((ones @ ones == 512).all())
     except RuntimeError:
-        well = False
+        correct = False
     answers: list = [None] * ranks.size
-    torch.distributed.all_gather_object(answers, (node_name(), well))
-    if bad := sorted({node for node, well in answers if not well}):
+    torch.distributed.all_gather_object(answers, (node_name(), correct))
+    if bad := sorted({node for node, correct in answers if not correct}):
         raise UserError(
             f"the devices of {', '.join(bad)} give wrong results or errors: exclude the node, sbatch --exclude"
         )

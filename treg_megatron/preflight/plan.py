@@ -95,7 +95,7 @@ class Plan:
 
     sections: Sections
     fields: dict[str, Any]
-    trainable: int  # parameters of the whole model (of the stages built), each counted once
+    trainable: int  # parameters over all ranks of the stages built, each counted once
     frozen: int
     stages: dict[int, Stage]
     data_ranks: int
@@ -103,7 +103,7 @@ class Plan:
 
     @property
     def memory(self) -> float:
-        """Memory of a rank in bytes, as the recipe states it."""
+        """Memory available to a rank in bytes, as given in the recipe."""
         return self.sections.cluster.gpu_memory * 1e9
 
     @property
@@ -125,8 +125,8 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds per step at the stated utilisation (``cluster.mfu``), which includes communication but neither
-        recompute nor the pipeline bubble: both are added here."""
+        """Seconds per step at the recipe's utilisation (``cluster.mfu``). That includes communication, but not
+        recompute and the pipeline bubble, which are added here."""
         recomputed = 4 / 3 if self.sections.train.recompute == "full" else 1.0
         flops = costs.step_flops(self.fields, self.sections.data) * recomputed
         return 3600 * costs.hours(flops, self.sections.ranks, self.sections.cluster) / (1 - self.bubble)
@@ -140,7 +140,7 @@ def sections_of(config: DictConfig) -> Sections:
     """
     config = copy.deepcopy(config)
     if OmegaConf.is_missing(config.label, "pairs"):
-        config.label.pairs = "(not named yet)"  # preflight does not need to know what is labelled
+        config.label.pairs = "(not named yet)"  # preflight does not need the pairs to label
     return Sections(*(recipe.section(config, name) for name in Sections._fields))
 
 

@@ -66,7 +66,8 @@ def build_rank(
     lora: LoraSection,
     fused: bool,
 ) -> Rank:
-    """Build this rank's part as :mod:`treg_megatron.train` does; call it inside a process group, real or fake.
+    """Build this rank's part of the model as :mod:`treg_megatron.train` does; call it inside a (real or fake) process
+    group.
 
     Args:
         fused: use the fused operations that only GPUs have.
@@ -79,7 +80,7 @@ def build_rank(
             setattr(config, name, type(config).__dataclass_fields__[name].default)
         config.deallocate_pipeline_outputs = True
     if on_meta and config.num_moe_experts:
-        # a capacity factor of 1 makes routing balanced, and tokens per expert independent of the data
+        # with a capacity factor of 1 routing is balanced, and the tokens per expert do not depend on data
         config.moe_pad_expert_input_to_capacity, config.moe_expert_capacity_factor = True, 1.0
     transform = adapters(lora, config)
     policies = []
@@ -108,19 +109,20 @@ def build_rank(
 
 
 def planned_kernels(fused: bool, on_meta: bool) -> Kernels:
-    """The kernels whose memory is that of the real ones.
+    """Kernels that take the same memory as the real ones.
 
     Args:
-        fused: see :func:`build_rank`. Fused kernels keep for the backward pass what the fast set of a CPU keeps; of an
-            activation Megatron has its own fused form.
-        on_meta: attention cuts by values, which packed kernels of a CPU would do with tensors of their own.
+        fused: see :func:`build_rank`. Fused GPU kernels save the same tensors for the backward pass as the fast CPU
+            set; only the activation is Megatron's own fused one.
+        on_meta: use unpacked attention, because the packed CPU kernel would split the row by its values and allocate
+            tensors of its own.
     """
     kernels = dataclasses.replace(Kernels.fast_cpu(), activation=None, linear=None) if fused else cpu_kernels()
     return dataclasses.replace(kernels, core_attention=SdpaAttention) if on_meta else kernels
 
 
 class _Walkable(FNMixin, torch.nn.Module):
-    """A module with the interface that NeMo's model transforms need; NeMo's Lightning module would need a trainer."""
+    """Wrapper with the interface that NeMo's model transforms need; NeMo's Lightning module would need a trainer."""
 
     def __init__(self, module: torch.nn.Module):
         super().__init__()
@@ -130,7 +132,7 @@ class _Walkable(FNMixin, torch.nn.Module):
 def bytes_at_rest(wrapped: list[torch.nn.Module], optimizer: Any) -> AtRest:
     """Memory of the wrapped model and its optimizer, including the padding of Megatron's buffers.
 
-    Before the first step Adam has no state; two fp32 moments per main parameter are counted then.
+    Adam has no state before the first step; in that case two fp32 moments per main parameter are counted.
     """
     parameters = [p for chunk in wrapped for p in chunk.parameters()]
     buffers = list(_buffers(wrapped))
@@ -166,15 +168,14 @@ def main_parameters(optimizer: Any) -> Iterable[torch.Tensor]:
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages of some tensors, each storage counted once."""
+    """Total bytes of the tensors' storages, each storage counted once."""
     return sum({id(s): s.nbytes() for s in [t.untyped_storage() for t in tensors]}.values())
 
 
 def parameters_of_the_model(policies: list[torch.nn.Module]) -> tuple[int, int]:
     """(Trainable, frozen) parameters of this pipeline stage, summed over its tensor- and expert-parallel ranks.
 
-    Replicated parameters count once; the vocabulary's padding and the last stage's copy of tied embeddings do not
-    count.
+    Replicated parameters count once. Vocabulary padding and the last stage's copy of tied embeddings are not counted.
     """
     counts = [0, 0]
     for policy in policies:

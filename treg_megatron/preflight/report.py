@@ -1,4 +1,4 @@
-"""Preflight report as text: memory table, cost of a training step and of the other commands, verdict."""
+"""Preflight report as text: memory table, cost of a training step and of the other steps, verdict."""
 
 import math
 from collections.abc import Iterator

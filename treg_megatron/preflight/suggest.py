@@ -12,18 +12,18 @@ RECOMPUTE = ("none", "selective", "full")
 
 
 def remedy(plan: Plan) -> str:
-    """One line with a change that makes the plan fit: one key if that is enough, else the layout, else the cluster."""
+    """One line with a change that makes the plan fit: to one key if that is enough, else to layout or cluster."""
     sections = plan.sections
     for change in _single_changes(sections):
         if _fits(sections.with_keys(**change), plan.trainable + plan.frozen):
-            return f"to make it fit: {_written(change)}"
+            return f"to make it fit: {_as_overrides(change)}"
     for found in suggestions(sections, plan.trainable + plan.frozen, most=1):
-        return f"to make it fit: {_written(_layout_of(found.sections))}"
+        return f"to make it fit: {_as_overrides(_layout_of(found.sections))}"
     for factor in (2, 4, 8, 16):
         larger = sections.with_keys(cluster={"nodes": factor * sections.cluster.nodes})
         for found in suggestions(larger, plan.trainable + plan.frozen, most=1):
             return (
-                f"to make it fit: --nodes {larger.cluster.nodes} with {_written(_layout_of(found.sections))}; no "
+                f"to make it fit: --nodes {larger.cluster.nodes} with {_as_overrides(_layout_of(found.sections))}; no "
                 "layout fits this cluster"
             )
     return (
@@ -33,7 +33,7 @@ def remedy(plan: Plan) -> str:
 
 
 def suggestions(sections: Sections, parameters: int, most: int = 8) -> list[Plan]:
-    """Layouts that fit, fastest first (by the stated utilisation, pipeline bubble and recompute).
+    """Layouts that fit, fastest first (estimated from utilisation, pipeline bubble and recompute).
 
     Among layouts that differ only in recompute, the one that recomputes least is returned. Only the first and the last
     stage of each are built: one of them needs the most memory.
@@ -109,7 +109,7 @@ def _fits(sections: Sections, parameters: int) -> bool:
 
 
 def _at_rest(sections: Sections, parameters: int) -> float:
-    """Lower bound of a rank's memory in bytes: its part of weights and gradients, its share of optimizer state."""
+    """Lower bound of a rank's memory in bytes: its share of weights, gradients and optimizer state."""
     parallel = sections.parallel
     split = parallel.tensor * parallel.pipeline * parallel.expert
     trained = 0 if sections.lora.rank else 1
@@ -126,7 +126,7 @@ def _layout_of(sections: Sections) -> dict[str, dict[str, Any]]:
     }
 
 
-def _written(change: dict[str, dict[str, Any]]) -> str:
+def _as_overrides(change: dict[str, dict[str, Any]]) -> str:
     """The change as overrides on a command line."""
     return " ".join(
         f"{section}.{key}={str(value).lower()}" for section, keys in change.items() for key, value in keys.items()

@@ -17,7 +17,7 @@ from treg_megatron.preflight.meta import on_meta
 def fake_world(parallel: ParallelSection, size: int, rank: int, gpu: bool) -> Iterator[None]:
     """Make this process ``rank`` of ``size``, with CUDA allocations redirected to the meta device.
 
-    Groups cost nothing, so a world of thousands of ranks takes milliseconds.
+    Fake groups cost nothing, so a world of thousands of ranks takes milliseconds.
 
     Args:
         parallel: the layout for which Megatron's process groups are made.
@@ -48,7 +48,7 @@ def rank_of_stage(parallel: ParallelSection, size: int, stage: int) -> int:
 
 
 def group_names(experts: bool) -> dict[str, str]:
-    """Kind of each process group of this rank, by torch's name of the group; groups of one rank are left out."""
+    """Kind of each of this rank's process groups, keyed by torch's group name; groups of one rank are left out."""
     groups = {
         "context": parallel_state.get_context_parallel_group(),
         "tensor": parallel_state.get_tensor_model_parallel_group(),
