@@ -112,7 +112,7 @@ def test_the_watcher_says_who_is_behind():
     assert watcher.look(seen(1), still=10) is None
     assert watcher.look(seen(2), still=61) == (
         "heartbeat: no step for 61 s; 2 of 4 ranks are in distributed_c10d.all_reduce after step 12; "
-        "rank 3: never heard of; rank 2 on n2: in streams.__getitem__ after step 11"
+        "rank 3: no heartbeat received; rank 2 on n2: in streams.__getitem__ after step 11"
     )
     assert watcher.look(seen(3), still=90) is None
     assert watcher.look(seen(4), still=130) is not None

@@ -74,7 +74,7 @@ def test_a_disk_that_fills_up_while_saving(slurm, files, uninterrupted):
         slurm,
         files,
         run,
-        r"step_000010 could not be written: No space left on device; step_000005 is whole: make room",
+        r"step_000010 could not be written: No space left on device; step_000005 is complete: free disk space",
         CHECKS="",
     )
     assert run.checkpoints() == ["step_000005"]

@@ -1,1 +1,1 @@
-"""What a training job is made of."""
+"""Components of a training job: data module, strategy, trainer and callbacks."""

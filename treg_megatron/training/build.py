@@ -73,7 +73,7 @@ def trainer(
         strategy=strategy,
         plugins=nl.MegatronMixedPrecision(precision="bf16-mixed" if train.precision == "bf16" else "32"),
         max_steps=steps,
-        max_epochs=1,  # one Lightning epoch: the order of the pairs contains all of ours
+        max_epochs=1,  # one Lightning epoch covers all epochs of the run
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,

@@ -1,4 +1,4 @@
-"""The Lightning data module: an aligned dataset to this rank's micro-batches."""
+"""The Lightning data module: turns an aligned dataset into this rank's micro-batches."""
 
 import functools
 import math
@@ -32,14 +32,14 @@ class PairDataset(Dataset):
 
 
 class PairSampler(MegatronDataSampler):
-    """Tells NeMo the shape of a step: a micro-batch is a number of pairs, packed together or two sequences per pair.
+    """Tells NeMo the shape of a step: a micro-batch is a number of pairs, packed together or as two rows per pair.
 
     Args:
         data: the recipe's section.
-        bins: with the layout ``bins``, the largest number of bins in a step; a bin is then the sample NeMo counts.
+        bins: for the layout ``bins``, the largest number of bins in a step; NeMo then counts bins as samples.
         bin_size: tokens per bin, or None for the other layouts. The interleaved schedule exchanges tensors of exactly
-            this length between pipeline stages; the 1F1B schedule communicates the length of each.
-        group: micro-batches per step are a multiple of this; empty ones fill up the rest.
+            this length between pipeline stages; the 1F1B schedule communicates each length.
+        group: the number of micro-batches per step is a multiple of this; the remaining ones are empty.
     """
 
     def __init__(self, data: DataSection, bins: int | None = None, bin_size: int | None = None, group: int = 1):
@@ -68,8 +68,8 @@ class PairData(pl.LightningDataModule):
 
     Args:
         data: the recipe's section.
-        train: its training dataset, opened and validated.
-        validation: its validation dataset, opened and validated, or None.
+        train: the training dataset, opened and validated.
+        validation: the validation dataset, opened and validated, or None.
         parallel: the recipe's section.
     """
 
@@ -113,7 +113,7 @@ class PairData(pl.LightningDataModule):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the entire run."""
         return self.steps_per_epoch * self.data.epochs
 
     def train_dataloader(self) -> DataLoader:

@@ -17,8 +17,8 @@ class PolicyStrategy(nl.MegatronStrategy):
     """NeMo's strategy with checkpoints that reshard to any layout, even without a fused Adam from TE or Apex."""
 
     def __init__(self, **kwargs):
-        # fully reshardable: survives a change of tensor, pipeline and data parallelism. The default format also cannot
-        # store torch Adam's 0-dim step.
+        # fully reshardable: can be loaded under any tensor, pipeline and data parallelism. The default format also
+        # cannot store torch Adam's 0-dim step.
         super().__init__(ckpt_optim_fully_reshardable=True, **kwargs)
         # Megatron's timers all-gather over all ranks, but NeMo's printer reads them on rank 0 alone, which deadlocks
         self.timers = None
@@ -32,7 +32,7 @@ class PolicyStrategy(nl.MegatronStrategy):
                 self.data_sampler.setup(self.cluster_environment.global_rank())
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        # Megatron hard-codes the class; with a fused Adam its own is correct
+        # Megatron hard-codes the class, which is correct for a fused Adam
         own = TorchAdamDistributedOptimizer if issubclass(optimizers.Adam, torch.optim.Adam) else DistributedOptimizer
         with substituted(optimizers, "DistributedOptimizer", own):
             super().setup_optimizers(trainer)
@@ -42,8 +42,8 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):
     """Megatron's distributed optimizer around ``torch.optim.AdamW``, able to resume.
 
     Megatron 0.15 assumes a fused Adam, which counts steps in the parameter group. torch's Adam keeps a 0-dim ``step``
-    per parameter. It does not exist before the first step, when Megatron reads it to describe what to load; it is
-    missing from the loaded tensors; and after loading it is one shared object, which every parameter would advance.
+    per parameter. It does not exist before the first step, when Megatron reads it to describe what to load. It is
+    missing from the loaded tensors. After loading it is one shared object, which every parameter would increment.
     """
 
     def __init__(self, *args, **kwargs):
@@ -56,7 +56,7 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):
         return super().sharded_state_dict(model_sharded_state_dict, is_loading, *args, **kwargs)
 
     def fuse_on_cpu(self) -> None:
-        """Use torch's fused kernel, one pass over memory per step instead of a dozen; by default only GPUs do."""
+        """Use torch's fused kernel (one pass over memory per step instead of a dozen), by default used only on GPUs."""
         for group in self.optimizer.param_groups:
             group["fused"] = is_cpu() or None
 

@@ -28,22 +28,22 @@ logger = logging.getLogger(__name__)
 
 
 class SaveEvery(pl.Callback):
-    """Saves model, optimizer, schedule and position every ``steps`` steps, after the last, and before a stop.
+    """Saves model, optimizer, schedule and data position every ``steps`` steps, after the last, and before a stop.
 
-    A checkpoint counts only once every rank has finished it: after a barrier its marker is removed and treg.json is
-    written. Only then are older ones removed.
+    A checkpoint is valid only once every rank has finished it: after a barrier treg.json is written and its marker is
+    removed. Older checkpoints are removed only after that.
 
     Args:
         run: the run's folder.
         steps: optimizer steps between checkpoints.
         keep: number of newest checkpoints to keep.
-        identity: that of the checkpoint the run started from.
+        identity: metadata of the checkpoint that the run started from.
         description: provenance of the run, stored in each checkpoint.
         metrics: the latest metrics, read at each save.
         lock: of the run's checkpoints, held by rank 0.
 
     Raises:
-        UserError: on every rank, if a rank cannot write its part; nothing of that checkpoint is left.
+        UserError: on every rank, if a rank cannot write its part; that checkpoint is removed completely.
     """
 
     def __init__(
@@ -104,18 +104,18 @@ class SaveEvery(pl.Callback):
             yield
         except (CheckpointException, CheckpointingException, OSError, UserError) as error:
             good = newest_checkpoint(self.folder.parent)
-            full = "No space left" in str(error) or _lacks_room(self.folder, good)
+            full = "No space left" in str(error) or _disk_is_full(self.folder, good)
             if torch.distributed.get_rank() == 0 and self.lock.is_held():  # also frees its space
                 remove_unfinished(self.folder.parent)
             reason = "No space left on device" if full else str(error).splitlines()[0]
             raise UserError(
                 f"{checkpoint} could not be written: {reason}; "
-                + (f"{good.name} is whole" if good else "there is no earlier one")
-                + ": make room and start the same command again"
+                + (f"{good.name} is complete" if good else "there is no earlier one")
+                + ": free disk space and run the same command again"
             ) from error
 
 
-def _lacks_room(folder: Path, written: Path | None) -> bool:
-    """Whether a checkpoint the size of the last one does not fit; torch's message does not tell why a write failed."""
+def _disk_is_full(folder: Path, written: Path | None) -> bool:
+    """Whether a checkpoint as large as the last one does not fit; torch's message does not say why a write failed."""
     needed = bytes_in(written) if written else 1 << 20
     return shutil.disk_usage(folder).free < needed

@@ -26,8 +26,8 @@ class Heartbeat(pl.Callback):
 
     Every rank reports to rank 0, over a separate connection, the last step it finished and what its main thread is
     doing. While no step ends, rank 0 logs the ranks that differ from the majority. After ``hang_timeout_s`` seconds
-    without a step, every rank prints the stacks of all its threads and exits. That does not depend on the hanging
-    thread: a collective that never ends must not use up an allocation.
+    without a step, every rank prints the stacks of all its threads and exits. This works even if the main thread is
+    blocked: a collective that never ends must not use up an allocation.
 
     Args:
         ranks: the processes of the job.
@@ -79,7 +79,7 @@ class Heartbeat(pl.Callback):
 
     def _watch(self, main_thread: int) -> None:
         try:
-            # a separate connection: the main thread may hold the group's while it waits for a rank that is gone
+            # a separate connection: the main thread may block the group's while it waits for a rank that is gone
             store = torch.distributed.TCPStore(
                 os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
             )
@@ -109,7 +109,7 @@ class Watcher:
 
         Args:
             seen: for each rank ``[beats, last finished step, what its main thread does, node]``.
-            still: seconds since rank 0 last made progress.
+            still: seconds without progress on rank 0.
         """
         now = time.monotonic()
         for rank, (beats, *_) in seen.items():
@@ -126,7 +126,7 @@ class Watcher:
             f"rank {rank} on {seen[rank][3]}: no sign of life for {age:.0f} s, last step {seen[rank][1]}"
             for rank, age in silent.items()
         ]
-        behind += [f"rank {rank}: never heard of" for rank in range(self.ranks) if rank not in seen]
+        behind += [f"rank {rank}: no heartbeat received" for rank in range(self.ranks) if rank not in seen]
         for (step, doing), _ in reversed(groups.most_common()[1:]):
             behind += [
                 f"rank {rank} on {seen[rank][3]}: in {doing} after step {step}"
@@ -137,7 +137,7 @@ class Watcher:
         if groups:
             (step, doing), count = groups.most_common(1)[0]
             most = f"; {count} of {self.ranks} ranks are in {doing} after step {step}"
-        return f"heartbeat: no step for {still:.0f} s{most}; " + ("; ".join(behind[:8]) or "none differs")
+        return f"heartbeat: no step for {still:.0f} s{most}; " + ("; ".join(behind[:8]) or "no rank differs")
 
 
 def doing_now(thread: int) -> str:

@@ -31,8 +31,8 @@ class RunMetrics(pl.Callback):
     Args:
         run: the run's folder.
         steps_per_epoch: optimizer steps per epoch, to report the epoch.
-        first_loss: the preference loss expected of the first step, or None if it depends on the data.
-        tolerance: the absolute deviation from it that is allowed.
+        first_loss: expected preference loss of the first step, or None if it depends on the data.
+        tolerance: allowed absolute deviation from it.
 
     Raises:
         UserError: on every rank, before the optimizer step: the first preference loss is not ``first_loss`` (policy

@@ -1,4 +1,4 @@
-"""A log of the pairs that each step trained on: evidence that a run saw every pair once per epoch."""
+"""A log of the pairs that each step trained on, which shows that a run saw every pair once per epoch."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,8 @@ from treg_megatron.training.callbacks.metrics import forget_after
 class PairRecord(pl.Callback):
     """Writes the ids of the pairs whose gradients went into each optimizer step.
 
-    One rank of each data-parallel replica writes, on the last pipeline stage, where the loss is computed. A resumed run
-    drops the lines of steps that it repeats, as for metrics.
+    In each data-parallel replica, one rank of the last pipeline stage writes, because the loss is computed there. As
+    with the metrics, a resumed run drops the lines of the steps that it repeats.
     """
 
     def __init__(self, run: Path):

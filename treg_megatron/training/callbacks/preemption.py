@@ -5,7 +5,7 @@ import signal
 import lightning.pytorch as pl
 import torch
 
-#: Slurm sends the first ahead of a time limit or preemption if the job script asks for it, the second when it acts
+#: Slurm sends the first before a time limit or preemption if the job script requests it, and the second at that point
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 #: exit code of a run that saved and stopped before its last step; the same command resumes it

@@ -9,7 +9,7 @@ from treg_megatron.training.callbacks.metrics import RunMetrics
 class ValidateEvery(pl.Callback):
     """Runs all validation pairs, forward only, through Megatron's schedule.
 
-    Lightning's own validation loop cannot run at step 0 and counts micro-batches where Megatron counts steps.
+    Lightning's own validation loop cannot run at step 0, and it counts micro-batches where Megatron counts steps.
     """
 
     def __init__(self, steps: int, metrics: RunMetrics):
