@@ -109,7 +109,7 @@ CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     [
         ({"chosen": "good", "rejected": "bad"}, "no common prefix"),
         ({"chosen": CHAT, "rejected": [{"role": "user", "content": "other"}, CHAT[1]]}, "the same conversation up to"),
-        ({"chosen": CHAT[:1], "rejected": CHAT[:1]}, "chosen must end with a turn of the assistant"),
+        ({"chosen": CHAT[:1], "rejected": CHAT[:1]}, "chosen must end with an assistant turn"),
         ({"prompt": "other", "chosen": CHAT, "rejected": CHAT}, "prompt is not among the user turns of chosen"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "up to the last `Ass"),
         ({"prompt": "a", "all_generated_responses": ["x"], "all_rm_scores": [1, 2]}, "lists of the same length"),
@@ -171,7 +171,7 @@ def test_folders_of_parquet_count_rows_through_their_files(tmp_path):
 
 
 def test_folders_without_pairs(tmp_path):
-    with pytest.raises(UserError, match="holds neither .parquet files nor a data set"):
+    with pytest.raises(UserError, match="holds neither .parquet files nor a dataset"):
         list(read_pairs(tmp_path))
     (tmp_path / "train").mkdir()
     (tmp_path / "dataset_dict.json").write_text("{}")
@@ -188,7 +188,7 @@ def test_unknown_names_of_formats_and_hub_data_sets(tmp_path):
         list(read_pairs(FOLDER / "hh.jsonl", format="csv"))
     with pytest.raises(UserError, match="hub:nothing is not of the form"):
         list(read_pairs("hub:nothing"))
-    with pytest.raises(UserError, match="a data set of the hub is written hub:OWNER/NAME"):
+    with pytest.raises(UserError, match="a hub dataset is written hub:OWNER/NAME"):
         list(read_pairs("owner/name"))
 
 

@@ -118,7 +118,7 @@ GOOD = json.dumps(row("first"))
         (json.dumps(row(prompt=[{"role": "assistant", "content": "x"}])), "must end with a user turn"),
         (json.dumps(row(prompt=[])), "must end with a user turn"),
         (json.dumps(row(chosen_score=float("nan"))), "chosen_score must be a finite number"),
-        (json.dumps(row(pair_id=["a"])), "the pair's id must be a text or an integer"),
+        (json.dumps(row(pair_id=["a"])), "the pair's id must be a string or an integer"),
         ("\n".join(json.dumps(row(q, id="a")) for q in "xy"), "row 2: pair_id 'a' already belongs to an earlier row"),
         (json.dumps(row("\ud800")), "row 1: text with half of a surrogate pair"),
     ],

@@ -1,4 +1,4 @@
-"""Reader of aligned datasets: labelled pairs as Megatron indexed datasets that match document by document.
+"""Reader of aligned datasets: labelled pairs, stored as Megatron indexed datasets with matching documents.
 
     PREFIX_tokens           uint16 or int32   prompt + response
     PREFIX_token_rewards    float32           value t belongs to response token t
@@ -6,7 +6,7 @@
     PREFIX_pair_ids         uint8             the pair's id in UTF-8
     PREFIX.manifest.json                      provenance, sizes and hashes
 
-Each is a ``.bin`` and an ``.idx`` file; a document is a pair and has two sequences, chosen and rejected (one in
+Each is a ``.bin`` and an ``.idx`` file. A document is a pair and has two sequences, chosen and rejected (one in
 PREFIX_pair_ids). Rewards and log-probs are as long as the response, which is the suffix of the tokens, so prompt
 lengths need not be stored. :mod:`treg_megatron.data.streams` writes, merges, splits and opens these datasets.
 """
@@ -39,10 +39,10 @@ class PairRecord(NamedTuple):
 
 
 class AlignedDataset:
-    """Aligned dataset with random access to its pairs. Made by :func:`open_streams`; pickles as its prefix.
+    """Aligned dataset with random access to its pairs. Created by :func:`open_streams`; pickled as its prefix.
 
     Attributes:
-        manifest: what :func:`write_streams` wrote.
+        manifest: the manifest, as :func:`write_streams` wrote it.
         sequence_lengths: int32 [pairs, 2], tokens of the chosen and rejected sequences, prompt included.
         response_lengths: int32 [pairs, 2], tokens of the chosen and rejected responses.
 
@@ -174,7 +174,7 @@ _TOKENIZER_KEYS = {"sha256": str, "chat_template_sha256": str, "vocab_size": int
 
 
 def streams_manifest(prefix: str | Path) -> dict[str, Any]:
-    """Read the manifest of the aligned dataset PREFIX, checking that every key is present and of its type.
+    """Read the manifest of the aligned dataset PREFIX, checking that every key is present and has the right type.
 
     Raises:
         UserError: the manifest is missing or invalid.

@@ -1,7 +1,8 @@
 """Alignment of logits with response tokens: the only shift by one in the project.
 
-A causal model's output at position i predicts token i + 1. Everything else in this project is stored by the token it
-belongs to, so code that turns model outputs into per-token values must call this module; nothing else shifts indices.
+A causal model's output at position i predicts token i + 1. Everything else in this project is indexed by the token it
+belongs to. Code that turns model outputs into per-token values must therefore call this module; nothing else shifts
+indices.
 """
 
 

@@ -12,11 +12,11 @@ import numpy as np
 from treg_megatron.data.aligned import AlignedDataset, PairRecord
 from treg_megatron.errors import UserError
 
-_LONGEST = 100  # epoch length as a multiple of all pairs; more than this is almost certainly a typo in the weights
+_LONGEST = 100  # longest epoch, as a multiple of all pairs; a longer one is almost certainly a typo in the weights
 
 
 class BlendedDataset:
-    """Blend with the reading interface of :class:`~treg_megatron.data.aligned.AlignedDataset`.
+    """Blend of datasets, with the reading interface of :class:`~treg_megatron.data.aligned.AlignedDataset`.
 
     Attributes:
         prefix: the blend as written in the recipe.
@@ -80,7 +80,7 @@ class BlendedDataset:
             part.require_unchanged()
 
     def pair_id(self, pair: int) -> str:
-        """Id of a pair in the dataset that it comes from."""
+        """Id of a pair, as in the dataset that it comes from."""
         return self.parts[self._part[pair]].pair_id(int(self._pair[pair]))
 
 

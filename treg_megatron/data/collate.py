@@ -33,14 +33,16 @@ def collate(
 
     Args:
         layout: padded or packed; the recipe's layout bins is packed here.
-        pad_to_multiple_of: s is a multiple of this; the largest s of all micro-batches gives them all the same length.
+        pad_to_multiple_of: s is rounded up to a multiple of this; the largest s of all micro-batches pads them all to
+            one length.
         context: the part of every sequence that this context-parallel rank holds; only layout packed can be split.
         share_prompts: store the prompt of each pair once; only for layout packed without context parallelism.
 
     Returns:
         tokens, position_ids: [b, s] int64; packed: b = 1.
-        cu_seqlens: [sequences + 1] int32 and max_seqlen: int, of whole sequences, packed only; padding forms a separate
-            sequence. With share_prompts, pairs replaces cu_seqlens: list of (prompt, chosen, rejected) token counts.
+        cu_seqlens: [sequences + 1] int32 and max_seqlen: int, of unsplit sequences, packed only; padding forms a
+            separate sequence. With share_prompts, pairs replaces cu_seqlens: list of (prompt, chosen, rejected)
+            token counts.
         rows: [n] int64, index into the flattened hidden states [s * b, hidden] that predicts each response token.
         targets: [n] int64, ids of the response tokens. lengths: list of int, response tokens on this rank of chosen 0,
             rejected 0, chosen 1, ...
@@ -74,8 +76,8 @@ def collate(
 
 
 def row_multiple(data: DataSection, parallel: ParallelSection) -> int:
-    """Number of tokens that a row's length must be a multiple of: the recipe's, and what context and sequence
-    parallelism divide it by."""
+    """Number of tokens that a row's length must be a multiple of: the recipe's value, combined with what context and
+    sequence parallelism divide the row by."""
     divisor = ContextPart(0, parallel.context).divisor
     return math.lcm(data.pad_to_multiple_of, divisor * (parallel.tensor if parallel.sequence else 1))
 
@@ -96,7 +98,7 @@ def packed_row(
     if padding:
         sequences = [*sequences, torch.full((padding,), PADDING_TOKEN)]
     sizes = [len(s) for s in sequences]
-    starts = np.cumsum([0, *sizes]) // context.ranks  # where each begins on this rank
+    starts = np.cumsum([0, *sizes]) // context.ranks  # start of each sequence on this rank
     return {
         "tokens": torch.cat([context.of(s) for s in sequences])[None],
         "position_ids": torch.cat([context.of(torch.arange(size)) for size in sizes])[None],

@@ -23,7 +23,7 @@ class Answered(NamedTuple):
 
 
 class NoPreference(Exception):
-    """A well-formed record whose answers are ranked or scored equal, so it carries no training signal."""
+    """A well-formed record without training signal: its answers have equal ranks or scores."""
 
 
 class PairFormat(NamedTuple):
@@ -59,7 +59,7 @@ def _ultrafeedback(row: dict) -> Answered:
     return answered
 
 
-def _common_beginning(row: dict) -> Answered:
+def _common_prefix(row: dict) -> Answered:
     chosen, rejected = (_text(_required(row, name), name) for name in _SIDES)
     length = next(
         (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
@@ -71,7 +71,7 @@ def _common_beginning(row: dict) -> Answered:
         raise ValueError("chosen and rejected have no common prefix that could be the prompt")
     start, end = spaces[-1]
     while rejected[start:end] != chosen[start:end]:
-        end -= 1  # the answers themselves begin with different white space
+        end -= 1  # the answers themselves begin with different whitespace
     return Answered((Message("user", chosen[:start]),), chosen[end:], rejected[end:], *_scores(row))
 
 
@@ -168,7 +168,7 @@ _OPENAI = _Keys("role", "content", {role: role for role in ("system", "user", "a
 _SHAREGPT = _Keys("from", "value", {"human": "user", "gpt": "assistant", **_OPENAI.roles})
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
-#: Order matters: the first match of the first record wins, so a format precedes those whose keys it extends.
+#: Order matters: the first format that matches the first record is used, so formats with more keys come first.
 FORMATS = (
     PairFormat(
         "sharegpt", "conversations, chosen, rejected", lambda row: _has(row, "conversations", *_SIDES), _sharegpt
@@ -215,7 +215,7 @@ FORMATS = (
         "trl_implicit_text",
         "chosen, rejected as text with a common beginning",
         lambda row: _has(row, *_SIDES),
-        _common_beginning,
+        _common_prefix,
     ),
 )
 
@@ -256,7 +256,7 @@ def _completion(row: dict, name: str) -> str:
 
 def _answer(messages: tuple[Message, ...], name: str) -> str:
     if not messages or messages[-1].role != "assistant":
-        raise ValueError(f"{name} must end with a turn of the assistant")
+        raise ValueError(f"{name} must end with an assistant turn")
     return messages[-1].content
 
 

@@ -1,7 +1,7 @@
 """Reader and writer of Megatron's indexed dataset format, without importing Megatron.
 
-A ``.bin`` file holds concatenated sequences of one dtype; its ``.idx`` file says where each begins and which sequences
-make up a document. Layout of the index, little-endian:
+A ``.bin`` file holds concatenated sequences of one dtype. Its ``.idx`` file says where each sequence begins and which
+sequences make up a document. Layout of the index, little-endian:
 
     9 bytes   magic "MMIDIDX\\0\\0"
     8 bytes   version, 1
@@ -12,7 +12,7 @@ make up a document. Layout of the index, little-endian:
     S int64   offset of each sequence in the .bin file in bytes
     D int64   the first sequence of each document, and S
 
-The format is that of ``megatron.core.datasets.indexed_dataset.IndexedDataset``: each reads what the other writes.
+The format is that of ``megatron.core.datasets.indexed_dataset.IndexedDataset``: each can read the other's files.
 """
 
 import array
@@ -40,7 +40,8 @@ _MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
 class IndexedWriter:
     """Streaming writer of documents of at most 65,535 sequences each.
 
-    Memory grows by 4 bytes per sequence and 2 per document; :meth:`finish` briefly needs 8 more for each of either.
+    Memory grows by 4 bytes per sequence and 2 per document; :meth:`finish` briefly needs 8 more per sequence and per
+    document.
     """
 
     def __init__(self, bin_path: Path, idx_path: Path, dtype: np.dtype | type):
@@ -100,7 +101,7 @@ class IndexedReader:
 
     Attributes:
         dtype: of the sequences.
-        lengths: int32 [sequences], elements of each.
+        lengths: int32 [sequences], number of elements of each.
         document_starts: int64 [documents + 1], first sequence of each document, then the number of sequences.
         numbers: all sequences concatenated, [elements] of ``dtype``; a read-only view of the file.
 

@@ -19,8 +19,8 @@ def inspect_pairs(
 
     Args:
         format: name of a format, or ``auto``.
-        tokenizer: lengths are in its tokens; None: in characters.
-        max_length: maximum of prompt + response, in the same unit, for ``too_long``.
+        tokenizer: lengths are measured in its tokens; None: in characters.
+        max_length: maximum length of prompt + response, in the same unit, for ``too_long``.
 
     Returns:
         format, pairs, drops (records by reason), unusable (number of records), first_unusable (messages), turns (pairs
@@ -35,7 +35,7 @@ def inspect_pairs(
     turns: Counter[int] = Counter()
     prompts: set[int] = set()
     lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": [], "longest": []}
-    name, pairs, system, scored, upside_down = format, 0, 0, 0, 0
+    name, pairs, system, scored, inverted = format, 0, 0, 0, 0
     for pair, row in read_pairs_and_rows(source, drops, format, unusable.append):
         if pairs == 0 and format == AUTO:
             name = recognise(row).name
@@ -45,7 +45,7 @@ def inspect_pairs(
         prompts.add(hash(pair.messages))
         if pair.chosen_score is not None and pair.rejected_score is not None:
             scored += 1
-            upside_down += pair.chosen_score < pair.rejected_score
+            inverted += pair.chosen_score < pair.rejected_score
         try:
             prompt, chosen, rejected = _lengths(pair, tokenizer)
         except UserError as error:
@@ -65,7 +65,7 @@ def inspect_pairs(
         "system": system,
         "repeated_prompts": pairs - len(prompts),
         "scored": scored,
-        "chosen_scored_lower": upside_down,
+        "chosen_scored_lower": inverted,
         "unit": "tokens" if tokenizer else "characters",
         "lengths": {key: _quantiles(values) for key, values in lengths.items() if values},
         "too_long": sum(value > max_length for value in lengths["longest"]) if max_length else None,
@@ -79,7 +79,7 @@ def as_text(report: dict[str, Any]) -> str:
     lines += [f"cannot be used: {report['unusable']} rows"] * bool(report["unusable"])
     lines += [f"    {message}" for message in report["first_unusable"]]
     lines.append("turns before the answer: " + ", ".join(f"{n} in {count}" for n, count in report["turns"].items()))
-    lines.append(f"with a system message: {report['system']}; prompts that come again: {report['repeated_prompts']}")
+    lines.append(f"with a system message: {report['system']}; repeated prompts: {report['repeated_prompts']}")
     if report["scored"]:
         lines.append(f"scored: {report['scored']}, chosen has the lower score in {report['chosen_scored_lower']}")
     lines += [

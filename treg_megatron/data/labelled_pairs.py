@@ -1,8 +1,8 @@
 """Labelled pairs: token ids, token rewards and reference log-probs of preference pairs, as Parquet.
 
 One row per pair. ``chosen_tokens`` and ``rejected_tokens`` are prompt followed by response; the lists of rewards and
-log-probs have one value per response token, value t for response token t. Anyone can write such a file from any source
-of token rewards, so everything in it is validated when it is read. Files written here carry a checksum per page.
+log-probs have one value per response token, value t for response token t. Such files may come from any source of token
+rewards, so everything in them is validated when they are read. Files written here have a checksum per page.
 """
 
 import itertools
@@ -24,7 +24,7 @@ MANIFEST_FORMAT, MANIFEST_VERSION = "treg-megatron labelled pairs", 1
 
 _METADATA_KEY = b"treg_megatron"
 _ROWS_AT_ONCE = 1024
-_LOGPROB_TOLERANCE = 1e-3  # rounding may lift a log-prob of 0 a little above it
+_LOGPROB_TOLERANCE = 1e-3  # rounding may give log-probs slightly above 0
 
 SIDES = ("chosen", "rejected")
 _LISTS = {
@@ -44,7 +44,7 @@ _OPTIONAL = {
 
 @dataclass(frozen=True)
 class LabelledPair:
-    """One labelled pair: int32 token ids [s], fp32 values [response tokens]; readable scores and texts where known."""
+    """One labelled pair: int32 token ids [s] and fp32 values [response tokens]; scores and texts, if known."""
 
     pair_id: str
     chosen_tokens: np.ndarray
@@ -101,7 +101,7 @@ def read_shard_metadata(path: str | Path) -> dict[str, Any] | None:
 
 
 def read_labelled(path: str | Path, first: int = 0, last: int | None = None) -> Iterator[LabelledPair]:
-    """Read and check labelled pairs, row by row, from one Parquet file or from all those of a folder.
+    """Read and check labelled pairs, row by row, from one Parquet file or from all Parquet files of a folder.
 
     ``first`` and ``last`` (exclusive) select rows by their index over all files, from 0.
 
@@ -121,7 +121,7 @@ def read_labelled(path: str | Path, first: int = 0, last: int | None = None) -> 
 
 
 def count_rows(path: str | Path) -> int:
-    """Number of rows of one Parquet file or of all those of a folder, from the metadata alone.
+    """Number of rows in one Parquet file, or in all Parquet files of a folder, from the metadata alone.
 
     Raises:
         UserError: as :func:`read_labelled`.
@@ -221,7 +221,7 @@ def _read_file(path: Path, begin: int, end: int) -> Iterator[LabelledPair]:
                 raise UserError(f"{path} row {first_row + wrong.row}{name}: {wrong.message}") from None
             yield from pairs
             first_row += batch.num_rows
-        if first_row <= end:  # a damaged page can look like one of a kind that readers skip
+        if first_row <= end:  # a damaged page can look like a page type that readers skip
             raise UserError(f"{path} ends after row {first_row - 1}, but its metadata promises {end}: it is damaged")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: text that is not UTF-8 in row {first_row} or after ({error.reason})") from None

@@ -1,11 +1,11 @@
 """Bin packing of pairs into micro-batches of similar token counts, by first-fit decreasing.
 
-A global batch remains ``global_batch_size`` pairs. Its pairs, never split, are packed into bins of ``bin_size``
-tokens: taken longest first, each goes into the first bin with room (first-fit decreasing). The bins are distributed
-round-robin over data-parallel ranks. The bins of a step thus depend only on the seed and the lengths, and a run resumes
-at any step on any number of ranks, as without bins. Megatron's schedule uses one number of micro-batches for the whole
-run, that of the step with the most bins; in other steps the remaining micro-batches are empty and contribute nothing,
-because the loss is divided by pairs and not by micro-batches.
+A global batch still has ``global_batch_size`` pairs. They are never split, and packed into bins of ``bin_size`` tokens:
+longest first, each pair goes into the first bin with enough space (first-fit decreasing). The bins are distributed
+round-robin over data-parallel ranks. The bins of a step thus depend only on the seed and the lengths, and a run can
+resume at any step on any number of ranks, as without bins. Megatron's schedule uses one number of micro-batches for the
+entire run, that of the step with the most bins. In other steps the remaining micro-batches are empty and contribute
+nothing, because the loss is divided by pairs, not by micro-batches.
 """
 
 import math
@@ -31,19 +31,19 @@ def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
         ValueError: an item is longer than a bin.
     """
     if len(lengths) and lengths.max() > size:
-        raise ValueError(f"an item of {lengths.max()} does not fit a bin of {size}")
+        raise ValueError(f"an item of {lengths.max()} does not fit into a bin of {size}")
     bins: list[list[int]] = []
-    room = np.zeros(len(lengths), dtype=np.int64)
+    space = np.zeros(len(lengths), dtype=np.int64)
     for item in np.argsort(-lengths, kind="stable").tolist():
-        fitting = room[: len(bins)] >= lengths[item]
+        fitting = space[: len(bins)] >= lengths[item]
         if fitting.any():
             chosen = int(fitting.argmax())
         else:
             chosen = len(bins)
             bins.append([])
-            room[chosen] = size
+            space[chosen] = size
         bins[chosen].append(item)
-        room[chosen] -= lengths[item]
+        space[chosen] -= lengths[item]
     return bins
 
 
@@ -57,7 +57,7 @@ class BinOrder:
         lengths: int64 [pairs], tokens of each pair (:func:`pair_lengths`).
         rank, ranks: data-parallel rank and size.
         micro_batches: micro-batches per step and rank (:func:`micro_batches` of :func:`most_bins`).
-        seed: of the shuffling; None keeps the order of the dataset.
+        seed: shuffling seed; None keeps the order of the dataset.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class BinOrder:
         self.first_step, self.steps = first_step, self._pairs.steps
 
     def __len__(self) -> int:
-        """Micro-batches of the whole run: Lightning counts those before ``first_step`` as already fetched."""
+        """Micro-batches of the entire run: Lightning counts those before ``first_step`` as already fetched."""
         return self.steps * self.micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -101,7 +101,7 @@ def pair_lengths(sequence_lengths: np.ndarray, bin_size: int, name: str) -> np.n
     """Tokens per pair, int64 [pairs], from the lengths of its two sequences, int32 [pairs, 2].
 
     Raises:
-        UserError: a pair of the aligned dataset ``name`` does not fit a bin.
+        UserError: a pair of the aligned dataset ``name`` does not fit into a bin.
     """
     lengths = sequence_lengths.sum(axis=1, dtype=np.int64)
     if lengths.max() > bin_size:

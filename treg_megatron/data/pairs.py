@@ -69,7 +69,7 @@ def read_pairs_and_rows(
     format: str = AUTO,
     unusable: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Pair, dict]]:
-    """:func:`read_pairs`, with the record that each pair was read from."""
+    """Like :func:`read_pairs`, with the record that each pair was read from."""
     drops = Counter() if drops is None else drops
     reader = None if format == AUTO else format_named(format)
     seen_ids, seen_pairs = StringSet(), StringSet()
@@ -82,10 +82,10 @@ def read_pairs_and_rows(
                 pair, content = _pair(row, reader)
             except ValueError as error:
                 raise ValueError(f"{error} (read as {reader.name})") from None
-            whole = pair.pair_id + content
+            identity = pair.pair_id + content
             if pair.chosen == pair.rejected:
                 drops[IDENTICAL_RESPONSES] += 1
-            elif whole in seen_pairs:
+            elif identity in seen_pairs:
                 drops[REPEATED_PAIR] += 1
             elif pair.pair_id in seen_ids:
                 raise ValueError(
@@ -94,7 +94,7 @@ def read_pairs_and_rows(
                 )
             else:
                 seen_ids.add(pair.pair_id)
-                seen_pairs.add(whole)
+                seen_pairs.add(identity)
                 yield pair, row
         except NoPreference:
             drops[EQUAL_SCORES] += 1
@@ -187,7 +187,7 @@ def _pair_id(row: dict, content_hash: str) -> str:
     if given is None:
         return content_hash
     if isinstance(given, bool) or not isinstance(given, (str, int)) or given == "":
-        raise ValueError(f"the pair's id must be a text or an integer, got {given!r}")
+        raise ValueError(f"the pair's id must be a string or an integer, got {given!r}")
     return str(given)
 
 

@@ -3,7 +3,7 @@
     JSON, JSONL         plain, or compressed by gzip or zstd; detected by magic bytes, not by file name
     Parquet             one file, or a folder of them
     Arrow               a folder written by ``datasets``' ``save_to_disk``
-    hub:NAME            a dataset of the Hugging Face hub: ``hub:OWNER/NAME``, ``hub:OWNER/NAME@REVISION:SPLIT``
+    hub:NAME            a dataset on the Hugging Face hub: ``hub:OWNER/NAME``, ``hub:OWNER/NAME@REVISION:SPLIT``
 
 Only the last needs the ``datasets`` package and network access.
 """
@@ -22,8 +22,8 @@ from treg_megatron.utils.files import natural_order, sha256_of, sha256_of_json
 
 HUB = "hub:"
 
-_CHUNK = 1 << 20  # characters read at once; a longer row is read in several goes
-_LONGEST_TOKEN = 16  # a JSON literal, number tail or escape that a chunk's end may have cut
+_CHUNK = 1 << 20  # characters read at once; a longer row takes several reads
+_LONGEST_TOKEN = 16  # longest JSON literal, number tail or escape that the end of a chunk may cut
 _SPACE = " \t\n\r"
 _ROWS_AT_ONCE = 512
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
@@ -34,7 +34,7 @@ _HUB_NAME = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^:]+))?(:(
 def read_rows(source: str | Path) -> Iterator[tuple[int, Any]]:
     """Numbered records of a file, folder or hub dataset, in order.
 
-    Numbers start at 1; in JSONL they are line numbers, in a folder they run through all its files.
+    Numbers start at 1. In JSONL they are line numbers; in a folder they count over all its files.
 
     Raises:
         UserError: the source is missing, of an unsupported kind, or damaged; the message names file and row.
@@ -55,7 +55,7 @@ def is_parquet(path: Path) -> bool:
 
 
 def source_identity(source: str | Path) -> dict[str, str]:
-    """CheckpointMetadata of an input: name and hash of a file or folder, or name and fingerprint of a hub dataset.
+    """Identity of an input: name and hash of a file or folder, or name and fingerprint of a hub dataset.
 
     Raises:
         UserError: as :func:`read_rows`.
@@ -85,7 +85,7 @@ def _folder_rows(folder: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(
             f"{folder} holds the splits {', '.join(splits)}: name one of them, such as {folder / splits[0]}"
             if splits
-            else f"{folder} names splits that are not there"
+            else f"{folder} names splits that do not exist"
         )
     if (folder / "state.json").is_file():
         try:
@@ -95,7 +95,7 @@ def _folder_rows(folder: Path) -> Iterator[tuple[int, Any]]:
         return _numbered(folder, [folder / name for name in names], _arrow_tables)
     files = sorted(folder.glob("*.parquet"), key=natural_order)
     if not files:
-        raise UserError(f"{folder} holds neither .parquet files nor a data set that save_to_disk wrote")
+        raise UserError(f"{folder} holds neither .parquet files nor a dataset that save_to_disk wrote")
     return _numbered(folder, files, _parquet_tables)
 
 
@@ -111,7 +111,7 @@ def _numbered(source: Path, files: list[Path], tables) -> Iterator[tuple[int, An
                     yield number, row
     except UnicodeDecodeError as error:
         raise UserError(f"{file} after row {number}: text that is not UTF-8 ({error.reason})") from None
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column twice, a date out of range
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a duplicate column, a date out of range
         raise UserError(f"{file} cannot be read after row {number}: {error}") from None
 
 
@@ -122,7 +122,7 @@ def _parquet_tables(path: Path) -> Iterator[Any]:
     for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
         rows += batch.num_rows
         yield batch
-    if rows != file.metadata.num_rows:  # a damaged page can look like one of a kind that readers skip
+    if rows != file.metadata.num_rows:  # a damaged page can look like a page type that readers skip
         raise ValueError(f"{file.metadata.num_rows} rows expected from the metadata: the file is damaged")
 
 
@@ -131,19 +131,19 @@ def _arrow_tables(path: Path) -> Iterator[Any]:
 
     with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as batches:
         for batch in batches:
-            batch.validate(full=True)  # offsets of a damaged file would be followed outside of it
+            batch.validate(full=True)  # offsets of a damaged file could point outside the file
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 yield batch.slice(start, _ROWS_AT_ONCE)
         end = source.tell()
         source.seek(max(end - len(_END_OF_STREAM), 0))
-        if source.read() != _END_OF_STREAM:  # readers take a cut, or zeros where a length was, for the end
+        if source.read() != _END_OF_STREAM:  # readers treat truncation, or zeros instead of a length, as the end
             raise ValueError(f"the stream ends at byte {end}, the file is damaged")
 
 
 def _load_from_hub(source: str) -> Any:
     name = _HUB_NAME.fullmatch(source)
     if name is None:
-        raise UserError(f"{source} is not of the form hub:OWNER/NAME, hub:OWNER/NAME@REVISION:SPLIT")
+        raise UserError(f"{source} is not of the form hub:OWNER/NAME or hub:OWNER/NAME@REVISION:SPLIT")
     try:
         import datasets
     except ImportError:
@@ -165,7 +165,7 @@ def _magic(path: Path) -> bytes:
             return stream.read(4)
     except OSError as error:
         looks_like_a_name = re.fullmatch(r"[\w-]+/[\w-]+", str(path))
-        hint = f"; a data set of the hub is written {HUB}OWNER/NAME" if looks_like_a_name else ""
+        hint = f"; a hub dataset is written {HUB}OWNER/NAME" if looks_like_a_name else ""
         raise UserError(f"pairs file {path} cannot be read: {error.strerror}{hint}") from None
 
 
@@ -253,7 +253,7 @@ class _Lookahead:
         self.ended = not more
 
     def skip_space(self) -> str:
-        """The next character other than white space, without consuming it; empty at the end of the stream."""
+        """The next non-whitespace character, without consuming it; empty at the end of the stream."""
         while True:
             while self.position < len(self.text):
                 if self.text[self.position] not in _SPACE:

@@ -1,9 +1,8 @@
-"""Which pair is trained on when: the order of the pairs, and each rank's share of it.
+"""Order of the pairs in training, and each rank's share of it.
 
-The order is a function of (seed, epoch) alone and the share of a rank one of (step, layout), so a run resumes at any
-step, on any number of data-parallel ranks, by knowing its step. Every pair is seen exactly once an epoch: the last
-global batch of an epoch holds what is left, some of its micro-batches may be empty, and the loss stays the mean over
-the pairs that are there.
+The order depends only on (seed, epoch), and a rank's share only on (step, layout). A run can thus resume at any step on
+any number of data-parallel ranks. Every pair is seen exactly once per epoch: the last global batch of an epoch has the
+remaining pairs, some of its micro-batches may be empty, and the loss is the mean over the pairs that it has.
 """
 
 import functools
@@ -14,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-#: RUN/pairs/rank_00003.jsonl, of data-parallel rank 3, has lines {"step": 12, "pairs": ["p7", "p1"]}
+#: folder of the record: RUN/pairs/rank_00003.jsonl (data-parallel rank 3) has lines {"step": 12, "pairs": ["p7", "p1"]}
 RECORD = "pairs"
 
 
 class MicrobatchOrder:
-    """Batch sampler: the indices of each micro-batch of one data-parallel rank, step after step.
+    """Batch sampler: the pair indices of each micro-batch of one data-parallel rank, step by step.
 
-    Iterating yields ``micro_batches`` lists a step, each of at most ``micro_batch_size`` indices, possibly none.
+    Iterating yields ``micro_batches`` lists per step, each with at most ``micro_batch_size`` indices, possibly none.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class MicrobatchOrder:
         self.micro_batches = global_batch_size // (micro_batch_size * ranks)
 
     def __len__(self) -> int:
-        """Micro-batches of the whole run: Lightning counts those before ``first_step`` as fetched."""
+        """Micro-batches of the entire run: Lightning counts those before ``first_step`` as fetched."""
         return self.steps * self.micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -54,7 +53,7 @@ class MicrobatchOrder:
                 yield batch[start : start + self.micro_batch_size].tolist()
 
     def global_batch(self, step: int) -> np.ndarray:
-        """Indices of all pairs of one step, over all ranks: the same for every layout."""
+        """Indices of all pairs of one step, over all ranks; independent of the layout."""
         epoch, step = divmod(step, self.steps_per_epoch)
         return self._epoch_order(epoch)[step * self.global_batch_size : (step + 1) * self.global_batch_size]
 
@@ -66,7 +65,7 @@ class MicrobatchOrder:
 
 
 def recorded_pairs(run: Path) -> dict[int, list[str]]:
-    """What a run trained on (train.record_pairs): ids of the pairs by step, over all data-parallel ranks."""
+    """The pairs that a run trained on (train.record_pairs): their ids by step, over all data-parallel ranks."""
     by_step: dict[int, list[str]] = {}
     for path in sorted((Path(run) / RECORD).glob("rank_*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -30,13 +30,13 @@ from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.utils.files import atomic_write_all, manifest_text
 from treg_megatron.utils.string_set import StringSet
 
-_UINT16_VOCABULARY = 65500  # megatron-core's own limit for two-byte tokens
+_UINT16_VOCABULARY = 65500  # megatron-core's limit for two-byte tokens
 
 
 def write_streams(
     prefix: str | Path, pairs: Iterable[LabelledPair], tokenizer: ChatTokenizer, labels: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Write labelled pairs as an aligned dataset; all files appear together at the end, or none does.
+    """Write labelled pairs as an aligned dataset; all files appear together at the end, or none do.
 
     Args:
         tokenizer: the one that produced the tokens; its hashes go into the manifest.
@@ -111,7 +111,7 @@ def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, 
 def split_streams(source: AlignedDataset, outputs: Sequence[str | Path], fraction: float) -> list[dict[str, Any]]:
     """Split a dataset into training (``outputs[0]``) and validation (``outputs[1]``), and return the manifests.
 
-    Only a hash of pair_id decides, so a pair stays on its side whatever else the dataset holds.
+    Only a hash of pair_id decides, so a pair stays on its side whatever other pairs the dataset has.
 
     Raises:
         UserError: a side would have no pairs.
@@ -182,7 +182,7 @@ def open_streams(prefix: str | Path) -> AlignedDataset | BlendedDataset:
         prefix: of the dataset, or a blend (:mod:`treg_megatron.data.blend`): ``0.3 PREFIX_A 0.7 PREFIX_B``.
 
     Raises:
-        UserError: a file is missing or foreign, or the files do not match each other or the manifest.
+        UserError: a file is missing or of another dataset, or the files do not match each other or the manifest.
     """
     if len(str(prefix).split()) < 2 or manifest_path(prefix).exists():
         return AlignedDataset(prefix)
@@ -229,7 +229,7 @@ def _write_pairs(
         if max(pair.chosen_tokens.max(), pair.rejected_tokens.max()) >= tokenizer.vocab_size:
             raise UserError(
                 f"pair {pair.pair_id} holds a token id that the tokenizer of {tokenizer.folder} "
-                f"({tokenizer.vocab_size} tokens) does not have: it was made with another one"
+                f"({tokenizer.vocab_size} tokens) does not have: it was made with another tokenizer"
             )
         if pair.pair_id in seen:
             raise UserError(f"pair_id {pair.pair_id!r} occurs twice; ids must be unique")
