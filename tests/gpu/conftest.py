@@ -1,4 +1,4 @@
-"""The fixtures of the stations; every test here needs a CUDA device."""
+"""Fixtures of the pipeline tests; every test here needs a CUDA device."""
 
 import pytest
 import torch

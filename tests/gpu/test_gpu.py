@@ -1,4 +1,4 @@
-"""One GPU gives what the CPU gives in fp32: losses of training, log-probs of the head, token rewards."""
+"""One GPU gives the same results as the CPU in fp32: training losses, log-probs of the head, token rewards."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def run(*arguments: object, cuda: bool) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tiny_hf, tmp_path_factory) -> list[str]:
-    """Labelled on the CPU, indexed and imported; the overrides of a recipe that trains from it."""
+    """Label on the CPU, index and import; returns the overrides of a recipe that trains on the result."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     common = [
@@ -71,7 +71,7 @@ def on_cpu(prepared, tmp_path_factory) -> np.ndarray:
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 1e-2)])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_training_has_the_losses_of_the_cpu(precision, tolerance, layout, prepared, on_cpu, tmp_path):
+def test_training_losses_equal_those_of_the_cpu(precision, tolerance, layout, prepared, on_cpu, tmp_path):
     found = losses(
         prepared,
         tmp_path / "out",
@@ -84,7 +84,7 @@ def test_training_has_the_losses_of_the_cpu(precision, tolerance, layout, prepar
     np.testing.assert_allclose(found, on_cpu, rtol=tolerance)
 
 
-def test_token_rewards_are_those_of_the_cpu(prepared, tmp_path):
+def test_token_rewards_equal_those_of_the_cpu(prepared, tmp_path):
     from treg_megatron.data.labelled_pairs import read_labelled
 
     run("tools/label_tokens.py", *prepared, f"label.output={tmp_path}/gpu", "label.dtype=float32", cuda=True)

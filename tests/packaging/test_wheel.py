@@ -1,4 +1,4 @@
-"""The wheel, installed into an environment of its own without the checkout."""
+"""The wheel, installed into a separate environment without the checkout."""
 
 import json
 import os
@@ -16,7 +16,7 @@ OURS = ("treg_megatron*", "__editable__*treg*")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from the tracked files alone, so that leftovers of the checkout cannot help."""
+    """The wheel, built only from tracked files, so that other files in the checkout cannot help."""
     source, output = (tmp_path_factory.mktemp(name) for name in ("source", "wheel"))
     archive = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
     for name in archive.decode().split("\0"):
@@ -46,7 +46,7 @@ def environment(wheel, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def treg(environment, tmp_path):
-    """Run ``treg`` of the new environment in an empty folder; gives its standard output."""
+    """Run ``treg`` of the new environment in an empty folder; returns its standard output."""
 
     def run(*arguments: str | Path) -> str:
         variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}

@@ -1,4 +1,4 @@
-"""The stations as a user runs them: command lines in processes of their own, on a model that the tests make."""
+"""The pipeline's commands as a user runs them: each in its own process, on a model that the tests create."""
 
 import os
 import re
@@ -22,10 +22,10 @@ PAIRS = [
 ]
 
 
-def station(
+def run_command(
     *arguments: str | Path, ranks: int = 0, cwd: Path = ROOT, timeout: int = 280
 ) -> subprocess.CompletedProcess:
-    """Run ``tools/X.py ARGUMENTS``, or ``-m MODULE ARGUMENTS`` under torchrun where ``ranks`` is given."""
+    """Run ``tools/X.py ARGUMENTS``, or ``-m MODULE ARGUMENTS``; under torchrun if ``ranks`` is given."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     return subprocess.run(
         [sys.executable, *launcher, *map(str, arguments)],
@@ -38,7 +38,7 @@ def station(
 
 
 def assert_refused(result: subprocess.CompletedProcess, pattern: str) -> None:
-    """Exit code 2 and one line on stderr that matches."""
+    """Assert exit code 2 and a single error line on stderr that matches the pattern."""
     assert result.returncode == 2, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and re.search(pattern, errors[0]), result.stderr

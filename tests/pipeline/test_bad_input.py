@@ -1,4 +1,4 @@
-"""Bad input to each station: one line that says what, where and what to do; exit code 2; nothing half-written."""
+"""Bad input to each step: one line that says what, where and what to do; exit code 2; no partial output."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.pipeline.conftest import PAIRS, assert_refused, station
+from tests.pipeline.conftest import PAIRS, assert_refused, run_command
 from tests.support.labelled import pair
 from tests.support.tiny import tiny_tokenizer
 from treg_megatron.checkpoint.from_hf import import_checkpoint
@@ -35,7 +35,7 @@ def files(tiny_hf, tmp_path_factory) -> Path:
 
 
 def train(files: Path, tiny_hf: Path, *overrides: str):
-    return station(
+    return run_command(
         "-m",
         "treg_megatron.train",
         *TINY,
@@ -59,7 +59,7 @@ def train(files: Path, tiny_hf: Path, *overrides: str):
 def test_label_refuses(content, pattern, tiny_hf, tmp_path):
     if content is not None:
         (tmp_path / "pairs.jsonl").write_text(content)
-    result = station(
+    result = run_command(
         "tools/label_tokens.py",
         *TINY,
         "--model",
@@ -75,7 +75,7 @@ def test_label_refuses(content, pattern, tiny_hf, tmp_path):
 
 def test_index_refuses_another_tokenizer(files, tmp_path):
     tiny_tokenizer(tmp_path / "other", template="headers")
-    result = station(
+    result = run_command(
         "tools/index_pairs.py",
         *TINY,
         f"run={files}",
@@ -108,7 +108,7 @@ def test_train_refuses(override, pattern, files, tiny_hf):
 
 
 def test_train_refuses_a_tensor_size_that_does_not_divide_the_heads(files, tiny_hf):
-    result = station(
+    result = run_command(
         "-m", "treg_megatron.train", *TINY, f"run={files}", f"model.hf={tiny_hf}", "parallel.tensor=3", ranks=3
     )
     assert (
@@ -126,7 +126,7 @@ def test_train_refuses_streams_of_another_tokenizer(files, tmp_path):
 
 
 def test_train_refuses_an_index_whose_offsets_do_not_follow_from_its_lengths(files, tiny_hf, tmp_path):
-    """One token more in the first sequence, one less in the second: the file has the size that the manifest names."""
+    """One token more in the first sequence and one less in the second: the file keeps the size in the manifest."""
     streams = tmp_path / "streams"
     shutil.copytree(files / "streams", streams)
     path = streams / "train_token_rewards.idx"

@@ -1,4 +1,4 @@
-"""Token rewards of one's own to streams, and everything that tools/streams.py does, as command lines."""
+"""Commands that turn a user's own token rewards into streams, and all commands of tools/streams.py."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.pipeline.conftest import PAIRS, assert_refused, station
+from tests.pipeline.conftest import PAIRS, assert_refused, run_command
 from treg_megatron.data.aligned import stream_paths
 from treg_megatron.data.streams import open_streams
 
@@ -22,18 +22,18 @@ REWARDED = [
 
 
 def ok(*arguments) -> str:
-    result = station(*arguments)
+    result = run_command(*arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 @pytest.fixture(scope="module")
 def folder(tiny_hf, tmp_path_factory) -> Path:
-    """Two halves of the pairs: one imported with reference log-probs and indexed, one straight from text."""
+    """Two halves of the pairs, each imported with reference log-probs and indexed."""
     folder = tmp_path_factory.mktemp("data")
     for name, rows in (("a", REWARDED[:5]), ("b", REWARDED[5:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        told = ok(
+        printed = ok(
             "tools/import_rewards.py",
             "--recipe",
             "recipes/tiny.yaml",
@@ -46,7 +46,7 @@ def folder(tiny_hf, tmp_path_factory) -> Path:
             "--shard-pairs",
             "3",
         )
-        assert told == f"imported {len(rows)} pairs to {folder / name}.parquet (dropped: none)\n"
+        assert printed == f"imported {len(rows)} pairs to {folder / name}.parquet (dropped: none)\n"
         ok(
             "tools/index_pairs.py",
             "--tokenizer",
@@ -112,23 +112,23 @@ def test_merge_split_info_verify(folder):
     )
     sides = [open_streams(folder / name) for name in ("train", "held-out")]
     assert sorted(side.pair_id(i) for side in sides for i in range(len(side))) == sorted(p["pair_id"] for p in PAIRS)
-    told = json.loads(ok("tools/streams.py", "info", folder / "whole"))
-    assert told["pairs"] == 12 and told["reference_logprobs"] is True and "files" not in told
+    printed = json.loads(ok("tools/streams.py", "info", folder / "whole"))
+    assert printed["pairs"] == 12 and printed["reference_logprobs"] is True and "files" not in printed
     assert ok("tools/streams.py", "verify", folder / "a", folder / "whole").splitlines() == [
         f"{folder / 'a'}: 5 pairs, every byte as it was written",
         f"{folder / 'whole'}: 12 pairs, every byte as it was written",
     ]
 
 
-def test_what_cannot_be_done_is_said(folder, tiny_hf, tmp_path):
+def test_impossible_requests_are_refused(folder, tiny_hf, tmp_path):
     assert_refused(
-        station("tools/streams.py", "merge", folder / "twice", folder / "a", folder / "a"),
+        run_command("tools/streams.py", "merge", folder / "twice", folder / "a", folder / "a"),
         "pair_id 'p0' of .*a is also in an earlier part",
     )
-    assert_refused(station("tools/streams.py", "info", folder / "absent"), "absent.manifest.json does not exist")
+    assert_refused(run_command("tools/streams.py", "info", folder / "absent"), "absent.manifest.json does not exist")
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     assert_refused(
-        station(
+        run_command(
             "tools/import_rewards.py",
             "--model",
             tiny_hf,
@@ -145,17 +145,19 @@ def test_what_cannot_be_done_is_said(folder, tiny_hf, tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert_refused(station("tools/streams.py", "verify", folder / "b"), "b_token_rewards.bin has changed since it was")
+    assert_refused(
+        run_command("tools/streams.py", "verify", folder / "b"), "b_token_rewards.bin has changed since it was"
+    )
 
 
-def test_the_report_of_a_file(folder):
-    told = ok("tools/inspect_pairs.py", folder / "a.jsonl")
-    assert told.startswith("5 pairs, read as trl\n") and "characters of prompt: minimum" in told
+def test_inspect_reports_on_a_file(folder):
+    printed = ok("tools/inspect_pairs.py", folder / "a.jsonl")
+    assert printed.startswith("5 pairs, read as trl\n") and "characters of prompt: minimum" in printed
     assert json.loads(ok("tools/inspect_pairs.py", folder / "a.jsonl", "--json"))["pairs"] == 5
 
 
-def test_the_report_before_labelling(folder, tiny_hf, tmp_path):
-    told = ok(
+def test_label_reports_without_labelling(folder, tiny_hf, tmp_path):
+    printed = ok(
         "tools/label_tokens.py",
         "--pairs",
         folder / "a.jsonl",
@@ -167,5 +169,5 @@ def test_the_report_before_labelling(folder, tiny_hf, tmp_path):
         tmp_path / "labelled",
         "--report",
     )
-    assert told.startswith("5 pairs, read as trl\n") and "tokens of prompt: minimum" in told
-    assert "longer than the maximum length: " in told and not list(tmp_path.iterdir())
+    assert printed.startswith("5 pairs, read as trl\n") and "tokens of prompt: minimum" in printed
+    assert "longer than the maximum length: " in printed and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""label_tokens.py as a user starts it: alone, under torchrun, and as srun starts it; with either engine."""
+"""label_tokens.py started directly, by torchrun and as by srun, with either engine."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.pipeline.conftest import PAIRS, ROOT, station
+from tests.pipeline.conftest import PAIRS, ROOT, run_command
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.data.labelled_pairs import SIDES, read_labelled
 
@@ -44,14 +44,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def alone(tiny_hf, folder) -> Path:
-    """What one process writes."""
-    result = station(*command(tiny_hf, folder, "alone"))
+    """Output of a single process."""
+    result = run_command(*command(tiny_hf, folder, "alone"))
     assert result.returncode == 0 and result.stdout.startswith(f"labelled {len(PAIRS)} pairs to "), result.stderr
     return folder / "alone"
 
 
 def test_under_torchrun(tiny_hf, folder, alone):
-    result = station(*command(tiny_hf, folder, "torchrun"), ranks=2)
+    result = run_command(*command(tiny_hf, folder, "torchrun"), ranks=2)
     assert result.returncode == 0 and "labelled 12 pairs" in result.stdout, result.stderr
     assert contents(folder / "torchrun") == contents(alone)
 
@@ -75,22 +75,22 @@ def test_under_srun(tiny_hf, folder, alone):
         )
         for rank in range(2)
     ]
-    said = [task.communicate(timeout=200)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0] and "labelled 12 pairs" in "".join(said)
+    printed = [task.communicate(timeout=200)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0] and "labelled 12 pairs" in "".join(printed)
     assert contents(folder / "srun") == contents(alone)
 
 
-def test_bad_input_is_told_once_under_torchrun(tiny_hf, folder):
+def test_bad_input_is_reported_once_under_torchrun(tiny_hf, folder):
     (folder / "broken.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
-    result = station(*command(tiny_hf, folder, "refused", "--pairs", folder / "broken.jsonl"), ranks=2)
+    result = run_command(*command(tiny_hf, folder, "refused", "--pairs", folder / "broken.jsonl"), ranks=2)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode != 0 and len(errors) == 1 and "broken.jsonl" in errors[0] and "row 1" in errors[0]
     assert not (folder / "refused").exists()
 
 
-def test_by_megatron_split_in_two(tiny_hf, folder, alone):
+def test_megatron_engine_with_tensor_parallel_2(tiny_hf, folder, alone):
     import_checkpoint(tiny_hf, folder / "megatron")
-    result = station(
+    result = run_command(
         *command(
             tiny_hf, folder, "split", "--engine", "megatron", "--checkpoint", folder / "megatron", "--tensor", "2"
         ),

@@ -1,8 +1,8 @@
-"""Token rewards of a real model find planted errors: short answers, each with one span that is plainly wrong.
+"""Token rewards of a real model detect planted errors: short answers, each with one span that is clearly wrong.
 
-tests/data/planted_errors.jsonl marks the errors by characters; offsets carry the marks over to tokens. What is measured
-is how well a score tells the first token of each error from the tokens outside errors (AUROC: the probability that it
-ranks one of the first kind above one of the second).
+tests/data/planted_errors.jsonl marks the errors by character; offsets map the marks to tokens. The tests measure how
+well a score separates the first token of each error from the tokens outside errors (AUROC: the probability that it
+ranks a random token of the first kind above one of the second).
 """
 
 import json
@@ -22,7 +22,7 @@ ITEMS = [json.loads(line) for line in (ROOT / "tests" / "data" / "planted_errors
 
 
 class Scored(NamedTuple):
-    """Values of an answer's tokens, its end-of-turn token left out."""
+    """Values of an answer's tokens, without the end-of-turn token."""
 
     first_error: int
     good: np.ndarray  # [tokens] bool, outside of every error
@@ -79,7 +79,7 @@ def suite(smollm2) -> list[Scored]:
 
 
 def shown(question: str, answer: str) -> list[Message]:
-    """The oracle's prompt: it knows the answer that it leads the model to expect."""
+    """The oracle's prompt, which contains the answer that the model should expect."""
     return [Message("user", f"{question}\n\nThe answer is: {answer}\n\nSay this answer again, word for word.")]
 
 
@@ -95,7 +95,7 @@ def separation(suite: list[Scored], name: str) -> float:
     return auroc(errors, good)
 
 
-def test_items_are_many_marked_and_not_the_demonstrations():
+def test_items_are_marked_and_distinct_from_the_demonstrations():
     assert len(ITEMS) >= 24 and len({item["id"] for item in ITEMS}) == len(ITEMS)
     demonstrated = {turn.content for turn in load_prompt_pair("few_shot").turns if isinstance(turn, Message)}
     for item in ITEMS:
@@ -121,7 +121,7 @@ def test_planted_errors_are_found(suite):
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_a_shift_by_one_is_noticed(suite, shift):
+def test_a_shift_by_one_is_detected(suite, shift):
     shifted = [
         scored._replace(few_shot=np.roll(scored.few_shot, shift), oracle=np.roll(scored.oracle, shift))
         for scored in suite
@@ -129,7 +129,7 @@ def test_a_shift_by_one_is_noticed(suite, shift):
     assert separation(shifted, "few_shot") < 0.85 and separation(shifted, "oracle") < 0.93
 
 
-def test_mixed_up_rows_are_noticed(suite):
+def test_mixed_up_rows_are_detected(suite):
     mixed = []
     for scored, other in zip(suite, [*suite[1:], suite[0]]):
         length = len(scored.good)

@@ -1,4 +1,4 @@
-"""The page of token rewards in a real browser, without a network: values, colours, sorting and filtering."""
+"""The token reward page in a real browser without network access: values, colours, sorting and filtering."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from treg_megatron.data.labelled_pairs import SIDES, LabelledPair
 from treg_megatron.labelling.rewards_page import quality, text_report, token_texts, write_page
 
 MINUS = "\u2212"
-WORDS = ["<pad>", "The", " sky", " is", " blue", " red", ".", " Why", "</script>", "\u00e4"]
+TOKENS = ["<pad>", "The", " sky", " is", " blue", " red", ".", " Why", "</script>", "\u00e4"]
 
 
 def decode(ids) -> str:
-    return "".join(WORDS[i] for i in ids)
+    return "".join(TOKENS[i] for i in ids)
 
 
 def labelled(pair_id: str, chosen: list[float], rejected: list[float]) -> LabelledPair:
@@ -37,7 +37,7 @@ PAIRS = [
 ]
 
 
-def test_figures_of_the_labels_by_hand():
+def test_label_statistics_by_hand():
     figures = quality(PAIRS[:1])
     assert figures.mean_abs == pytest.approx(1.05 / 6) and figures.near_zero == pytest.approx(1 / 6)
     assert figures.chosen_mean == pytest.approx(0.2 / 3) and figures.rejected_mean == pytest.approx(-0.35 / 3)
@@ -46,14 +46,14 @@ def test_figures_of_the_labels_by_hand():
     assert figures.warnings == []
 
 
-def test_mere_copying_and_contrary_rewards_are_warned_of():
+def test_rewards_near_zero_or_contrary_give_a_warning():
     (warning,) = quality(PAIRS[2:]).warnings
     assert "near 0 (mean size 0.0125)" in warning
     (warning,) = quality([labelled("contrary", [-0.3] * 3, [0.3] * 3)]).warnings
     assert "lower mean reward (-0.3000)" in warning
 
 
-def test_a_character_of_several_tokens_appears_with_its_last():
+def test_a_character_of_several_tokens_appears_at_the_last_one():
     raw = "a\u00e4\U0001f680b".encode()
 
     def decode_bytes(ids):
@@ -81,7 +81,7 @@ def page(tmp_path_factory) -> str:
 
 
 def token(pair: int, side: int, number: int, column: int = 0) -> str:
-    """CSS selector of a token; ``side`` 0 is chosen, ``column`` counts the rows of tokens of that side."""
+    """CSS selector of a token; ``side`` 0 is chosen, ``column`` is the index of the row of tokens on that side."""
     return (
         f"#pair-{pair} .sides > div:nth-child({side + 1}) .tokens:nth-of-type({column + 1}) "
         f"span:nth-child({number + 1})"
@@ -93,7 +93,7 @@ def told(window) -> str:
 
 
 def background(window, selector: str) -> tuple[str, float]:
-    """Colour and opacity that the browser computed."""
+    """Colour and opacity, as computed by the browser."""
     colour = window.evaluate(f"getComputedStyle(document.querySelector({json.dumps(selector)})).backgroundColor")
     *rgb, opacity = re.findall(r"[0-9.]+", colour)
     return ",".join(rgb), float(opacity)
@@ -103,7 +103,7 @@ def shown(window) -> list[int]:
     return window.evaluate("[...document.querySelectorAll('article')].map(a => Number(a.id.slice(5)))")
 
 
-def test_a_token_that_is_pointed_at_tells_its_value_and_has_its_colour(window, page):
+def test_a_hovered_token_shows_its_value_and_has_its_colour(window, page):
     window.open(page)
     tokens = [token(0, 0, number) for number in range(3)]
     texts = [window.evaluate(f"document.querySelector({json.dumps(one)}).textContent") for one in tokens]
@@ -118,7 +118,7 @@ def test_a_token_that_is_pointed_at_tells_its_value_and_has_its_colour(window, p
     assert f'rejected token 2 " sky" \u00b7 reward {MINUS}0.5000' in told(window)
 
 
-def test_the_keyboard_walks_over_tokens_and_responses(window, page):
+def test_arrow_keys_move_over_tokens_and_responses(window, page):
     window.open(page)
     window.evaluate(f"document.querySelector({json.dumps(token(0, 0, 0))}).focus()")
     walked = []
@@ -138,7 +138,7 @@ def test_the_keyboard_walks_over_tokens_and_responses(window, page):
         "chosen token 1",
     ]
     window.press("tab")
-    assert told(window).startswith("rejected token 1")  # one stop for each response, not for each token
+    assert told(window).startswith("rejected token 1")  # one tab stop per response, not per token
 
 
 def test_views_sort_and_filter(window, page):
@@ -163,7 +163,7 @@ def test_views_sort_and_filter(window, page):
     assert window.evaluate("location.hash") == "#text=question+long"
 
 
-def test_the_policy_stands_beside_the_labels(window, tmp_path):
+def test_the_policy_is_shown_next_to_the_labels(window, tmp_path):
     implicit = [{side: -getattr(pair, f"{side}_token_rewards") for side in SIDES} for pair in PAIRS]
     write_page(tmp_path / "both.html", "made for a test", quality(PAIRS), PAIRS, decode, implicit)
     window.open(f"file://{tmp_path}/both.html")
@@ -175,7 +175,7 @@ def test_the_policy_stands_beside_the_labels(window, tmp_path):
     assert summary.endswith("correlation with the labels-1.00")
 
 
-def test_it_can_be_photographed_and_names_no_other_address(window, page):
+def test_a_screenshot_works_and_the_page_loads_nothing_else(window, page):
     window.open(page)
     picture = window.screenshot()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000

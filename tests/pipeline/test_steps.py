@@ -1,4 +1,4 @@
-"""Import, label, index, train on two pipeline ranks, killed and resumed, export: one command line after another."""
+"""All steps as commands: import, label, index, train on two pipeline ranks (killed and resumed), export."""
 
 import contextlib
 import json
@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.pipeline.conftest import PAIRS, ROOT, station
+from tests.pipeline.conftest import PAIRS, ROOT, run_command
 from tests.support import reference
 from treg_megatron.data.streams import open_streams
 
 
 def ok(*arguments, **options) -> str:
-    result = station(*arguments, **options)
+    result = run_command(*arguments, **options)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -60,7 +60,7 @@ def losses(output: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in map(json.loads, (output / "metrics.jsonl").read_text().splitlines())}
 
 
-def test_a_run_leaves_what_it_should(trained):
+def test_a_run_writes_metrics_checkpoints_and_its_recipe(trained):
     found = losses(trained)
     assert list(found) == list(range(1, 13))
     first = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])
@@ -81,7 +81,7 @@ def test_a_run_leaves_what_it_should(trained):
     assert list((trained / "tensorboard").iterdir()) and (trained / "recipe.yaml").exists()
 
 
-def test_sigkill_of_all_processes_then_the_same_command(run, tiny_hf, trained):
+def test_a_run_resumes_after_sigkill_of_all_processes(run, tiny_hf, trained):
     output = run / "killed"
     job = subprocess.Popen(
         [
@@ -115,8 +115,8 @@ def descendants(pid: int) -> list[int]:
     return [pid] + [p for child in children for p in descendants(int(child))]
 
 
-def test_exported_model_has_the_log_probs_that_training_ended_with(run, tiny_hf, trained):
-    """Megatron's log-probs of the last validation equal those of the exported folder in transformers."""
+def test_exported_model_has_the_final_log_probs_of_training(run, tiny_hf, trained):
+    """Megatron's log-probs in the last validation equal those of the exported folder in transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     command = train_command(run, tiny_hf, run / "validated")
@@ -153,7 +153,7 @@ def test_exported_model_has_the_log_probs_that_training_ended_with(run, tiny_hf,
         tokens = streams.response_lengths[:, 0 if side == "chosen" else 1].sum() / len(streams)
         assert abs(sum(sums) / len(sums) - last[f"validation/logps/{side}"]) / tokens < 1e-4
     card = (run / "hf" / "README.md").read_text()
-    for told in (
+    for expected in (
         "base_model: ",
         "after DPO with [T-REG]",
         "## Metrics of step 12",
@@ -161,15 +161,15 @@ def test_exported_model_has_the_log_probs_that_training_ended_with(run, tiny_hf,
         streams.manifest["files"]["tokens.bin"]["sha256"],
         "global_batch_size: ",
     ):
-        assert told in card
+        assert expected in card
     greedy = [5, 6]
     while len(greedy) < 5 and greedy[-1] != model.config.eos_token_id:
         greedy.append(model(torch.tensor([greedy])).logits[0, -1].argmax().item())
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False).tolist() == [greedy]
 
 
-def test_the_trained_policy_is_shown_beside_the_labels(run, tiny_hf, trained):
-    """From the run, by Megatron; and the model before training, by Hugging Face, whose implicit rewards are 0."""
+def test_show_prints_the_trained_policy_next_to_the_labels(run, tiny_hf, trained):
+    """The trained run is scored by Megatron; the untrained model, with implicit rewards 0, by Hugging Face."""
     show = ["tools/show_rewards.py", "--labelled", run / "labelled" / "train", "--tokenizer", tiny_hf, "--text"]
     line = re.compile(r"^mean implicit reward of the policy, (\w+) +(\S+)$", re.MULTILINE)
     after, before = (dict(line.findall(ok(*show, "--policy", policy))) for policy in (trained, tiny_hf))

@@ -1,4 +1,4 @@
-"""The miniature study from nothing to its report, small: the shape of the results, and the same bytes again."""
+"""A small miniature study from scratch to its report: the shapes of the results, and reproducibility to the byte."""
 
 import fcntl
 import json
@@ -49,7 +49,7 @@ def study(settings):
     return load_study(settings)
 
 
-def test_every_run_leaves_every_measure(study):
+def test_every_run_has_every_measurement(study):
     choice = json.loads((study.run / "choice.json").read_text())
     expected = {
         "dev": [REFERENCE, *(run.name for run in study.search_runs)],
@@ -79,7 +79,7 @@ def test_report_has_every_run_and_its_pictures(study):
         assert f"(study/{name}.png)" in text and (study.report.parent / "study" / f"{name}.png").stat().st_size > 5000
 
 
-def test_a_lost_result_comes_back_bit_for_bit(settings, study):
+def test_a_lost_result_is_reproduced_bit_for_bit(settings, study):
     name = next(run.name for run in study.search_runs if run.method == "dpo_reg_0.5")
     lost, report = result_path(study, name, "dev"), study.report.read_text()
     before = lost.read_bytes()
