@@ -1,11 +1,11 @@
-"""Peak memory and time of the log-prob head on one long pair, compared with whole logits.
+"""Peak memory and time of the log-prob head on one long pair, compared with full logits.
 
     python benchmarks/head_memory.py                 # 2 x 4096 tokens, vocabulary 128,256, bf16, hidden 1024
 
 The head computes the logits of one vocabulary block at a time, and again in the backward pass. The baseline is
 log_softmax of all logits at once, on as many rows as fit (--plain-rows), where both are timed. Peak memory is the most
-that was allocated beyond inputs and outputs, including the gradients of hidden states and weight: on a CPU from the
-profiler's record of allocations, on a GPU from the caching allocator.
+allocated beyond inputs and outputs, including the gradients of hidden states and weight: on a CPU from the profiler's
+record of allocations, on a GPU from the caching allocator.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
     peak = peak_bytes(lambda: step(blockwise, hidden, weight, targets, upstream), device)
     print(
         f"blockwise: {arguments.rows} rows, vocabulary {arguments.vocabulary}, bf16: peak {peak / 1e9:.3f} GB "
-        f"(whole fp32 logits alone: {4 * arguments.rows * arguments.vocabulary / 1e9:.1f} GB)"
+        f"(full fp32 logits alone: {4 * arguments.rows * arguments.vocabulary / 1e9:.1f} GB)"
     )
 
     hidden, targets, upstream = problem(arguments.plain_rows, arguments, device)
@@ -48,13 +48,13 @@ def main() -> None:
                 torch.cuda.synchronize()
             taken.append(time.perf_counter() - start)
     ours, theirs = (statistics.median(taken[1:]) for taken in seconds.values())
-    print(f"{arguments.plain_rows} rows forward and backward: blockwise {ours:.2f} s, whole logits {theirs:.2f} s")
+    print(f"{arguments.plain_rows} rows forward and backward: blockwise {ours:.2f} s, full logits {theirs:.2f} s")
     print(f"figure head_peak_gb {peak / 1e9:.3f} GB")
     print(f"figure head_time_ratio {ours / theirs:.2f} ratio")
 
 
 def problem(rows: int, arguments: argparse.Namespace, device: str) -> tuple[torch.Tensor, ...]:
-    """Random hidden states [rows, hidden] in bf16, targets [rows], and the loss's gradient of the log-probs [rows]."""
+    """Random hidden states [rows, hidden] in bf16, targets [rows], and upstream gradients of the log-probs [rows]."""
     hidden = torch.randn(rows, arguments.hidden).to(device, torch.bfloat16).requires_grad_()
     return hidden, torch.randint(arguments.vocabulary, (rows,), device=device), torch.randn(rows, device=device)
 
@@ -65,7 +65,7 @@ def blockwise(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor)
 
 
 def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Log-probs [rows] from whole fp32 logits, the baseline."""
+    """Log-probs [rows] from full fp32 logits, the baseline."""
     return (hidden @ weight.T).float().log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
 
 

@@ -1,18 +1,18 @@
-"""Indexing throughput compared with Megatron-LM's preprocessing of the same file; reading, peak memory, packing.
+"""Indexing throughput compared with Megatron-LM's preprocessing of the same file; read rate, peak memory, packing.
 
     python benchmarks/indexing.py --megatron MEGATRON_LM --tokenizer MODEL --pairs pairs.jsonl
 
-MEGATRON_LM is a checkout of NVIDIA's Megatron-LM, whose tools/preprocess_data.py is run; MODEL a Hugging Face folder.
-Both programs read the same JSONL with the same tokenizer and number of worker processes, alternating. The time for a
-hundred pairs is subtracted as start-up. Megatron-LM's tool runs in two modes:
+MEGATRON_LM is a checkout of NVIDIA's Megatron-LM, whose tools/preprocess_data.py is run. MODEL is a Hugging Face
+folder. Both programs read the same JSONL with the same tokenizer and number of worker processes, alternating. The time
+for a hundred pairs is subtracted as start-up time. Megatron-LM's tool runs in two modes:
 
     sequences   the two sequences of each pair, prompt and response, which is what training needs; the chat template is
                 applied beforehand, and the resulting ids are compared with ours
-    texts       prompt, chosen and rejected, each once, which training could not use as they are
+    texts       prompt, chosen and rejected, each once, which training could not use directly
 
 Ours renders the chat template, finds the boundary between prompt and response, maps token rewards, validates every
-record and hashes its output. The texts are those of --pairs, repeated; in each repetition some words are replaced by
-new ones, the same share as was new in the second half of --pairs.
+record and hashes its output. The texts are those of --pairs, repeated. In each repetition some words are replaced by
+new ones; their share is that of new words in the second half of --pairs.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
         nargs="+",
         default=PARTS,
         choices=PARTS,
-        help="what to measure: text and labelled are the peak memory of indexing either; fill is packing",
+        help="what to measure: text and labelled are the peak memory of indexing such a file; fill is packing",
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +94,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def timed(run, text: Path) -> np.ndarray:
-    """[2] wall-clock seconds, and CPU seconds of all processes, which do not depend on the machine's other load."""
+    """[2] wall-clock seconds, and CPU seconds of all processes, which do not depend on other load on the machine."""
     start = time.perf_counter(), cpu_of_children()
     run(text)
     return np.array([time.perf_counter() - start[0], cpu_of_children() - start[1]])
@@ -107,7 +107,7 @@ def cpu_of_children() -> float:
 
 
 def same_ids(folder: Path, arguments: argparse.Namespace) -> None:
-    """Compare the ids of the rejected sequences: Megatron-LM's tool writes an index only for the last of its keys."""
+    """Compare the ids of the rejected sequences: Megatron-LM's tool writes an index only for its last key."""
     from treg_megatron.data.indexed import IndexedReader
     from treg_megatron.data.streams import open_streams
 
@@ -137,7 +137,7 @@ def ours_on(path: Path, arguments: argparse.Namespace) -> None:
 
 
 def megatron_on(path: Path, keys: tuple[str, ...], arguments: argparse.Namespace) -> None:
-    """Index some keys of a file with Megatron-LM's tool."""
+    """Index the given keys of a file with Megatron-LM's tool."""
     call(
         [
             arguments.megatron / "tools" / "preprocess_data.py",
@@ -328,7 +328,7 @@ def write_labelled(path: Path, pairs: int) -> None:
 
 
 def fill(arguments: argparse.Namespace) -> None:
-    """Measure packing into bins of 8192 tokens in global batches of 128 pairs, with lengths drawn from --pairs."""
+    """Measure packing into bins of 8192 tokens, in global batches of 128 pairs with lengths drawn from --pairs."""
     from treg_megatron.data.packing import BinOrder
     from treg_megatron.data.pairs import read_pairs
     from treg_megatron.tokenizer.chat import load_tokenizer

@@ -3,10 +3,10 @@
     python benchmarks/kill_storm.py --kills 100
     python benchmarks/kill_storm.py --kills 100 --state storm --seconds 500     # in parts: repeat the command
 
-One round labels, indexes, trains on two pipeline ranks and exports a small model. In each command a process of the
+One round labels, indexes, trains on two pipeline ranks and exports a small model. During each command a process of the
 job, either a rank or a process that writes a rank's checkpoint, is killed at a random moment. When a rank dies, the
-job's other processes are ended, as `srun --kill-on-bad-exit` does, and the same command is restarted without any
-clean-up. At the end of the round, labels, the metrics of every step, the record of the pairs trained on and the
+job's other processes are killed, as by `srun --kill-on-bad-exit`, and the same command is restarted without any
+clean-up. At the end of the round, the labels, the metrics of every step, the record of the pairs trained on and the
 exported weights are compared, bit for bit, with those of a round without kills.
 
 Ranks are forked from a process that has imported the libraries, so a restart is cheaper here than on a cluster.
@@ -33,7 +33,7 @@ from tests.support.tiny import tiny_llama, tiny_pair, tiny_tokenizer  # noqa: E4
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "tiny.yaml"
 PAIRS, EPOCHS, GLOBAL_BATCH = 46, 16, 8
 KILLS_PER_COMMAND = {"label": 2, "train": 25, "export": 2}
-TRAIN_SECONDS = 5.0  # training is killed within this time of its start, about half of which is spent training
+TRAIN_SECONDS = 5.0  # training is killed within this time after its start; about half of that is training
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 class Killed(Exception):
-    """A rank was killed, so the whole job has to end."""
+    """A rank was killed, so all ranks of the job must end."""
 
 
 class Storm:
@@ -76,7 +76,7 @@ class Storm:
         self.quiet_seconds = time.monotonic() - start
 
     def round(self) -> None:
-        """Run one round with kills, compare it with the round without, and save the counts."""
+        """Run one round with kills, compare it with the round without kills, and save the counts."""
         number = self.counts["rounds"]
         start, folder = time.monotonic(), self.scratch / f"round{number}"
         found = self._run(folder, random.Random(number), kills=True)
@@ -119,7 +119,7 @@ class Storm:
     # -- one round
 
     def _run(self, folder: Path, chance: random.Random, kills: bool) -> dict:
-        """Run all commands of a round; return everything that rounds are compared by."""
+        """Run all commands of a round; return everything that is compared between rounds."""
         from treg_megatron.checkpoint.from_hf import import_checkpoint
         from treg_megatron.config.recipe import load_recipe, section
         from treg_megatron.data.labelled_pairs import read_labelled
@@ -237,7 +237,7 @@ def export_command(overrides: list[str]) -> None:
     from treg_megatron.config.recipe import load_recipe, section
 
     export = section(load_recipe(RECIPE, overrides), "export")
-    if not Path(export.output).exists():  # the kill came after the complete folder was renamed
+    if not Path(export.output).exists():  # the kill came after the finished folder was renamed
         export_checkpoint(export.checkpoint, export.base, export.output, export.dtype, shard_bytes=1 << 30)
 
 

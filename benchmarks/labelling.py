@@ -5,10 +5,10 @@
 Plain: Hugging Face, one sequence at a time, logits at response positions only, each of a response's three contexts
 computed in full. Ours: the engine of tools/label_tokens.py. Both score the same sequences in the same run, alternating,
 and the figure is the ratio of their best times; tokens/s count all tokens of all three contexts for both. Then each
-optimisation is switched off in turn, once.
+optimisation is switched off once, one at a time.
 
-`computed` is the number of tokens that remain when shared prefixes are computed once. It bounds the gain from sharing,
-as far as a matrix product takes the same time per token.
+`computed` is the number of tokens that remain if shared prefixes are computed once. It bounds the gain from sharing,
+provided that a matrix product takes the same time per token.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--prompt-pair", default="few_shot", help="better/worse prompt pair")
     parser.add_argument("--count", type=int, default=16, help="pairs to score, spread evenly over the file")
     parser.add_argument("--max-length", type=int, default=2048, help="longer sequences are left out")
-    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of one forward pass of ours")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per forward pass of ours")
     parser.add_argument("--repeat", type=int, default=2, help="runs of plain and ours; the fastest counts")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     arguments = parser.parse_args()
@@ -76,7 +76,7 @@ def figure(arguments: argparse.Namespace, dtype: str, sequences: list[ScoredSequ
     """Time all variants in one precision and print them; return the figure's line."""
     plain = plain_scorer(arguments.model, dtype)
     ours = HuggingFaceScorer(arguments.model, dtype, "cpu", arguments.batch_tokens)
-    ways: dict[str, Callable[[], list[np.ndarray]]] = {
+    variants: dict[str, Callable[[], list[np.ndarray]]] = {
         "plain": lambda: [plain(sequence) for sequence in sequences],
         "ours": lambda: ours.score(sequences),
         "ours, nothing shared": lambda: without_sharing(ours, sequences),
@@ -87,10 +87,10 @@ def figure(arguments: argparse.Namespace, dtype: str, sequences: list[ScoredSequ
         "plain, logits of every token": lambda: [plain(sequence, True) for sequence in sequences],
     }
     plain(sequences[0]), ours.score(sequences[:1])  # warm-up: the first call of a process sets up kernels
-    seconds, values = dict.fromkeys(ways, float("inf")), {}
-    for name in ["plain", "ours"] * (arguments.repeat - 1) + list(ways):
+    seconds, values = dict.fromkeys(variants, float("inf")), {}
+    for name in ["plain", "ours"] * (arguments.repeat - 1) + list(variants):
         start = time.perf_counter()
-        values[name] = ways[name]()
+        values[name] = variants[name]()
         seconds[name] = min(seconds[name], time.perf_counter() - start)
     difference = max(np.abs(a - b).max() for a, b in zip(values["plain"], values["ours"]))
     print(
@@ -98,7 +98,7 @@ def figure(arguments: argparse.Namespace, dtype: str, sequences: list[ScoredSequ
         f"largest difference of a log-prob {difference:.1e}"
     )
     assert difference < LARGEST_DIFFERENCE[dtype]
-    for name in ways:
+    for name in variants:
         print(
             f"  {name:30} {seconds[name]:7.2f} s {tokens / seconds[name]:9,.0f} tokens/s "
             f"{seconds['plain'] / seconds[name]:6.2f} x plain"
@@ -114,12 +114,12 @@ def plain_scorer(folder: str, dtype: str) -> Callable[[ScoredSequence], np.ndarr
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True).eval()
 
     @torch.inference_mode()
-    def score(sequence: ScoredSequence, whole: bool = False) -> np.ndarray:
+    def score(sequence: ScoredSequence, all_logits: bool = False) -> np.ndarray:
         tokens = torch.tensor([[*sequence.prompt_ids, *sequence.response_ids]])
         where = score_positions(len(sequence.prompt_ids), len(sequence.response_ids))
         logits = (
             model(tokens, use_cache=False).logits[0, where]
-            if whole
+            if all_logits
             else model(tokens, use_cache=False, logits_to_keep=torch.arange(where.start, where.stop)).logits[0]
         )
         targets = torch.tensor(sequence.response_ids)

@@ -3,7 +3,7 @@
     python benchmarks/preflight_formulas.py
 
 The formulas, which Megatron-LM evaluates at start-up, are ``compute_weight_and_optimizer_memory`` and
-``compute_activation_memory`` of its megatron/training/theoretical_memory_usage.py (Apache-2.0), specialised to a dense
+``compute_activation_memory`` in its megatron/training/theoretical_memory_usage.py (Apache-2.0), specialised to a dense
 model with SwiGLU, grouped queries, untied embeddings, the distributed optimizer and sequence parallelism. A micro-batch
 has two sequences per pair.
 """

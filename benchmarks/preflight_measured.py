@@ -1,4 +1,4 @@
-"""Print the table of docs/PREFLIGHT.md: predicted and measured memory of every model, layout and recompute.
+"""Print the table of docs/PREFLIGHT.md: predicted and measured memory for every model, layout and recompute mode.
 
 python benchmarks/preflight_measured.py
 """

@@ -3,12 +3,12 @@
     python benchmarks/train_step.py                                   # random Llama of 56.6M, the demo's pairs
     python benchmarks/train_step.py --model MODEL --pairs pairs.json  # a Hugging Face folder, your pairs
 
-Baselines: TRL from PyPI, in a virtual environment that this script makes, with reference log-probs precomputed and with
-the reference in memory; our trainer with one optimisation switched off at a time; our trainer without T-REG (alpha 0).
-All run at once, each in its own process, and take steps in turn, so that a slow moment of the machine affects all
-equally. Figures are ratios of medians over the same steps: same global batch, same micro-batch, AdamW, fp32 on a CPU,
-bf16 on a GPU. `train_gemm_share` is the FLOP rate of forward + backward over that of a square matrix product measured
-between the steps; on a GPU, the rate of the whole step over the card's peak (MFU) is printed too.
+Baselines: TRL from PyPI, in a virtual environment that this script creates, with reference log-probs precomputed and
+with the reference in memory; our trainer with one optimisation switched off at a time; our trainer without T-REG
+(alpha 0). All are loaded at once, each in its own process, and take steps in turn, so that a slow phase of the machine
+affects all equally. Figures are ratios of medians over the same steps: same global batch, same micro-batch, AdamW, fp32
+on a CPU, bf16 on a GPU. `train_gemm_share` is the FLOP rate of forward + backward over that of a square matrix product
+measured between the steps; on a GPU, the rate of the entire step over the card's peak (MFU) is printed too.
 """
 
 import argparse
@@ -31,7 +31,7 @@ OURS = {
     "treg": [SHARED],
     "dpo": [SHARED, "objective.alpha=0"],
     "products by MKL": [SHARED, "bench.products=mkl"],  # the default on Intel's processors
-    "prompts computed twice": [],  # as in all runs below
+    "prompts computed twice": [],  # like all runs below
     "padded rows": ["data.layout=padded"],
     "padded, Megatron's attention": ["data.layout=padded", "bench.attention=local"],
     "logits of all tokens": ["bench.head=whole"],
@@ -62,7 +62,7 @@ def main() -> None:
         "--trl-python",
         type=Path,
         default=ROOT / "runs" / "trl-venv" / "bin" / "python",
-        help="interpreter of an environment with TRL, which is made if it does not exist",
+        help="interpreter of an environment with TRL, which is created if it does not exist",
     )
     parser.add_argument(
         "--only",
@@ -85,10 +85,10 @@ def main() -> None:
 
 
 def make_trl(python: Path) -> None:
-    """Make a virtual environment with TRL, this environment's torch, and the newest transformers that TRL accepts."""
+    """Create a virtual environment with TRL, this environment's torch, and the newest transformers that TRL accepts."""
     if python.exists():
         return
-    print(f"making {python.parent.parent} with {TRL}", flush=True)
+    print(f"creating {python.parent.parent} with {TRL}", flush=True)
     folder = python.parent.parent
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     try:
@@ -176,7 +176,7 @@ class Worker:
         self._read()
 
     def step(self) -> dict[str, float]:
-        """Take a step; return what the worker reports, with its duration as ``seconds``."""
+        """Take a step; return the worker's report, with the duration as ``seconds``."""
         with contextlib.suppress(BrokenPipeError):  # _read reports why it ended
             self.process.stdin.write("step\n")
             self.process.stdin.flush()
@@ -194,7 +194,7 @@ def report(samples: dict[str, list[dict[str, float]]], arguments: argparse.Names
     """Print the table of all runs and the figures."""
     medians = {name: statistics.median(s["seconds"] for s in taken) for name, taken in samples.items()}
     ours = samples["treg"]
-    tokens = statistics.mean(s["tokens"] for s in ours)  # without padding, also for runs that compute it
+    tokens = statistics.mean(s["tokens"] for s in ours)  # without padding, even for runs that compute it
     print(f"\n{'':32} {'median s/step':>14} {'pairs/s':>9} {'tokens/s':>9} {'x treg':>8}")
     for name, seconds in medians.items():
         print(

@@ -86,7 +86,7 @@ class OnDemand(pl.Callback):
 
 
 def flops(fields: dict, sequences: list[int], scored: int) -> float:
-    """Operations of one micro-batch's forward and backward passes, the head on scored positions only."""
+    """FLOPs of one micro-batch's forward and backward pass, with the head on scored positions only."""
     layers = (forward_flops(fields, tokens, 0).total for tokens in sequences)
     return FORWARD_AND_BACKWARD * (sum(layers) + forward_flops(fields, 0, scored).head)
 
@@ -102,22 +102,22 @@ def say(message: dict) -> None:
     print(json.dumps(message), flush=True)
 
 
-def kernels_without(gains: dict[str, str]) -> "Kernels":  # noqa: F821
-    """The kernels of this device, a part of them replaced by torch's or Megatron's."""
+def kernels_without(disabled: dict[str, str]) -> "Kernels":  # noqa: F821
+    """The kernels of this device, some of them replaced by torch's or Megatron's."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     from treg_megatron.kernels.kernels import Kernels, cpu_kernels
 
     kernels = Kernels.reference() if torch.cuda.is_available() else cpu_kernels()
-    if gains.get("products") == "mkl":
+    if disabled.get("products") == "mkl":
         kernels = dataclasses.replace(kernels, linear=None)
-    if gains.get("attention") == "local":
+    if disabled.get("attention") == "local":
         kernels = dataclasses.replace(kernels, core_attention=DotProductAttention)
     return kernels
 
 
 def with_all_logits(config) -> None:
-    """Have the policy project every token of a row, all of the vocabulary at once."""
+    """Make the policy compute the logits of every token of a row, over the full vocabulary at once."""
     from treg_megatron.models.policy import ResponseGPTModel, ResponseTokens
 
     class Everything(ResponseGPTModel):
@@ -143,7 +143,7 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args()
-    gains = dict(o.removeprefix("bench.").split("=") for o in arguments.overrides if o.startswith("bench."))
+    disabled = dict(o.removeprefix("bench.").split("=") for o in arguments.overrides if o.startswith("bench."))
     torch.set_num_threads(int(os.environ["TREG_THREADS"]))
     if not torch.cuda.is_available():
         from treg_megatron.distributed.cpu_redirect import use_cpu
@@ -180,8 +180,8 @@ def main() -> None:
     fields = model_fields(identity.hf_config)
     strategy = build.strategy(parallel, train, folder / "megatron")
     trainer = build.trainer(rank_info(), strategy, train, int(arguments.steps), [OnDemand(fields)])
-    config = policy_config(identity.hf_config, parallel, train, kernels=kernels_without(gains))
-    if gains.get("head") == "whole":
+    config = policy_config(identity.hf_config, parallel, train, kernels=kernels_without(disabled))
+    if disabled.get("head") == "whole":
         with_all_logits(config)
     optimizer = build.optimizer(section(recipe, "optimizer"), train, int(arguments.steps))
     trainer.fit(

@@ -1,4 +1,4 @@
-"""Shared inputs of train_step.py: weights, tokenizer, pairs that fit; for our trainer labels, dataset, checkpoint."""
+"""Shared inputs of train_step.py: weights, tokenizer, pairs that fit; for our trainer also labels and checkpoint."""
 
 import json
 import sys
@@ -60,7 +60,7 @@ def main(folder: Path, model: str, tokenizer: str, pairs: Path, max_length: int)
 
 
 def random_llama(folder: Path, tokenizer: str) -> Path:
-    """Write a random Llama of 10 layers of width 512: 56.6M parameters with a tied vocabulary of 49,152."""
+    """Write a random Llama with 10 layers of width 512: 56.6M parameters with a tied vocabulary of 49,152."""
     encoder = AutoTokenizer.from_pretrained(tokenizer)
     torch.manual_seed(0)
     LlamaForCausalLM(
