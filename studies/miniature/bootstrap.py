@@ -20,7 +20,7 @@ class Estimate(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the whole interval is on one side of 0."""
+        """Whether the entire interval is on one side of 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -28,7 +28,7 @@ class Bootstrap:
     """One set of bootstrap draws, used for every figure.
 
     Args:
-        seeds, prompts: their numbers.
+        seeds, prompts: number of seeds and of prompts.
         resamples: number of draws.
     """
 

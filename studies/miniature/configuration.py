@@ -1,4 +1,4 @@
-"""Configuration of the study: study.yaml, the runs that it describes, and a digest of all that results depend on."""
+"""Configuration of the study: study.yaml, the runs that it describes, and a digest of what the results depend on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ PROMPT_PAIR = HERE / "revise.yaml"
 
 @dataclass(frozen=True)
 class Run:
-    """One training of one method with one setting of its grid and one seed."""
+    """One training run of one method with one setting of its grid and one seed."""
 
     method: str
     setting: int  # index in the method's grid
@@ -26,7 +26,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Unique name, which includes a digest of the overrides, so that results of other settings are never reused."""
+        """Unique name with a digest of the overrides, so that results of other settings are never reused."""
         return f"{self.method}-setting{self.setting}-seed{self.seed}-{sha256_of_json(self.overrides)[:8]}"
 
 
@@ -59,7 +59,7 @@ class Study:
         ]
 
     def final_runs(self, choice: dict[str, int]) -> list[Run]:
-        """Every method with its chosen setting, seed by seed, so that an interrupted study lacks seeds, not methods."""
+        """Every method with its chosen setting, seed by seed: an interrupted study then lacks seeds, not methods."""
         return [self.of(method, choice[method], seed) for seed in self.seeds for method in self.methods]
 
     def of(self, method: str, setting: int, seed: int) -> Run:

@@ -21,11 +21,11 @@ CURVES = {
 }
 SMOOTHED_STEPS = 8
 EXAMPLES = 3
-WHOLE_COLOUR = 0.95  # quantile of a row's magnitudes that gets the full colour: each row has its own scale
+FULL_COLOUR = 0.95  # quantile of a row's magnitudes that gets the full colour: each row has its own scale
 
 
 def draw_all(results: Results, regularised: str, folder: Path) -> dict[str, str]:
-    """Write all figures into ``folder``; return their paths relative to the report, which is beside that folder."""
+    """Write all figures into ``folder``; return their paths relative to the report, which is next to that folder."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -48,7 +48,7 @@ def learning_curves(results: Results):
     for axis, (name, title) in zip(axes, CURVES.items()):
         for number, (method, runs) in enumerate(results.runs.items()):
             if name == "rewards/margins" and results.study.methods[method]["grid"] != "dpo":
-                continue  # their rewards have other units
+                continue  # their rewards have different units
             mean = np.mean([run[f"curve/{name}"] for run in runs], axis=0)
             window = min(SMOOTHED_STEPS, len(mean))
             axis.plot(
@@ -95,11 +95,11 @@ def token_picture(results: Results, regularised: str):
     figure, axes = pyplot.subplots(
         len(answers), 1, figsize=(16, 2.2 * len(answers)), layout="constrained", squeeze=False
     )
-    for axis, (title, words, span) in zip(axes[:, 0], answers):
-        values = np.stack([of[span] / np.quantile(np.abs(of), WHOLE_COLOUR) for of in rows.values()])
+    for axis, (title, tokens, span) in zip(axes[:, 0], answers):
+        values = np.stack([of[span] / np.quantile(np.abs(of), FULL_COLOUR) for of in rows.values()])
         axis.imshow(values, cmap=orange_to_blue, vmin=-1, vmax=1, aspect="auto")
         axis.set_yticks(range(len(rows)), rows)
-        axis.set_xticks(range(len(words)), words)
+        axis.set_xticks(range(len(tokens)), tokens)
         axis.set_title(title, loc="left")
     return figure
 
@@ -113,8 +113,8 @@ def _answers_with_errors(results: Results) -> list[tuple[str, list[str], slice]]
             span = slice(at, at + response)
             at += response
             if (~results.credit["right"][span]).sum() >= 2 and len(found) < EXAMPLES:
-                words = [vocabulary()[i] for i in getattr(pair, f"{side}_tokens")[-response:]]
-                found.append((f"{pair.prompt} ({side})", words, span))
+                tokens = [vocabulary()[i] for i in getattr(pair, f"{side}_tokens")[-response:]]
+                found.append((f"{pair.prompt} ({side})", tokens, span))
                 break
     return found
 

@@ -1,4 +1,4 @@
-"""Steps of the study as command lines of the public tools; finished steps are skipped."""
+"""Steps of the study, run as commands of the public tools; finished steps are skipped."""
 
 import shutil
 import subprocess
@@ -98,7 +98,7 @@ def train_reference(study: Study) -> None:
 
 
 def make_pairs(study: Study, split: str) -> None:
-    """Make on-policy pairs with token rewards (sample, rank, label), and the token set that credit is measured on."""
+    """Create on-policy pairs with token rewards (sample, rank, label), and the token set that credit is measured on."""
     run, log = study.run, study.run / "logs" / f"pairs-{split}.log"
     samples, pairs, labelled = run / "samples" / split, run / "pairs" / f"{split}.jsonl", run / "labelled" / split
     _unless(
@@ -193,7 +193,7 @@ def measure_policy(study: Study, name: str, folder: Path, hf: Path, split: str, 
     """Generate greedy and sampled answers to the prompts of a split, and save their measurements.
 
     Args:
-        folder: for the answers.
+        folder: folder for the answers.
         hf: the policy's Hugging Face folder.
         more: arrays to save with the measurements.
     """

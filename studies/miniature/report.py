@@ -1,4 +1,4 @@
-"""Generator of the report docs/STUDY.md, with every figure and every verdict computed from the results."""
+"""Generator of the report docs/STUDY.md; all figures and verdicts are computed from the results."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ REGULARISED = ("dpo_reg_0.1", "dpo_reg_0.25", "dpo_reg_0.5")
 
 
 def write_report(study: Study, choice: dict[str, int]) -> Path:
-    """Write the report and, beside it, its figures; return its path."""
+    """Write the report and, next to it, its figures; return its path."""
     results, search = Results(study, choice), search_scores(study)
     regularised = max((method for method in REGULARISED if method in search), key=lambda method: max(search[method]))
     files = pictures.draw_all(results, regularised, study.report.with_name(study.report.stem.lower()))

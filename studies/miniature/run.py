@@ -3,14 +3,14 @@
     make study                       or:   python -m studies.miniature.run
     python -m studies.miniature.run --smoke         # every step in three minutes, with meaningless figures
 
-Trains a reference from scratch, makes on-policy pairs with it, searches each method's settings on development
-prompts, records the choice, and only then answers test prompts; docs/STUDY.md is written from the results.
-After an interruption the same command continues where it stopped. Results are deterministic, bit for bit.
+Trains a reference from scratch, creates on-policy pairs with it, searches each method's settings on development
+prompts, records the choice, and only then answers test prompts. docs/STUDY.md is written from the results. After an
+interruption the same command continues where it stopped. Results are deterministic to the bit.
 """
 
 import os
 
-# before torch is imported anywhere: one thread on one device, for a fixed order of summation
+# set before torch is imported anywhere: one thread and one device give a fixed order of summation
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import argparse  # noqa: E402
@@ -77,7 +77,7 @@ def conduct(study: Study, processes: int) -> None:
 
 
 def begin(study: Study) -> IO[str]:
-    """Claim the run folder for this study, or check that it belongs to it; return the lock, which children share.
+    """Claim the run folder for this study, or check that it is this study's; return the lock, which children share.
 
     Raises:
         UserError: see :func:`conduct`.
@@ -103,7 +103,7 @@ def begin(study: Study) -> IO[str]:
 
 
 def pair_jobs(study: Study, *splits: str) -> dict[str, Callable[[], None]]:
-    """Jobs that make the pairs of some splits, by name."""
+    """Jobs that create the pairs of the given splits, by name."""
     return {f"pairs of {split}": functools.partial(pipeline.make_pairs, study, split) for split in splits}
 
 

@@ -1,7 +1,7 @@
-"""Command lines run in processes forked from one that has imported everything they need.
+"""Runs commands in processes forked from one that has already imported everything they need.
 
 Starting Python with NeMo takes ten seconds, a run of the study twenty. So this process imports once, and each command
-line runs in a child of it, as ``python tools/X.py ...`` or ``python -m MODULE ...`` would.
+runs in a forked child, as ``python tools/X.py ...`` or ``python -m MODULE ...`` would.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ _FORK = multiprocessing.get_context("fork")
 
 
 def warm_up() -> None:
-    """Import the stack on a single thread: forked children would wait for threads that they do not inherit."""
+    """Import all libraries on a single thread: forked children would wait for threads that they do not inherit."""
     from treg_megatron.utils.imports import heavy_imports
     from treg_megatron.utils.log import configure_logging
 
@@ -63,11 +63,11 @@ def run_jobs(jobs: dict[str, Callable[[], None]], processes: int, what: str) -> 
     """Call each job in a child process, in order, ``processes`` at a time.
 
     Args:
-        jobs: by name.
+        jobs: jobs by name.
         what: what to call a job in messages, such as "run".
 
     Raises:
-        UserError: a job failed; those already running are waited for, no other is started.
+        UserError: a job failed; running jobs are completed, but no other is started.
     """
     waiting, running, failed, start = list(jobs), {}, [], time.monotonic()
     while running or (waiting and not failed):
