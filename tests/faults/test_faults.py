@@ -1,4 +1,4 @@
-"""A thousand ways to damage inputs and outputs: each is refused in one line that names the file, or reads correctly."""
+"""A thousand ways to damage files: each is refused with one line that names the file, or read correctly."""
 
 import itertools
 import json
@@ -23,13 +23,13 @@ from treg_megatron.data.records import read_rows
 from treg_megatron.data.streams import merge_streams, open_streams, split_streams, verify, write_streams
 from treg_megatron.errors import UserError
 
-SEEDS = range(250)  # times four kinds of file
+SEEDS = range(250)  # for each of four kinds of file
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "pairs"
 PAIR_FILES = sorted(path for path in FOLDER.rglob("*") if path.is_file())
 
 
 def damaged(content: bytes, chance: random.Random) -> bytes:
-    """The content cut, with some bytes flipped, overwritten, doubled or moved."""
+    """The content after truncation, or with some bytes flipped, overwritten, duplicated or moved."""
     at, length = chance.randrange(len(content)), chance.choice((1, 1, 4, 20))
     kind = chance.choice(("cut", "flip", "zero", "invalid", "double", "swap"))
     if kind == "cut":
@@ -43,14 +43,14 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
     if kind == "zero":
         return content[:at] + bytes(len(content[at : at + length])) + content[at + length :]
     if kind == "invalid":
-        return content[:at] + b"\xff" + content[at + 1 :]  # never part of UTF-8
+        return content[:at] + b"\xff" + content[at + 1 :]  # never occurs in UTF-8
     if kind == "double":
         return content[:at] + content[at : at + length] + content[at:]
     return content[at:] + content[:at]
 
 
 def refused_or_read(read, *names: str) -> bool:
-    """Whether ``read`` succeeded; otherwise it must have said one line that names one of the files."""
+    """Whether ``read`` succeeded; otherwise its error must name one of the files."""
     try:
         read()
         return True
@@ -65,7 +65,7 @@ def test_pairs(tmp_path):
         chance = random.Random(seed)
         source = chance.choice(PAIR_FILES)
         path = tmp_path / source.name
-        if source.parent != FOLDER:  # a file of a folder that datasets wrote
+        if source.parent != FOLDER:  # a file in a folder written by datasets
             path = tmp_path / source.parent.name
             shutil.copytree(source.parent, path, dirs_exist_ok=True)
         (path / source.name if path.is_dir() else path).write_bytes(damaged(source.read_bytes(), chance))
@@ -75,14 +75,14 @@ def test_pairs(tmp_path):
             read.extend(pair.chosen.encode() for pair in read_pairs(path))
 
         outcomes.append(refused_or_read(read_all, path.name))
-        if outcomes[-1] and source.suffix in (".parquet", ".arrow"):  # these say how many rows they have
+        if outcomes[-1] and source.suffix in (".parquet", ".arrow"):  # these formats store their number of rows
             assert len(read) == 6, seed
-    assert 0 < sum(outcomes) < len(SEEDS)  # flipped letters of a text are another text
+    assert 0 < sum(outcomes) < len(SEEDS)  # a text with flipped letters is still valid
 
 
 def test_rows_are_not_lost_silently(tmp_path):
-    """What readers take for an end or for nothing: an Arrow stream cut between two batches, zeros where the length
-    of the second one was, a Parquet page of a kind that is skipped."""
+    """Damage that readers treat as an end or ignore: an Arrow stream cut between two batches, zeros instead of the
+    length of the second one, a Parquet page of a type that is skipped."""
     batch = pa.record_batch({name: ["x", "y"] for name in ("prompt", "chosen")} | {"rejected": ["no", "no"]})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as stream:
@@ -111,7 +111,7 @@ def test_rows_are_not_lost_silently(tmp_path):
 
 
 def test_labelled_pairs(tmp_path):
-    """What is read is what was written: the pages of our own files carry checksums."""
+    """Files are refused or read as written: the pages of our own files have checksums."""
     write_shard(tmp_path / "good.parquet", THREE)
     good, path = (tmp_path / "good.parquet").read_bytes(), tmp_path / "own.parquet"
     for seed in SEEDS:
@@ -122,7 +122,7 @@ def test_labelled_pairs(tmp_path):
 
 
 def trained_on(pair: LabelledPair) -> list:
-    """What training sees of a pair."""
+    """The fields of a pair that training uses."""
     return [
         pair.pair_id,
         *(
@@ -134,7 +134,7 @@ def trained_on(pair: LabelledPair) -> list:
 
 
 def test_streams_are_read_as_written_or_refused(chatml, tmp_path):
-    """Whatever happens to a file of the streams, verify() notices; open_streams() never breaks."""
+    """verify() detects every change to a file of the streams; open_streams() never crashes."""
     write_streams(tmp_path / "good", THREE, chatml)
     files = {path.name.replace("good", "t"): path.read_bytes() for path in tmp_path.glob("good*")}
     prefix = tmp_path / "t"
@@ -151,7 +151,7 @@ def test_streams_are_read_as_written_or_refused(chatml, tmp_path):
 
 
 def test_manifests(chatml, tmp_path):
-    """Damaged bytes, and well-formed JSON with keys missing or of another type."""
+    """Damaged bytes, and well-formed JSON with missing keys or values of the wrong type."""
     prefix = tmp_path / "t"
     write_streams(prefix, THREE, chatml)
     path = tmp_path / "t.manifest.json"
@@ -174,7 +174,7 @@ def test_manifests(chatml, tmp_path):
 
 
 def test_a_foreign_manifest_and_swapped_streams(chatml, tmp_path):
-    """Streams of two runs with the same sizes: exchanged files are noticed without reading every byte."""
+    """Streams of two runs with the same sizes: exchanged files are detected without reading every byte."""
     for name, seed in (("a", 1), ("b", 2)):
         write_streams(tmp_path / name, [pair(f"{name}{i}", 3, 4 + i % seed, 5 - i % seed) for i in range(4)], chatml)
     shutil.copy(tmp_path / "a.manifest.json", tmp_path / "b.manifest.json")
@@ -202,7 +202,7 @@ def test_rows_of_ten_megabytes(tmp_path):
 
 
 def test_rows_out_of_order(chatml, tmp_path):
-    """Documents moved in the index, lengths and offsets consistent: the hash of the index differs."""
+    """Documents reordered in the index with consistent lengths and offsets: the hash of the index differs."""
     prefix = tmp_path / "t"
     write_streams(prefix, [pair("a", 3, 4, 5), pair("b", 3, 5, 4)], chatml)
     _, index = stream_paths(prefix, "token_rewards")
@@ -215,8 +215,8 @@ def test_rows_out_of_order(chatml, tmp_path):
 
 
 @contextmanager
-def files_of_at_most(size: int):
-    """As on a disk with no more room. Only around the write: pytest's own output may be a longer file."""
+def file_size_limit(size: int):
+    """Simulate a full disk. Use it only around the write: pytest's own output may be a longer file."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -227,11 +227,11 @@ def files_of_at_most(size: int):
 
 
 @pytest.mark.parametrize("write", ["streams", "shard", "merge", "split"])
-def test_a_full_disk_is_told_and_leaves_nothing(chatml, tmp_path, write):
+def test_a_full_disk_is_reported_and_leaves_nothing(chatml, tmp_path, write):
     many = [pair(f"p{i}", 40, 60, 60) for i in range(60)]
     write_streams(tmp_path / "in" / "whole", many, chatml)
     out = tmp_path / "out"
-    with files_of_at_most(4096), pytest.raises(UserError, match="cannot write .*out.*File too large"):
+    with file_size_limit(4096), pytest.raises(UserError, match="cannot write .*out.*File too large"):
         {
             "streams": lambda: write_streams(out / "t", many, chatml),
             "shard": lambda: write_shard(out / "t.parquet", many),
@@ -243,7 +243,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(chatml, tmp_path, write):
 
 @contextmanager
 def read_only(folder: Path):
-    """Where nobody may write, not even root, who is somebody else for a while."""
+    """Make a folder read-only, even for root, which temporarily becomes another user."""
     is_root = os.geteuid() == 0
     os.chmod(folder, 0o555)
     try:
@@ -257,8 +257,8 @@ def read_only(folder: Path):
 
 
 @pytest.mark.parametrize("write", ["streams", "shard", "merge", "split"])
-def test_a_read_only_folder_is_told_and_stays_as_it_was(chatml, write):
-    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+def test_a_read_only_folder_is_reported_and_unchanged(chatml, write):
+    with tempfile.TemporaryDirectory() as name:  # other users may not enter pytest's own folders
         folder = Path(name)
         write_streams(folder / "part", THREE, chatml)
         opened = open_streams(folder / "part")
@@ -268,7 +268,7 @@ def test_a_read_only_folder_is_told_and_stays_as_it_was(chatml, write):
             "shard": lambda out: write_shard(out / "t.parquet", THREE),
             "split": lambda out: split_streams(opened, (out / "a", out / "b"), 0.5),
         }[write]
-        writes(folder / "writable")  # imports what it needs: somebody else may not be able to
+        writes(folder / "writable")  # triggers imports, which the other user may not be able to read
         before = sorted(folder.iterdir())
         with read_only(folder), pytest.raises(UserError, match=f"cannot write {folder}.*Permission denied"):
             writes(folder)

@@ -1,4 +1,4 @@
-"""Sampling and ranking: ids as sampled, no double BOS, resumption, ties, and servers that go away."""
+"""Sampling and ranking: ids as sampled, no double BOS, resuming, ties, and servers that go down."""
 
 import contextlib
 import dataclasses
@@ -70,7 +70,7 @@ def rows_of(settings):
 
 
 class Counting:
-    """Answers with the length of the prompt and the seed; may stop as if killed."""
+    """Sampler whose responses depend on the seed; it may stop as if killed."""
 
     def __init__(self, tokenizer, stop_after=None):
         self.tokenizer, self.calls, self.stop_after = tokenizer, [], stop_after
@@ -97,7 +97,7 @@ def test_samples_carry_ids(settings, chatml):
 
 
 def test_a_prompt_is_sent_with_one_bos(settings, http, tokenizer_folders):
-    """The template of this tokenizer begins with it, and a server that gets text would put another before it."""
+    """This tokenizer's template begins with a BOS, and a server that received text would prepend another."""
     sample(
         dataclasses.replace(
             settings,
@@ -111,7 +111,7 @@ def test_a_prompt_is_sent_with_one_bos(settings, http, tokenizer_folders):
     assert all(asked["prompt"][0] == bos and asked["prompt"].count(bos) == 1 for asked in http.asked)
 
 
-def test_hugging_face_samples_and_marks_what_is_cut_off(settings, chatml):
+def test_hugging_face_samples_and_marks_truncated_responses(settings, chatml):
     sampler = HuggingFaceSampler(settings, chatml)
     prompts = [[5, 6, 7], [8]]
     first, again = sampler.sample(prompts, 1), sampler.sample(prompts, 1)
@@ -130,17 +130,17 @@ def test_temperature_0_takes_the_likeliest_token(settings, chatml):
     assert logits.argmax(-1).tolist() == first[0].ids
 
 
-def test_a_stopped_job_goes_on_and_ends_the_same(settings, chatml, tmp_path):
+def test_a_stopped_job_resumes_with_the_same_result(settings, chatml, tmp_path):
     whole = dataclasses.replace(settings, output=str(tmp_path / "whole"))
     sample(whole, Counting(chatml))
     with pytest.raises(KeyboardInterrupt):
         sample(settings, Counting(chatml, stop_after=4))
-    goes_on = Counting(chatml)
-    sample(settings, goes_on)
-    assert len(goes_on.calls) == 6
+    resumed = Counting(chatml)
+    sample(settings, resumed)
+    assert len(resumed.calls) == 6
     assert rows_of(settings) == rows_of(whole)
     with pytest.raises(UserError, match="holds samples with another temperature"):
-        sample(dataclasses.replace(settings, temperature=1.0), goes_on)
+        sample(dataclasses.replace(settings, temperature=1.0), resumed)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def by_text(messages, responses):
     return [sorted(responses).index(response) for response in responses]
 
 
-def test_what_cannot_be_ranked_is_left_out_and_counted(settings, chatml):
+def test_unrankable_prompts_are_dropped_and_counted(settings, chatml):
     sample(settings, Counting(chatml))
     for path in sorted(Path(settings.output).glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -193,7 +193,7 @@ def test_what_cannot_be_ranked_is_left_out_and_counted(settings, chatml):
 
 @pytest.fixture
 def reward_model(settings, tmp_path) -> Path:
-    """A random Llama that classifies into one class, with the chat template of the sampled model."""
+    """A random Llama with one output class, and the chat template of the sampled model."""
     folder = tmp_path / "reward_model"
     torch.manual_seed(0)
     LlamaForSequenceClassification(
@@ -222,7 +222,7 @@ def test_a_reward_model_ranks(settings, chatml, reward_model):
         scores = {}
         for text in {response["text"] for response in responses[pair.pair_id]}:
             ids = chatml.encode_prompt(pair.messages) + chatml.encode_response(pair.messages, text)
-            whole = chatml.decode(ids) + "\n"  # what ChatML puts after the end of a turn
+            whole = chatml.decode(ids) + "\n"  # ChatML has a newline after each turn
             with torch.no_grad():
                 tokens = AutoTokenizer.from_pretrained(reward_model)(whole, return_tensors="pt").input_ids
                 scores[text] = model(tokens).logits.item()
@@ -247,7 +247,7 @@ def test_code_of_a_reward_model_needs_consent(settings, chatml, tmp_path):
 
 @pytest.fixture
 def http(chatml):
-    """A server that answers as vLLM does; ``broken`` counts down answers with status 503, ``pause`` is before each."""
+    """A server that answers like vLLM: ``broken`` times with status 503 first, each time after ``pause`` seconds."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -264,7 +264,7 @@ def http(chatml):
             self.answer({"choices": [{"text": "x", "finish_reason": "stop", "token_ids": asked["prompt"][-1:]}]})
 
         def answer(self, content):
-            with contextlib.suppress(BrokenPipeError):  # of a client that has stopped waiting
+            with contextlib.suppress(BrokenPipeError):  # the client has stopped waiting
                 self.send_response(200)
                 self.end_headers()
                 self.wfile.write(json.dumps(content).encode())
@@ -280,7 +280,7 @@ def http(chatml):
     running.server_close()
 
 
-def test_a_server_gets_ids_and_is_asked_again(settings, http, monkeypatch, chatml):
+def test_a_server_gets_ids_and_failed_requests_are_repeated(settings, http, monkeypatch, chatml):
     monkeypatch.setattr(server, "_FIRST_PAUSE", 0.01)
     served = dataclasses.replace(settings, engine="server", server=f"http://127.0.0.1:{http.server_port}/v1")
     http.broken = 1
@@ -291,20 +291,20 @@ def test_a_server_gets_ids_and_is_asked_again(settings, http, monkeypatch, chatm
     assert row["responses"][0]["ids"] == [asked["prompt"][-1], chatml.end_of_turn]
 
 
-def test_a_server_that_is_gone_stops_the_job_which_goes_on_later(settings, http, monkeypatch):
+def test_a_server_that_goes_down_stops_the_job_which_can_resume(settings, http, monkeypatch):
     monkeypatch.setattr(server, "_FIRST_PAUSE", 0.01)
     served = dataclasses.replace(
         settings, engine="server", server=f"http://127.0.0.1:{http.server_port}/v1", batch_prompts=1
     )
     real, calls = server.ServerSampler.sample, []
 
-    def dies_later(self, prompts, seed):
+    def goes_down(self, prompts, seed):
         calls.append(seed)
         if len(calls) == 8:
             http.broken = 1000
         return real(self, prompts, seed)
 
-    monkeypatch.setattr(server.ServerSampler, "sample", dies_later)
+    monkeypatch.setattr(server.ServerSampler, "sample", goes_down)
     with pytest.raises(UserError, match="gave no answer in 2 attempts .the last: status 503.*rerun the same command"):
         sample(served)
     assert len(rows_of(served)) == 2
@@ -312,17 +312,17 @@ def test_a_server_that_is_gone_stops_the_job_which_goes_on_later(settings, http,
     assert sample(served)["prompts"] == 5
 
 
-def test_a_server_that_is_silent_or_gone_is_told(settings, http, monkeypatch):
+def test_a_silent_or_missing_server_is_reported(settings, http, monkeypatch):
     monkeypatch.setattr(server, "_FIRST_PAUSE", 0.01)
     address = f"http://127.0.0.1:{http.server_port}/v1"
     served = dataclasses.replace(settings, engine="server", server=address, timeout=0.1)
     http.pause = 0.5
     with pytest.raises(UserError, match="completions gave no answer in 2 attempts .the last: timed out."):
         sample(served)
-    deadline = time.monotonic() + 30  # the server reads the last request when it gets to it
+    deadline = time.monotonic() + 30  # the server may read the last request with a delay
     while len(http.asked) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(http.asked) == 4  # two prompts, each asked for again once
+    assert len(http.asked) == 4  # two prompts, each with one retry
     nobody = dataclasses.replace(served, server="http://127.0.0.1:9/v1")
     with pytest.raises(UserError, match="127.0.0.1:9/v1/models gave no answer in 2 attempts .the last: .*refused"):
         sample(nobody)

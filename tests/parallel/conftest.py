@@ -1,4 +1,4 @@
-"""One warm process for all parallel tests: NeMo is imported here, once; ranks are forked from it."""
+"""One warm process for all parallel tests: it imports NeMo once, and ranks are forked from it."""
 
 import os
 

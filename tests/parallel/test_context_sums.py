@@ -1,4 +1,4 @@
-"""Responses split over context-parallel ranks: the loss and each rank's gradient equal those of whole responses."""
+"""Responses split over context-parallel ranks: the loss and each rank's gradient equal those without a split."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def tokens() -> tuple[torch.Tensor, ...]:
 
 
 def part_of(rank: int, size: int) -> tuple[list[int], list[int]]:
-    """Which tokens a rank holds, and how many of each response: every ``size``-th, so that some ranks hold none."""
+    """Tokens that a rank holds, and their number per response: every ``size``-th token, so some ranks hold none."""
     starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
     mine = [list(range(start + rank, start + length, size)) for start, length in zip(starts, LENGTHS)]
     return sum(mine, []), [len(m) for m in mine]
@@ -52,7 +52,7 @@ def loss_on_this_rank(objective) -> tuple:
     ids=str,
 )
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_split_responses_equal_whole_ones(changes, ranks):
+def test_split_responses_equal_unsplit_ones(changes, ranks):
     objective = dataclasses.replace(PLAIN_DPO, **changes)
     logps, ref_logps, rewards = tokens()
     logps.requires_grad_()

@@ -1,4 +1,4 @@
-"""Conversion against the real Megatron-core: its model, its loader and its writer, on forked CPU ranks."""
+"""Conversion checked against Megatron-core's own model, loader and writer, on forked CPU ranks."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_padded_vocabulary_rows_are_zero(imported):
 
 def test_llama3_rope_scaling_gives_the_logprobs_of_transformers(tmp_path):
     tiny_llama(tmp_path / "hf", vocab=VOCAB)
-    # far enough apart that the scaled, low frequencies turn
+    # long enough that the scaled low frequencies rotate noticeably
     tokens = torch.randint(0, VOCAB, (1, 1500), generator=torch.Generator().manual_seed(1))
     unscaled = transformers_logprobs(tmp_path / "hf", tokens)
     config = config_of(tmp_path / "hf")

@@ -1,8 +1,8 @@
-"""Every objective in every layout: the loss and the gradient of every parameter are those of one float64 process.
+"""Every objective in every layout: loss and gradient of every parameter equal those of a single float64 process.
 
-The policy is not quite the reference, so that margins and weights are not all alike. One world a layout takes
-a step on each objective in turn, with a learning rate of 0. Where the layout's ranks hold copies of a gradient, these
-must agree bit for bit; and in every layout the gradient that reaches each log-prob is the closed form's to 1e-6.
+The policy differs slightly from the reference, so that margins and weights vary. One world per layout takes a step on
+each objective in turn, with a learning rate of 0. If several ranks of the layout hold copies of a gradient, these must
+agree bit for bit. In every layout the gradient of each log-prob equals the closed form to 1e-6.
 """
 
 import functools
@@ -53,7 +53,7 @@ LAYOUTS = {
         [*BINS, "data.share_prompts=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     ),
 }
-#: the other layouts differ in what the kernels do not see
+#: the other layouts differ only in what the kernels do not depend on
 WITH_REFERENCE_KERNELS = ["padded", "CP2xTP2+SP bins", "TP2+SP recompute", "shared prompts PP2 bins"]
 EXPERTS = {
     "single": (1, []),
@@ -63,7 +63,7 @@ OBJECTIVES = [vars(PLAIN_DPO) | changes for changes in VARIANTS]
 
 
 def prepare(folder: Path, make: Callable[..., object]) -> list[str]:
-    """Pairs labelled by a model, and the imported checkpoint of one near it; the recipe's overrides that name them."""
+    """Label pairs with one model, import the checkpoint of a similar one, and return the recipe overrides."""
     from treg_megatron.checkpoint.from_hf import import_checkpoint
     from treg_megatron.config.recipe import load_recipe, section
     from treg_megatron.labelling.indexing import index
@@ -103,7 +103,7 @@ def perturb(hf: Path) -> None:
 
 
 def expected_steps(folder: Path, overrides: list[str]) -> list[dict]:
-    """Loss and gradients of each objective by transformers in float64, in Megatron's form of the parameters."""
+    """Loss and gradients of each objective, computed by transformers in float64, in Megatron's parameter layout."""
     from transformers import AutoModelForCausalLM
 
     from treg_megatron.config.recipe import load_recipe, section
@@ -124,15 +124,15 @@ def expected_steps(folder: Path, overrides: list[str]) -> list[dict]:
 
 
 def balancing_loss(router_logits: torch.Tensor, experts_per_token: int) -> torch.Tensor:
-    """[tokens, experts] of one layer -> experts * sum of (share of the choices) * (mean probability) (Switch
-    Transformer, arXiv 2101.03961, eq. 4), choices counted over the experts of every token."""
+    """Router logits of one layer, [tokens, experts] -> experts * sum of (share of the choices) * (mean probability)
+    (Switch Transformer, arXiv 2101.03961, eq. 4); the choices count all experts selected per token."""
     tokens, experts = router_logits.shape
     chosen = router_logits.topk(experts_per_token).indices.flatten().bincount(minlength=experts)
     return experts * ((chosen / (tokens * experts_per_token)) * router_logits.softmax(dim=-1).mean(dim=0)).sum()
 
 
 def expected_step_with_balancing(folder: Path, overrides: list[str], coefficient: float) -> dict:
-    """DPO's step with the routers' loss of each pair, averaged over pairs, that being one micro-batch."""
+    """Step of DPO plus the routers' load-balancing loss, averaged over pairs; each pair is one micro-batch."""
     from transformers import AutoModelForCausalLM
 
     from treg_megatron.config.recipe import load_recipe, section
@@ -155,7 +155,7 @@ def expected_step_with_balancing(folder: Path, overrides: list[str], coefficient
 
 
 def in_megatron_form(model) -> dict[str, torch.Tensor]:
-    """Gradients of a transformers model by checkpoint key, shaped and interleaved as Megatron's parameters are."""
+    """Gradients of a transformers model by checkpoint key, shaped and interleaved like Megatron's parameters."""
     from treg_megatron.models.families import (
         family_of,
         in_model_order,
@@ -168,17 +168,17 @@ def in_megatron_form(model) -> dict[str, torch.Tensor]:
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
     family, fields = family_of(config), model_fields(config)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    whole: dict[str, torch.Tensor] = {}
+    full: dict[str, torch.Tensor] = {}
     for parameter, place in in_model_order(family, fields):
         merged = torch.empty(parameter_shape(parameter, fields), dtype=torch.float64)
         for i, source in enumerate(parameter.sources):
             part = interleaving(parameter, fields).part(merged, i)
             part.copy_(gradients[source.at(place)].view(part.shape))
-        stacked = whole.setdefault(
+        stacked = full.setdefault(
             "module." + parameter.key, torch.empty(stacked_shape(parameter, fields), dtype=torch.float64)
         )
         stacked[place] = merged
-    return whole
+    return full
 
 
 def assert_equal_steps(found: list[dict], expected: list[dict]) -> None:
@@ -188,7 +188,7 @@ def assert_equal_steps(found: list[dict], expected: list[dict]) -> None:
         assert ours["gradients"].keys() == theirs["gradients"].keys()
         for name, gradient in theirs["gradients"].items():
             rows = ours["gradients"][name].double()
-            rows = rows[: len(gradient)]  # a padded vocabulary
+            rows = rows[: len(gradient)]  # without the vocabulary's padding
             difference = (rows - gradient).norm() / gradient.norm()
             assert difference <= 1e-5, f"{name} differs by {difference:.1e} of its norm, {objective}"
 
@@ -203,7 +203,7 @@ def dense(tmp_path_factory):
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
-    # seed 1: of a model whose router is nowhere so undecided that rounding sends a token to another expert
+    # seed 1: this model's router has no near-ties, so rounding never sends a token to another expert
     overrides = prepare(folder, functools.partial(tiny_family, family="Mixtral", tied=False, seed=1))
     return overrides, expected_steps(folder, overrides), folder
 

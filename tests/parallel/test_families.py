@@ -1,4 +1,4 @@
-"""Every architecture: Hugging Face to Megatron and back bit for bit, and transformers' log-probs in every layout."""
+"""Every architecture: a bit-exact round trip to Megatron and back, and the log-probs of transformers in all layouts."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ CASES = [(family, layout) for family in SPECIAL for layout in LAYOUTS if layout 
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """The folders of a family, made once: (Hugging Face, checkpoint)."""
+    """Function that returns a family's folders (Hugging Face, checkpoint), created once."""
     made = {}
 
     def folders(family: str, tied: bool, vocab: int = VOCAB) -> tuple[Path, Path]:
@@ -42,7 +42,7 @@ def tokens() -> torch.Tensor:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family, layout", CASES)
 def test_policy_gives_the_logprobs_of_transformers(imported, tokens, family, layout, tied):
-    """Through the model that trains, sequences padded and packed."""
+    """With the model used in training, on padded and on packed sequences."""
     hf, checkpoint = imported(family, tied)
     expected = transformers_logprobs(hf, tokens)
     for outputs in run_ranks(LAYOUTS[layout].ranks, score, checkpoint, tokens, LAYOUTS[layout]):
@@ -52,7 +52,7 @@ def test_policy_gives_the_logprobs_of_transformers(imported, tokens, family, lay
 
 @pytest.mark.parametrize("family", SPECIAL)
 def test_a_vocabulary_without_padding_gives_the_same(imported, tmp_path, tokens, family):
-    """512 rows are a multiple of what Megatron pads to, on two ranks as well."""
+    """512 entries are a multiple of Megatron's padding, even on two ranks."""
     hf, checkpoint = imported(family, False, 512)
     expected = transformers_logprobs(hf, tokens)
     for outputs in run_ranks(2, score, checkpoint, tokens, LAYOUTS["TP2"]):
@@ -114,7 +114,7 @@ def parameter_names(checkpoint: Path) -> tuple[set[str], set[str]]:
 @pytest.mark.parametrize(
     "family, config_class, model_class",
     [
-        ("Llama", "Llama31Config", "LlamaModel"),  # its rotary embedding is scaled
+        ("Llama", "Llama31Config", "LlamaModel"),  # with scaled rotary embedding
         ("Mistral", "MistralConfig7B", "MistralModel"),
         ("Qwen2", "Qwen2Config", "Qwen2Model"),
         ("Qwen3", "Qwen3Config", "Qwen3Model"),

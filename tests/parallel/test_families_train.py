@@ -1,4 +1,4 @@
-"""Every architecture through the real trainer on two ranks: losses, gradient norms and weights of plain PyTorch."""
+"""Every architecture in the real trainer on two ranks: losses, gradient norms and weights equal plain PyTorch's."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.support.training import RECIPE, assert_same, records, train_on_this_r
 from treg_megatron.checkpoint.to_hf import export_checkpoint
 
 STEPS = 3
-# Qwen 3's norms see one rank's heads under TP, Gemma 2 scales embeddings on the first stage alone: where each can fail
+# the layout in which each can fail: Qwen 3's norms see one rank's heads, Gemma 2 scales embeddings on the first stage
 LAYOUTS = {
     "Mistral": ["parallel.pipeline=2"],
     "Qwen2": ["parallel.tensor=2"],
@@ -27,14 +27,14 @@ LAYOUTS = {
 
 
 def prepare(folder: Path, family: str) -> list[str]:
-    """A random model, labelled pairs, streams and the imported checkpoint; the recipe's overrides that name them."""
+    """Create a random model, labelled pairs, streams and the imported checkpoint; return the recipe overrides."""
     from treg_megatron.checkpoint.from_hf import import_checkpoint
     from treg_megatron.config.recipe import load_recipe, section
     from treg_megatron.labelling.indexing import index
     from treg_megatron.labelling.job import label
 
     hf = folder / "hf"
-    # seed 1: of a model whose router is nowhere so undecided that rounding sends a token to another expert
+    # seed 1: this model's router has no near-ties, so rounding never sends a token to another expert
     tiny_family(hf, family, tied=family in ("Gemma2", "Qwen3"), vocab=tiny_tokenizer(hf), seed=1)
     write_pairs(folder / "train.jsonl", 4 * STEPS)
     overrides = [
@@ -86,7 +86,7 @@ def test_training_and_export_equal_plain_pytorch(case, tmp_path):
     before, after = (
         AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict() for folder in ("hf", "trained")
     )
-    # over all weights: where a gradient is nearly 0, Adam makes a step of its rounding
+    # norm over all weights: for gradients near 0, Adam's step depends on rounding
     difference, movement = (
         torch.cat([(weights[name] - expected).flatten() for name, expected in model.state_dict().items()]).norm()
         for weights in (after, before)

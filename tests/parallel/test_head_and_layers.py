@@ -1,4 +1,4 @@
-"""The split vocabulary against the whole one, and the torch-native layers against Megatron's own."""
+"""The head with a split vocabulary against full logits, and the plain PyTorch layers against Megatron's own."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def megatron_world(tensor: int = 1) -> None:
 
 
 def head_on_this_rank(vocabulary: int, chunk_bytes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Log-probs and both gradients: this rank's, and those of whole logits in float64."""
+    """Log-probs and both gradients: this rank's, and those of full logits in float64."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
@@ -48,26 +48,26 @@ def head_on_this_rank(vocabulary: int, chunk_bytes: int) -> list[tuple[torch.Ten
     )
     (logps * upstream).sum().backward()
 
-    whole_hidden, whole = hidden.detach().double().requires_grad_(), weight.double().requires_grad_()
-    expected = (whole_hidden @ whole[:VOCAB].T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    full_hidden, full_weight = hidden.detach().double().requires_grad_(), weight.double().requires_grad_()
+    expected = (full_hidden @ full_weight[:VOCAB].T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     (expected * upstream).sum().backward()
     return [
         (logps.detach(), expected.detach()),
-        (hidden.grad, whole_hidden.grad),
-        (mine.grad, whole.grad.chunk(size)[rank]),
+        (hidden.grad, full_hidden.grad),
+        (mine.grad, full_weight.grad.chunk(size)[rank]),
     ]
 
 
 @pytest.mark.parametrize("vocabulary", [30, 32, 60], ids=["exact", "padded", "a rank of padding only"])
 @pytest.mark.parametrize("chunk_bytes", [0, head.CHUNK_BYTES], ids=["projected again", "kept"])
-def test_split_vocabulary_equals_whole(vocabulary, chunk_bytes):
+def test_split_vocabulary_equals_full_logits(vocabulary, chunk_bytes):
     for results in run_ranks(2, head_on_this_rank, vocabulary, chunk_bytes):
         for ours, theirs in results:
             assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
 def rotation_and_megatrons(dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Values and gradients of both for queries in a batch and packed, and for a rotation of half the channels."""
+    """Values and gradients of ours and Megatron's rotation: batched, packed, and over half the channels."""
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
     from treg_megatron.kernels.rotary import rotated_by
@@ -103,8 +103,8 @@ def test_rotation_equals_megatrons(dtype):
 
 
 def block_outputs() -> dict[str, torch.Tensor]:
-    """Outputs and gradients of two layers by Megatron's local spec and by ours, with each set of kernels and with each
-    fast part alone; and the outputs of ours with packing."""
+    """Outputs and gradients of two layers with Megatron's local spec and with ours, for each kernel set and for each
+    fast kernel on its own; also the outputs of ours with packing."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -173,7 +173,7 @@ def block_outputs() -> dict[str, torch.Tensor]:
     return outputs
 
 
-def test_layers_of_any_kernels_equal_megatrons_and_packed_equals_padded():
+def test_layers_with_any_kernels_equal_megatrons_and_packed_equals_padded():
     (outputs,) = run_ranks(1, block_outputs)
     sets = [name.removesuffix(" packed") for name in outputs if name.endswith(" packed")]
     assert len(sets) == 7
@@ -186,7 +186,7 @@ def test_layers_of_any_kernels_equal_megatrons_and_packed_equals_padded():
 
 
 def attention_of_a_shared_row() -> list[list[torch.Tensor]]:
-    """Output and gradients of a row of pairs: in one call, and span by span."""
+    """Output and gradients of a row of pairs, computed in one call and span by span."""
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -214,13 +214,13 @@ def test_a_shared_row_in_one_call_equals_span_by_span():
     torch.testing.assert_close(in_one_call, span_by_span, rtol=1e-5, atol=1e-6)
 
 
-def test_who_shares_prompts(monkeypatch):
+def test_when_prompts_are_shared(monkeypatch):
     from treg_megatron.errors import UserError
     from treg_megatron.models import build
     from treg_megatron.models import policy as model
 
-    def shares(asked: bool | None, *overrides: str, experts: int | None = None) -> bool:
-        recipe = load_recipe(RECIPE, [f"data.share_prompts={'null' if asked is None else asked}", *overrides])
+    def shares(setting: bool | None, *overrides: str, experts: int | None = None) -> bool:
+        recipe = load_recipe(RECIPE, [f"data.share_prompts={'null' if setting is None else setting}", *overrides])
         return build.shares_prompts({"num_moe_experts": experts}, section(recipe, "parallel"), section(recipe, "data"))
 
     assert shares(True) and shares(None) and not shares(False)

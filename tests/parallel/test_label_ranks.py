@@ -1,4 +1,4 @@
-"""Labelling shared out to ranks: their number changes no byte, and neither does killing them, whenever it happens."""
+"""Labelling split over ranks: neither their number nor killing them at any time changes a byte of the output."""
 
 import contextlib
 import os
@@ -19,12 +19,12 @@ from treg_megatron.config.schema import LabelSection
 from treg_megatron.labelling.job import label
 from treg_megatron.utils.shard_job import MANIFEST_NAME
 
-STARTS, FEWEST_KILLS = 24, 15  # a start that has less left to do than the moment asks for ends
+STARTS, FEWEST_KILLS = 24, 15  # a start with too little left to do ends before its kill
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> LabelSection:
-    """Twelve shards, a tiny model."""
+    """A labelling job with a tiny model and twelve shards."""
     folder = tmp_path_factory.mktemp("label")
     tiny_llama(folder / "hf", vocab=tiny_tokenizer(folder / "hf"))
     write_pairs(folder / "pairs.jsonl", 24)
@@ -44,7 +44,7 @@ def job(tmp_path_factory) -> LabelSection:
 
 @pytest.fixture(scope="module")
 def whole(job) -> dict[str, bytes]:
-    """What one process writes when nobody stops it."""
+    """Output of one uninterrupted process."""
     assert label(job)["pairs"] == 24
     return contents(Path(job.output))
 
@@ -58,15 +58,15 @@ def moved(job: LabelSection, output: Path) -> LabelSection:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_the_number_of_ranks_changes_no_byte(job, whole, ranks, tmp_path):
+def test_output_does_not_depend_on_the_number_of_ranks(job, whole, ranks, tmp_path):
     manifests = run_ranks(ranks, label, moved(job, tmp_path / "labelled"))
     assert any(manifest is not None for manifest in manifests)
     assert contents(tmp_path / "labelled") == whole
 
 
 @pytest.mark.parametrize("finished", [False, True], ids=["before", "after"])
-def test_a_manifest_that_was_being_written_leaves_nothing_however_many_ranks_come_after(job, whole, finished, tmp_path):
-    """A killed rank may find its job finished by the others, or never start again in a smaller one."""
+def test_partial_manifests_are_removed_whatever_the_number_of_ranks(job, whole, finished, tmp_path):
+    """After a kill, other ranks may have finished the job, or it may be restarted with fewer ranks."""
     shutil.copytree(job.output, tmp_path / "labelled")
     if not finished:
         (tmp_path / "labelled" / MANIFEST_NAME).unlink()
@@ -77,11 +77,11 @@ def test_a_manifest_that_was_being_written_leaves_nothing_however_many_ranks_com
 
 
 class _Kill(Exception):
-    """Makes run_ranks kill its ranks."""
+    """Raised to make run_ranks kill its ranks."""
 
 
 def label_and_stop(job: LabelSection, rank: int, renames: int, after: bool, marks: Path) -> None:
-    """Label; ``rank`` stops for good just before or after it renames its file number ``renames`` into place."""
+    """Label; ``rank`` pauses forever just before or after its rename number ``renames``."""
     me, rename, count = int(os.environ["RANK"]), os.replace, 0
 
     def stopping(*paths) -> None:
@@ -94,13 +94,13 @@ def label_and_stop(job: LabelSection, rank: int, renames: int, after: bool, mark
             (marks / "stopped").touch()
             signal.pause()
 
-    os.replace = stopping  # in this rank alone, a process of its own
+    os.replace = stopping  # affects only this rank, which is a separate process
     label(job)
     (marks / f"done{me}").touch()
 
 
 def kill_when_stopped(marks: Path, ranks: int) -> None:
-    """Return if all ranks end without stopping."""
+    """Raise once a rank has paused; return if all ranks end."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while len(list(marks.glob("done*"))) < ranks:
         if (marks / "stopped").exists():
@@ -109,7 +109,7 @@ def kill_when_stopped(marks: Path, ranks: int) -> None:
         time.sleep(0.005)
 
 
-def test_killed_at_any_rename_it_ends_with_the_same_bytes(job, whole, tmp_path):
+def test_a_job_killed_at_any_rename_ends_with_the_same_bytes(job, whole, tmp_path):
     job, chance, kills = moved(job, tmp_path / "labelled"), random.Random(0), 0
     for start in range(STARTS):
         marks = tmp_path / str(start)

@@ -1,4 +1,4 @@
-"""Low-rank adapters through the real trainer: any layout, recompute and resuming change nothing; exports that load."""
+"""Low-rank adapters in the real trainer: same results with any layout, recompute or resuming; exports load."""
 
 import shutil
 from pathlib import Path
@@ -29,7 +29,7 @@ def single(tied_run, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(tied_run, tmp_path_factory) -> Path:
-    """A run of one rank that was killed at step 8; its checkpoint is of step 7."""
+    """A run on one rank that was killed at step 8; its last checkpoint is from step 7."""
     out = tmp_path_factory.mktemp("killed") / "out"
     run_and_kill(tied_run, out, 1, 8, *LORA)
     return out
@@ -46,7 +46,7 @@ def test_only_adapters_are_trained_and_saved(tied_run, single):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_goes_on_where_a_killed_run_was(layout, tied_run, single, killed, tmp_path):
+def test_every_layout_resumes_a_killed_run(layout, tied_run, single, killed, tmp_path):
     size, overrides = LAYOUTS[layout]
     out = tmp_path / "out"
     shutil.copytree(killed, out)
@@ -59,8 +59,8 @@ def test_every_layout_goes_on_where_a_killed_run_was(layout, tied_run, single, k
         assert [r["loss"] for r in found] == [r["loss"] for r in expected]
 
 
-def test_exports_are_the_trained_policy(tied_run, single, tmp_path):
-    """Merged weights, and peft's model on the base: the margins of the held-out pairs that the run's end reports."""
+def test_exports_equal_the_trained_policy(tied_run, single, tmp_path):
+    """Merged weights and peft's model give the margins that the run reported for the held-out pairs at its end."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -93,7 +93,7 @@ def test_exports_are_the_trained_policy(tied_run, single, tmp_path):
     assert abs(expected) > 0.5
 
 
-def test_whole_weights_are_no_adapter(tied_run, tmp_path):
+def test_a_checkpoint_without_adapters_cannot_be_exported_as_adapter(tied_run, tmp_path):
     from treg_megatron.checkpoint.to_hf import export_adapter
 
     with pytest.raises(UserError, match="has no adapters: every weight was trained"):
@@ -111,7 +111,7 @@ def test_whole_weights_are_no_adapter(tied_run, tmp_path):
         ({}, {"post_layer_norms": True}, "could not be merged"),
     ],
 )
-def test_what_cannot_have_adapters_is_refused(changes, fields, message):
+def test_invalid_adapter_settings_are_refused(changes, fields, message):
     from treg_megatron.models.lora import adapters
 
     config = SimpleNamespace(**{"num_moe_experts": None} | fields)

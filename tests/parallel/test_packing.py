@@ -1,4 +1,4 @@
-"""Training with bins gives the losses of the unpacked run on one rank, on any number of ranks and after a kill."""
+"""Training with bins, on any number of ranks and after a kill, gives the losses of an unpacked run on one rank."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.support.training import assert_same, records, run, run_and_kill
 BINS = ["data.layout=bins", "data.bin_size=180"]  # a pair has 43 to 121 tokens, a global batch 1 to 3 bins
 LAYOUTS = {
     "one rank": (1, BINS),
-    "one bin a step": (1, ["data.layout=bins"]),
+    "one bin per step": (1, ["data.layout=bins"]),
     "DP2": (2, BINS),
     "DP2 shared prompts": (2, [*BINS, "data.share_prompts=true"]),
     "PP2": (2, [*BINS, "parallel.pipeline=2"]),
@@ -43,6 +43,6 @@ def test_a_killed_run_with_bins_resumes_on_two_ranks(layout, tied_run, padded, t
     assert_same([r["loss"] for r in records(out)], [r["loss"] for r in records(padded)], rtol=1e-5)
 
 
-def test_a_pair_that_fits_no_bin_is_named(tied_run, tmp_path):
+def test_a_pair_longer_than_a_bin_is_named(tied_run, tmp_path):
     with pytest.raises(AssertionError, match="pair [0-9]+ has [0-9]+ tokens in both sequences, more than data"):
         run(tied_run, tmp_path / "out", 1, "data.layout=bins", "data.bin_size=30")

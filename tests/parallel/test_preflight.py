@@ -1,4 +1,4 @@
-"""Preflight on every recipe's stated cluster, and on recipes that cannot work: real models on meta tensors."""
+"""Preflight of every recipe on its stated cluster, and of recipes that cannot work; real models on meta tensors."""
 
 import contextlib
 import io
@@ -31,7 +31,7 @@ class Done(NamedTuple):
     code: int
     printed: str
     cpu_seconds: float
-    grown_gb: float  # the most memory at a time beyond what the process began with
+    grown_gb: float  # peak memory beyond what the process started with
 
 
 def preflight_in_this_process(
@@ -40,9 +40,7 @@ def preflight_in_this_process(
     from treg_megatron.cli.preflight import preflight
 
     begun_kb, start, printed = memory_kb("VmRSS"), time.process_time(), io.StringIO()
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # the peak counts from here, not from the process this one is a fork of
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which is inherited from the parent
     with contextlib.redirect_stdout(printed):
         code = preflight(load_recipe(RECIPES / f"{name}.yaml", overrides), suggest, picture)
     return Done(code, printed.getvalue(), time.process_time() - start, (memory_kb("VmHWM") - begun_kb) / 1e6)
@@ -72,25 +70,25 @@ def test_a_recipe_fits_its_stated_cluster_and_has_the_published_parameters(name)
     assert done.cpu_seconds < 60 and done.grown_gb < 1
 
 
-@pytest.mark.parametrize("name, whole", [("llama3_8b_lora", "llama3_8b"), ("llama3_70b_lora", "llama3_70b")])
-def test_a_recipe_with_adapters_fits_and_trains_them_alone(name, whole):
+@pytest.mark.parametrize("name, full", [("llama3_8b_lora", "llama3_8b"), ("llama3_70b_lora", "llama3_70b")])
+def test_a_recipe_with_adapters_fits_and_trains_only_them(name, full):
     done = preflight(name)
     assert done.code == 0 and done.cpu_seconds < 60 and done.grown_gb < 1, done.printed
     total, adapters = (
         int(count.replace(",", ""))
         for count in re.search(r"([\d,]+) parameters, ([\d,]+) of them in adapters", done.printed).groups()
     )
-    assert total - adapters == PUBLISHED[whole]
+    assert total - adapters == PUBLISHED[full]
 
 
-def test_tiny_runs_on_whatever_model_it_is_given(tied_run):
+def test_tiny_runs_with_any_model(tied_run):
     done = preflight("tiny", *tied_run.overrides)
     assert done.code == 0
     assert f"{tied_run.hf}: found" in done.printed and "22 pairs" in done.printed, "files that exist are checked"
 
 
-def test_the_stated_clusters_are_those_of_the_headers():
-    """The header says the hardware to people, the section `cluster` says it to preflight."""
+def test_the_stated_clusters_match_the_headers():
+    """The header states the hardware for readers, the section `cluster` for preflight."""
     for path in RECIPES.glob("*.yaml"):
         if path.stem in ("base", "tiny", "smollm2_135m"):
             continue
@@ -99,7 +97,7 @@ def test_the_stated_clusters_are_those_of_the_headers():
         assert nodes in text, f"{path.name} should say {nodes}"
 
 
-def test_more_nodes_than_one_needs_are_told_at_thousands_of_ranks():
+def test_a_thousand_ranks_are_planned_quickly():
     done = preflight("llama3_70b", "cluster.nodes=128", "parallel.pipeline=4", "data.global_batch_size=128")
     assert done.code == 0 and "data 32" in done.printed and done.cpu_seconds < 60
 
@@ -151,7 +149,7 @@ def test_streams_of_another_tokenizer_are_refused(tied_run, untied_run, tmp_path
     assert "another tokenizer" in refusal("tiny", *tied_run.overrides, f"model.hf={other}")
 
 
-def test_a_layout_that_needs_more_memory_gets_exit_code_1_and_the_change_that_helps():
+def test_a_layout_that_does_not_fit_gets_exit_code_1_and_a_remedy():
     done = preflight("llama3_8b", "cluster.gpus_per_node=2", "cluster.gpu_memory=40")
     assert done.code == 1
     assert "verdict: DOES NOT FIT; stage 0 takes" in done.printed
@@ -159,7 +157,7 @@ def test_a_layout_that_needs_more_memory_gets_exit_code_1_and_the_change_that_he
 
 
 def test_a_70b_layout_that_needs_96_gb():
-    """The same recipe on two memories: what is too much for 80 GB fits 96."""
+    """The same recipe with two memory sizes: it does not fit into 80 GB, but into 96 GB."""
     tight = ["cluster.nodes=4", "data.seq_length=6144"]
     small, large = (preflight("llama3_70b", *tight, f"cluster.gpu_memory={memory}") for memory in (80, 96))
     assert (small.code, large.code) == (1, 0)
@@ -175,7 +173,7 @@ def test_suggestions_fit_and_come_with_their_memory():
     assert steps == sorted(steps)
 
 
-def test_the_picture_is_a_png(tmp_path):
+def test_the_plot_is_a_png(tmp_path):
     done = preflight("smollm2_135m", suggest=False, picture=tmp_path / "memory.png")
     assert done.code == 0
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")

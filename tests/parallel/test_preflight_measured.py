@@ -1,4 +1,4 @@
-"""What preflight predicts against what real ranks take: Megatron's own schedule over gloo, live tensors counted."""
+"""Preflight's predictions against measurements on real ranks, with Megatron's schedule over gloo."""
 
 import pytest
 
@@ -18,7 +18,7 @@ CASES += [
 
 
 @pytest.mark.parametrize("model, layout, precision, recompute", CASES, ids=lambda value: value)
-def test_what_is_predicted_is_what_real_ranks_take(model, layout, precision, recompute):
+def test_predictions_equal_measurements_on_real_ranks(model, layout, precision, recompute):
     case = (MODELS[model], layout, precision, recompute)
     measured = run_ranks(LAYOUTS[layout][0], measure_on_this_rank, *case)
     predicted = run_ranks(1, predict_in_this_process, *case)[0]

@@ -1,4 +1,4 @@
-"""The reference model's log-probs are the same from Hugging Face and from Megatron, however it is split."""
+"""The reference model's log-probs from Hugging Face and from Megatron agree, however the model is split."""
 
 import dataclasses
 from pathlib import Path
@@ -51,7 +51,7 @@ def assert_engines_agree(hf: Path, checkpoint: Path, layout: str) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> tuple[Path, Path]:
-    """Six heads and three groups, so that the model splits in three."""
+    """A model with six heads and three groups, so that it can be split in three."""
     folder = tmp_path_factory.mktemp("engines")
     tiny_llama(folder / "hf", hidden=96, heads=6, kv_heads=3)
     import_checkpoint(folder / "hf", folder / "megatron")
@@ -63,7 +63,7 @@ def test_engines_agree(tiny, layout):
     assert_engines_agree(*tiny, layout)
 
 
-def test_a_real_model_in_bf16_is_known_and_near_its_fp32(smollm2):
+def test_a_real_model_in_bf16_is_close_to_fp32(smollm2):
     sequences = some_sequences(40_000)
     fp32, bf16 = (
         np.concatenate(HuggingFaceScorer(smollm2, dtype, "cpu").score(sequences)) for dtype in ("float32", "bfloat16")
@@ -99,15 +99,15 @@ def job(tied_run, tmp_path_factory) -> LabelSection:
 
 @pytest.mark.parametrize("tensor, pipeline, ranks", [(2, 1, 2), (1, 2, 4)], ids=["TP2", "two copies of PP2"])
 def test_labels_of_a_split_model(tied_run, job, tensor, pipeline, ranks, tmp_path):
-    """Those of Hugging Face, from whichever copy of the model."""
+    """They equal Hugging Face's, from any copy of the model."""
     job = dataclasses.replace(job, tensor=tensor, pipeline=pipeline, output=str(tmp_path))
     manifests = run_ranks(ranks, label, job)
     assert any(manifests)
     assert_labels_of_hugging_face(tied_run, tmp_path)
 
 
-def test_a_copy_that_has_finished_starts_with_the_others(tied_run, job, tmp_path):
-    """After a kill only the second of two copies has something left to do; a group forms of all ranks or not at all."""
+def test_a_copy_without_work_left_still_starts_with_the_others(tied_run, job, tmp_path):
+    """Only the second of two copies has work left after a kill, but process groups need all ranks."""
     job = dataclasses.replace(job, pipeline=2, output=str(tmp_path))
     run_ranks(4, label, job)
     (tmp_path / MANIFEST_NAME).unlink()
@@ -135,7 +135,7 @@ def refused(job: LabelSection) -> str:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_checkpoint_of_another_model_is_refused(job, untied_run, ranks, tmp_path):
-    """By every rank: none waits for one that has left."""
+    """Every rank refuses it, so that none waits for another."""
     checkpoint = untied_run.hf.parent / "megatron"
     other = dataclasses.replace(job, checkpoint=str(checkpoint), output=str(tmp_path / "labelled"))
     for said in run_ranks(ranks, refused, other):
@@ -158,7 +158,7 @@ def test_a_model_of_the_same_shape_is_another_model(tiny, tmp_path):
         _require_same_model(checkpoint, tmp_path)
 
 
-def test_copies_of_the_model_share_out_the_ranks():
+def test_ranks_are_divided_among_copies_of_the_model():
     ranks = [replica(RankInfo(rank, 8, rank, 8), tensor=2, pipeline=2) for rank in range(8)]
     assert ranks == [
         (0, 2, True),

@@ -1,8 +1,8 @@
-"""Calls into NeMo and megatron-core fit the installed signatures.
+"""Calls into NeMo and megatron-core match the installed signatures.
 
-Both change keywords between minor versions, and a call that no longer binds is otherwise found hours into a job. The
-calls are found in our source, so a new one is covered at once: calls of imported names and of their attributes, and
-calls of super() in classes whose base is imported. Calls of an instance's methods are not found.
+Both change keywords between minor versions, and a call that no longer binds would otherwise fail hours into a job. The
+calls are collected from our source, so new ones are covered automatically: calls of imported names and their
+attributes, and calls of super() in classes with an imported base. Method calls on instances are not collected.
 """
 
 import ast
@@ -19,7 +19,7 @@ FEWEST_CALLS, FEWEST_OF_SUPER = 75, 5
 
 
 def imported_names(tree: ast.AST) -> dict[str, object]:
-    """Local name -> object, for everything that a module imports from the stack."""
+    """Local name -> object, for everything that a module imports from the two libraries."""
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in STACK:
@@ -42,7 +42,7 @@ def resolve(function: ast.expr, names: dict[str, object]) -> object | None:
 
 
 def calls_of_super(tree: ast.AST, names: dict[str, object]) -> list[tuple[object, ast.Call]]:
-    """super().method(...) in each class whose first base is of the stack; the method comes without its ``self``."""
+    """Calls of super().method(...) in classes whose first base is from the two libraries; ``self`` is already bound."""
     found = []
     for owner in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.bases):
         base = resolve(owner.bases[0], names)
@@ -71,7 +71,7 @@ def calls() -> list:
 
 
 def test_the_calls_are_found():
-    """The search itself: an empty list would pass all that follows."""
+    """Check the search itself: with an empty list, the following tests would pass."""
     found = [call.id for call in calls()]
     assert len(found) >= FEWEST_CALLS and len([name for name in found if name.endswith(" super")]) >= FEWEST_OF_SUPER
 
@@ -119,7 +119,7 @@ def overrides() -> list:
 
 
 @pytest.mark.parametrize("base, ours, methods", overrides(), ids=lambda x: getattr(x, "__name__", None))
-def test_override_takes_what_its_base_takes(base, ours, methods):
+def test_overrides_accept_the_arguments_of_their_base(base, ours, methods):
     for method in methods:
         theirs = inspect.signature(getattr(base, method))
         mine = inspect.signature(getattr(ours, method))
@@ -141,7 +141,7 @@ def test_properties_that_we_replace_exist(owner, property_name):
     assert isinstance(inspect.getattr_static(getattr(llm, owner), property_name), property)
 
 
-def test_linear_layers_take_what_megatrons_functions_take():
+def test_linear_layers_accept_the_arguments_of_megatrons_functions():
     from megatron.core.tensor_parallel import layers
 
     from treg_megatron.kernels.linear import ColumnParallelLinearIn

@@ -1,4 +1,4 @@
-"""Signals, signs of life and background checkpoints on forked gloo ranks."""
+"""Signals, heartbeats and background checkpoints on forked gloo ranks."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def stopped_or_done(recipe: Path, overrides: list[str]) -> int:
 
 
 def run(files: TinyRun, output: Path, *overrides: str, meanwhile=None) -> list[int]:
-    """Exit codes of two ranks."""
+    """Train on two ranks and return their exit codes."""
     return run_ranks(
         2,
         stopped_or_done,
@@ -68,7 +68,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(layout, number, tied
 
 
 def test_checkpoints_in_the_background_are_the_same(tied_run, tmp_path):
-    """Stopped by a signal, so that the last one has to be waited for, and resumed."""
+    """The run is stopped by a signal, so that it must wait for the last checkpoint, and resumed."""
     out = tmp_path / "out"
     overrides = ["parallel.pipeline=2", "train.save_every=4"]
     assert run(tied_run, tmp_path / "whole", *overrides) == [0, 0]
@@ -85,7 +85,7 @@ def test_checkpoints_in_the_background_are_the_same(tied_run, tmp_path):
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_000016", "step_000020"]
 
 
-def test_a_rank_that_stands_still_ends_the_run_and_shows_where_it_was(tied_run, tmp_path):
+def test_a_frozen_rank_ends_the_run_and_the_log_shows_a_traceback(tied_run, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(AssertionError):
         run(
@@ -99,7 +99,7 @@ def test_a_rank_that_stands_still_ends_the_run_and_shows_where_it_was(tied_run, 
     assert "Timeout (0:00:12)!" in log and "train.py" in log.split("Timeout")[1]
 
 
-def test_the_watcher_says_who_is_behind():
+def test_the_watcher_reports_ranks_that_are_behind():
     watcher = Watcher(ranks=4, quiet=60)
 
     def seen(beat):
@@ -118,7 +118,7 @@ def test_the_watcher_says_who_is_behind():
     assert watcher.look(seen(4), still=130) is not None
 
 
-def test_the_watcher_knows_who_is_silent(monkeypatch):
+def test_the_watcher_reports_silent_ranks(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     watcher = Watcher(ranks=2, quiet=60)

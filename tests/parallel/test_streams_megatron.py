@@ -1,4 +1,4 @@
-"""megatron-core's own IndexedDataset reads our streams, and we read its."""
+"""megatron-core's IndexedDataset reads our streams, and we read its files."""
 
 import numpy as np
 import pytest

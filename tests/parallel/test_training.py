@@ -1,4 +1,4 @@
-"""The real trainer on forked gloo ranks: every layout trains the same, and as plain PyTorch does."""
+"""The real trainer on forked gloo ranks: all layouts give the same results as plain PyTorch."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 from tests.support import reference
 from tests.support.training import STEPS, assert_same, records, run, run_and_kill
 
-# Per step, over 20 steps: 0.0061 was measured of losses near 0.7; bf16 rounds to 1 part in 256, fp32 is within 1e-5.
+# Bounds of the largest difference over 20 steps; measured: 0.0061 at losses near 0.7. bf16 rounds to 1 part in 256,
+# fp32 is within 1e-5.
 BF16_NEAREST, BF16_FARTHEST = 1e-4, 0.012
 LAYOUTS = {
     "PP2": (2, ["parallel.pipeline=2"]),
@@ -30,7 +31,7 @@ def single(tied_run, tmp_path_factory) -> Path:
 
 
 def test_single_rank_equals_plain_pytorch(tied_run, single):
-    """20 steps, tail batches and second epochs included, against Hugging Face and torch's AdamW."""
+    """20 steps, including tail batches and several epochs, against Hugging Face and torch's AdamW."""
     from transformers import AutoModelForCausalLM
 
     from treg_megatron.config.recipe import load_recipe, section
@@ -86,7 +87,7 @@ def test_alpha_zero_is_dpo_bit_for_bit(tied_run, tmp_path):
 
 
 def test_first_loss_guard_names_what_to_check(tied_run, untied_run, tmp_path):
-    """Training starts from another model than the one that labelled."""
+    """Training starts from a different model than the one that labelled the pairs."""
     other = Path(untied_run.hf).parent / "megatron"
     with pytest.raises(
         AssertionError, match="first preference loss is .*check that model.checkpoint is the model that"
@@ -94,8 +95,8 @@ def test_first_loss_guard_names_what_to_check(tied_run, untied_run, tmp_path):
         run(tied_run, tmp_path / "out", 2, "parallel.pipeline=2", f"model.checkpoint={other}")
 
 
-def test_a_loss_that_is_no_number_stops_before_the_update(tied_run, tmp_path):
-    """A poisoned reference log-prob of one pair: the pair is named, and the last checkpoint stays."""
+def test_a_non_finite_loss_stops_the_run_before_the_update(tied_run, tmp_path):
+    """One pair has a NaN reference log-prob: the error names the pair."""
     import numpy as np
 
     from treg_megatron.data.aligned import stream_paths
@@ -133,7 +134,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tied_run, tmp_path):
 
 @pytest.mark.parametrize("layout, moment", [("PP2", 8), ("TP2", 6), ("DP2", 5)])
 def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(layout, moment, tied_run, tmp_path):
-    """SIGKILL to every rank, in the case of 6 with a checkpoint that lacks its last file; then the same command."""
+    """SIGKILL to every rank, at step 6 during a save that lacks its last file; then the same command again."""
     size, overrides = LAYOUTS[layout]
     overrides = [*overrides, "train.save_every=3", "train.validate_every=4", "train.hang_timeout_s=60"]
     whole = run(tied_run, tmp_path / "whole", size, *overrides)
@@ -166,4 +167,4 @@ def test_bf16_trains_like_fp32_within_its_precision(tied_run, single, tmp_path):
     found, expected = ([r["loss"] for r in records(o)] for o in (out, single))
     assert found[-1] < 0.5 < found[0]
     farthest = max(abs(a - b) for a, b in zip(found, expected, strict=True))
-    assert BF16_NEAREST < farthest < BF16_FARTHEST, "nearer is fp32, farther is another curve"
+    assert BF16_NEAREST < farthest < BF16_FARTHEST, "closer would be fp32, farther a different curve"

@@ -1,4 +1,4 @@
-"""verify beside transformers: the same model computes the same, one that computes otherwise is told apart."""
+"""verify compared with transformers: the same model gives the same log-probs, a different one is detected."""
 
 import json
 
@@ -32,8 +32,8 @@ def test_the_same_model_computes_the_same(model):
     assert difference.tokens > 20 and difference.largest < TOLERANCE
 
 
-def test_the_same_weights_under_another_config_compute_otherwise(model):
-    """What a comparison of weights cannot see."""
+def test_the_same_weights_with_another_config_give_other_log_probs(model):
+    """A comparison of weights could not detect this."""
     hf, checkpoint = model
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps(config | {"attn_logit_softcapping": None}))

@@ -1,4 +1,4 @@
-"""Headless Chromium by selenium: a page as a person meets it, with mouse and keyboard."""
+"""Headless Chromium driven by Selenium: a page as a user sees it, with mouse and keyboard."""
 
 import contextlib
 import shutil
@@ -37,13 +37,13 @@ OPTIONS = [
 
 
 class Browser:
-    """One window. Elements are named by CSS selectors."""
+    """One browser window; elements are given by CSS selectors."""
 
     def __init__(self, driver: webdriver.Chrome):
         self._driver = driver
 
     def open(self, address: str) -> None:
-        # about:blank between: another #fragment of the same page would not load it again
+        # about:blank first: another #fragment of the same page would not reload it
         for url in ("about:blank", address):
             self._driver.get(url)
 
@@ -62,7 +62,7 @@ class Browser:
         self._find(selector).click()
 
     def screenshot(self) -> bytes:
-        """PNG."""
+        """Screenshot of the window as PNG."""
         return self._driver.get_screenshot_as_png()
 
     def _find(self, selector: str) -> WebElement:
@@ -71,7 +71,7 @@ class Browser:
 
 @contextlib.contextmanager
 def browser(folder: Path) -> Iterator[Browser]:
-    """A browser that resolves no host name and keeps its profile and its driver's log in ``folder``."""
+    """A browser that resolves no host names; its profile and its driver's log are in ``folder``."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for option in (*OPTIONS, f"--user-data-dir={folder / 'profile'}"):

@@ -1,7 +1,7 @@
-"""Real ranks for tests: processes forked from one that has imported NeMo, which takes seconds and so happens once.
+"""Real ranks for tests: processes forked from one that has imported NeMo, so that the slow import happens once.
 
-A rank is what torchrun would start: the same environment variables, gloo over loopback. The parent must never have
-started a thread pool (one torch thread), or a forked child can wait for threads that it did not inherit.
+A rank runs as under torchrun: the same environment variables, gloo over loopback. The parent must never have started a
+thread pool (it uses one torch thread), or a forked child may wait for threads that it did not inherit.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ TIMEOUT_SECONDS = 120
 
 
 def warm_up() -> None:
-    """Import the whole stack in this process, on the CPU."""
+    """Import all libraries in this process, with the CPU redirect on."""
     from treg_megatron.distributed.cpu_redirect import use_cpu
     from treg_megatron.utils.imports import heavy_imports
     from treg_megatron.utils.log import configure_logging
@@ -46,14 +46,14 @@ def run_ranks(
     log: Path | None = None,
     meanwhile: Callable[[], None] | None = None,
 ) -> list[Any]:
-    """Call ``function(*args)`` on every rank of a world of ``size``; the results by rank.
+    """Call ``function(*args)`` on every rank of a world of ``size``; return the results by rank.
 
     Args:
-        log: files LOG.RANK take what the ranks print.
-        meanwhile: runs in this process while the ranks do; if it raises, all ranks get SIGKILL.
+        log: output of the ranks goes to the files LOG.RANK.
+        meanwhile: called in this process while the ranks run; if it raises, all ranks get SIGKILL.
 
     Raises:
-        AssertionError: a rank failed or hung; all of them are killed, the failing one's traceback is the message.
+        AssertionError: a rank failed or hung; all are killed, and the message is the failing rank's traceback.
     """
     context = multiprocessing.get_context("fork")
     port = _free_port()
@@ -71,9 +71,9 @@ def run_ranks(
         return _collect(pipes, processes)
     finally:
         for process in processes:
-            process.kill()  # it may be too young to lead a group
+            process.kill()  # it may not lead a process group yet
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # Megatron's checkpoint writer leaves processes of its own
+                os.killpg(process.pid, signal.SIGKILL)  # Megatron's checkpoint writer leaves child processes
             process.join()
 
 
@@ -97,7 +97,7 @@ def _collect(pipes: list, processes: list) -> list[Any]:
 
 def _rank(rank: int, size: int, port: int, sender, log: Path | None, function: Callable[..., Any], args: tuple) -> None:
     os.setsid()
-    tqdm.set_lock(threading.RLock())  # its own is shared with the parent: a rank killed inside would keep it for ever
+    tqdm.set_lock(threading.RLock())  # the default lock is shared: a killed rank would never release it
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

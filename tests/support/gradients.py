@@ -1,4 +1,4 @@
-"""Whole gradients of the model that trains, put together from every rank as a checkpoint would be."""
+"""Full gradients of the model in training, assembled from all ranks like a checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +9,13 @@ import torch.distributed as dist
 
 
 class Finished(Exception):
-    """Every objective has had its step."""
+    """Every objective has taken its step."""
 
 
 def steps_on_this_rank(recipe: Path, overrides: list[str], objectives: list[dict]) -> list[dict[str, Any]]:
-    """Train one step on each objective with the weights as they were loaded.
+    """Train one step per objective, always with the weights as loaded.
 
-    Returns, on rank 0, for each: the loss, and the gradient of every parameter by its checkpoint key.
+    Returns on rank 0, for each objective: the loss, and the gradient of every parameter by checkpoint key.
     """
     from treg_megatron.config.recipe import load_recipe
     from treg_megatron.models import policy as model
@@ -34,7 +34,7 @@ def steps_on_this_rank(recipe: Path, overrides: list[str], objectives: list[dict
     def capture(self, optimizer, closure: Callable, *args, **kwargs):
         def then_gather():
             loss = closure()
-            steps.append({"loss": loss.item(), "gradients": whole_gradients(self.megatron_parallel)})
+            steps.append({"loss": loss.item(), "gradients": full_gradients(self.megatron_parallel)})
             if len(steps) == len(objectives):
                 raise Finished
             return loss
@@ -73,12 +73,12 @@ def assert_gradient_identity_on(logps, ref_logps, rewards, lengths, o, *group) -
         or (o.gamma and not o.weight_margin)
     ):
         return
-    whole = torch.tensor(lengths, dtype=torch.float64)
+    full_lengths = torch.tensor(lengths, dtype=torch.float64)
     ratio = logps.detach().double() - (0 if o.loss_type == "simpo" else ref_logps.double())
     sums = torch.stack([part.sum() for part in ratio.split(lengths)])
-    for total in (whole, sums) if group and group[0] is not None else ():
+    for total in (full_lengths, sums) if group and group[0] is not None else ():
         dist.all_reduce(total, group=group[0])
-    per_token = torch.full_like(whole, o.beta) if o.loss_type == "dpo" else o.beta / whole
+    per_token = torch.full_like(full_lengths, o.beta) if o.loss_type == "dpo" else o.beta / full_lengths
     reward = per_token * sums
     weight = torch.sigmoid(reward[1::2] - reward[0::2] + o.gamma)
     factors = [
@@ -96,15 +96,15 @@ def assert_gradient_identity_on(logps, ref_logps, rewards, lengths, o, *group) -
         logps.register_hook(check)
 
 
-def whole_gradients(megatron_parallel) -> dict[str, torch.Tensor]:
-    """Every rank's main gradients in their places in the whole tensors; replicas must be the same bit for bit."""
+def full_gradients(megatron_parallel) -> dict[str, torch.Tensor]:
+    """All ranks' main gradients, placed into the full tensors; replicas must be identical bit for bit."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     weights = {}
     for chunk in megatron_parallel:
         for buffer in chunk.module.buffers + chunk.module.expert_parallel_buffers:
-            for bucket in buffer.buckets:  # the distributed optimizer has reduced its own shard only
+            for bucket in buffer.buckets:  # the distributed optimizer has reduced only its own shard
                 shards = bucket.grad_data.view(dist.get_world_size(buffer.data_parallel_group), -1)
                 dist.all_gather(
                     list(shards.unbind()),
@@ -125,12 +125,12 @@ def whole_gradients(megatron_parallel) -> dict[str, torch.Tensor]:
         parameter.data = weight
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    whole: dict[str, torch.Tensor] = {}
+    full: dict[str, torch.Tensor] = {}
     for key, shape, offset, part in sum(everyone, []):
-        whole.setdefault(key, torch.full(shape, torch.nan))
-        here = whole[key][tuple(slice(o, None) for o in offset)]
+        full.setdefault(key, torch.full(shape, torch.nan))
+        here = full[key][tuple(slice(o, None) for o in offset)]
         prepended = len(shape) - part.ndim
         here = here[tuple([0] * prepended + [slice(0, n) for n in part.shape])]
         assert here.isnan().all() or torch.equal(here, part), f"replicas of the gradient of {key} differ"
         here.copy_(part)
-    return whole
+    return full

@@ -35,7 +35,7 @@ def random_tensors(config: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def hf_folder(folder: Path, config: dict = CONFIG, dtype: torch.dtype = torch.bfloat16, shards: int = 1) -> Path:
-    """A random model as transformers saves it, in one file or in several with an index."""
+    """Write a random model as transformers saves it, in one file or in several with an index."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text('{"kept": "as it is"}')

@@ -1,4 +1,4 @@
-"""A plain Megatron-core GPTModel on forked CPU ranks, at any TP x PP, loaded from and saved to a checkpoint."""
+"""A plain Megatron-core GPTModel on forked CPU ranks with any TP x PP, loaded from and saved to a checkpoint."""
 
 import multiprocessing.util
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def build(fields: dict, tensor: int, pipeline: int, vocab_multiple: int):
-    """Megatron-core's own GPTModel with its torch-native layer spec, for this rank; vocabulary padded."""
+    """This rank's Megatron-core GPTModel with the torch-native layer spec and padded vocabulary."""
     from treg_megatron.distributed.cpu_redirect import use_cpu
 
     use_cpu()
@@ -64,12 +64,12 @@ def build(fields: dict, tensor: int, pipeline: int, vocab_multiple: int):
 
 
 def sharded_state_dict(model) -> dict:
-    """What NeMo asks Megatron's checkpoints for: keys behind ``module.``, layers stacked."""
+    """The sharded state dict that NeMo uses: keys prefixed with ``module.``, layers stacked."""
     return model.sharded_state_dict(prefix="module.", metadata={"singleton_local_shards": False})
 
 
 def load(model, weights: str) -> None:
-    """Load a checkpoint with Megatron-core's own loader, every tensor of the model required."""
+    """Load a checkpoint with Megatron-core's loader; every tensor of the model is required."""
     from megatron.core import dist_checkpointing
 
     loaded = dist_checkpointing.load(sharded_state_dict(model), weights, strict="raise_unexpected")
@@ -77,11 +77,11 @@ def load(model, weights: str) -> None:
 
 
 def save(model, weights: str) -> None:
-    """Save with Megatron-core's own writer, as training does; the last thing that a rank does."""
+    """Save with Megatron-core's writer, as training does; must be the last thing that a rank does."""
     from megatron.core import dist_checkpointing
 
     dist_checkpointing.save(sharded_state_dict(model), weights)
-    # what a process does before it ends: without it the writer's manager process outlives a forked rank
+    # run the exit handlers of multiprocessing: otherwise the writer's manager process outlives a forked rank
     multiprocessing.util._exit_function()
 
 

@@ -1,4 +1,4 @@
-"""Objectives that tests of the loss and of the parallel trainer share."""
+"""Objectives shared by the tests of the loss and of the parallel trainer."""
 
 from treg_megatron.objective import Objective
 

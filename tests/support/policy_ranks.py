@@ -1,4 +1,4 @@
-"""The project's own policy model on forked CPU ranks, loaded from a checkpoint and run through any layout."""
+"""The project's policy model on forked CPU ranks, loaded from a checkpoint and run in any layout."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ LAYOUTS = {
 
 
 def load(checkpoint: Path, layout: Layout):
-    """The policy on this rank of a fresh world of ``layout.ranks``."""
+    """The policy on this rank, in a new world of ``layout.ranks``."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

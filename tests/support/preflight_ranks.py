@@ -1,4 +1,4 @@
-"""What preflight predicts for a model, and what real ranks take: Megatron's schedule, live tensors counted."""
+"""Memory that preflight predicts for a model, and memory measured on real ranks under Megatron's schedule."""
 
 from typing import NamedTuple
 
@@ -94,7 +94,7 @@ def built(hf_config, sections):
 
 
 def measure_on_this_rank(hf_config, layout, precision, recompute) -> Bytes:
-    """Two real steps; the second one's peak, when everything is there that stays."""
+    """Run two real steps; return the peak of the second, when all persistent state exists."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -142,7 +142,7 @@ def measure_on_this_rank(hf_config, layout, precision, recompute) -> Bytes:
 
 
 def predict_in_this_process(hf_config, layout, precision, recompute) -> list[Bytes]:
-    """For each rank, from meta tensors in a fake world."""
+    """Prediction for each rank, from meta tensors in a fake world."""
     from treg_megatron.preflight import activations, schedule
     from treg_megatron.preflight.ranks import bytes_at_rest
     from treg_megatron.preflight.world import fake_world

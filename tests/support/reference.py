@@ -1,6 +1,6 @@
-"""Plain PyTorch and Hugging Face training with the formula of docs/METHOD.md: what the parallel trainer must equal.
+"""Plain PyTorch and Hugging Face training with the formula of docs/METHOD.md, which the parallel trainer must match.
 
-Nothing here is shared with the package: one sequence at a time, whole logits, torch's AdamW.
+Nothing here is shared with the package: one sequence at a time, full logits, torch's AdamW.
 """
 
 import math
@@ -17,7 +17,7 @@ def response_logps(model, tokens, response_length: int) -> torch.Tensor:
 
 
 def pair_logps(model, pair) -> list[torch.Tensor]:
-    """Log-probs of the chosen and of the rejected response of one pair (a treg_megatron.data.aligned.PairRecord)."""
+    """Log-probs of the chosen and the rejected response of one pair (a treg_megatron.data.aligned.PairRecord)."""
     return [
         response_logps(model, tokens, len(rewards))
         for tokens, rewards in (
@@ -41,7 +41,7 @@ def pair_loss(
     token_rewards: str = "contrastive",
     sft_loss_weight: float = 0.0,
 ) -> torch.Tensor:
-    """The loss of one pair in the precision of its log-probs."""
+    """The loss of one pair, in the precision of its log-probs."""
     refs, rewards = (
         [torch.tensor(x).to(logps[0].dtype) for x in both]
         for both in (
@@ -95,7 +95,7 @@ def train(
     eps: float,
     min_lr: float = 0.0,
 ) -> tuple[list[float], list[float]]:
-    """One optimizer step for each batch of pairs; the losses and the gradient norms before clipping."""
+    """Take one optimizer step per batch of pairs; return the losses and the gradient norms before clipping."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=0.0)
     losses, norms = [], []
     for step, pairs in enumerate(batches):

@@ -1,4 +1,4 @@
-"""Models, tokenizers and pairs small enough to make inside a test: random weights, some hundred tokens, few words."""
+"""Models, tokenizers and pairs small enough to create inside a test: random weights, a few hundred tokens."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ CHATML = """\
 {% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-# A BOS in the template itself, headers, and contents stripped, as Llama 3 does.
+# A BOS in the template itself, headers, and stripped contents, as in Llama 3.
 HEADERS = """\
 {{ bos_token }}{% for message in messages %}\
 {{ '<|start_header|>' + message['role'] + '<|end_header|>\\n\\n' + message['content'] | trim + '<|eot|>' }}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|start_header|>assistant<|end_header|>\\n\\n' }}{% endif %}"""
 
-# No system role, `model` for the assistant, roles that must alternate, contents stripped, as Gemma does.
+# No system role, `model` for the assistant, alternating roles, and stripped contents, as in Gemma.
 TURNS = """\
 {{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}\
 {% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
@@ -40,7 +40,7 @@ CORPUS = [
 def tiny_tokenizer(folder: str | Path, *, template: str = "chatml", vocab: int = 384) -> int:
     """Train a byte-level BPE on a few sentences and save it as a Hugging Face folder; returns its vocabulary size.
 
-    ``template`` is one of :data:`TEMPLATES`; the first special token pads, and every byte has a token of its own.
+    ``template`` is one of :data:`TEMPLATES`. The first special token is for padding, and every byte has its own token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -108,6 +108,6 @@ def tiny_llama(
 
 
 def tiny_pair(number: int, name: str) -> dict[str, str]:
-    """A preference pair; its three texts have 1 to 7 words, others for each number."""
+    """A preference pair whose three texts have 1 to 7 words and differ for each number."""
     say = [" ".join(WORDS[(number * k + j) % len(WORDS)] for j in range(1 + (number * k) % 7)) for k in (1, 5, 3)]
     return {"pair_id": name, "prompt": f"{number}: say {say[0]}", "chosen": say[1], "rejected": say[2] + " no"}

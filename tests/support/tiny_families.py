@@ -4,8 +4,8 @@ from pathlib import Path
 
 VOCAB = 389  # prime: padded at every tensor-parallel size
 
-# Head sizes that are not hidden / heads, windows shorter than the tests' sequences, soft-caps small enough to bend:
-# whatever an architecture has must change the result.
+# Head sizes other than hidden / heads, windows shorter than the tests' sequences, soft-caps small enough to matter:
+# every feature of an architecture must change the result.
 SPECIAL = {
     "Llama": {
         "rope_scaling": {
@@ -54,7 +54,7 @@ def tiny_family(folder: Path, family: str, *, tied: bool, vocab: int = VOCAB, se
         torch.manual_seed(seed)
         model = getattr(transformers, f"{family}ForCausalLM")(config).float()
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms and biases, which otherwise start where they do nothing
+            if parameter.ndim == 1:  # norms and biases, whose initial values have no effect
                 parameter.data += 0.2 * torch.randn_like(parameter)
         model.save_pretrained(folder)
     return folder
@@ -65,7 +65,7 @@ def transformers_logprobs(hf: Path, tokens) -> "torch.Tensor":  # noqa: F821
     import torch
     from transformers import AutoModelForCausalLM
 
-    # its SDPA attention leaves out Gemma 2's soft-cap
+    # transformers' SDPA attention ignores Gemma 2's soft-cap
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         logits = model(tokens).logits

@@ -1,4 +1,4 @@
-"""A tiny training run on forked ranks: its inputs, its metrics, and how it is killed."""
+"""A tiny training run on forked ranks: its inputs, its metrics, and ways to kill it."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny.yaml"
 
 
 class TinyRun(NamedTuple):
-    """Everything that training needs, made by the stations from a random model and made-up pairs."""
+    """All inputs of training, created by the pipeline's steps from a random model and synthetic pairs."""
 
     recipe: Path
     hf: Path
@@ -27,7 +27,7 @@ class TinyRun(NamedTuple):
 
 
 def write_pairs(path: Path, count: int) -> None:
-    """Pairs of different lengths, the same at every call."""
+    """Write pairs of different lengths, the same at every call."""
     with open(path, "w", encoding="utf-8") as file:
         for i in range(count):
             file.write(json.dumps(tiny_pair(i, f"{path.stem}-{i}")) + "\n")
@@ -97,9 +97,9 @@ class Killed(Exception):
 
 
 def train_and_stop(recipe: Path, overrides: list[str], step: int, saving: bool, stopped: Path) -> None:
-    """Train; rank 0 stops for good after it wrote the metrics of ``step``.
+    """Train; rank 0 pauses forever after it has written the metrics of ``step``.
 
-    Or, if ``saving``, when that step's checkpoint has all its files but for treg.json, which makes it count.
+    With ``saving``, it pauses when that step's checkpoint has all files except treg.json, which makes it valid.
     """
     from treg_megatron.checkpoint import run_folder
     from treg_megatron.training.callbacks import metrics
@@ -120,19 +120,19 @@ def train_and_stop(recipe: Path, overrides: list[str], step: int, saving: bool, 
             stop()
         write_metadata(checkpoint, *rest)
 
-    # in this rank alone, a process of its own
+    # affects only this rank, which is a separate process
     metrics.RunMetrics.on_train_batch_end, run_folder.write_metadata = stop_at_the_end, stop_while_saving
     train_on_this_rank(recipe, overrides)
 
 
 def run_and_kill(files: TinyRun, output: Path, size: int, step: int, *overrides: str, saving: bool = False) -> None:
-    """:func:`run`, and SIGKILL to all ranks once rank 0 has stopped as :func:`train_and_stop` says."""
+    """Like :func:`run`, but send SIGKILL to all ranks once rank 0 has paused, see :func:`train_and_stop`."""
     stopped = output.with_suffix(".stopped")
 
     def kill() -> None:
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while not stopped.exists():
-            assert time.monotonic() < deadline, f"{output} never came to step {step}"
+            assert time.monotonic() < deadline, f"{output} never reached step {step}"
             time.sleep(0.02)
         raise Killed
 
