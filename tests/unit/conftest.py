@@ -1,4 +1,4 @@
-"""Models and tokenizers that the unit tests share, built once a session; none of them is downloaded."""
+"""Models and tokenizers shared by the unit tests, built once per session; nothing is downloaded."""
 
 import os
 
@@ -10,8 +10,8 @@ from hypothesis import settings  # noqa: E402
 from tests.support.tiny import TEMPLATES, tiny_llama, tiny_tokenizer  # noqa: E402
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer  # noqa: E402
 
-# No deadline: a busy machine is no failure. Few examples: these run at every change. In CI always the same ones: a
-# change is not judged by what an unlucky draw finds in another place.
+# No deadline: a busy machine must not cause failures. Few examples: these tests run at every change. In CI always the
+# same ones: a change must not fail because of an unlucky draw in unrelated code.
 settings.register_profile("unit", deadline=None, max_examples=30, derandomize="CI" in os.environ)
 settings.load_profile("unit")
 
@@ -26,7 +26,7 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer_folders(tmp_path_factory):
-    """Tokenizer folders by the name of their chat template."""
+    """Tokenizer folders, keyed by the name of their chat template."""
     folders = {template: tmp_path_factory.mktemp(template) for template in TEMPLATES}
     for template, folder in folders.items():
         tiny_tokenizer(folder, template=template)
@@ -35,7 +35,7 @@ def tokenizer_folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizers(tokenizer_folders) -> dict[str, ChatTokenizer]:
-    """Loaded tokenizers by the name of their chat template."""
+    """Loaded tokenizers, keyed by the name of their chat template."""
     return {template: load_tokenizer(folder) for template, folder in tokenizer_folders.items()}
 
 

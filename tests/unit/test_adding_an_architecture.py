@@ -1,4 +1,4 @@
-"""The page that tells how to add an architecture, followed to the letter."""
+"""The documented steps for adding an architecture, followed literally."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "CONVERSION.md"
 
 def test_the_file_on_the_page_imports_and_exports(tmp_path, monkeypatch):
     for name, family in list(FAMILIES.items()):
-        monkeypatch.setitem(FAMILIES, name, family)  # what the file registers goes with the test
+        monkeypatch.setitem(FAMILIES, name, family)  # undo the file's registration after the test
     section = PAGE.read_text(encoding="utf-8").split("## Adding an architecture")[1]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert "SeedOssForCausalLM" not in FAMILIES

@@ -1,4 +1,4 @@
-"""Attention by fused kernels against the whole score matrix in float64."""
+"""Attention with fused kernels against the full score matrix in float64."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def plain(query, key, value, tokens_before=None, softcap=None):
     ids=str,
 )
 @pytest.mark.parametrize("queries, length", [(9, 9), (8, 9), (5, 9), (4, 9), (1, 9), (1, 1)])
-def test_equals_the_whole_score_matrix(queries, length, options):
+def test_equals_the_full_score_matrix(queries, length, options):
     generator = torch.Generator().manual_seed(queries)
     tensors = [
         torch.randn(2, n, s, CHANNELS, generator=generator).requires_grad_()

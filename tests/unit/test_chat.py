@@ -1,4 +1,4 @@
-"""The boundary between prompt and response, the end-of-turn token, and what the hashes notice."""
+"""The boundary between prompt and response, the end-of-turn token, and what the hashes detect."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_prompt_ends_where_the_assistant_begins(tokenizers, template):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_response_is_its_words_and_one_end_of_turn(tokenizers, template):
+def test_response_is_its_text_and_one_end_of_turn(tokenizers, template):
     tokenizer = tokenizers[template]
     assert tokenizer.decode(tokenizer.encode_response(QUESTION, "It is 2.")) == "It is 2." + END_OF_TURN[template]
 
@@ -90,14 +90,14 @@ def test_conversations_keep_all_their_turns(tokenizers, template):
     assert "And 2 + 2?" in text
 
 
-def test_a_template_that_refuses_is_the_users_business(tokenizers):
+def test_a_conversation_that_the_template_rejects_is_a_user_error(tokenizers):
     with pytest.raises(UserError, match="rejects a conversation of user, user: Conversation roles must alternate"):
         tokenizers["turns"].encode_prompt((*QUESTION, *QUESTION))
 
 
 @pytest.mark.parametrize("system", ["", "{% if message['role'] == 'system' %}{% continue %}{% endif %}"])
-def test_without_a_system_role_its_message_heads_the_first_turn(tokenizers, chatml, tmp_path, system):
-    """Whether the template refuses a system message, or leaves it out."""
+def test_without_a_system_role_its_message_is_prepended_to_the_first_turn(tokenizers, chatml, tmp_path, system):
+    """The template may reject a system message or ignore it."""
     tokenizer = tokenizers["turns"]
     if system:
         tokenizer = changed(
@@ -156,7 +156,7 @@ def test_hash_survives_saving_padding_truncation_and_bos_settings(chatml, tokeni
     assert again.template_sha256 == chatml.template_sha256
 
 
-def test_hash_notices_other_ids_and_other_templates(chatml, tokenizers, tmp_path):
+def test_hash_detects_other_ids_and_other_templates(chatml, tokenizers, tmp_path):
     assert len({tokenizer.sha256 for tokenizer in tokenizers.values()}) == len(tokenizers)
     chatml._tokenizer.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())

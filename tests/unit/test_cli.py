@@ -1,4 +1,4 @@
-"""The command ``treg``: quick to answer, the same as the scripts in tools/, torchrun where nothing launched it."""
+"""The command ``treg``: fast help, the same commands as the scripts in tools/, torchrun if there is no launcher."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def test_help_imports_nothing_heavy(command):
 
 
 @pytest.mark.parametrize("command", main.COMMANDS)
-def test_every_command_teaches(command):
+def test_every_command_shows_an_example(command):
     text = main.load(command).parser(f"treg {command}").format_help()
     assert "treg " in text.split("options:")[0].split("\n\n", 1)[1], "its help shows no example"
 

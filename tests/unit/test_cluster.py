@@ -1,4 +1,4 @@
-"""What a job finds out about its nodes, its ranks and its checkpoints before it starts."""
+"""Checks of nodes, ranks and checkpoints before a job starts."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Set the launcher's variables, and no other launcher's."""
+    """Function that sets a launcher's variables, after removing those of any other launcher."""
     for name in [n for n in os.environ if n.startswith(("SLURM_", "TORCHELASTIC"))] + ["LOCAL_WORLD_SIZE", "RANK"]:
         monkeypatch.delenv(name, raising=False)
     return lambda **variables: [monkeypatch.setenv(name, text) for name, text in variables.items()]
@@ -86,7 +86,7 @@ def checkpoint(run: Path, step: int, size: int) -> Path:
 
 @pytest.mark.parametrize("size", [1000, 9_000_000])
 @pytest.mark.parametrize(
-    "wound, wrong",
+    "damaged, wrong",
     [
         ("end", "is not what was written"),
         ("cut", "has {cut} bytes, {size} bytes were written"),
@@ -94,22 +94,22 @@ def checkpoint(run: Path, step: int, size: int) -> Path:
         ("start", "is not what was written"),
     ],
 )
-def test_a_damaged_newest_checkpoint_is_passed_over(wound, wrong, size, tmp_path, caplog):
+def test_a_damaged_newest_checkpoint_is_skipped(damaged, wrong, size, tmp_path, caplog):
     checkpoint(tmp_path, 5, size)
     newest = checkpoint(tmp_path, 10, size)
     assert newest_checkpoint(tmp_path) == newest and damage(newest) is None
     part = newest / "weights" / "a.distcp"
     content = bytearray(part.read_bytes())
-    if wound == "gone":
+    if damaged == "gone":
         part.unlink()
     else:
-        content[0 if wound == "start" else -1] ^= 1
-        part.write_bytes(content[:-1] if wound == "cut" else content)
+        content[0 if damaged == "start" else -1] ^= 1
+        part.write_bytes(content[:-1] if damaged == "cut" else content)
     assert newest_checkpoint(tmp_path).name == "step_000005"
     assert f"step_000010 is damaged (weights/a.distcp {wrong.format(cut=size - 1, size=size)})" in caplog.text
 
 
-def test_values_of_a_recipe_and_all_of_it():
+def test_single_values_and_description_of_a_recipe():
     recipe, sources = trace_recipe(ROOT / "recipes" / "tiny.yaml", ["run=/r"])
     assert value(recipe, "train.output") == "/r/train"
     with pytest.raises(UserError, match="label.model.*model.hf"):
@@ -118,7 +118,7 @@ def test_values_of_a_recipe_and_all_of_it():
     assert "output: /r/train" in text and "hf: ???" in text and "model: ${model.hf}" in text
 
 
-def test_the_record_of_pairs_over_ranks(tmp_path):
+def test_recorded_pairs_are_read_over_all_ranks(tmp_path):
     (tmp_path / "pairs").mkdir()
     for rank, lines in enumerate(
         ['{"step": 1, "pairs": ["a"]}\n{"step": 2, "pairs": ["b"]}\n', '{"step": 1, "pairs": ["c"]}\n']
@@ -127,7 +127,7 @@ def test_the_record_of_pairs_over_ranks(tmp_path):
     assert recorded_pairs(tmp_path) == {1: ["a", "c"], 2: ["b"]}
 
 
-def test_an_error_of_one_rank_alone_is_told_by_that_rank():
+def test_an_error_on_a_single_rank_is_printed_by_that_rank():
     program = (
         "from treg_megatron.utils import entry\nentry.RANK_ZERO_SECONDS = 0\n"
         "def main(): raise entry.UserError('no folder')\nentry.run(main)"

@@ -1,4 +1,4 @@
-"""verify: models that are the same and models that are not, folders and checkpoints, and the exit code that says so."""
+"""verify: equal and different models, as folders and as checkpoints, and the exit code."""
 
 import json
 import runpy
@@ -33,7 +33,7 @@ def checkpoint(hf) -> Path:
 
 @pytest.fixture(scope="module")
 def changed(hf) -> tuple[Path, Path]:
-    """The folder with one bit of one value changed, and the checkpoint imported from it."""
+    """A copy of the folder with one bit changed, and the checkpoint imported from it."""
     folder = hf.parent / "changed"
     shutil.copytree(hf, folder)
     tensors = read_tensors(folder)
@@ -74,8 +74,8 @@ def test_a_tensor_that_one_model_lacks_is_named(hf, checkpoint, tmp_path):
     del tensors[CHANGED]
     (tmp_path / "less").mkdir()
     save_file(tensors, tmp_path / "less" / "model.safetensors")
-    for whole in (hf, checkpoint):
-        assert compare(whole, tmp_path / "less").different == [CHANGED]
+    for complete in (hf, checkpoint):
+        assert compare(complete, tmp_path / "less").different == [CHANGED]
 
 
 def test_another_shape_is_different(checkpoint, tmp_path):
@@ -89,7 +89,7 @@ def test_precisions_of_folders_differ_but_a_checkpoint_compares_as_it_would_be_e
     assert compare(checkpoint, tmp_path / "fp32").different == []
 
 
-def test_what_is_no_model_is_refused(hf, checkpoint, tmp_path):
+def test_what_is_not_a_model_is_refused(hf, checkpoint, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "unfinished" / "weights").mkdir(parents=True)
     for other, said in (

@@ -1,4 +1,4 @@
-"""Sequences split over context-parallel ranks: every token on exactly one of them, in the place that it says."""
+"""Sequences split over context-parallel ranks: every token is on exactly one rank, at the expected position."""
 
 import numpy as np
 import pytest
@@ -11,15 +11,15 @@ from treg_megatron.distributed.context_parallel import WHOLE, ContextPart
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("length", [8, 16, 40])
-def test_every_token_lies_on_one_rank(ranks, length):
+def test_every_token_is_on_one_rank(ranks, length):
     parts = [ContextPart(rank, ranks) for rank in range(ranks)]
     sequence, positions = torch.arange(length) + 100, np.arange(length)
-    pieces = [part.of(sequence) for part in parts]
-    assert sorted(torch.cat(pieces).tolist()) == sequence.tolist()
-    for part, piece in zip(parts, pieces):
+    held = [part.of(sequence) for part in parts]
+    assert sorted(torch.cat(held).tolist()) == sequence.tolist()
+    for part, tokens in zip(parts, held):
         mine = positions[part.holds(positions, length)]
-        assert piece[part.row(mine, length)].tolist() == (mine + 100).tolist()
-        assert len(piece) == length // ranks and len(mine) == len(piece)
+        assert tokens[part.row(mine, length)].tolist() == (mine + 100).tolist()
+        assert len(tokens) == length // ranks and len(mine) == len(tokens)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -62,7 +62,7 @@ def test_the_micro_batches_of_the_ranks_hold_each_response_token_once():
     assert all(torch.equal(part["cu_seqlens"], parts[0]["cu_seqlens"]) for part in parts)
     for part in parts:
         assert part["tokens"].shape[1] * 2 == part["cu_seqlens"][-1] and part["tokens"].shape[1] % 8 == 0
-    # a row holds the token before its target; here every token of the whole is told apart by its position
+    # a row has the token before its target; the position distinguishes tokens of the unsplit batch
     by_target = dict(zip(zip(whole["targets"].tolist(), whole["token_rewards"].tolist()), whole["rows"].tolist()))
     for part in parts:
         for target, reward, row in zip(part["targets"].tolist(), part["token_rewards"].tolist(), part["rows"].tolist()):

@@ -1,4 +1,4 @@
-"""Conversion without Megatron: exact round trips, folders as transformers has them, refusals that leave nothing."""
+"""Conversion without Megatron: exact round trips, folders for transformers, and refusals without leftovers."""
 
 import dataclasses
 import errno

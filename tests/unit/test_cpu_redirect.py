@@ -1,4 +1,4 @@
-"""What stands in for a GPU's libraries on a CPU: products and collectives."""
+"""CPU replacements: matrix products with oneDNN, and collectives in groups of one rank."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from treg_megatron.distributed.cpu_redirect import _unless_in_place
 from treg_megatron.kernels import onednn
 
-LARGE = (2, 130, 257)  # [..., k]; with 300 columns it is worth a kernel
+LARGE = (2, 130, 257)  # [..., k]; with 300 columns it is large enough for a kernel
 
 
 @pytest.fixture
 def slow_mkl(monkeypatch):
-    """The processor at hand may be any."""
+    """Make the tests independent of the processor: pretend that MKL is slow."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
@@ -64,11 +64,11 @@ def test_products_left_to_mkl(slow_mkl, monkeypatch):
         assert onednn.product_of(torch.mm, (a, b), {}) is None
 
 
-def test_a_lone_rank_copies_nothing_to_itself():
+def test_a_single_rank_copies_nothing_to_itself():
     calls = []
     collective = _unless_in_place(lambda output, input, *args, **kwargs: calls.append((output, input, args, kwargs)))
     buffer = torch.zeros(8)
     assert collective(buffer, buffer.view(-1), "group", async_op=True) is None and not calls
     collective(buffer, buffer[:4], "group", async_op=True)  # one of two ranks
-    collective(buffer, torch.zeros(8), "group", async_op=True)  # elsewhere
+    collective(buffer, torch.zeros(8), "group", async_op=True)  # other memory
     assert len(calls) == 2 and calls[0][2:] == (("group",), {"async_op": True})

@@ -1,4 +1,4 @@
-"""The demo's preference pairs are what the README promises, and the held-out ones are really held out."""
+"""The demo's preference pairs match the README, and the held-out pairs do not occur in training."""
 
 import json
 from pathlib import Path
@@ -51,8 +51,8 @@ def test_responses_differ_and_are_short(split):
 
 
 def test_length_alone_does_not_tell_chosen_from_rejected(split):
-    words = [[len(response.split()) for response in responses(row)] for row in rows(split)]
-    chosen, rejected = map(sum, zip(*words))
+    lengths = [[len(response.split()) for response in responses(row)] for row in rows(split)]
+    chosen, rejected = map(sum, zip(*lengths))
     assert 0.9 < chosen / rejected < 1.1
 
 

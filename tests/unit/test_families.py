@@ -1,4 +1,4 @@
-"""The parameter map: layouts that invert, fields that say what config.json says, refusals that name what is known."""
+"""The parameter map: invertible layouts, fields that match config.json, and refusals that list what is supported."""
 
 import pytest
 import torch

@@ -32,7 +32,7 @@ def test_a_block_that_fails_changes_nothing(tmp_path):
     assert (tmp_path / "a").read_text() == "old"
 
 
-def test_an_old_manifest_never_vouches_for_a_mixture(tmp_path, monkeypatch):
+def test_an_old_manifest_never_describes_mixed_files(tmp_path, monkeypatch):
     for name in ("data", "manifest"):
         (tmp_path / name).write_text("old")
 
@@ -47,7 +47,7 @@ def test_an_old_manifest_never_vouches_for_a_mixture(tmp_path, monkeypatch):
     assert not (tmp_path / "manifest").exists()
 
 
-def test_a_place_that_cannot_be_written_is_the_users_business(tmp_path):
+def test_an_unwritable_path_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write .*file"), atomic_write(tmp_path / "file" / "new") as partial:
         partial.write_text("x")

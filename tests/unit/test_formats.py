@@ -1,4 +1,4 @@
-"""One file of each kind under tests/data/pairs: the same pairs come out of all of them."""
+"""One file of each kind under tests/data/pairs: all of them give the same pairs."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.conversation import Message
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "pairs"
-FILES = {  # kind, and how many of the six pairs it can hold: plain text has no turns, HH no system message
+FILES = {  # kind, and how many of the six pairs it can represent: plain text has no turns, HH no system message
     "trl_text.jsonl": ("trl", 4),
     "trl_messages.jsonl.gz": ("trl", 6),
     "trl_implicit_text.jsonl": ("trl_implicit_text", 4),
@@ -39,7 +39,7 @@ def content(pairs):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_same_pairs_come_out_of_every_kind_of_file(name):
+def test_every_kind_of_file_gives_the_same_pairs(name):
     kind, count = FILES[name]
     expected = content(read_pairs(FOLDER / "trl_messages.jsonl.gz"))[:count]
     assert len(expected) == count
@@ -52,7 +52,7 @@ def as_table(rows):
 
 
 def write_arrow_folder(folder, rows):
-    """What ``save_to_disk`` of the package ``datasets`` writes, as far as it is read here."""
+    """Write the part of ``datasets``' ``save_to_disk`` format that the reader uses."""
     folder.mkdir()
     table = as_table(rows)
     with pa.ipc.new_stream(str(folder / "data.arrow"), table.schema) as stream:
@@ -135,12 +135,12 @@ def test_answers_without_a_preference_are_counted(tmp_path):
     assert report["drops"] == {EQUAL_SCORES: 1} and report["pairs"] == 1
 
 
-def test_text_with_a_common_beginning_is_cut_between_words(tmp_path):
+def test_text_with_a_common_prefix_is_split_between_words(tmp_path):
     (pair,) = read_pairs(jsonl(tmp_path / "p", {"chosen": "Say\n it: carrot", "rejected": "Say\n it: card"}))
     assert (pair.messages, pair.chosen, pair.rejected) == ((Message("user", "Say\n it:"),), "carrot", "card")
 
 
-def test_the_report_counts_what_cannot_be_used_and_goes_on(tmp_path, chatml):
+def test_the_report_counts_unusable_rows_and_continues(tmp_path, chatml):
     rows = [
         {"prompt": "a", "chosen": "b", "rejected": ""},
         {"prompt": "a", "chosen": "b", "rejected": "b"},
@@ -183,7 +183,7 @@ def test_folders_without_pairs(tmp_path):
         list(read_pairs(tmp_path))
 
 
-def test_unknown_names_of_formats_and_hub_data_sets(tmp_path):
+def test_unknown_names_of_formats_and_hub_datasets(tmp_path):
     with pytest.raises(UserError, match="format 'csv' is not known; choose auto or one of sharegpt, "):
         list(read_pairs(FOLDER / "hh.jsonl", format="csv"))
     with pytest.raises(UserError, match="hub:nothing is not of the form"):
@@ -192,7 +192,7 @@ def test_unknown_names_of_formats_and_hub_data_sets(tmp_path):
         list(read_pairs("owner/name"))
 
 
-def test_hub_data_sets_are_asked_for_by_name_revision_and_split(monkeypatch):
+def test_hub_datasets_are_loaded_by_name_revision_and_split(monkeypatch):
     asked = []
 
     class Loaded(list):

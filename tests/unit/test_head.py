@@ -1,4 +1,4 @@
-"""The chunked log-prob head against log_softmax of whole logits."""
+"""The blockwise log-prob head against log_softmax of full logits."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rewards from elsewhere reach exactly the tokens that they belong to, or are refused."""
+"""Imported rewards are assigned to exactly the tokens that they belong to, or are refused."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_by_id_with_and_without_the_end_of_turn(chatml):
 
 
 def test_sampled_ids_are_taken_as_they_are(chatml):
-    """A model may sample another split of a text than the tokenizer's own."""
+    """A model may sample other token ids for a text than the tokenizer produces."""
     ids = [*(i for character in "Paris" for i in chatml.encode_response(QUESTION, character)[:-1]), chatml.end_of_turn]
     assert ids != chatml.encode_response(QUESTION, "Paris")
     pair = Pair("a", QUESTION, "Paris", "x", chosen_ids=tuple(ids), rejected_ids=(1,), tokenizer=chatml.sha256)
@@ -61,7 +61,7 @@ def test_texts_and_spans_give_each_token_the_value_of_its_characters(chatml, res
     assert rewards(chatml, {"chosen_spans": as_spans}, response) == expected
 
 
-def test_what_no_span_covers_is_worth_nothing(chatml):
+def test_tokens_without_a_span_get_reward_zero(chatml):
     values = rewards(chatml, {"chosen_spans": [{"start": 0, "end": 2, "reward": 0.5}]}, "12345")
     assert values == [0.5, 0.5, 0, 0, 0, 0]
 

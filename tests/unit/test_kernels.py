@@ -1,4 +1,4 @@
-"""Which kernels a CPU runs, and what happens where torch lacks a private operator."""
+"""The choice of kernels on a CPU, also if torch lacks a private operator."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from treg_megatron.kernels.kernels import Kernels, cpu_kernels
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Each test as in a process of its own."""
+    """Run each test as in a new process: without the variable and with empty caches."""
     monkeypatch.delenv("TREG_CPU_KERNELS", raising=False)
     for cached in (private_operators.unusable_operator, kernels._log_unusable):
         cached.cache_clear()
@@ -20,7 +20,7 @@ def fresh(monkeypatch):
 
 @pytest.fixture
 def logged(monkeypatch):
-    """Lines that the module logs, whatever other tests did to logging."""
+    """Lines that the module logs, independent of logging changes in other tests."""
     lines = []
     monkeypatch.setattr(kernels._log, "warning", lambda message, *args: lines.append(message % args))
     return lines

@@ -1,4 +1,4 @@
-"""Labelled pairs on disk: anyone may have written them, so every promise is checked."""
+"""Labelled pairs on disk: they may come from any program, so everything is validated."""
 
 import dataclasses
 
@@ -134,7 +134,7 @@ def test_an_empty_shard_is_read(tmp_path):
         ({"rejected_tokens": [[1, 7, 9], [5, 7, 8]]}, "row 1 (pair_id 'a'): what precedes the responses differs"),
     ],
 )
-def test_broken_promises_are_named(tmp_path, columns, message):
+def test_invalid_columns_and_values_are_named(tmp_path, columns, message):
     path = write(tmp_path / "own.parquet", changed(**columns))
     with pytest.raises(UserError) as error:
         list(read_labelled(path))

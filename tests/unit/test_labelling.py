@@ -1,4 +1,4 @@
-"""The station `label`: the formula, the alignment, what is dropped, and that stopping it changes nothing."""
+"""The step `label`: formula, alignment, dropped pairs, and unchanged results after an interruption."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ ROWS = [
 
 
 class ArithmeticScorer:
-    """Log-probs that depend on prompt, position and token in a known way."""
+    """Scorer whose log-probs depend on prompt, position and token in a known way."""
 
     max_length, vocab_size = 1024, 384
 
@@ -134,7 +134,7 @@ def test_swapped_prompts_give_exactly_the_negative(section, tmp_path, name):
     swapped = dataclasses.replace(section, prompt_pair=str(tmp_path / "swapped.yaml"), output=str(tmp_path / "swapped"))
     section.prompt_pair = name
     for one in (section, swapped):
-        label(one)  # by the tiny model itself
+        label(one)  # with the tiny model
     sizes = []
     for straight, turned in zip(read_labelled(section.output), read_labelled(swapped.output), strict=True):
         for column in ("chosen_token_rewards", "rejected_token_rewards"):

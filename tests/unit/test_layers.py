@@ -1,4 +1,4 @@
-"""The layers of the package: imports go down, none go round, and docs/ARCHITECTURE.md names every module."""
+"""The layers of the package: no upward or circular imports, and docs/ARCHITECTURE.md names every module."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The objective against its formulas, written once more in plain float64 Python."""
+"""The objective against its formulas, written independently in plain float64 Python."""
 
 import dataclasses
 import math

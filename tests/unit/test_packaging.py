@@ -1,4 +1,4 @@
-"""setup.py and constraints.txt name the same set of packages, and never one that only has the right name."""
+"""setup.py and constraints.txt name the same packages, and never an unrelated one with a similar name."""
 
 import ast
 import re
@@ -31,8 +31,8 @@ PINS = {canonicalize_name(name): Version(version) for name, version in (line.spl
 
 def test_no_package_named_apex_is_ever_installed():
     """PyPI's apex is a Pyramid toolkit; NVIDIA's comes from its containers or from source."""
-    asked_for = [canonicalize_name(r.name) for r in sum(EXTRAS.values(), REQUIRED)]
-    assert "apex" not in asked_for and "apex" not in PINS
+    required = [canonicalize_name(r.name) for r in sum(EXTRAS.values(), REQUIRED)]
+    assert "apex" not in required and "apex" not in PINS
 
 
 def test_every_requirement_has_a_pin_that_it_allows():
@@ -55,5 +55,5 @@ def test_no_file_names_an_index_of_its_own():
 
 
 def test_the_gpu_and_sampling_extras_stay_out_of_the_pinned_set():
-    """Transformer Engine is built on the GPU host, and vLLM brings a torch of its own."""
+    """Transformer Engine is built on the GPU host, and vLLM brings its own torch."""
     assert PINS.keys().isdisjoint(canonicalize_name(r.name) for r in EXTRAS["gpu"] + EXTRAS["sampling"])

@@ -1,4 +1,4 @@
-"""A packed row in one call against its sequences one by one, whole score matrices in float64."""
+"""A packed row in one call against its sequences one by one, with full score matrices in float64."""
 
 import torch
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Bins: every pair whole, in exactly one, and the same bins whatever the ranks."""
+"""Bins: every pair is in exactly one, unsplit, and the bins do not depend on the number of ranks."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_every_pair_once_an_epoch_whatever_the_ranks_and_the_interruption(length
 
 
 def test_bins_of_log_normal_lengths_are_nearly_full():
-    """Lengths drawn at random: log-normal, 2 x (230 + 260) tokens in the mean, cut at 2 x 2048."""
+    """Random log-normal lengths with mean 2 x (230 + 260) tokens, truncated at 2 x 2048."""
     random = np.random.default_rng(0)
     lengths = np.minimum(random.lognormal(np.log(850), 0.55, 12_800), 4096).astype(np.int64)
     order = BinOrder(lengths, 8192, 128, 0, 1, micro_batches=1, seed=1)

@@ -1,4 +1,4 @@
-"""Preference files in, pairs out; whatever cannot be used is named by file and row, or counted."""
+"""Preference files are read as pairs; unusable records are named by file and row, or counted."""
 
 import json
 from collections import Counter

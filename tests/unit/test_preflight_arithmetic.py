@@ -1,4 +1,4 @@
-"""Preflight's arithmetic: what is in flight when, and what is computed, by hand and against published counts."""
+"""Preflight's arithmetic: micro-batches in flight and FLOPs, by hand and against published counts."""
 
 from collections import Counter
 from pathlib import Path
@@ -20,7 +20,7 @@ def fields_of(name: str) -> dict:
 
 
 def in_flight(stage: int, stages: int, chunks: int, micro_batches: int) -> int:
-    """The most micro-batches of all chunks that wait for their backward pass."""
+    """Largest number of micro-batches, over all chunks, that wait for their backward pass."""
     alive = most = 0
     for event in events(stage, stages, chunks, micro_batches):
         alive += 1 if event.kind == FORWARD else -1
@@ -41,14 +41,14 @@ def test_every_micro_batch_goes_forward_and_back_through_every_chunk(stages, chu
             assert alive[chunk] >= 0, "nothing goes back before it went forward"
 
 
-def test_1f1b_holds_as_many_as_there_are_stages_from_here():
+def test_1f1b_holds_one_micro_batch_per_remaining_stage():
     assert [in_flight(stage, 4, 1, 16) for stage in range(4)] == [4, 3, 2, 1]
     assert in_flight(0, 4, 1, 2) == 2
     assert in_flight(0, 1, 1, 16) == 1
 
 
 def test_interleaving_holds_more_of_smaller_chunks():
-    """(stages - 1) x 2 + (chunks - 1) x stages in the warm-up, and the one that runs (arXiv 2104.04473, figure 4)."""
+    """(stages - 1) x 2 + (chunks - 1) x stages in the warm-up, plus the running one (arXiv 2104.04473, figure 4)."""
     assert in_flight(0, 4, 2, 8) == 3 * 2 + 1 * 4 + 1
     assert in_flight(3, 4, 2, 8) == 0 * 2 + 1 * 4 + 1
 
@@ -62,7 +62,7 @@ def test_forward_flops_are_two_for_each_weight_and_token_and_attention_by_hand()
     assert work.attention == 4 * 32 * 128 * 32 * 1000**2 / 2
 
 
-def test_an_expert_computes_only_what_is_sent_to_it():
+def test_an_expert_computes_only_the_tokens_routed_to_it():
     dense = fields_of("mixtral_8x7b")
     one = dense | {"moe_router_topk": 1}
     expert = 3 * 4096 * 14336 * 32
@@ -87,7 +87,7 @@ def test_a_checkpoint_holds_weights_and_three_fp32_values_of_what_trains():
     assert costs.checkpoint(10, 1000, "bf16", cluster).nbytes == 1010 * 2 + 10 * 12
 
 
-def test_the_architecture_on_disk_wins_and_another_than_the_named_is_refused(tmp_path):
+def test_the_architecture_on_disk_is_used_and_must_match_the_named_one(tmp_path):
     import json
 
     from treg_megatron.models.architecture import hf_config_of

@@ -1,4 +1,4 @@
-"""Prompt pairs: what they render, and what is wrong with those that do not fit together."""
+"""Prompt pairs: how they render, and errors for turns that do not fit together."""
 
 import pytest
 import yaml

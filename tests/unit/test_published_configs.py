@@ -1,4 +1,4 @@
-"""config.json of published models, and what each becomes: the fields in which their architectures differ."""
+"""config.json of published models and the model fields derived from them."""
 
 import math
 
@@ -81,7 +81,7 @@ QWEN3_8B = {
 GEMMA2_9B, MIXTRAL_8X7B, LLAMA3_70B, LLAMA31_405B = (
     read_json(PUBLISHED / f"{name}.json") for name in ("gemma2_9b", "mixtral_8x7b", "llama3_70b", "llama3.1_405b")
 )
-# as counted from the safetensors files that their authors publish
+# counted from the safetensors files that the authors publish
 PARAMETERS = [
     (MISTRAL_7B_V1, 7_241_732_096),
     (MISTRAL_NEMO_12B, 12_247_782_400),

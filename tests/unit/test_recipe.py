@@ -1,4 +1,4 @@
-"""Recipes: defaults, overrides, what is said about a wrong key, and where each value comes from."""
+"""Recipes: defaults, overrides, messages for wrong keys, and the source of each value."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def test_a_recipe_says_how_it_is_launched_and_names_itself(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_repeats_no_default(path):
-    """A short diff: no key is set to what it has anyway."""
+    """A recipe is a short diff: it sets no key to its default."""
     own = OmegaConf.to_container(OmegaConf.load(path))
     parent = OmegaConf.to_container(load_recipe(path.parent / own.pop("defaults")))
     own.pop("name")

@@ -1,4 +1,4 @@
-"""Every pair exactly once an epoch, whatever the layout and wherever a run is taken up again."""
+"""Every pair occurs exactly once per epoch, whatever the layout and wherever a run resumes."""
 
 import numpy as np
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Log-probs of response tokens: the value of each belongs to it, whatever the batches."""
+"""Log-probs of response tokens: each value belongs to its token, whatever the batching."""
 
 import json
 
@@ -47,7 +47,7 @@ def some_sequences(vocab: int, count: int = 9) -> list[ScoredSequence]:
 
 
 def plain_logps(folder, sequence: ScoredSequence) -> np.ndarray:
-    """One sequence at a time, all logits, every response token looked up by its own index."""
+    """Baseline: one sequence at a time, all logits, each response token looked up by its index."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     tokens = [*sequence.prompt_ids, *sequence.response_ids]
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_batching_and_chunking_change_nothing(tiny_folder, monkeypatch, batch_to
 
 
 def related_sequences(vocab: int) -> list[ScoredSequence]:
-    """Shared prompts, prompts that are the beginning of others, equal sequences, and one with nothing in common."""
+    """Sequences with shared prompts, prompts that are prefixes of others, equal sequences, and an unrelated one."""
     random = np.random.default_rng(1)
     trunk, branch, leaf = (random.integers(1, vocab, length).tolist() for length in (30, 20, 12))
     return [
@@ -120,7 +120,7 @@ def test_products_of_layers_and_head_go_to_onednn_where_mkl_is_slow(tiny_folder,
         np.testing.assert_allclose(logps, plain_logps(tiny_folder, sequence), atol=2e-5)
 
 
-def test_a_row_holds_what_is_shared_once():
+def test_a_row_holds_shared_prefixes_once():
     trunk = np.arange(40)
     sequences = [trunk, trunk[:25], np.concatenate([trunk[:30], [90, 91]]), np.arange(50, 60)]
     order = shared_prefixes.in_order(sequences)
@@ -146,7 +146,7 @@ def test_unknown_ways_to_make_logits_are_refused(tmp_path):
 
 
 def test_value_t_belongs_to_token_t(tmp_path):
-    """A hand-built model that expects v to be followed by v + 1: attention and MLP are zero, embeddings one-hot."""
+    """A hand-built model that predicts v + 1 after v: attention and MLP are zero, embeddings one-hot."""
     vocab, certainty = 32, 1.0
     model = LlamaForCausalLM(LlamaConfig(**{**TINY, "vocab_size": vocab, "tie_word_embeddings": False}))
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_positions_need_a_prompt():
         score_positions(0, 4)
 
 
-def test_bfloat16_stays_near(tiny_folder):
+def test_bfloat16_is_close(tiny_folder):
     sequences = some_sequences(384)
     exact = HuggingFaceScorer(tiny_folder, "float32", "cpu").score(sequences)
     rounded = HuggingFaceScorer(tiny_folder, "bfloat16", "cpu").score(sequences)
@@ -176,7 +176,7 @@ def test_bfloat16_stays_near(tiny_folder):
     assert rounded[0].dtype == np.float32
 
 
-def test_identity_follows_the_weights_not_the_place(tiny_folder, tmp_path):
+def test_identity_depends_on_the_weights_not_the_path(tiny_folder, tmp_path):
     copy = tmp_path / tiny_folder.name
     copy.mkdir()
     for name in ("config.json", "model.safetensors"):

@@ -1,4 +1,4 @@
-"""SentencePiece .model files: one trained here on a few sentences, and Mistral's real ones where they are installed."""
+"""SentencePiece .model files: one trained here on a few sentences, and Mistral's own ones if they are installed."""
 
 import importlib.util
 from pathlib import Path
@@ -67,7 +67,7 @@ def mistral(tmp_path_factory) -> ChatTokenizer:
 
 @pytest.mark.parametrize("name", ["trained", "mistral"])
 def test_ids_are_those_of_the_model_between_control_tokens(name, request):
-    """As Mistral's own code does it: each text by itself, with the space that SentencePiece puts first."""
+    """As in Mistral's own code: each text is encoded separately, with the space that SentencePiece prepends."""
     tokenizer = request.getfixturevalue(name)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.folder / "tokenizer.model"))
     control = pieces.piece_to_id

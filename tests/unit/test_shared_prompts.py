@@ -1,4 +1,4 @@
-"""Rows in which a pair holds its prompt once: every response token is predicted by the token before it."""
+"""Rows that hold each pair's prompt once: every response token is predicted by the token before it."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Streams on disk: they equal what was written, Megatron reads them, and nothing that disagrees is opened."""
+"""Streams on disk: they are read as written, and inconsistent files are not opened."""
 
 import json
 import pickle
@@ -51,7 +51,7 @@ def test_streams_equal_what_was_written(chatml, tmp_path_factory, lengths, refer
     assert not list(prefix.parent.glob(".*"))
 
 
-def test_manifest_says_what_made_the_streams(chatml, tmp_path):
+def test_manifest_records_the_provenance_of_the_streams(chatml, tmp_path):
     write_streams(tmp_path / "t", THREE, chatml, {"prompt_pair": {"name": "revise"}})
     manifest = json.loads((tmp_path / "t.manifest.json").read_text())
     assert manifest["tokenizer"] == {
@@ -125,7 +125,7 @@ def test_interrupted_writing_keeps_the_old_streams(chatml, tmp_path):
 
 
 def replace_stream(prefix, name, dtype, documents):
-    """Put another valid stream in the place of one, and let the manifest vouch for its size."""
+    """Replace a stream with another valid one, and update its size and hashes in the manifest."""
     writer = IndexedWriter(*stream_paths(prefix, name), dtype)
     for document in documents:
         writer.add_document(document)
@@ -205,7 +205,7 @@ def test_damaged_files_are_not_opened(chatml, tmp_path):
     refused(bin_path, bytes([good_bin[0] ^ 1]) + good_bin[1:], "has changed since it was written", verify)
 
 
-def test_index_station(chatml, tokenizer_folders, tmp_path):
+def test_index_step(chatml, tokenizer_folders, tmp_path):
     run = {"tokenizer": {"sha256": chatml.sha256}, "prompt_pair": {"name": "few_shot"}}
     write_shard(tmp_path / "own.parquet", THREE, {"run": run})
     section = IndexSection(

@@ -1,4 +1,4 @@
-"""A compact set knows what a set knows."""
+"""The compact string set behaves like a set."""
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,7 @@ from treg_megatron.utils.string_set import StringSet
 
 @pytest.fixture(autouse=True, scope="module")
 def few():
-    """Texts move to the sorted part soon."""
+    """Make texts move to the sorted part early."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(seen, "_FEW", 4)
         yield

@@ -18,7 +18,7 @@ RIGHT = "so 3 makes 1 0 then 9 gives 1 6 next 0 makes 0 7 and 5 is 1 2"
 
 
 def wrong(answer: str) -> tuple[list[int], bool]:
-    """Places of the tokens that are marked wrong, and whether the end is right."""
+    """Indices of the tokens marked wrong, and whether the end is right."""
     verdict = verify(ADD, answer)
     return [i for i, right in enumerate(verdict.right) if not right], verdict.end_is_right
 
@@ -43,14 +43,14 @@ def test_verifier_by_hand(answer, tokens, end, results, edits):
     assert verdict.results == results and verdict.score == pytest.approx(1 - edits / 20)
 
 
-def test_facts_have_one_wrong_token_and_every_word_has_an_id():
-    words = set(vocabulary())
+def test_facts_have_one_wrong_token_and_every_token_has_an_id():
+    tokens = set(vocabulary())
     for name, operation in OPERATIONS.items():
         for argument in operation.arguments:
             for item in operation.items:
                 found = fact(name, argument, item)
                 assert sum(a != b for a, b in zip(found.right, found.popular_error, strict=True)) == 1
-                assert {*found.right, *found.popular_error} <= words
+                assert {*found.right, *found.popular_error} <= tokens
 
 
 @pytest.mark.parametrize("error_rate, share", [(0.0, 1.0), (1.0, 0.0)])
@@ -115,7 +115,7 @@ def test_auroc_is_the_share_of_ordered_pairs():
 
 
 def test_interval_of_a_mean_covers_what_it_should():
-    """Of 200 experiments with a known mean, about 95 % of the intervals hold it; prompts vary, seeds hardly do."""
+    """In 200 experiments with a known mean, about 95 % of the intervals contain it; only prompts vary much."""
     generator, draw = np.random.default_rng(2), Bootstrap(5, 80, 400)
     hits = 0
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""Text divided at known cuts has the ids and spans of the whole text, for each kind of tokenizer with such cuts."""
+"""Text split at known boundaries has the ids and spans of the unsplit text, for every supported kind of tokenizer."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ KINDS = {
     "qwen": split(QWEN),
 }
 
-# The edges of the expressions: spaces of all kinds, marks, contractions, pieces of special tokens.
+# Edge cases of the expressions: all kinds of spaces, marks, contractions, parts of special tokens.
 edges = st.sampled_from(
     [
         " ",
@@ -97,7 +97,7 @@ def tokenizer_with(folder, pre_tokenizer, special=SPECIAL_TOKENS["chatml"]):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """For each kind the tokenizer with its memory, and the same without."""
+    """For each kind, the tokenizer with its cache and the same one without."""
     made = {}
     for kind, pre_tokenizer in KINDS.items():
         with_memory = tokenizer_with(tmp_path_factory.mktemp(kind), pre_tokenizer)
@@ -166,7 +166,7 @@ def test_words_that_more_than_the_model_decides_about(model, added):
     assert word_memory.known_cuts(tokenizer).word_model is None
 
 
-def test_memory_is_bounded(both, monkeypatch):
+def test_cache_is_bounded(both, monkeypatch):
     monkeypatch.setattr(word_memory, "_MOST", 10)
     engine = both["gpt2"][0]._engine
     words = [f"w{i}" for i in range(25)]
@@ -188,7 +188,7 @@ def test_memory_is_bounded(both, monkeypatch):
         (KINDS["gpt2"], [AddedToken("word", single_word=True)]),
     ],
 )
-def test_tokenizers_without_known_cuts_have_no_memory(pre_tokenizer, added):
+def test_tokenizers_without_known_boundaries_have_no_cache(pre_tokenizer, added):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.add_tokens(added)
