@@ -55,9 +55,9 @@ class Results:
 
     def right_results(self, method: str, rate: float) -> float:
         """Share of right results in sampled answers, among facts with the given error rate."""
-        of_rate = np.array([[fact.error_rate == rate for fact in task.facts] for task in self.tasks])
+        has_rate = np.array([[fact.error_rate == rate for fact in task.facts] for task in self.tasks])
         by_item = np.mean([run["sampled/results"].mean(axis=1) for run in self.of(method)], axis=0)
-        return float(by_item[of_rate].mean())
+        return float(by_item[has_rate].mean())
 
     @functools.cache  # noqa: B019  lives as long as the command
     def credit_aurocs(self, method: str) -> tuple[np.ndarray, np.ndarray]:

@@ -229,14 +229,14 @@ def file_size_limit(size: int):
 @pytest.mark.parametrize("write", ["streams", "shard", "merge", "split"])
 def test_a_full_disk_is_reported_and_leaves_nothing(chatml, tmp_path, write):
     many = [pair(f"p{i}", 40, 60, 60) for i in range(60)]
-    write_streams(tmp_path / "in" / "whole", many, chatml)
+    write_streams(tmp_path / "in" / "all", many, chatml)
     out = tmp_path / "out"
     with file_size_limit(4096), pytest.raises(UserError, match="cannot write .*out.*File too large"):
         {
             "streams": lambda: write_streams(out / "t", many, chatml),
             "shard": lambda: write_shard(out / "t.parquet", many),
-            "merge": lambda: merge_streams(out / "t", [tmp_path / "in" / "whole"]),
-            "split": lambda: split_streams(open_streams(tmp_path / "in" / "whole"), (out / "a", out / "b"), 0.5),
+            "merge": lambda: merge_streams(out / "t", [tmp_path / "in" / "all"]),
+            "split": lambda: split_streams(open_streams(tmp_path / "in" / "all"), (out / "a", out / "b"), 0.5),
         }[write]()
     assert not [path for path in out.rglob("*") if path.is_file()]
 

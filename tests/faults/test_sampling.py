@@ -131,14 +131,14 @@ def test_temperature_0_takes_the_likeliest_token(settings, chatml):
 
 
 def test_a_stopped_job_resumes_with_the_same_result(settings, chatml, tmp_path):
-    whole = dataclasses.replace(settings, output=str(tmp_path / "whole"))
-    sample(whole, Counting(chatml))
+    uninterrupted = dataclasses.replace(settings, output=str(tmp_path / "uninterrupted"))
+    sample(uninterrupted, Counting(chatml))
     with pytest.raises(KeyboardInterrupt):
         sample(settings, Counting(chatml, stop_after=4))
     resumed = Counting(chatml)
     sample(settings, resumed)
     assert len(resumed.calls) == 6
-    assert rows_of(settings) == rows_of(whole)
+    assert rows_of(settings) == rows_of(uninterrupted)
     with pytest.raises(UserError, match="holds samples with another temperature"):
         sample(dataclasses.replace(settings, temperature=1.0), resumed)
 
@@ -222,9 +222,9 @@ def test_a_reward_model_ranks(settings, chatml, reward_model):
         scores = {}
         for text in {response["text"] for response in responses[pair.pair_id]}:
             ids = chatml.encode_prompt(pair.messages) + chatml.encode_response(pair.messages, text)
-            whole = chatml.decode(ids) + "\n"  # ChatML has a newline after each turn
+            rendered = chatml.decode(ids) + "\n"  # ChatML has a newline after each turn
             with torch.no_grad():
-                tokens = AutoTokenizer.from_pretrained(reward_model)(whole, return_tensors="pt").input_ids
+                tokens = AutoTokenizer.from_pretrained(reward_model)(rendered, return_tensors="pt").input_ids
                 scores[text] = model(tokens).logits.item()
         assert pair.chosen == max(scores, key=scores.get)
         assert pair.chosen_score == pytest.approx(max(scores.values()), abs=1e-5)

@@ -34,7 +34,7 @@ def job(tmp_path_factory) -> LabelSection:
             [
                 f"model.hf={folder}/hf",
                 f"label.pairs={folder}/pairs.jsonl",
-                f"label.output={folder}/whole",
+                f"label.output={folder}/uninterrupted",
                 "label.shard_pairs=2",
             ],
         ),
@@ -43,7 +43,7 @@ def job(tmp_path_factory) -> LabelSection:
 
 
 @pytest.fixture(scope="module")
-def whole(job) -> dict[str, bytes]:
+def uninterrupted(job) -> dict[str, bytes]:
     """Output of one uninterrupted process."""
     assert label(job)["pairs"] == 24
     return contents(Path(job.output))
@@ -58,14 +58,14 @@ def moved(job: LabelSection, output: Path) -> LabelSection:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_output_does_not_depend_on_the_number_of_ranks(job, whole, ranks, tmp_path):
+def test_output_does_not_depend_on_the_number_of_ranks(job, uninterrupted, ranks, tmp_path):
     manifests = run_ranks(ranks, label, moved(job, tmp_path / "labelled"))
     assert any(manifest is not None for manifest in manifests)
-    assert contents(tmp_path / "labelled") == whole
+    assert contents(tmp_path / "labelled") == uninterrupted
 
 
 @pytest.mark.parametrize("finished", [False, True], ids=["before", "after"])
-def test_partial_manifests_are_removed_whatever_the_number_of_ranks(job, whole, finished, tmp_path):
+def test_partial_manifests_are_removed_whatever_the_number_of_ranks(job, uninterrupted, finished, tmp_path):
     """After a kill, other ranks may have finished the job, or it may be restarted with fewer ranks."""
     shutil.copytree(job.output, tmp_path / "labelled")
     if not finished:
@@ -73,7 +73,7 @@ def test_partial_manifests_are_removed_whatever_the_number_of_ranks(job, whole, 
     for rank in (0, 1, 6, 7):
         (tmp_path / "labelled" / f".{MANIFEST_NAME}.{rank}.partial").write_text("{", encoding="utf-8")
     run_ranks(2, label, moved(job, tmp_path / "labelled"))
-    assert contents(tmp_path / "labelled") == whole
+    assert contents(tmp_path / "labelled") == uninterrupted
 
 
 class _Kill(Exception):
@@ -109,7 +109,7 @@ def kill_when_stopped(marks: Path, ranks: int) -> None:
         time.sleep(0.005)
 
 
-def test_a_job_killed_at_any_rename_ends_with_the_same_bytes(job, whole, tmp_path):
+def test_a_job_killed_at_any_rename_ends_with_the_same_bytes(job, uninterrupted, tmp_path):
     job, chance, kills = moved(job, tmp_path / "labelled"), random.Random(0), 0
     for start in range(STARTS):
         marks = tmp_path / str(start)
@@ -117,10 +117,10 @@ def test_a_job_killed_at_any_rename_ends_with_the_same_bytes(job, whole, tmp_pat
         with contextlib.suppress(_Kill):
             moment = (chance.randrange(2), chance.randint(1, 3), chance.random() < 0.5)
             run_ranks(2, label_and_stop, job, *moment, marks, meanwhile=partial(kill_when_stopped, marks, 2))
-            assert contents(Path(job.output)) == whole
+            assert contents(Path(job.output)) == uninterrupted
             shutil.rmtree(job.output)
             continue
         kills += 1
     run_ranks(2, label, job)
-    assert contents(Path(job.output)) == whole
+    assert contents(Path(job.output)) == uninterrupted
     assert kills >= FEWEST_KILLS

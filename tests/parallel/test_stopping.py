@@ -51,7 +51,7 @@ def signal_rank(rank: int, number: int, output: Path, step: int) -> None:
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(layout, number, tied_run, tmp_path):
     out = tmp_path / "out"
     overrides = [layout, "train.save_every=1000", "train.record_pairs=true"]
-    assert run(tied_run, tmp_path / "whole", *overrides) == [0, 0]
+    assert run(tied_run, tmp_path / "uninterrupted", *overrides) == [0, 0]
     assert run(tied_run, out, *overrides, meanwhile=lambda: signal_rank(1, number, out, 3)) == [85, 85]
     (checkpoint,) = (out / "checkpoints").iterdir()
     assert 3 <= int(checkpoint.name[-6:]) < 20
@@ -62,16 +62,16 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(layout, number, tied
     assert run(tied_run, out, *overrides) == [0, 0]
     found, expected = (
         [{k: v for k, v in r.items() if k != "seconds"} for r in records(folder)]
-        for folder in (out, tmp_path / "whole")
+        for folder in (out, tmp_path / "uninterrupted")
     )
-    assert found == expected and recorded_pairs(out) == recorded_pairs(tmp_path / "whole")
+    assert found == expected and recorded_pairs(out) == recorded_pairs(tmp_path / "uninterrupted")
 
 
 def test_checkpoints_in_the_background_are_the_same(tied_run, tmp_path):
     """The run is stopped by a signal, so that it must wait for the last checkpoint, and resumed."""
     out = tmp_path / "out"
     overrides = ["parallel.pipeline=2", "train.save_every=4"]
-    assert run(tied_run, tmp_path / "whole", *overrides) == [0, 0]
+    assert run(tied_run, tmp_path / "uninterrupted", *overrides) == [0, 0]
     overrides += ["train.save_in_background=true"]
     assert run(tied_run, out, *overrides, meanwhile=lambda: signal_rank(0, signal.SIGUSR1, out, 5)) == [85, 85]
     assert not list((out / "checkpoints").glob("*-unfinished"))
@@ -79,7 +79,7 @@ def test_checkpoints_in_the_background_are_the_same(tied_run, tmp_path):
     assert "resuming from" in out.with_suffix(".log.0").read_text()
     found, expected = (
         [{k: v for k, v in r.items() if k != "seconds"} for r in records(folder)]
-        for folder in (out, tmp_path / "whole")
+        for folder in (out, tmp_path / "uninterrupted")
     )
     assert found == expected
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_000016", "step_000020"]

@@ -137,13 +137,14 @@ def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(layout, moment,
     """SIGKILL to every rank, at step 6 during a save that lacks its last file; then the same command again."""
     size, overrides = LAYOUTS[layout]
     overrides = [*overrides, "train.save_every=3", "train.validate_every=4", "train.hang_timeout_s=60"]
-    whole = run(tied_run, tmp_path / "whole", size, *overrides)
+    uninterrupted = run(tied_run, tmp_path / "uninterrupted", size, *overrides)
     run_and_kill(tied_run, tmp_path / "killed", size, moment, *overrides, saving=moment == 6)
     again = run(tied_run, tmp_path / "killed", size, *overrides)
     assert "resuming from step_" in (tmp_path / "killed.log.0").read_text()
     for validation in (False, True):
         found, expected = (
-            [{k: v for k, v in r.items() if k != "seconds"} for r in records(out, validation)] for out in (again, whole)
+            [{k: v for k, v in r.items() if k != "seconds"} for r in records(out, validation)]
+            for out in (again, uninterrupted)
         )
         assert found == expected
     assert not list((again / "checkpoints").glob("*-unfinished"))

@@ -94,15 +94,15 @@ def test_text_goes_straight_to_streams_without_a_reference(folder, tiny_hf):
 
 def test_merge_split_info_verify(folder):
     assert (
-        ok("tools/streams.py", "merge", folder / "whole", folder / "b", folder / "a")
-        == f"merged 2 streams to {folder / 'whole'}: 12 pairs\n"
+        ok("tools/streams.py", "merge", folder / "merged", folder / "b", folder / "a")
+        == f"merged 2 streams to {folder / 'merged'}: 12 pairs\n"
     )
-    whole = open_streams(folder / "whole")
-    assert [whole.pair_id(i) for i in range(12)] == [pair["pair_id"] for pair in PAIRS[5:] + PAIRS[:5]]
+    merged = open_streams(folder / "merged")
+    assert [merged.pair_id(i) for i in range(12)] == [pair["pair_id"] for pair in PAIRS[5:] + PAIRS[:5]]
     ok(
         "tools/streams.py",
         "split",
-        folder / "whole",
+        folder / "merged",
         "--train",
         folder / "train",
         "--validation",
@@ -112,11 +112,11 @@ def test_merge_split_info_verify(folder):
     )
     sides = [open_streams(folder / name) for name in ("train", "held-out")]
     assert sorted(side.pair_id(i) for side in sides for i in range(len(side))) == sorted(p["pair_id"] for p in PAIRS)
-    printed = json.loads(ok("tools/streams.py", "info", folder / "whole"))
+    printed = json.loads(ok("tools/streams.py", "info", folder / "merged"))
     assert printed["pairs"] == 12 and printed["reference_logprobs"] is True and "files" not in printed
-    assert ok("tools/streams.py", "verify", folder / "a", folder / "whole").splitlines() == [
+    assert ok("tools/streams.py", "verify", folder / "a", folder / "merged").splitlines() == [
         f"{folder / 'a'}: 5 pairs, every byte as it was written",
-        f"{folder / 'whole'}: 12 pairs, every byte as it was written",
+        f"{folder / 'merged'}: 12 pairs, every byte as it was written",
     ]
 
 

@@ -54,18 +54,18 @@ def test_the_micro_batches_of_the_ranks_hold_each_response_token_once():
         return PairRecord(name, *tokens, *values)
 
     records = [record("a", 5, 7, 1), record("b", 2, 3, 12)]
-    whole = collate(records, "packed")
+    unsplit = collate(records, "packed")
     parts = [collate(records, "packed", 16, ContextPart(rank, 2)) for rank in range(2)]
     for name in ("targets", "token_rewards", "ref_logps"):
-        assert sorted(torch.cat([part[name] for part in parts]).tolist()) == sorted(whole[name].tolist())
-    assert [sum(n) for n in zip(*(part["lengths"] for part in parts))] == whole["lengths"]
+        assert sorted(torch.cat([part[name] for part in parts]).tolist()) == sorted(unsplit[name].tolist())
+    assert [sum(n) for n in zip(*(part["lengths"] for part in parts))] == unsplit["lengths"]
     assert all(torch.equal(part["cu_seqlens"], parts[0]["cu_seqlens"]) for part in parts)
     for part in parts:
         assert part["tokens"].shape[1] * 2 == part["cu_seqlens"][-1] and part["tokens"].shape[1] % 8 == 0
     # a row has the token before its target; the position distinguishes tokens of the unsplit batch
-    by_target = dict(zip(zip(whole["targets"].tolist(), whole["token_rewards"].tolist()), whole["rows"].tolist()))
+    by_target = dict(zip(zip(unsplit["targets"].tolist(), unsplit["token_rewards"].tolist()), unsplit["rows"].tolist()))
     for part in parts:
         for target, reward, row in zip(part["targets"].tolist(), part["token_rewards"].tolist(), part["rows"].tolist()):
             before = by_target[target, reward]
-            assert part["tokens"][0, row] == whole["tokens"][0, before]
-            assert part["position_ids"][0, row] == whole["position_ids"][0, before]
+            assert part["tokens"][0, row] == unsplit["tokens"][0, before]
+            assert part["position_ids"][0, row] == unsplit["position_ids"][0, before]

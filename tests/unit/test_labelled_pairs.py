@@ -131,7 +131,7 @@ def test_an_empty_shard_is_read(tmp_path):
             {"rejected_ref_logprobs": [[-float("inf")], [-4.0, -5.0]]},
             "row 1 (pair_id 'a'): rejected_ref_logprobs holds a value that is not a finite log-prob",
         ),
-        ({"rejected_tokens": [[1, 7, 9], [5, 7, 8]]}, "row 1 (pair_id 'a'): what precedes the responses differs"),
+        ({"rejected_tokens": [[1, 7, 9], [5, 7, 8]]}, "row 1 (pair_id 'a'): the prompts of the two sides differ"),
     ],
 )
 def test_invalid_columns_and_values_are_named(tmp_path, columns, message):

@@ -249,8 +249,8 @@ def test_nothing_left_is_an_error_without_output(section):
 
 
 def test_a_stopped_job_goes_on_and_ends_with_the_same_bytes(section, tmp_path):
-    whole = dataclasses.replace(section, output=str(tmp_path / "whole"))
-    label(whole, ArithmeticScorer())
+    uninterrupted = dataclasses.replace(section, output=str(tmp_path / "uninterrupted"))
+    label(uninterrupted, ArithmeticScorer())
     for done in (1, 2):
         with pytest.raises(KeyboardInterrupt):
             label(section, ArithmeticScorer(fail_after=1))
@@ -258,7 +258,7 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_bytes(section, tmp_path):
     scorer = ArithmeticScorer()
     label(section, scorer)
     assert scorer.calls == 1
-    assert contents(section.output) == contents(whole.output)
+    assert contents(section.output) == contents(uninterrupted.output)
     finished = ArithmeticScorer()
     assert label(section, finished)["pairs"] == 7
     assert finished.calls == 0

@@ -81,9 +81,9 @@ def test_a_window_bounds_what_a_query_sees():
 
 def test_a_checkpoint_holds_weights_and_three_fp32_values_of_what_trains():
     cluster = section(load_recipe(ARCHITECTURES.parents[2] / "recipes" / "llama3_8b.yaml"), "cluster")
-    whole = costs.checkpoint(8_030_261_248, 0, "bf16", cluster)
-    assert whole.nbytes == 8_030_261_248 * 14
-    assert whole.seconds == pytest.approx(whole.nbytes / 10e9)
+    full = costs.checkpoint(8_030_261_248, 0, "bf16", cluster)
+    assert full.nbytes == 8_030_261_248 * 14
+    assert full.seconds == pytest.approx(full.nbytes / 10e9)
     assert costs.checkpoint(10, 1000, "bf16", cluster).nbytes == 1010 * 2 + 10 * 12
 
 

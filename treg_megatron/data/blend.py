@@ -12,7 +12,7 @@ import numpy as np
 from treg_megatron.data.aligned import AlignedDataset, PairRecord
 from treg_megatron.errors import UserError
 
-_LONGEST = 100  # longest epoch, as a multiple of all pairs; a longer one is almost certainly a typo in the weights
+_MAX_EPOCH = 100  # longest epoch, as a multiple of all pairs; a longer one is almost certainly a typo in the weights
 
 
 class BlendedDataset:
@@ -109,7 +109,7 @@ def _counts(pairs: list[int], weights: list[float] | None) -> list[int]:
         return pairs
     shares = [weight / sum(weights) for weight in weights]
     epoch = max(count / share for count, share in zip(pairs, shares, strict=True))
-    if epoch > _LONGEST * sum(pairs):
+    if epoch > _MAX_EPOCH * sum(pairs):
         raise UserError(
             f"with shares {', '.join(f'{share:.2g}' for share in shares)} an epoch that covers every pair "
             f"has {epoch:.3g} pairs, but the datasets have only {sum(pairs)}: give the "

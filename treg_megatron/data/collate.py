@@ -53,12 +53,12 @@ def collate(
     scored = [score_positions(len(s) - n, n) for s, n in zip(sequences, responses, strict=True)]
     positions = [np.arange(part.start, part.stop) for part in scored]
     widths = [context.padded(len(s)) for s in sequences]
-    here = [context.holds(p, width) for p, width in zip(positions, widths, strict=True)]  # masks per response
+    masks = [context.holds(p, width) for p, width in zip(positions, widths, strict=True)]
 
-    def flat(of_each: Sequence[np.ndarray], dtype: type = np.float32) -> torch.Tensor:
-        return _flat([np.asarray(values)[mine] for values, mine in zip(of_each, here, strict=True)], dtype)
+    def flat(per_response: Sequence[np.ndarray], dtype: type = np.float32) -> torch.Tensor:
+        return _flat([np.asarray(values)[mask] for values, mask in zip(per_response, masks, strict=True)], dtype)
 
-    positions = [p[mine] for p, mine in zip(positions, here, strict=True)]
+    positions = [p[mask] for p, mask in zip(positions, masks, strict=True)]
     tokens = [torch.from_numpy(np.asarray(s, dtype=np.int64)) for s in sequences]
     if share_prompts:
         batch = shared_row(tokens, positions, responses, pad_to_multiple_of)
@@ -125,12 +125,12 @@ def shared_row(
     """
     parts, position_ids, rows, pairs, start = [], [], [], [], 0
     for first in range(0, len(sequences), 2):
-        (chosen, rejected), (of_chosen, of_rejected) = sequences[first : first + 2], positions[first : first + 2]
+        (chosen, rejected), (at_chosen, at_rejected) = sequences[first : first + 2], positions[first : first + 2]
         prompt = len(chosen) - responses[first]
         parts += [chosen, rejected[prompt:]]
         position_ids += [torch.arange(len(chosen)), torch.arange(prompt, len(rejected))]
         # the rejected response follows the chosen one, so its positions after the prompt shift by the chosen length
-        rows += [start + of_chosen, start + np.where(of_rejected < prompt, of_rejected, of_rejected + responses[first])]
+        rows += [start + at_chosen, start + np.where(at_rejected < prompt, at_rejected, at_rejected + responses[first])]
         pairs.append((prompt, responses[first], len(rejected) - prompt))
         start += len(chosen) + len(rejected) - prompt
     padding = _round_up(max(start, 1), multiple) - start

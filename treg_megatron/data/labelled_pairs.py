@@ -359,7 +359,7 @@ def _labelled_pair(ids: list[str], columns: dict[str, _Lists], optional: dict[st
     if not np.array_equal(*prompts):
         raise _WrongRow(
             row,
-            f"what precedes the responses differs ({len(prompts[0])} and {len(prompts[1])} tokens): a "
-            "pair answers one prompt, and rewards cover the responses exactly",
+            f"the prompts of the two sides differ ({len(prompts[0])} and {len(prompts[1])} tokens): both "
+            "responses need the same prompt, and one reward per response token",
         )
     return LabelledPair(ids[row], **lists, **{name: values[row] for name, values in optional.items()})

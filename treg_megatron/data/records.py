@@ -247,7 +247,7 @@ class _Lookahead:
         self.stream, self.text, self.position, self.ended = stream, "", 0, False
         self.decoder = json.JSONDecoder()
 
-    def read_on(self) -> None:
+    def read_more(self) -> None:
         more = self.stream.read(max(_CHUNK, len(self.text) - self.position))
         self.text, self.position = self.text[self.position :] + more, 0
         self.ended = not more
@@ -261,7 +261,7 @@ class _Lookahead:
                 self.position += 1
             if self.ended:
                 return ""
-            self.read_on()
+            self.read_more()
 
     def decode(self) -> Any:
         while True:
@@ -274,4 +274,4 @@ class _Lookahead:
                 cut_off = error.msg.startswith("Unterminated string") or error.pos + _LONGEST_TOKEN > len(self.text)
                 if self.ended or not cut_off:
                     raise ValueError(error.msg) from None
-            self.read_on()
+            self.read_more()

@@ -105,8 +105,8 @@ def spans_of(packed: PackedSeqParams, length: int) -> list[Span]:
 
 def parts_of(query: Tensor, key: Tensor, value: Tensor, spans: list[Span]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """For each span, its queries and the keys and values that they see."""
-    of_each = list(zip(*(x.split([span.tokens for span in spans]) for x in (query, key, value)), strict=True))
-    for span, before, (q, k, v) in zip(spans, [None, *of_each], of_each, strict=False):
+    own = list(zip(*(x.split([span.tokens for span in spans]) for x in (query, key, value)), strict=True))
+    for span, before, (q, k, v) in zip(spans, [None, *own], own, strict=False):
         if span.prompt:
-            k, v = (torch.cat([x[: span.prompt], own]) for x, own in zip(before[1:], (k, v), strict=True))
+            k, v = (torch.cat([x[: span.prompt], y]) for x, y in zip(before[1:], (k, v), strict=True))
         yield q, k, v

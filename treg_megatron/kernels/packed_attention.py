@@ -36,7 +36,7 @@ class _PackedAttention(torch.autograd.Function):
         out, normalisers = torch.empty_like(query), []
         for rows, prompt in _slices(spans):
             q, k, v = query[rows], _with_prompt(prompt, key, rows), _with_prompt(prompt, value, rows)
-            added, mask = _shape(q, k)
+            added, mask = _padding_and_mask(q, k)
             part, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 _heads(q, added), _heads(k), _heads(v), 0.0, mask is None, attn_mask=mask, scale=scale
             )
@@ -52,7 +52,7 @@ class _PackedAttention(torch.autograd.Function):
         grads = tuple(torch.empty_like(x) for x in (query, key, value))
         for (rows, prompt), normaliser in zip(_slices(ctx.spans), normalisers, strict=True):
             q, k, v = query[rows], _with_prompt(prompt, key, rows), _with_prompt(prompt, value, rows)
-            added, mask = _shape(q, k)
+            added, mask = _padding_and_mask(q, k)
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 _heads(grad[rows], added),
                 _heads(q, added),
@@ -65,10 +65,10 @@ class _PackedAttention(torch.autograd.Function):
                 attn_mask=mask,
                 scale=ctx.scale,
             )
-            of_query, of_key, of_value = (part[0].transpose(0, 1) for part in parts)
-            grads[0][rows] = of_query[added:]
+            grad_query, grad_key, grad_value = (part[0].transpose(0, 1) for part in parts)
+            grads[0][rows] = grad_query[added:]
             before = prompt.stop - prompt.start
-            for total, part in ((grads[1], of_key), (grads[2], of_value)):
+            for total, part in ((grads[1], grad_key), (grads[2], grad_value)):
                 total[rows] = part[before:]
                 if before:  # add to what the span before has written there
                     total[prompt] += part[:before]
@@ -87,7 +87,7 @@ def _with_prompt(prompt: slice, x: Tensor, rows: slice) -> Tensor:
     return torch.cat([x[prompt], x[rows]]) if prompt.stop > prompt.start else x[rows]
 
 
-def _shape(query: Tensor, key: Tensor) -> tuple[int, Tensor | None]:
+def _padding_and_mask(query: Tensor, key: Tensor) -> tuple[int, Tensor | None]:
     """Number of rows of zeros to prepend to the queries, and the additive mask for the kernel, if it needs one."""
     added = rows_to_add(len(query), len(key))
     if len(query) + added == len(key):

@@ -218,9 +218,9 @@ class PreferenceLossReduction(MegatronLossReduction):
             mine = [
                 pair for micro, ok in zip(micro_batches, finite, strict=True) if not ok for pair in micro["pair_ids"]
             ]
-            of_each_rank = [None] * torch.distributed.get_world_size(group)
-            torch.distributed.all_gather_object(of_each_rank, mine, group=group)
-            self.result = StepResult(sums, sum(of_each_rank, []))
+            gathered = [None] * torch.distributed.get_world_size(group)
+            torch.distributed.all_gather_object(gathered, mine, group=group)
+            self.result = StepResult(sums, sum(gathered, []))
         return total[names.index("loss")] / max(sums["pairs"], 1.0)
 
 
