@@ -1,6 +1,7 @@
 """Labelling split over ranks: neither their number nor killing them at any time changes a byte of the output."""
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from tests.support.training import RECIPE, write_pairs
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.config.schema import LabelSection
 from treg_megatron.labelling.job import label
+from treg_megatron.utils.lock import Lock
 from treg_megatron.utils.shard_job import MANIFEST_NAME
 
 STARTS, FEWEST_KILLS = 24, 15  # a start with too little left to do ends before its kill
@@ -64,14 +66,14 @@ def test_output_does_not_depend_on_the_number_of_ranks(job, uninterrupted, ranks
     assert contents(tmp_path / "labelled") == uninterrupted
 
 
-@pytest.mark.parametrize("finished", [False, True], ids=["before", "after"])
-def test_partial_manifests_are_removed_whatever_the_number_of_ranks(job, uninterrupted, finished, tmp_path):
-    """After a kill, other ranks may have finished the job, or it may be restarted with fewer ranks."""
+def test_a_rank_killed_while_it_wrote_the_manifest_leaves_nothing(job, uninterrupted, tmp_path):
     shutil.copytree(job.output, tmp_path / "labelled")
-    if not finished:
-        (tmp_path / "labelled" / MANIFEST_NAME).unlink()
-    for rank in (0, 1, 6, 7):
-        (tmp_path / "labelled" / f".{MANIFEST_NAME}.{rank}.partial").write_text("{", encoding="utf-8")
+    manifest = tmp_path / "labelled" / MANIFEST_NAME
+    manifest.unlink()
+    manifest.with_name(f".{MANIFEST_NAME}.partial").write_text("{", encoding="utf-8")
+    with Lock(manifest) as lock:
+        held = lock.path.read_text()
+    lock.path.write_text(json.dumps(json.loads(held) | {"started": 1}))  # as of a process that has ended
     run_ranks(2, label, moved(job, tmp_path / "labelled"))
     assert contents(tmp_path / "labelled") == uninterrupted
 

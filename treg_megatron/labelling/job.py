@@ -37,8 +37,9 @@ from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, la
 from treg_megatron.labelling.scoring import ScoredSequence, Scorer
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.utils.files import read_manifest
+from treg_megatron.utils.lock import remove_abandoned_locks
 from treg_megatron.utils.progress import Progress
-from treg_megatron.utils.shard_job import MANIFEST_NAME, ShardJob, Share, remove_leftovers
+from treg_megatron.utils.shard_job import MANIFEST_NAME, ShardJob, Share
 
 SHARD_PATTERN = "shard-{:05d}.parquet"
 REVISION_TOO_LONG = "revision prompt and response do not fit max_revision_length"
@@ -78,10 +79,10 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     prompt_pair = load_prompt_pair(section.prompt_pair)
     run = fingerprint(section, tokenizer, prompt_pair)
     share = _share(section)
-    remove_leftovers(output, share)
     if (output / MANIFEST_NAME).exists():
         manifest = read_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
         require_own_output(manifest["run"], run, output / MANIFEST_NAME)
+        remove_abandoned_locks(output)
         return manifest
     # Read everything once before the first forward pass: a broken record must not surface after hours of scoring.
     drops: Counter[str] = Counter()

@@ -20,7 +20,7 @@ from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.utils.files import atomic_write, read_manifest, sha256_of, sha256_of_json, write_manifest
 from treg_megatron.utils.lock import Lock
 from treg_megatron.utils.progress import Progress
-from treg_megatron.utils.shard_job import ShardJob, remove_leftovers, require_same_run
+from treg_megatron.utils.shard_job import ShardJob, require_same_run
 
 FORMAT, VERSION = "treg-megatron samples", 1
 RUN_NAME, SHARD_PATTERN = "run.json", "samples-{:05d}.jsonl"
@@ -86,7 +86,6 @@ def _sample(section: SampleSection, sampler: Sampler | None) -> dict[str, Any]:
     _require_same_run(output, run)
     job = ShardJob(output, SHARD_PATTERN, len(prompts), section.shard_prompts)
     finished = job.finished()
-    remove_leftovers(output, job.share)
     if len(finished) < len(job.portions):
         sampler = sampler or _load_sampler(section, tokenizer)
         write_manifest(output / RUN_NAME, FORMAT, VERSION, {"run": run})

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,35 +65,27 @@ def natural_order(path: Path) -> list[tuple[int, int | str]]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path, writer: int | None = None) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when the block succeeds, it is renamed to ``path``.
 
     If the block raises, nothing is left. A killed process leaves at most ``.NAME.partial``, which the next one
     replaces.
 
-    Args:
-        path: the file to write.
-        writer: this process's number, if several may write the same file at once. Each writes to
-            ``.NAME.NUMBER.partial``; the last to finish wins.
-
     Raises:
         UserError: the folder is not writable or the disk is full.
     """
-    with atomic_write_all([Path(path)], writer=writer) as partials:
+    with atomic_write_all([Path(path)]) as partials:
         yield partials[0]
 
 
 @contextlib.contextmanager
-def atomic_write_all(
-    paths: list[Path], replaced_first: Path | None = None, writer: int | None = None
-) -> Iterator[list[Path]]:
+def atomic_write_all(paths: list[Path], replaced_first: Path | None = None) -> Iterator[list[Path]]:
     """:func:`atomic_write` for files that belong together: they are renamed in order, with nothing in between.
 
     ``replaced_first`` is the manifest of the others, the last of ``paths``. An old one is removed before the first
     rename, so that a manifest never describes a mixture of old and new files.
     """
-    own = "" if writer is None else f".{writer}"
-    partials = [path.with_name(f".{path.name}{own}.partial") for path in paths]
+    partials = [path.with_name(f".{path.name}.partial") for path in paths]
     try:
         for folder in {path.parent for path in paths}:
             folder.mkdir(parents=True, exist_ok=True)
@@ -160,19 +152,9 @@ def refuse_existing(output: Path) -> None:
         raise UserError(f"{output} already exists; delete it or choose another folder")
 
 
-def remove_partials(path: str | Path, writers: Container[int]) -> None:
-    """Remove what killed ``writers`` of :func:`atomic_write` left beside ``path``; none of them may be running."""
-    for partial in Path(path).parent.glob(f".{Path(path).name}.*.partial"):
-        number = partial.name.split(".")[-2]
-        if number.isdecimal() and int(number) in writers:
-            partial.unlink(missing_ok=True)
-
-
-def write_manifest(
-    path: str | Path, format: str, version: int, content: dict[str, Any], writer: int | None = None
-) -> None:
+def write_manifest(path: str | Path, format: str, version: int, content: dict[str, Any]) -> None:
     """Write a manifest atomically: indented JSON that starts with its format and schema version."""
-    with atomic_write(path, writer) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(manifest_text(format, version, content), encoding="utf-8")
 
 

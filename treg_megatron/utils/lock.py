@@ -45,6 +45,10 @@ _ENDED = {
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 
 
+class Held(UserError):
+    """Another process holds a lock, and is alive."""
+
+
 @dataclass(frozen=True)
 class Holder:
     """The process that holds a lock: the content of the lock file.
@@ -89,18 +93,23 @@ class Lock:
         self._stop = threading.Event()
         self._new_folders: list[Path] = []
 
-    def acquire(self) -> None:
-        """Take the lock, or take it over from a holder that is gone; may watch a silent holder for a few minutes.
+    def acquire(self, watch: bool = True) -> None:
+        """Take the lock, or take it over from a holder that is gone.
+
+        Args:
+            watch: watch a holder for signs of life, for up to :data:`STALE_SECONDS`, if nothing else tells whether it
+                is gone; otherwise take it for alive.
 
         Raises:
-            UserError: another process holds it, or the folder cannot be written.
+            Held: another process holds it.
+            UserError: the folder cannot be written.
         """
         holder = _this_process()
         candidate = self.path.with_name(f"{self.path.name}.{holder.token}")
         try:
             self._write(candidate, holder)
             try:
-                while not (_link(candidate, self.path) or self._take_over(candidate)):
+                while not (_link(candidate, self.path) or self._take_over(candidate, watch)):
                     pass
             finally:
                 candidate.unlink(missing_ok=True)
@@ -141,6 +150,9 @@ class Lock:
                 "this process stops, so as not to write over it"
             )
 
+    def __deepcopy__(self, _memo: dict) -> "Lock":
+        return self  # NeMo copies a trainer's callbacks and their attributes
+
     def __enter__(self) -> "Lock":
         self.acquire()
         return self
@@ -167,15 +179,15 @@ class Lock:
             return _read(self.path)
         return None
 
-    def _take_over(self, candidate: Path) -> bool:
+    def _take_over(self, candidate: Path, watch: bool) -> bool:
         """Replace the lock of a holder that is gone; False if there is nothing left to replace."""
         try:
             found = _read(self.path)
         except FileNotFoundError:
             return False
-        why = self._why_gone(found, candidate)
+        why = self._why_gone(found, candidate, watch)
         if why is None:
-            raise UserError(
+            raise Held(
                 f"{self.output} is being written by {found or 'another process'}: wait for it, stop it, "
                 f"or choose another output (lock file: {self.path})"
             )
@@ -191,7 +203,7 @@ class Lock:
             os.replace(candidate, self.path)
         return True
 
-    def _why_gone(self, holder: Holder | None, candidate: Path) -> str | None:
+    def _why_gone(self, holder: Holder | None, candidate: Path, watch: bool) -> str | None:
         """The proof that the holder is gone, in a few words; None if it is alive."""
         if holder is not None:
             here = _this_process()
@@ -199,6 +211,8 @@ class Lock:
                 return None if _is_running(holder) else "its process has ended"
             if slurm := _why_gone_from_slurm(holder, here):
                 return slurm
+        if not watch:
+            return None
         first_beat = self.path.stat().st_mtime_ns
         watched = False
         while True:
@@ -228,6 +242,15 @@ class Lock:
                 return
             except OSError as error:  # a file server that restarts; try again
                 logger.debug("%s: %s", self.path, error)
+
+
+def remove_abandoned_locks(folder: Path) -> None:
+    """Remove the locks below a folder that processes left behind that are known to have ended."""
+    for path in folder.glob(".*.lock"):
+        with contextlib.suppress(UserError):
+            lock = Lock(folder / path.name[1 : -len(".lock")])
+            lock.acquire(watch=False)
+            lock.release()
 
 
 def _link(candidate: Path, path: Path) -> bool:

@@ -2,19 +2,20 @@
 
 A shard is written atomically, so a file that exists is finished, and an interrupted job resumes with those that do not
 exist. Portions are independent of each other, so any number of processes can divide them, and a portion's content does
-not depend on which process computes it. Every process that finds all shards finished writes the same manifest. A
+not depend on which process computes it. The first process that finds all shards finished writes the manifest. A
 second job on the same folder is refused at the first portion that the first one is writing.
 """
 
 import contextlib
+import time
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from treg_megatron.errors import UserError
-from treg_megatron.utils.files import read_manifest, remove_partials, write_manifest
-from treg_megatron.utils.lock import Lock
+from treg_megatron.utils.files import read_manifest, write_manifest
+from treg_megatron.utils.lock import Held, Lock, remove_abandoned_locks
 from treg_megatron.utils.progress import Progress
 
 MANIFEST_NAME = "manifest.json"
@@ -125,15 +126,17 @@ class ShardJob:
         return Lock(self.path(portion)) if self.share.writes else contextlib.nullcontext()
 
     def finish(self, format: str, version: int, content: dict[str, Any]) -> dict[str, Any]:
-        """Write the manifest and return it as read back."""
-        write_manifest(self.output / MANIFEST_NAME, format, version, content, writer=self.share.index)
-        return read_manifest(self.output / MANIFEST_NAME, format, version)
-
-
-def remove_leftovers(output: Path, share: Share) -> None:
-    """Remove partial manifests left by killed processes whose share this process has taken over."""
-    if share.writes:
-        remove_partials(output / MANIFEST_NAME, share)
+        """Write the manifest, unless another process of the job has just done so, and return it as read back."""
+        manifest = self.output / MANIFEST_NAME
+        while not manifest.exists():
+            try:
+                with Lock(manifest):
+                    if not manifest.exists():
+                        write_manifest(manifest, format, version, content)
+            except Held:
+                time.sleep(0.05)
+        remove_abandoned_locks(self.output)
+        return read_manifest(manifest, format, version)
 
 
 def require_same_run(found: dict[str, Any] | None, run: dict[str, Any], what: str, key: str) -> None:
