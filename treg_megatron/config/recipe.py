@@ -120,6 +120,9 @@ def trace_recipe(path: str | Path | RecordedRecipe, overrides: Sequence[str] = (
     sources: dict[str, str] = {}
     for where, values in _with_defaults(path):
         _merge(config, values, _short(where), sources)
+    absent = [name for name in SECTIONS if OmegaConf.is_missing(config, name)]
+    if absent:
+        raise UserError(f"recipe {_short(where)} has no section {absent[0]}: begin it with `defaults: base.yaml`")
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r} is not of the form section.key=value")

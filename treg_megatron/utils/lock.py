@@ -246,6 +246,8 @@ class Lock:
 
 def remove_abandoned_locks(folder: Path) -> None:
     """Remove the locks below a folder that processes left behind that are known to have ended."""
+    for path in folder.glob(".*.lock.*"):  # of processes that were killed while they took the lock
+        _remove_abandoned(path)
     for path in folder.glob(".*.lock"):
         with contextlib.suppress(UserError):
             lock = Lock(folder / path.name[1 : -len(".lock")])
