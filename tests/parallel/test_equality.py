@@ -53,8 +53,6 @@ LAYOUTS = {
         [*BINS, "data.share_prompts=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     ),
 }
-#: the other layouts differ only in what the kernels do not depend on
-WITH_REFERENCE_KERNELS = ["padded", "CP2xTP2+SP bins", "TP2+SP recompute", "shared prompts PP2 bins"]
 EXPERTS = {
     "single": (1, []),
     "EP2": (2, ["parallel.expert=2"]),
@@ -219,21 +217,21 @@ def run_layout(tmp_path: Path, overrides: list[str], size: int, layout: list[str
     )[0]
 
 
+@pytest.fixture(params=["fast", "reference"])
+def kernels(request, monkeypatch) -> str:
+    """Each set of CPU kernels."""
+    monkeypatch.setenv("TREG_CPU_KERNELS", request.param)  # the ranks inherit it
+    return request.param
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_dense_model(layout, dense, tmp_path):
-    overrides, expected = dense
-    assert_equal_steps(run_layout(tmp_path, overrides, *LAYOUTS[layout]), expected)
-
-
-@pytest.mark.parametrize("layout", WITH_REFERENCE_KERNELS)
-def test_dense_model_by_reference_kernels(layout, dense, tmp_path, monkeypatch):
-    monkeypatch.setenv("TREG_CPU_KERNELS", "reference")  # the ranks inherit it
+def test_dense_model(layout, kernels, dense, tmp_path):
     overrides, expected = dense
     assert_equal_steps(run_layout(tmp_path, overrides, *LAYOUTS[layout]), expected)
 
 
 @pytest.mark.parametrize("layout", EXPERTS)
-def test_mixture_of_experts(layout, experts, tmp_path):
+def test_mixture_of_experts(layout, kernels, experts, tmp_path):
     overrides, expected, _ = experts
     assert_equal_steps(run_layout(tmp_path, overrides, *EXPERTS[layout]), expected)
 

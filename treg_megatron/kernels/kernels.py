@@ -67,7 +67,16 @@ SETS = {"fast": Kernels.fast_cpu, "reference": Kernels.reference}
 
 
 def cpu_kernels() -> Kernels:
-    """The set that ``TREG_CPU_KERNELS`` names, ``fast`` by default.
+    """The kernels of :func:`cpu_set`.
+
+    Raises:
+        UserError: as :func:`cpu_set`.
+    """
+    return SETS[cpu_set()]()
+
+
+def cpu_set() -> str:
+    """The name of the set that ``TREG_CPU_KERNELS`` asks for, ``fast`` by default.
 
     The fast set needs private torch operators. If the installed torch lacks one, or its arguments differ, the reference
     set is used instead, and one line is logged.
@@ -79,8 +88,8 @@ def cpu_kernels() -> Kernels:
     if name not in SETS:
         raise UserError(f"{VARIABLE}={name}: choose one of {', '.join(SETS)}")
     if name == "fast" and _log_unusable(unusable_operator()):
-        name = "reference"
-    return SETS[name]()
+        return "reference"
+    return name
 
 
 @cache  # one line per process

@@ -17,6 +17,7 @@ import torch
 
 from treg_megatron.data.alignment import score_positions
 from treg_megatron.errors import UserError
+from treg_megatron.kernels.kernels import cpu_set
 from treg_megatron.kernels.memory import keep_memory
 from treg_megatron.kernels.onednn import ProductsByOneDNN
 from treg_megatron.labelling.scoring import ScoredSequence
@@ -63,7 +64,8 @@ class HuggingFaceScorer:
         results: list[np.ndarray | None] = [None] * len(sequences)
         # the last token is only predicted; nothing is predicted from it
         read = [np.array([*s.prompt_ids, *s.response_ids[:-1]]) for s in sequences]
-        with ProductsByOneDNN() if self.device.type == "cpu" else contextlib.nullcontext():
+        by_onednn = self.device.type == "cpu" and cpu_set() == "fast"
+        with ProductsByOneDNN() if by_onednn else contextlib.nullcontext():
             for portion in portions(read, self.batch_tokens):
                 members = [sequences[i] for i in portion]
                 for i, logps in zip(portion, self._score_together(members, [read[i] for i in portion]), strict=True):
