@@ -174,13 +174,35 @@ def test_what_is_not_supported_is_refused(config, change, said):
 
 @pytest.mark.parametrize(
     "config, key",
-    [
-        (GEMMA2_9B, "query_pre_attn_scalar"),
-        (GEMMA2_9B, "head_dim"),
-        (QWEN3_8B, "head_dim"),
-        (MIXTRAL_8X7B, "num_local_experts"),
-    ],
+    [(GEMMA2_9B, "hidden_size"), (QWEN3_8B, "num_hidden_layers"), (MIXTRAL_8X7B, "num_local_experts")],
 )
 def test_a_size_that_config_json_lacks_is_named(config, key):
     with pytest.raises(UserError, match=f"config.json of a {config['architectures'][0]} lacks '{key}'"):
         model_fields({k: v for k, v in config.items() if k != key})
+
+
+@pytest.mark.parametrize(
+    "config, key, field, default",
+    [
+        (GEMMA2_9B, "query_pre_attn_scalar", "query_pre_attn_scalar", 256),
+        (GEMMA2_9B, "head_dim", "kv_channels", 256),
+        (QWEN3_8B, "head_dim", "kv_channels", 128),
+        (MISTRAL_7B_V1, "num_key_value_heads", "num_query_groups", 8),
+        (MIXTRAL_8X7B, "rms_norm_eps", "layernorm_epsilon", 1e-5),
+        (MIXTRAL_8X7B, "rope_theta", "rotary_base", 1_000_000),
+    ],
+)
+def test_what_config_json_lacks_has_transformers_default(config, key, field, default):
+    assert model_fields({k: v for k, v in config.items() if k != key})[field] == default
+
+
+@pytest.mark.parametrize("config", [GEMMA2_9B, QWEN3_8B])
+def test_null_is_not_absent(config):
+    with pytest.raises(UserError, match="head_dim is null, which should be a whole number"):
+        model_fields(config | {"head_dim": None})
+
+
+@pytest.mark.parametrize("names", ["LlamaForCausalLM", {"LlamaForCausalLM": 1}, [["LlamaForCausalLM"]]])
+def test_architectures_that_is_no_list_of_names_is_refused(names):
+    with pytest.raises(UserError, match="architectures in config.json is .* it must be a list, such as"):
+        model_fields(LLAMA3_70B | {"architectures": names})

@@ -16,6 +16,7 @@ from treg_megatron.models.families import llama, mistral, qwen2, qwen3, gemma2, 
 # isort: on
 from treg_megatron.models.families.decoder import OUTPUT_LAYER
 from treg_megatron.models.families.family import FAMILIES, Family, in_model_order, places, register
+from treg_megatron.models.families.fields import DEFAULTS, shown
 from treg_megatron.models.families.parameters import (
     HFTensor,
     Interleaving,
@@ -62,6 +63,10 @@ def family_of(hf_config: dict) -> Family:
         UserError: an architecture that we do not know.
     """
     names = hf_config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f'architectures in config.json is {shown(names)}; it must be a list, such as ["LlamaForCausalLM"]'
+        )
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
@@ -77,7 +82,7 @@ def model_fields(hf_config: dict) -> dict[str, Any]:
     the activation function: the one key that is no field of the dataclass.
 
     Raises:
-        UserError: an unknown architecture, or an option of it that is not supported.
+        UserError: an unknown architecture, an option of it that is not supported, or a value that makes no sense.
     """
     family = family_of(hf_config)
     if hf_config.get("quantization_config"):
@@ -85,6 +90,6 @@ def model_fields(hf_config: dict) -> dict[str, Any]:
             "the model is quantized (quantization_config in config.json); start from its full-precision weights"
         )
     try:
-        return family.fields(hf_config)
+        return family.fields({**DEFAULTS, **family.defaults, **hf_config, "architectures": [family.architecture]})
     except KeyError as error:
         raise UserError(f"config.json of a {family.architecture} lacks {error}") from None

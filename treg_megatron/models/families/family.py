@@ -1,9 +1,9 @@
 """The interface of an architecture, and the registry of supported ones."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 from treg_megatron.models.families.decoder import EMBEDDING, FINAL_NORM, OUTPUT_LAYER
 from treg_megatron.models.families.parameters import Parameter, stacking
@@ -18,12 +18,14 @@ class Family(ABC):
     Attributes:
         architecture: the name in ``architectures`` of config.json.
         layer: its parameters in every layer.
+        defaults: what transformers takes for keys that config.json lacks, where it is not ``fields.DEFAULTS``.
         ignored_suffixes: tensors that old folders hold and that are no weights.
         post_layer_norms: whether the outputs of attention and MLP are normalised, as Gemma 2's are.
     """
 
     architecture: str
     layer: tuple[Parameter, ...]
+    defaults: ClassVar[Mapping[str, Any]] = {}
     ignored_suffixes: tuple[str, ...] = ()
     post_layer_norms: bool = False
 

@@ -1,78 +1,203 @@
-"""Conversion of config.json to the fields of Megatron's config, as far as architectures share it."""
+"""Conversion of config.json to the fields of Megatron's config, as far as architectures share it.
 
+Every value is read by :func:`size`, :func:`number` or :func:`switch`, which refuse what transformers could not compute
+with. Keys that config.json lacks have been filled in by :func:`treg_megatron.models.families.model_fields`.
+"""
+
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from treg_megatron.errors import UserError
 
+#: what transformers takes for a key that config.json lacks; architectures that differ say so in ``Family.defaults``
+DEFAULTS: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "head_dim": None,  # hidden size / heads
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 2048,
+    "num_key_value_heads": None,  # one for each query head
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
 
-def decoder_fields(
-    hf_config: dict, activation: str = "silu", activation_key: str = "hidden_act", tied_by_default: bool = False
-) -> dict[str, Any]:
+# Beyond every published model; a larger value is a slip, and lists of that length would not fit into memory.
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def size(hf_config: dict, key: str, least: int = 1, most: int = MAX_SIZE) -> int:
+    """A whole number of config.json.
+
+    Raises:
+        UserError: it is null, of another type, or out of range.
+        KeyError: config.json lacks it.
+    """
+    value = hf_config[key]
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        refuse(hf_config, key, f"a whole number between {least:,} and {most:,}")
+    return value
+
+
+def optional_size(hf_config: dict, key: str) -> int | None:
+    """:func:`size` of a key that may be null."""
+    return None if hf_config[key] is None else size(hf_config, key)
+
+
+def number(hf_config: dict, key: str, expected: str = "a positive number", zero: bool = False) -> int | float:
+    """A finite number of config.json, above zero unless ``zero`` is allowed; errors as in :func:`size`."""
+    value = hf_config[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        refuse(hf_config, key, expected)
+    if not (0 < value <= sys.float_info.max or zero and value == 0):  # an integer may exceed every float
+        refuse(hf_config, key, expected)
+    return value
+
+
+def switch(hf_config: dict, key: str) -> bool:
+    """true or false; null and an absent key are false. Errors as in :func:`size`."""
+    value = hf_config.get(key)
+    if value is not None and not isinstance(value, bool):
+        refuse(hf_config, key, "true or false")
+    return bool(value)
+
+
+def refuse(hf_config: dict, key: str, expected: str, value: Any = None) -> NoReturn:
+    """Raises :class:`UserError` that says what ``key`` is (``value``, if not at the top level) and should be."""
+    found = shown(hf_config.get(key) if value is None else value)
+    raise UserError(f"config.json of a {architecture(hf_config)}: {key} is {found}, which should be {expected}")
+
+
+def shown(value: Any) -> str:
+    """A value of config.json for a message, shortened."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def decoder_fields(hf_config: dict, activation: str = "silu", activation_key: str = "hidden_act") -> dict[str, Any]:
     """Sizes, norms and switches of a gated decoder without linear biases; rotary settings are the family's.
 
     Args:
         activation: the one activation function that the architecture is published with.
         activation_key: where config.json names it.
-        tied_by_default: what an absent ``tie_word_embeddings`` means to transformers.
 
     Raises:
-        UserError: another activation function.
+        UserError: another activation function, or a value that is not of its type.
         KeyError: config.json lacks a size.
     """
-    found = hf_config.get(activation_key) or activation
+    found = hf_config[activation_key]
     if found != activation:
         raise UserError(
-            f"{activation_key} {found!r} is not supported for {architecture(hf_config)}; known: {activation}"
+            f"{activation_key} {shown(found)} is not supported for {architecture(hf_config)}; known: {activation}"
         )
-    heads, hidden = hf_config["num_attention_heads"], hf_config["hidden_size"]
+    heads, hidden = size(hf_config, "num_attention_heads"), size(hf_config, "hidden_size")
+    groups = optional_size(hf_config, "num_key_value_heads") or heads
+    if heads % groups:
+        refuse(hf_config, "num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
+    head_dim = optional_size(hf_config, "head_dim") or hidden // heads
+    if head_dim == 0 or head_dim % 2:
+        refuse(
+            hf_config,
+            "head_dim",
+            f"even, for rotary embeddings; hidden_size / num_attention_heads is {hidden // heads}",
+        )
+    dropout = number(hf_config, "attention_dropout", "a number from 0 on and below 1", zero=True)
+    if dropout >= 1:
+        refuse(hf_config, "attention_dropout", "a number from 0 on and below 1")
     return {
-        "num_layers": hf_config["num_hidden_layers"],
+        "num_layers": size(hf_config, "num_hidden_layers", most=MAX_LAYERS),
         "hidden_size": hidden,
-        "ffn_hidden_size": hf_config["intermediate_size"],
+        "ffn_hidden_size": size(hf_config, "intermediate_size"),
         "num_attention_heads": heads,
-        "num_query_groups": hf_config.get("num_key_value_heads") or heads,
-        "kv_channels": hf_config.get("head_dim") or hidden // heads,
-        "vocab_size": hf_config["vocab_size"],
-        "seq_length": hf_config.get("max_position_embeddings", 2048),
-        "share_embeddings_and_output_weights": hf_config.get("tie_word_embeddings", tied_by_default),
+        "num_query_groups": groups,
+        "kv_channels": head_dim,
+        "vocab_size": size(hf_config, "vocab_size"),
+        "seq_length": size(hf_config, "max_position_embeddings"),
+        "share_embeddings_and_output_weights": switch(hf_config, "tie_word_embeddings"),
         "normalization": "RMSNorm",
-        "layernorm_epsilon": hf_config.get("rms_norm_eps", 1e-6),
-        "init_method_std": hf_config.get("initializer_range", 0.02),
+        "layernorm_epsilon": number(hf_config, "rms_norm_eps"),
+        "init_method_std": number(hf_config, "initializer_range", "a number from 0 on", zero=True),
         "activation": activation,
         "gated_linear_unit": True,
         "add_bias_linear": False,
         "position_embedding_type": "rope",
-        "attention_dropout": hf_config.get("attention_dropout", 0.0),
+        "attention_dropout": dropout,
         "hidden_dropout": 0.0,
     }
 
 
-def rope_settings(hf_config: dict) -> dict[str, Any]:
-    """The rotary settings, from either spelling: ``rope_theta`` + ``rope_scaling``, or ``rope_parameters``."""
-    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    return {
-        **rope,
-        "rope_type": rope.get("rope_type", rope.get("type", "default")),
-        "rope_theta": rope.get("rope_theta", hf_config.get("rope_theta", 10000.0)),
-    }
+def rope_settings(hf_config: dict, theta: float = 10000.0) -> dict[str, Any]:
+    """The rotary settings: ``rope_type``, ``rope_theta`` and what scaling of that type has.
 
+    Transformers 4 writes ``rope_theta`` and ``rope_scaling``; transformers 5 writes both as ``rope_parameters``, for
+    some architectures once for each type of layer. Where a file has several of them, they must agree.
 
-def rope_fields(hf_config: dict, known: Sequence[str] = ("default",)) -> dict[str, Any]:
-    """``rotary_base`` of a config.json whose kind of rotary scaling is among ``known``.
+    Args:
+        theta: what an absent ``rope_theta`` means to transformers.
 
     Raises:
-        UserError: another kind of scaling.
+        UserError: they disagree, or one is not a table.
     """
-    rope = rope_settings(hf_config)
+    settings: dict[str, Any] = {}
+    tables = [(key, _rope_table(hf_config, key)) for key in ("rope_parameters", "rope_scaling")]
+    if "rope_theta" in hf_config:
+        tables.append(("rope_theta", {"rope_theta": hf_config["rope_theta"]}))
+    for key, table in tables:
+        for name, value in table.items():
+            if settings.setdefault(name, value) != value:
+                raise UserError(
+                    f"config.json of a {architecture(hf_config)} gives {name} twice: {shown(settings[name])}, and "
+                    f"{shown(value)} in {key}; keep the one that the model was trained with"
+                )
+    return {"rope_type": "default", "rope_theta": theta, **settings}
+
+
+def rope_fields(hf_config: dict, known: Sequence[str] = ("default",), theta: float = 10000.0) -> dict[str, Any]:
+    """``rotary_base`` of a config.json whose type of rotary scaling is among ``known``.
+
+    Args:
+        theta: what an absent ``rope_theta`` means to transformers.
+
+    Raises:
+        UserError: another type of scaling, or settings that disagree.
+    """
+    rope = rope_settings(hf_config, theta)
     if rope["rope_type"] not in known:
         raise UserError(
-            f"rope scaling of type {rope['rope_type']!r} is not supported for {architecture(hf_config)}; "
+            f"rope scaling of type {shown(rope['rope_type'])} is not supported for {architecture(hf_config)}; "
             f"known: {', '.join(known)}"
         )
+    for table in (rope, hf_config):
+        if table.get("partial_rotary_factor") not in (None, 1):
+            refuse(hf_config, "partial_rotary_factor", "1", table["partial_rotary_factor"])
+    base = number({**hf_config, **rope}, "rope_theta")
     # NeMo types it as an integer, and every published theta is one
-    theta = float(rope["rope_theta"])
-    return {"rotary_base": int(theta) if theta.is_integer() else theta}
+    return {"rotary_base": int(base) if float(base).is_integer() else base}
+
+
+def _rope_table(hf_config: dict, key: str) -> dict[str, Any]:
+    table = hf_config.get(key)
+    if table is None:
+        return {}
+    if not isinstance(table, dict):
+        refuse(hf_config, key, "null or a table of rotary settings")
+    by_layer_type = [value for name, value in table.items() if name in LAYER_TYPES]
+    if by_layer_type:
+        if len(by_layer_type) < len(table) or any(value != by_layer_type[0] for value in by_layer_type):
+            refuse(hf_config, key, "the same for all layers")
+        return _rope_table({**hf_config, key: by_layer_type[0]}, key)
+    names = {"type": "rope_type"}  # its name before transformers 4.43
+    settings: dict[str, Any] = {}
+    for name, value in table.items():
+        if isinstance(value, dict):
+            refuse(hf_config, key, f"one table, or one for each of {' and '.join(LAYER_TYPES)}")
+        if settings.setdefault(names.get(name, name), value) != value:
+            refuse(hf_config, key, "of one type")
+    if key == "rope_scaling" and "rope_type" not in settings:
+        refuse(hf_config, key, "null or a table with rope_type")
+    return settings
 
 
 def window_fields(window: int | None, sliding: Sequence[bool]) -> dict[str, Any]:
@@ -87,15 +212,23 @@ def window_fields(window: int | None, sliding: Sequence[bool]) -> dict[str, Any]
 
 
 def sliding_layers(hf_config: dict, otherwise: Sequence[bool]) -> list[bool]:
-    """Which layers slide: config.json's ``layer_types``, or the architecture's rule where an older file has none."""
+    """Which layers slide: config.json's ``layer_types``, or the architecture's rule where it has none.
+
+    Raises:
+        UserError: not one known type for each layer.
+    """
     types = hf_config.get("layer_types")
-    return [t == "sliding_attention" for t in types] if types else list(otherwise)
+    if types is None:
+        return list(otherwise)
+    if not isinstance(types, list) or len(types) != len(otherwise) or any(t not in LAYER_TYPES for t in types):
+        refuse(hf_config, "layer_types", f"null or {len(otherwise)} of {' and '.join(LAYER_TYPES)}")
+    return [t == "sliding_attention" for t in types]
 
 
 def refuse_options(hf_config: dict, *options: str) -> None:
     """Raises :class:`UserError` if config.json turns one of ``options`` on: no map has parameters for it."""
     for option in options:
-        if hf_config.get(option):
+        if switch(hf_config, option):
             raise UserError(f"{option}: true is not supported for {architecture(hf_config)}")
 
 

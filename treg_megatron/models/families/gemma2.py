@@ -6,8 +6,10 @@ from treg_megatron.models.families.decoder import ATTENTION, ATTENTION_NORM, MLP
 from treg_megatron.models.families.family import Family, register
 from treg_megatron.models.families.fields import (
     decoder_fields,
+    number,
     refuse_options,
     rope_fields,
+    size,
     sliding_layers,
     window_fields,
 )
@@ -30,21 +32,31 @@ class Gemma2(Family):
     architecture = "Gemma2ForCausalLM"
     layer = (ATTENTION_NORM, *ATTENTION, mlp_norm("pre_feedforward_layernorm"), *MLP, *POST_NORMS)
     post_layer_norms = True
+    defaults = {
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+    }
 
     def fields(self, hf_config: dict) -> dict[str, Any]:
         refuse_options(hf_config, "attention_bias")
-        fields = decoder_fields(hf_config, "gelu_pytorch_tanh", "hidden_activation", tied_by_default=True)
+        fields = decoder_fields(hf_config, "gelu_pytorch_tanh", "hidden_activation")
         sliding = sliding_layers(hf_config, [layer % 2 == 0 for layer in range(fields["num_layers"])])
         return (
             fields
             | rope_fields(hf_config)
-            | window_fields(hf_config.get("sliding_window", 4096), sliding)
+            | window_fields(size(hf_config, "sliding_window"), sliding)
             | {
-                "kv_channels": hf_config["head_dim"],
+                "kv_channels": size(hf_config, "head_dim"),
                 "layernorm_zero_centered_gamma": True,
-                "query_pre_attn_scalar": hf_config["query_pre_attn_scalar"],
-                "attn_logit_softcapping": hf_config["attn_logit_softcapping"],
-                "final_logit_softcapping": hf_config["final_logit_softcapping"],
+                "query_pre_attn_scalar": number(hf_config, "query_pre_attn_scalar"),
+                **{key: _cap(hf_config, key) for key in ("attn_logit_softcapping", "final_logit_softcapping")},
             }
         )
 
@@ -52,3 +64,7 @@ class Gemma2(Family):
         from nemo.collections import llm
 
         return llm.Gemma2Config, llm.Gemma2Model
+
+
+def _cap(hf_config: dict, key: str) -> float | None:
+    return None if hf_config[key] is None else number(hf_config, key)

@@ -4,7 +4,15 @@ from typing import Any
 
 from treg_megatron.models.families.decoder import LLAMA_LAYER
 from treg_megatron.models.families.family import Family, register
-from treg_megatron.models.families.fields import decoder_fields, refuse_options, rope_fields, rope_settings
+from treg_megatron.models.families.fields import (
+    decoder_fields,
+    number,
+    refuse,
+    refuse_options,
+    rope_fields,
+    rope_settings,
+    size,
+)
 
 
 @register
@@ -16,14 +24,17 @@ class Llama(Family):
     def fields(self, hf_config: dict) -> dict[str, Any]:
         refuse_options(hf_config, "attention_bias", "mlp_bias")
         fields = decoder_fields(hf_config) | rope_fields(hf_config, known=("default", "llama3"))
-        rope = rope_settings(hf_config)
+        rope = {"architectures": [self.architecture], **rope_settings(hf_config)}
         if rope["rope_type"] == "default":
             return fields
+        low, high = number(rope, "low_freq_factor"), number(rope, "high_freq_factor")
+        if low >= high:
+            refuse(rope, "high_freq_factor", f"above low_freq_factor, {low}")
         return fields | {
-            "scale_factor": rope["factor"],
-            "low_freq_factor": rope["low_freq_factor"],
-            "high_freq_factor": rope["high_freq_factor"],
-            "old_context_len": rope["original_max_position_embeddings"],
+            "scale_factor": number(rope, "factor"),
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "old_context_len": size(rope, "original_max_position_embeddings"),
         }
 
     def nemo_classes(self, hf_config: dict) -> tuple[type, type]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from treg_megatron.models.families.decoder import ATTENTION, ATTENTION_NORM
 from treg_megatron.models.families.family import Family, register
-from treg_megatron.models.families.fields import decoder_fields, rope_fields, window_fields
+from treg_megatron.models.families.fields import decoder_fields, optional_size, refuse, rope_fields, size, window_fields
 from treg_megatron.models.families.parameters import HFTensor, Parameter
 
 EXPERTS = "model.layers.{layer}.block_sparse_moe"
@@ -34,15 +34,25 @@ MOE = (
 class Mixtral(Family):
     architecture = "MixtralForCausalLM"
     layer = (ATTENTION_NORM, *ATTENTION, *MOE)
+    defaults = {
+        "max_position_embeddings": 131072,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+    }
 
     def fields(self, hf_config: dict) -> dict[str, Any]:
-        fields = decoder_fields(hf_config) | rope_fields(hf_config)
+        fields = decoder_fields(hf_config) | rope_fields(hf_config, theta=1e6)
+        experts, chosen = size(hf_config, "num_local_experts"), size(hf_config, "num_experts_per_tok")
+        if chosen > experts:
+            refuse(hf_config, "num_experts_per_tok", f"at most num_local_experts, {experts}")
         return (
             fields
-            | window_fields(hf_config.get("sliding_window"), [True] * fields["num_layers"])
+            | window_fields(optional_size(hf_config, "sliding_window"), [True] * fields["num_layers"])
             | {
-                "num_moe_experts": hf_config["num_local_experts"],
-                "moe_router_topk": hf_config["num_experts_per_tok"],
+                "num_moe_experts": experts,
+                "moe_router_topk": chosen,
                 "moe_router_load_balancing_type": "aux_loss",
                 "moe_aux_loss_coeff": 0.0,  # the recipe's, in training: build.policy_config
             }
