@@ -189,7 +189,7 @@ def test_identity_depends_on_the_weights_not_the_path(tiny_folder, tmp_path):
 
 
 def test_unusable_models(tiny_folder, tmp_path):
-    with pytest.raises(UserError, match="does not exist or has no config.json"):
+    with pytest.raises(UserError, match="config.json does not exist"):
         HuggingFaceScorer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match="does not load"):

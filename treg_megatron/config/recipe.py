@@ -63,7 +63,7 @@ def find_recipe(name: str | Path) -> Path:
     Raises:
         UserError: neither; the nearest name is suggested.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     shipped = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
     if path.is_file() or path.parent != Path("."):
         return path
@@ -165,6 +165,8 @@ def section(recipe: DictConfig, name: str) -> Any:
     except OmegaConfBaseException as error:
         raise UserError(f"recipe section {name}: {_first_line(error)}") from None
     for field in dataclasses.fields(values):
+        if str(getattr(values, field.name)).startswith("~/"):  # no shell expands it in YAML or after --flag=
+            setattr(values, field.name, str(Path(getattr(values, field.name)).expanduser()))
         choices = field.metadata.get("choices")
         if choices and getattr(values, field.name) not in choices:
             raise UserError(

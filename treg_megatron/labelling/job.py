@@ -36,6 +36,7 @@ from treg_megatron.labelling.prompt_pair import PromptPair, load_prompt_pair
 from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, labelled_pair, response_ids
 from treg_megatron.labelling.scoring import ScoredSequence, Scorer
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
+from treg_megatron.tokenizer.model_folder import require_embeddings
 from treg_megatron.utils.files import read_manifest
 from treg_megatron.utils.lock import remove_abandoned_locks
 from treg_megatron.utils.progress import Progress
@@ -224,8 +225,4 @@ def _require_fitting_model(section: LabelSection, scorer: Scorer, tokenizer: Cha
                 f"label.{name}={getattr(section, name)} exceeds the {scorer.max_length} positions of "
                 f"{section.model}; lower it"
             )
-    if tokenizer.vocab_size > scorer.vocab_size:
-        raise UserError(
-            f"the tokenizer of {section.model} has {tokenizer.vocab_size} tokens, but its model embeds only "
-            f"{scorer.vocab_size}: they do not belong together"
-        )
+    require_embeddings(tokenizer.vocab_size, scorer.vocab_size, section.model)

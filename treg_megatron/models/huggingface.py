@@ -3,12 +3,15 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from treg_megatron.distributed.launch import rank_info
 from treg_megatron.errors import UserError
-from treg_megatron.utils.files import hash_blocks
+from treg_megatron.models.families.fields import rope_settings
+from treg_megatron.tokenizer.model_folder import model_folder
+from treg_megatron.utils.files import hash_blocks, read_json
 from treg_megatron.utils.imports import heavy_imports
 
 _FINGERPRINT_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
@@ -30,40 +33,55 @@ def model_identity(folder: str | Path) -> dict[str, str]:
     return {"name": folder.resolve().name, "sha256": digest.hexdigest()}
 
 
-def model_folder(folder: str | Path) -> Path:
-    """``folder`` as a path.
-
-    Raises:
-        UserError: it has no config.json.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model folder {folder} does not exist or has no config.json")
-    return folder
-
-
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     """The causal language model of a folder in evaluation mode, with its own (eager) attention.
 
     Raises:
-        UserError: it does not load.
+        UserError: it does not load, or lacks weights.
     """
     with heavy_imports():
         from transformers import AutoModelForCausalLM
 
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         # eager: the model's own attention; other implementations omit features (Gemma 2's soft-cap)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=transformers_config(folder, **local),
             dtype=dtype,
-            local_files_only=True,
             use_safetensors=True,
-            trust_remote_code=False,
             attn_implementation="eager",
+            output_loading_info=True,
+            **local,
         )
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"the model in {folder} does not load: {error}") from None
+    if loading["missing_keys"]:  # transformers would fill them with random numbers
+        raise UserError(f"{folder} lacks tensor {min(loading['missing_keys'])}, which its config.json calls for")
     return model.eval()
+
+
+def transformers_config(folder: Path, **options: Any) -> Any:
+    """config.json as transformers reads it, with the rotary settings of a file that transformers 5 wrote.
+
+    Transformers 4 would pass over them, and compute with its default theta and without scaling.
+
+    Args:
+        options: of ``AutoConfig.from_pretrained``.
+
+    Raises:
+        UserError: the rotary settings contradict each other, or differ between layers.
+    """
+    from transformers import AutoConfig
+
+    hf_config, config = read_json(folder / "config.json"), AutoConfig.from_pretrained(folder, **options)
+    if hf_config.get("rope_parameters") or "rope_theta" in (hf_config.get("rope_scaling") or {}):
+        settings = rope_settings(hf_config)
+        config.rope_theta = settings.pop("rope_theta")
+        config.rope_scaling = None if settings["rope_type"] == "default" else settings
+    return config
 
 
 def device_of(name: str) -> torch.device:

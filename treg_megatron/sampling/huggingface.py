@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from treg_megatron.config.schema import SampleSection
-from treg_megatron.models.huggingface import device_of, load_causal_lm, model_folder
+from treg_megatron.models.huggingface import device_of, load_causal_lm
 from treg_megatron.tokenizer.chat import ChatTokenizer
 from treg_megatron.tokenizer.conversation import Sampled
+from treg_megatron.tokenizer.model_folder import model_folder
 
 
 class HuggingFaceSampler:

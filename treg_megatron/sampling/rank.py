@@ -185,7 +185,8 @@ class RewardModel:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from treg_megatron.models.huggingface import device_of, model_folder
+        from treg_megatron.models.huggingface import device_of, transformers_config
+        from treg_megatron.tokenizer.model_folder import model_folder
 
         folder = model_folder(section.reward_model)
         if (
@@ -200,8 +201,10 @@ class RewardModel:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             model = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=getattr(torch, section.dtype), **options
+                folder, config=transformers_config(folder, **options), dtype=getattr(torch, section.dtype), **options
             )
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"the reward model in {folder} does not load: {error}") from None
         if not self._tokenizer.chat_template:

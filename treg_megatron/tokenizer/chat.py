@@ -18,9 +18,10 @@ import numpy as np
 
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.conversation import Message, Sampled
+from treg_megatron.tokenizer.model_folder import existing_folder, require_embeddings
 from treg_megatron.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from treg_megatron.tokenizer.word_cache import TokenCache, known_cuts
-from treg_megatron.utils.files import sha256_of_json
+from treg_megatron.utils.files import read_json, sha256_of_json
 from treg_megatron.utils.imports import heavy_imports
 
 # Llama 3.2's template puts today's date into the system turn unless given one; labels must not depend on it.
@@ -286,13 +287,21 @@ def load_tokenizer(folder: str | Path) -> ChatTokenizer:
             ``tokenizer.model`` and no Hugging Face tokenizer, with ``chat_template.jinja`` in the same folder.
 
     Raises:
-        UserError: the folder is missing, or has no such tokenizer or no chat template.
+        UserError: the folder is missing, has no such tokenizer or no chat template, or its config.json is of a model
+            with fewer embeddings than the tokenizer has ids.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
+    tokenizer = _loaded(folder if folder.is_file() else existing_folder(folder, "tokenizer folder"))
+    beside = folder / "config.json"
+    vocabulary = read_json(beside).get("vocab_size") if beside.is_file() else None
+    if isinstance(vocabulary, int):
+        require_embeddings(tokenizer.vocab_size, vocabulary, folder)
+    return tokenizer
+
+
+def _loaded(folder: Path) -> ChatTokenizer:
     if folder.is_file():
         return ChatTokenizer(SentencePieceTokenizer(folder), folder)
-    if not folder.is_dir():
-        raise UserError(f"tokenizer folder {folder} does not exist")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         if (folder / "tokenizer.model").is_file():
             return ChatTokenizer(SentencePieceTokenizer(folder / "tokenizer.model"), folder)

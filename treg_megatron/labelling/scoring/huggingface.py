@@ -22,7 +22,8 @@ from treg_megatron.kernels.memory import keep_memory
 from treg_megatron.kernels.onednn import ProductsByOneDNN
 from treg_megatron.labelling.scoring import ScoredSequence
 from treg_megatron.labelling.scoring.shared_prefixes import ATTENTION, attention, one_row, portions
-from treg_megatron.models.huggingface import device_of, load_causal_lm, model_folder
+from treg_megatron.models.huggingface import device_of, load_causal_lm
+from treg_megatron.tokenizer.model_folder import model_folder
 
 _LOGITS_AT_ONCE = 1 << 25  # elements: 128 MiB in fp32
 _PROBE_TOKENS = 10

@@ -67,9 +67,9 @@ class MegatronScorer:
         from treg_megatron.models.families import model_fields
 
         self._checkpoint = folder = find_checkpoint(Path(checkpoint))
-        config = read_metadata(folder).hf_config
-        require_split(model_fields(config), tensor, pipeline, "label")
-        self.max_length, self.vocab_size = config["max_position_embeddings"], config["vocab_size"]
+        fields = model_fields(read_metadata(folder).hf_config)
+        require_split(fields, tensor, pipeline, "label")
+        self.max_length, self.vocab_size = fields["seq_length"], fields["vocab_size"]
         self.batch_tokens = batch_tokens
         self._dtype = getattr(torch, dtype)
         _start_ranks(tensor, pipeline)
