@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support import megatron_model
 from tests.support.checkpoints import assert_same_tensors, config_of
@@ -88,6 +89,19 @@ def test_llama3_rope_scaling_gives_the_logprobs_of_transformers(tmp_path):
     expected = transformers_logprobs(tmp_path / "hf", tokens)
     assert (expected - unscaled).abs().max() > 0.01
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+def test_megatron_loads_fp32_norms_among_bf16_weights(tmp_path, tokens):
+    tiny_llama(tmp_path / "hf", vocab=VOCAB)
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        tensors[name] = torch.rand_like(tensor) + 0.5 if "norm" in name else tensor.bfloat16()
+    save_file(tensors, path, metadata={"format": "pt"})
+    import_checkpoint(tmp_path / "hf", tmp_path / "checkpoint")
+    expected = transformers_logprobs(tmp_path / "hf", tokens)
+    for actual in run_ranks(2, load_and_score, config_of(tmp_path / "hf"), tmp_path / "checkpoint", tokens, 2, 1):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])

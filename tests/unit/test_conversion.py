@@ -169,7 +169,8 @@ def with_extra_tensor(hf: Path) -> None:
 
 
 def with_two_precisions(hf: Path) -> None:
-    save_file(read_tensors(hf) | {"model.norm.weight": torch.zeros(32)}, hf / "model.safetensors")
+    name = "model.layers.1.input_layernorm.weight"
+    save_file(read_tensors(hf) | {name: torch.zeros(32)}, hf / "model.safetensors")
 
 
 def with_integers(hf: Path) -> None:
@@ -194,7 +195,7 @@ def other_config(change: dict):
         (cut_in_header, "truncated or not a safetensors file"),
         (without_tensor, "lacks tensor model.layers.1.mlp.up_proj.weight"),
         (with_extra_tensor, "has tensor model.layers.0.self_attn.q_proj.bias, which is not part of a Llama"),
-        (with_two_precisions, "mixes BF16 and F32"),
+        (with_two_precisions, "mixes bfloat16 and float32, the latter in model.layers.1.input_layernorm.weight"),
         (with_integers, "has I8 weights"),
         (pickled_only, "only pickled weights \\(pytorch_model.bin\\)"),
         (other_config({"intermediate_size": 64}), "has shape \\[48, 32\\], config.json says \\[64, 32\\]"),

@@ -5,13 +5,13 @@ alpha / rank * B A to W (LoRA, arXiv 2106.09685, section 4.1). The Hugging Face 
 each has its own rows of B.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from treg_megatron.checkpoint.buffers import ReusableBuffer, as_bytes
+from treg_megatron.checkpoint.buffers import ReusableBuffer, as_bytes, copy_within_range
 from treg_megatron.checkpoint.layout import MODEL_PREFIX, CheckpointMetadata
 from treg_megatron.checkpoint.safetensors_stream import DTYPES, StoredTensor
 from treg_megatron.checkpoint.torch_dist import TorchDistReader
@@ -62,13 +62,20 @@ class Adapters:
         layout = interleaving(parameter, self._fields)
         return a, [layout.part(b, i).reshape(-1, rank) for i in range(len(parameter.sources))]
 
-    def merged_tensors(self, base: dict[str, StoredTensor], dtype: torch.dtype) -> Iterator[list[memoryview]]:
+    def merged_tensors(
+        self, base: dict[str, StoredTensor], dtype: torch.dtype, others: Mapping[str, torch.dtype]
+    ) -> Iterator[list[memoryview]]:
         """Bytes of each Hugging Face tensor with its adapter added, in the order of a transformers model.
 
-        The sum is computed in fp32 and rounded to ``dtype``. The bytes are valid until the next tensor is requested.
+        The sum is computed in fp32 and rounded. The bytes are valid until the next tensor is requested.
 
         Args:
             base: tensors of the base model's folder, by name.
+            dtype: precision of the tensors.
+            others: precision of the parameters (by key) that have another.
+
+        Raises:
+            UserError: a value is too large for its precision.
         """
         read, written = ReusableBuffer(), ReusableBuffer()
         scale = self._lora["alpha"] / self._lora["rank"]
@@ -81,8 +88,8 @@ class Adapters:
                 stored.read_into(weight)
                 if adapter is not None:
                     weight = weight.float().addmm_(adapter[1][i], adapter[0], alpha=scale)
-                tensor = written.tensor(shape, dtype)
-                tensor.copy_(weight)
+                tensor = written.tensor(shape, others.get(parameter.key, dtype))
+                copy_within_range(tensor, weight, source.at(place))
                 yield [as_bytes(tensor)]
 
     def peft_tensors(self) -> dict[str, torch.Tensor]:

@@ -89,6 +89,22 @@ class OutputFile(io.FileIO):
         return copied
 
 
+def copy_within_range(target: torch.Tensor, source: torch.Tensor, name: str) -> None:
+    """Copy ``source`` into ``target``, in the precision of ``target``.
+
+    Raises:
+        UserError: a finite value of ``name`` is too large for that precision.
+    """
+    target.copy_(source)
+    narrower = torch.finfo(target.dtype).max < torch.finfo(source.dtype).max
+    if narrower and torch.count_nonzero(target.isinf()) > torch.count_nonzero(source.isinf()):
+        precision = str(target.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{name} has values beyond the range of {precision}, {torch.finfo(target.dtype).max:g}: "
+            "choose another precision (export.dtype)"
+        )
+
+
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, sharing its memory."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

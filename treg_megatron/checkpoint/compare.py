@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from treg_megatron.checkpoint.buffers import ByteRange, ReusableBuffer, as_bytes, read_into
+from treg_megatron.checkpoint.from_hf import without_tied_copy
 from treg_megatron.checkpoint.layout import WEIGHTS, find_checkpoint, is_checkpoint, read_metadata, require_whole_export
 from treg_megatron.checkpoint.safetensors_stream import DTYPES, PlannedTensor, StoredTensor, tensors_in_folder
 from treg_megatron.checkpoint.to_hf import check_tensors, exported_tensors, planned_tensors
@@ -46,7 +47,10 @@ def compare(a: Path, b: Path) -> Comparison:
     if is_checkpoint(b) and not is_checkpoint(a):
         a, b = b, a
     theirs = _CheckpointWeights(b) if is_checkpoint(b) else _FolderWeights(b)
-    ours = _CheckpointWeights(a, None if is_checkpoint(b) else theirs.dtype) if is_checkpoint(a) else _FolderWeights(a)
+    if is_checkpoint(a):
+        ours = _CheckpointWeights(a, None if is_checkpoint(b) else theirs.dtypes())
+    else:
+        ours = _FolderWeights(a)
     planned, others = ours.planned(), {tensor.name: tensor for tensor in theirs.planned()}
     different = [tensor.name for tensor in planned if others.get(tensor.name) != tensor]
     different += sorted(others.keys() - {tensor.name for tensor in planned})
@@ -66,14 +70,13 @@ class _FolderWeights:
         require_whole_export(folder)
         self._stored: dict[str, StoredTensor] = tensors_in_folder(folder)
         if _is_tied(folder):
-            self._stored.pop("lm_head.weight", None)  # a second copy, which transformers ignores too
+            self._stored = without_tied_copy(self._stored, folder)
         unknown = {tensor.dtype for tensor in self._stored.values()} - DTYPES.keys()
         if unknown:
             raise UserError(f"{folder} has {unknown.pop()} weights; supported: {', '.join(DTYPES)}")
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[next(iter(self._stored.values())).dtype]
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: DTYPES[tensor.dtype] for name, tensor in self._stored.items()}
 
     def planned(self) -> list[PlannedTensor]:
         return [PlannedTensor(name, tensor.shape, DTYPES[tensor.dtype]) for name, tensor in self._stored.items()]
@@ -85,25 +88,38 @@ class _FolderWeights:
 class _CheckpointWeights:
     """Weights of a Megatron checkpoint, under their Hugging Face names."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, folder: Path, like: dict[str, torch.dtype] | None = None) -> None:
+        """``like``: the precision of each tensor of the folder that it is compared with; None: its own."""
         checkpoint = find_checkpoint(folder)
         identity = read_metadata(checkpoint)
         self._family, self._fields = family_of(identity.hf_config), model_fields(identity.hf_config)
         self._reader = TorchDistReader(checkpoint / WEIGHTS)
         check_tensors(self._reader, self._family, self._fields, checkpoint)
-        self.dtype = dtype or getattr(torch, identity.dtype)
+        self._dtype = getattr(torch, identity.dtype)
+        self._others = {key: getattr(torch, other) for key, other in identity.other_dtypes.items()}
+        if like:
+            self._others = {
+                parameter.key: like.get(parameter.sources[0].at((0,) * len(parameter.stacking)), self._dtype)
+                for parameter in self._family.parameters(self._fields)
+            }
 
     def planned(self) -> list[PlannedTensor]:
-        return planned_tensors(self._family, self._fields, self.dtype)
+        return planned_tensors(self._family, self._fields, self._dtype, self._others)
 
     def read(self, names: list[str]) -> Iterator[list[memoryview | ByteRange]]:
         """The tensors in the family's order, which equals ``names`` if both sides are checkpoints of one model."""
-        return exported_tensors(self._reader, self._family, self._fields, self.dtype)
+        return exported_tensors(self._reader, self._family, self._fields, self._dtype, self._others)
 
 
 def _is_tied(folder: Path) -> bool:
     path = folder / "config.json"
-    return path.is_file() and read_json(path).get("tie_word_embeddings", False)
+    if not path.is_file():
+        return False
+    config = read_json(path)
+    try:
+        return model_fields(config)["share_embeddings_and_output_weights"]
+    except UserError:  # another architecture: its default is not known here
+        return bool(config.get("tie_word_embeddings"))
 
 
 def _filled(scratch: ReusableBuffer, pieces: list[memoryview | ByteRange], nbytes: int) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """Hugging Face folder to Megatron checkpoint, tensor by tensor: no model is built and memory holds one parameter."""
 
 import dataclasses
+import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from treg_megatron.checkpoint.layout import (
     require_whole_export,
     write_metadata,
 )
-from treg_megatron.checkpoint.safetensors_stream import DTYPES, StoredTensor, tensors_in_folder
+from treg_megatron.checkpoint.safetensors_stream import DTYPES, StoredTensor, same_bytes, tensors_in_folder
 from treg_megatron.checkpoint.torch_dist import TorchDistWriter
 from treg_megatron.errors import UserError
 from treg_megatron.models.families import (
+    EMBEDDING,
     OUTPUT_LAYER,
     Family,
     Parameter,
@@ -35,7 +38,10 @@ from treg_megatron.models.families import (
     stacked_shape,
     stacking,
 )
+from treg_megatron.tokenizer.model_folder import model_folder, require_embeddings, tokens_in_folder
 from treg_megatron.utils.files import atomic_folder, read_json
+
+logger = logging.getLogger(__name__)
 
 
 def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False) -> CheckpointMetadata:
@@ -47,18 +53,18 @@ def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False
         UserError: the folder or the architecture cannot be used, config.json and weights disagree, ``output`` exists,
             or the disk is too small. Nothing is left behind.
     """
-    hf, output = Path(hf), Path(output)
-    if not hf.is_dir():
-        raise UserError(f"Hugging Face folder {hf} does not exist")
+    hf, output = model_folder(hf), Path(output)
     require_whole_export(hf)
     hf_config = read_json(hf / "config.json")
     family, fields = family_of(hf_config), model_fields(hf_config)
     stored = model_tensors(tensors_in_folder(hf), family, fields, hf)
-    dtype = common_dtype(stored, hf)
+    require_embeddings(tokens_in_folder(hf), fields["vocab_size"], hf)
+    dtype, other_dtypes = precisions(stored, family, fields, hf)
     identity = CheckpointMetadata(
         family=family.architecture,
         hf_config=hf_config,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=name_of(dtype),
+        other_dtypes={key: name_of(other) for key, other in other_dtypes.items()},
         source=str(hf.resolve()),
         written_by=f"treg-megatron {treg_megatron.__version__} import",
     )
@@ -71,7 +77,7 @@ def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False
             TorchDistWriter(weights) as writer,
             tqdm(total=nbytes, desc="import", unit="B", unit_scale=True, disable=not progress) as bar,
         ):
-            copier = _ParameterCopier(stored, dtype, fields, writer, bar)
+            copier = _ParameterCopier(stored, fields, writer, bar)
             for parameter, place in in_model_order(family, fields):
                 copier.copy(parameter, place)
             _write_extra_state(writer, family, fields)
@@ -86,12 +92,11 @@ class _ParameterCopier:
     def __init__(
         self,
         stored: dict[str, StoredTensor],
-        dtype: torch.dtype,
         fields: dict[str, Any],
         writer: TorchDistWriter,
         bar: tqdm,
     ) -> None:
-        self._stored, self._dtype, self._fields, self._writer, self._bar = stored, dtype, fields, writer, bar
+        self._stored, self._fields, self._writer, self._bar = stored, fields, writer, bar
         self._source, self._merged = ReusableBuffer(), ReusableBuffer()
 
     def copy(self, parameter: Parameter, place: tuple[int, ...]) -> None:
@@ -103,7 +108,8 @@ class _ParameterCopier:
                 self._write(parameter, tensor, row, place)
                 row += len(tensor)
             return
-        merged = self._merged.tensor(parameter_shape(parameter, self._fields), self._dtype)
+        dtype = DTYPES[self._stored[parameter.sources[0].at(place)].dtype]
+        merged = self._merged.tensor(parameter_shape(parameter, self._fields), dtype)
         layout = interleaving(parameter, self._fields)
         for index, source in enumerate(parameter.sources):
             view = layout.part(merged, index)
@@ -111,7 +117,7 @@ class _ParameterCopier:
         self._write(parameter, merged, 0, place)
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor = self._source.tensor(shape, self._dtype)
+        tensor = self._source.tensor(shape, DTYPES[self._stored[name].dtype])
         self._stored[name].read_into(tensor)
         self._bar.update(tensor.nbytes)
         return tensor
@@ -140,7 +146,8 @@ def model_tensors(
     """The tensors of a folder that are the model's weights, checked against its config.json.
 
     Raises:
-        UserError: a tensor is missing, has another shape, or is not part of the architecture.
+        UserError: a tensor is missing, has another shape or a precision that is no plain floating-point format, is not
+            part of the architecture, or is a copy of the embeddings that differs from them.
     """
     expected = {
         source.at(place): source_shape(source, fields)
@@ -152,13 +159,14 @@ def model_tensors(
             raise UserError(f"{folder} lacks tensor {name}, which its config.json calls for")
         if stored[name].shape != shape:
             raise UserError(f"{folder}: {name} has shape {list(stored[name].shape)}, config.json says {list(shape)}")
-    # a tied model may store its output layer a second time: transformers ignores it, and so do we
-    ignored = {s.name for s in OUTPUT_LAYER.sources} if fields["share_embeddings_and_output_weights"] else set()
-    extra = [
-        name
-        for name in stored
-        if name not in expected and name not in ignored and not name.endswith(family.ignored_suffixes)
-    ]
+        if stored[name].dtype not in DTYPES:
+            raise UserError(
+                f"{folder} has {stored[name].dtype} weights ({name}); known: {', '.join(DTYPES)}: start from the "
+                "model before it was quantized"
+            )
+    if fields["share_embeddings_and_output_weights"]:
+        stored = without_tied_copy(stored, folder)
+    extra = [name for name in stored if name not in expected]
     if extra:
         raise UserError(
             f"{folder} has tensor {extra[0]}, which is not part of a {family.architecture} with this config.json"
@@ -166,16 +174,56 @@ def model_tensors(
     return {name: stored[name] for name in expected}
 
 
-def common_dtype(stored: dict[str, StoredTensor], folder: Path) -> torch.dtype:
-    """The one precision of a folder's weights.
+def without_tied_copy(stored: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a model with tied embeddings, without the second copy that some folders hold of them.
 
     Raises:
-        UserError: several precisions, or one that is not a plain floating-point format.
+        UserError: the copy has other values. Transformers 4 would drop it, transformers 5 would untie the model.
     """
-    codes = {tensor.dtype for tensor in stored.values()}
-    if len(codes) > 1:
-        raise UserError(f"{folder} mixes {' and '.join(sorted(codes))}; save the model in one precision first")
-    code = codes.pop()
-    if code not in DTYPES:
-        raise UserError(f"{folder} has {code} weights; known: {', '.join(DTYPES)}")
-    return DTYPES[code]
+    (embedding,), (head,) = EMBEDDING.sources, OUTPUT_LAYER.sources
+    if head.name in stored and embedding.name in stored:
+        if not same_bytes(stored[embedding.name], stored[head.name]):
+            raise UserError(
+                f"{folder}: config.json ties the embeddings, but {head.name} is not {embedding.name}: set "
+                f"tie_word_embeddings to false if the model has both, or delete {head.name}"
+            )
+    return {name: tensor for name, tensor in stored.items() if name != head.name}
+
+
+def precisions(
+    stored: dict[str, StoredTensor], family: Family, fields: dict[str, Any], folder: Path
+) -> tuple[torch.dtype, dict[str, torch.dtype]]:
+    """The precision of most of a folder's weights, and that of the parameters (by key) that have another.
+
+    A parameter has one precision in all layers: fp32 norms among bf16 weights stay fp32.
+
+    Raises:
+        UserError: a parameter has several.
+    """
+    found: dict[str, torch.dtype] = {}
+    nbytes: Counter[torch.dtype] = Counter()
+    for parameter, place in in_model_order(family, fields):
+        for source in parameter.sources:
+            tensor = stored[source.at(place)]
+            dtype = DTYPES[tensor.dtype]
+            nbytes[dtype] += tensor.nbytes
+            if found.setdefault(parameter.key, dtype) != dtype:
+                raise UserError(
+                    f"{folder} mixes {name_of(found[parameter.key])} and {name_of(dtype)}, the latter in "
+                    f"{source.at(place)}: tensors of one kind need one precision in all layers; save them in one first"
+                )
+    ((common, _),) = nbytes.most_common(1)
+    others = {key: dtype for key, dtype in found.items() if dtype != common}
+    if others:
+        logger.info(
+            "%s is %s, except for %s: kept as it is",
+            folder,
+            name_of(common),
+            ", ".join(f"{key} ({name_of(dtype)})" for key, dtype in others.items()),
+        )
+    return common, others
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A precision's name as in config.json."""
+    return str(dtype).removeprefix("torch.")

@@ -47,6 +47,7 @@ class CheckpointMetadata:
         family: architecture name, as in config.json.
         hf_config: config.json of the model, whole.
         dtype: precision of the Hugging Face weights that the model came from ("float32", "bfloat16", "float16").
+        other_dtypes: precision of the parameters that came in another, by key.
         source: the Hugging Face folder that was imported.
         written_by: the program and version that wrote the checkpoint.
         run: of a training checkpoint, what made it (for the model card): step, recipe, data, metrics.
@@ -61,6 +62,7 @@ class CheckpointMetadata:
     written_by: str
     run: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    other_dtypes: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
 

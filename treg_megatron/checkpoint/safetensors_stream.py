@@ -5,20 +5,31 @@ the header, then the tensors' bytes.
 """
 
 import json
+import logging
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from treg_megatron.checkpoint.buffers import ByteRange, OutputFile, read_into
+from treg_megatron.checkpoint.buffers import ByteRange, OutputFile, read_into, read_pieces
 from treg_megatron.errors import UserError
+from treg_megatron.tokenizer.model_folder import existing_folder
 from treg_megatron.utils.files import read_json
+
+logger = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+# Tables that a model computes for itself; older folders hold them beside the weights.
+BUFFERS = re.compile(r"(?:^|[._])(?:inv_freq$|rotary_emb\.|attn\.(?:masked_)?bias$)")
+
+# What torch.compile, DDP, FSDP and peft put into the names of the tensors of a model that they wrap.
+WRAPPERS = re.compile(r"^module\.|^base_model\.model\.|(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module)\.")
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -63,32 +74,74 @@ class PlannedTensor:
 
 
 def tensors_in_folder(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a Hugging Face folder by name, from one file or several shards.
+    """The weights of a Hugging Face folder by name, from one file or several shards; buffers are left out.
+
+    The names of a model without its head (``embed_tokens.weight``) get the ``model.`` that transformers adds.
 
     Raises:
-        UserError: the folder has no safetensors weights (pickled weights are never loaded), or a shard is missing,
-            truncated or corrupt.
+        UserError: the folder has no safetensors weights (pickled weights are never loaded), has them twice, a shard is
+            missing, truncated or corrupt, or the model was saved inside a wrapper.
     """
-    if not folder.is_dir():
-        raise UserError(f"Hugging Face folder {folder} does not exist")
-    if (folder / INDEX_FILE).is_file():
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise UserError(f"{folder / INDEX_FILE} has no weight_map; download it again")
-        shards = {name: tensors_in_file(folder / name) for name in sorted(set(weight_map.values()))}
-        for name, shard in weight_map.items():
-            if name not in shards[shard]:
-                raise UserError(f"{folder / shard} lacks tensor {name}, which {INDEX_FILE} places there")
-        return {name: shards[shard][name] for name, shard in weight_map.items()}
-    if (folder / SINGLE_FILE).is_file():
-        return tensors_in_file(folder / SINGLE_FILE)
+    stored = {name: tensor for name, tensor in _stored_tensors(folder).items() if not BUFFERS.search(name)}
+    for name in stored:
+        if wrapper := WRAPPERS.search(name):
+            raise UserError(
+                f"{folder} has tensor {name}: the model was saved inside a wrapper, which put {wrapper[0]} into its "
+                "names; save the model inside it, or rename the tensors"
+            )
+    if "embed_tokens.weight" in stored and not any(name.startswith("model.") for name in stored):
+        logger.info("%s holds a model without its head: its tensors get the prefix model.", folder)
+        stored = {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in stored.items()}
+    return stored
+
+
+def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if index.is_file():
+        tensors = _tensors_of_index(index)
+    elif single.is_file():
+        tensors = tensors_in_file(single)
+    else:
+        raise UserError(_why_no_weights(existing_folder(folder)))
+    others = sorted({path.name for path in _weight_files(folder)} - {tensor.file.name for tensor in tensors.values()})
+    if single.name in others:
+        raise UserError(
+            f"{folder} has its weights twice, in {single.name} and in the files that {index.name} names, and programs "
+            "differ in which they read: delete those that are not meant"
+        )
+    if others:
+        logger.warning("%s: not reading %s, which transformers would not read either", folder, ", ".join(others))
+    return tensors
+
+
+def _tensors_of_index(index: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise UserError(f"{index} has no weight_map; download it again")
+    shards = {name: tensors_in_file(index.with_name(name)) for name in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise UserError(f"{index.with_name(shard)} lacks tensor {name}, which {index.name} places there")
+        twice = [other for other, tensors in shards.items() if other != shard and name in tensors]
+        if twice:
+            raise UserError(f"{index.parent} has tensor {name} twice, in {shard} and in {twice[0]}; download it again")
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _why_no_weights(folder: Path) -> str:
+    if shards := _weight_files(folder):
+        return f"{folder} has {shards[0].name}, but no {INDEX_FILE} that names it; download it again"
     pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if pickled:
-        raise UserError(
+        return (
             f"{folder} has only pickled weights ({pickled[0].name}), which can run code when loaded; "
             "save the model as safetensors first"
         )
-    raise UserError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}")
+    return f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model*.safetensors"))
 
 
 def tensors_in_file(path: Path) -> dict[str, StoredTensor]:
@@ -128,6 +181,17 @@ def tensors_in_file(path: Path) -> dict[str, StoredTensor]:
         if dtype and math.prod(tensor.shape) * dtype.itemsize != tensor.nbytes:
             raise UserError(f"{path} is corrupt: {name} has {tensor.nbytes} bytes for shape {list(tensor.shape)}")
     return tensors
+
+
+def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors are the same bit for bit; reads them piece by piece."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    pieces = zip(
+        *(read_pieces(ByteRange(tensor.file, tensor.start, tensor.nbytes)) for tensor in (a, b)),
+        strict=True,
+    )
+    return all(piece == other for piece, other in pieces)
 
 
 def plan_shards(tensors: Iterable[PlannedTensor], shard_bytes: int) -> dict[str, list[PlannedTensor]]:

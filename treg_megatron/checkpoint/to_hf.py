@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,8 +15,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from treg_megatron.checkpoint.adapters import adapters_of
-from treg_megatron.checkpoint.buffers import ByteRange, ReusableBuffer, as_bytes
-from treg_megatron.checkpoint.from_hf import model_tensors
+from treg_megatron.checkpoint.buffers import ByteRange, ReusableBuffer, as_bytes, copy_within_range
+from treg_megatron.checkpoint.from_hf import model_tensors, name_of
 from treg_megatron.checkpoint.layout import (
     MODEL_PREFIX,
     WEIGHTS,
@@ -45,7 +47,12 @@ from treg_megatron.models.families import (
     source_shape,
     stacked_shape,
 )
+from treg_megatron.tokenizer.model_folder import model_folder, require_embeddings, tokens_in_folder
 from treg_megatron.utils.files import atomic_folder, read_json, refuse_existing
+
+logger = logging.getLogger(__name__)
+
+NO_OTHERS: Mapping[str, torch.dtype] = MappingProxyType({})
 
 SHARD_BYTES = 5_000_000_000  # Hugging Face's own default
 
@@ -55,8 +62,13 @@ COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
+    "vocab*",
     "merges.txt",
+    "tekken.json",
+    "*.tiktoken",
+    "sentencepiece*",
+    "spiece.model",
+    "*processor_config.json",
     "chat_template*",
     "additional_chat_templates",
     "LICENSE*",
@@ -100,7 +112,7 @@ def export_checkpoint(
         UserError: the checkpoint is unfinished, damaged or of another model than ``base``, ``output`` exists, or the
             disk is too small. Nothing is left behind.
     """
-    base, output = Path(base), Path(output)
+    base, output = model_folder(base), Path(output)
     refuse_existing(output)
     checkpoint = find_checkpoint(Path(checkpoint))
     identity = read_metadata(checkpoint)
@@ -111,16 +123,20 @@ def export_checkpoint(
     low_rank = adapters_of(reader, identity, family, fields, checkpoint)
     if low_rank is None:
         check_tensors(reader, family, fields, checkpoint)
+    require_embeddings(tokens_in_folder(base), fields["vocab_size"], base)
     target_dtype = getattr(torch, identity.dtype if dtype == "auto" else dtype)
-    planned = planned_tensors(family, fields, target_dtype)
+    others = {key: getattr(torch, other) for key, other in identity.other_dtypes.items()} if dtype == "auto" else {}
+    planned = planned_tensors(family, fields, target_dtype, others)
     shards = plan_shards(planned, shard_bytes)
     nbytes = sum(tensor.nbytes for tensor in planned)
     with atomic_folder(output, nbytes) as folder:
         with tqdm(total=nbytes, desc="export", unit="B", unit_scale=True, disable=not progress) as bar:
             sources = (
-                exported_tensors(reader, family, fields, target_dtype)
+                exported_tensors(reader, family, fields, target_dtype, others)
                 if low_rank is None
-                else low_rank.merged_tensors(model_tensors(tensors_in_folder(base), family, fields, base), target_dtype)
+                else low_rank.merged_tensors(
+                    model_tensors(tensors_in_folder(base), family, fields, base), target_dtype, others
+                )
             )
             for name, shard in shards.items():
                 with ShardWriter(folder / name, shard) as writer:
@@ -142,7 +158,7 @@ def export_adapter(checkpoint: str | Path, base: str | Path, output: str | Path)
     Raises:
         UserError: as :func:`export_checkpoint`, or the checkpoint has no adapters.
     """
-    base, output = Path(base), Path(output)
+    base, output = model_folder(base), Path(output)
     refuse_existing(output)
     checkpoint = find_checkpoint(Path(checkpoint))
     identity = read_metadata(checkpoint)
@@ -203,21 +219,35 @@ def _common_fields(identity: CheckpointMetadata, checkpoint: Path, base_config: 
     return ours
 
 
-def planned_tensors(family: Family, fields: dict[str, Any], dtype: torch.dtype) -> list[PlannedTensor]:
-    """The Hugging Face tensors of a model with these fields, in the order of :func:`exported_tensors`."""
+def planned_tensors(
+    family: Family, fields: dict[str, Any], dtype: torch.dtype, others: Mapping[str, torch.dtype] = NO_OTHERS
+) -> list[PlannedTensor]:
+    """The Hugging Face tensors of a model with these fields, in the order of :func:`exported_tensors`.
+
+    Args:
+        dtype: precision of the tensors.
+        others: precision of the parameters (by key) that have another.
+    """
     return [
-        PlannedTensor(source.at(place), source_shape(source, fields), dtype)
+        PlannedTensor(source.at(place), source_shape(source, fields), others.get(parameter.key, dtype))
         for parameter, place in in_model_order(family, fields)
         for source in parameter.sources
     ]
 
 
 def exported_tensors(
-    reader: TorchDistReader, family: Family, fields: dict[str, Any], dtype: torch.dtype
+    reader: TorchDistReader,
+    family: Family,
+    fields: dict[str, Any],
+    dtype: torch.dtype,
+    others: Mapping[str, torch.dtype] = NO_OTHERS,
 ) -> Iterator[list[memoryview | ByteRange]]:
-    """The bytes of each Hugging Face tensor in ``dtype``.
+    """The bytes of each Hugging Face tensor, in the precision that :func:`planned_tensors` gives it.
 
     They are in memory until the next tensor is asked for, or in the checkpoint's files.
+
+    Raises:
+        UserError: a value is too large for its precision.
     """
     whole, part = ReusableBuffer(), ReusableBuffer()
     for parameter, place in in_model_order(family, fields):
@@ -225,7 +255,8 @@ def exported_tensors(
         shapes = [source_shape(source, fields) for source in parameter.sources]
         stored_dtype = reader.tensors[key].properties.dtype
         stretches = None
-        if parameter.groups is None and stored_dtype == dtype:
+        target_dtype = others.get(parameter.key, dtype)
+        if parameter.groups is None and stored_dtype == target_dtype:
             first_rows = itertools.accumulate((shape[0] for shape in shapes), initial=0)
             stretches = [
                 reader.rows_in_files(key, place, row, shape) for row, shape in zip(first_rows, shapes, strict=False)
@@ -236,26 +267,37 @@ def exported_tensors(
         merged = whole.tensor(parameter_shape(parameter, fields), stored_dtype)
         reader.read_into(key, merged, place)
         layout = interleaving(parameter, fields)
-        for index, shape in enumerate(shapes):
+        for index, (source, shape) in enumerate(zip(parameter.sources, shapes, strict=True)):
             view = layout.part(merged, index)
-            tensor = part.tensor(shape, dtype)
-            tensor.view(view.shape).copy_(view)
+            tensor = part.tensor(shape, target_dtype)
+            copy_within_range(tensor.view(view.shape), view, source.at(place))
             yield [as_bytes(tensor)]
 
 
 def _with_dtype(config: dict, dtype: torch.dtype) -> dict:
-    # transformers 4.56 renamed torch_dtype; readers of either generation understand the name that the base model uses
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    return config | {key: str(dtype).removeprefix("torch.")}
+    # transformers 4.56 renamed torch_dtype; readers of either generation understand the names that the base model uses
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    return config | dict.fromkeys(keys, name_of(dtype))
 
 
 def _copy_companions(base: Path, folder: Path) -> None:
-    for pattern in COPIED:
-        for path in base.glob(pattern):
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name)
-            else:
-                shutil.copyfile(path, folder / path.name)
+    companions = {path for pattern in COPIED for path in base.glob(pattern)} | set(_own_code(base))
+    for path in companions:
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        else:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _own_code(base: Path) -> list[Path]:
+    """The Python files of a model whose config files name some by ``auto_map``; they are copied and never executed."""
+    configs = [base / name for name in ("config.json", "tokenizer_config.json", "processor_config.json")]
+    if not any(path.is_file() and read_json(path).get("auto_map") for path in configs):
+        return []
+    code = sorted(base.glob("*.py"))
+    names = ", ".join(path.name for path in code) or "no file, as none is there"
+    logger.info("auto_map in %s names Python code: copied %s", base, names)
+    return code
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -14,7 +14,7 @@ from treg_megatron.errors import UserError
 from treg_megatron.models.families import llama, mistral, qwen2, qwen3, gemma2, mixtral  # noqa: F401
 
 # isort: on
-from treg_megatron.models.families.decoder import OUTPUT_LAYER
+from treg_megatron.models.families.decoder import EMBEDDING, OUTPUT_LAYER
 from treg_megatron.models.families.family import FAMILIES, Family, in_model_order, places, register
 from treg_megatron.models.families.fields import DEFAULTS, shown
 from treg_megatron.models.families.parameters import (
@@ -31,6 +31,7 @@ from treg_megatron.models.families.parameters import (
 )
 
 __all__ = [
+    "EMBEDDING",
     "FAMILIES",
     "FREE_FIELDS",
     "OUTPUT_LAYER",

@@ -19,14 +19,12 @@ class Family(ABC):
         architecture: the name in ``architectures`` of config.json.
         layer: its parameters in every layer.
         defaults: what transformers takes for keys that config.json lacks, where it is not ``fields.DEFAULTS``.
-        ignored_suffixes: tensors that old folders hold and that are no weights.
         post_layer_norms: whether the outputs of attention and MLP are normalised, as Gemma 2's are.
     """
 
     architecture: str
     layer: tuple[Parameter, ...]
     defaults: ClassVar[Mapping[str, Any]] = {}
-    ignored_suffixes: tuple[str, ...] = ()
     post_layer_norms: bool = False
 
     @abstractmethod

@@ -19,7 +19,6 @@ from treg_megatron.models.families.fields import (
 class Llama(Family):
     architecture = "LlamaForCausalLM"
     layer = LLAMA_LAYER
-    ignored_suffixes = (".rotary_emb.inv_freq",)
 
     def fields(self, hf_config: dict) -> dict[str, Any]:
         refuse_options(hf_config, "attention_bias", "mlp_bias")
