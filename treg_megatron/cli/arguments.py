@@ -90,11 +90,12 @@ def recipe_at(name: str | Path) -> "Path | RecordedRecipe":
     from treg_megatron.checkpoint.layout import find_checkpoint, is_checkpoint, read_metadata
     from treg_megatron.config.recipe import RecordedRecipe, find_recipe, summaries
 
+    name = Path(name).expanduser()
     # a folder that only happens to be called like a shipped recipe does not hide it
-    if not Path(name).is_dir() or (str(name) in summaries() and not is_checkpoint(Path(name))):
+    if not name.is_dir() or (str(name) in summaries() and not is_checkpoint(name)):
         return find_recipe(name)
-    checkpoint = find_checkpoint(Path(name))
+    checkpoint = find_checkpoint(name)
     recorded = read_metadata(checkpoint).run.get("recipe")
     if recorded is None:
         raise UserError(f"checkpoint {checkpoint} has no recipe: training did not write it; name the recipe's file")
-    return RecordedRecipe(Path(name), recorded)
+    return RecordedRecipe(name, recorded)
