@@ -167,15 +167,15 @@ def in_megatron_form(model) -> dict[str, torch.Tensor]:
     family, fields = family_of(config), model_fields(config)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     full: dict[str, torch.Tensor] = {}
-    for parameter, place in in_model_order(family, fields):
+    for parameter, index in in_model_order(family, fields):
         merged = torch.empty(parameter_shape(parameter, fields), dtype=torch.float64)
         for i, source in enumerate(parameter.sources):
             part = interleaving(parameter, fields).part(merged, i)
-            part.copy_(gradients[source.at(place)].view(part.shape))
+            part.copy_(gradients[source.at(index)].view(part.shape))
         stacked = full.setdefault(
             "module." + parameter.key, torch.empty(stacked_shape(parameter, fields), dtype=torch.float64)
         )
-        stacked[place] = merged
+        stacked[index] = merged
     return full
 
 

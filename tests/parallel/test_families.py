@@ -13,7 +13,7 @@ from tests.support.tiny_families import SPECIAL, VOCAB, tiny_family, transformer
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.checkpoint.layout import read_metadata, write_metadata
 from treg_megatron.checkpoint.to_hf import export_checkpoint
-from treg_megatron.models.families import family_of, model_fields, name_at, places
+from treg_megatron.models.families import family_of, model_fields, name_at, stacked_indices
 
 CASES = [(family, layout) for family in SPECIAL for layout in LAYOUTS if layout != "EP2" or family == "Mixtral"]
 
@@ -78,7 +78,9 @@ def test_parameter_map_names_every_parameter_of_the_policy(imported, family):
     [(names, keys)] = run_ranks(1, parameter_names, checkpoint)
     fields = model_fields(config_of(hf))
     parameters = family_of(config_of(hf)).parameters(fields)
-    assert names == {name_at(p.local_name or p.name, place) for p in parameters for place in places(p.name, fields)}
+    assert names == {
+        name_at(p.local_name or p.name, index) for p in parameters for index in stacked_indices(p.name, fields)
+    }
     assert keys == {"module." + p.key for p in parameters}
 
 

@@ -28,8 +28,8 @@ def random_tensors(config: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     fields = model_fields(config)
     generator = torch.Generator().manual_seed(0)
     return {
-        source.at(place): torch.randn(source_shape(source, fields), generator=generator).to(dtype)
-        for parameter, place in in_model_order(family_of(config), fields)
+        source.at(index): torch.randn(source_shape(source, fields), generator=generator).to(dtype)
+        for parameter, index in in_model_order(family_of(config), fields)
         for source in parameter.sources
     }
 

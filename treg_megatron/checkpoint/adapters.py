@@ -40,8 +40,8 @@ class Adapters:
     def __init__(self, reader: TorchDistReader, family: Family, fields: dict[str, Any], lora: dict[str, Any]):
         self._reader, self._family, self._fields, self._lora = reader, family, fields, lora
 
-    def of(self, parameter: Parameter, place: tuple[int, ...]) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
-        """Adapter of the parameter at a place (its layer and expert); None if it has none.
+    def of(self, parameter: Parameter, index: tuple[int, ...]) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
+        """Adapter of a parameter in one layer, for one expert; None if it has none.
 
         Returns:
             A [rank, in], and for each of the parameter's Hugging Face tensors its B [rows, rank], all fp32.
@@ -57,7 +57,7 @@ class Adapters:
         a, b = torch.empty(rank, width), torch.empty(rows, rank)
         for key, whole in ((inward, a), (outward, b)):
             stored = torch.empty(whole.shape, dtype=self._reader.tensors[key].properties.dtype)
-            self._reader.read_into(key, stored, place)
+            self._reader.read_into(key, stored, index)
             whole.copy_(stored)
         layout = interleaving(parameter, self._fields)
         return a, [layout.part(b, i).reshape(-1, rank) for i in range(len(parameter.sources))]
@@ -72,33 +72,33 @@ class Adapters:
         Args:
             base: tensors of the base model's folder, by name.
             dtype: precision of the tensors.
-            others: precision of the parameters (by key) that have another.
+            others: by key, the precision of parameters where it is not ``dtype``.
 
         Raises:
-            UserError: a value is too large for its precision.
+            UserError: a value does not fit into the precision.
         """
         read, written = ReusableBuffer(), ReusableBuffer()
         scale = self._lora["alpha"] / self._lora["rank"]
-        for parameter, place in in_model_order(self._family, self._fields):
-            adapter = self.of(parameter, place)
+        for parameter, index in in_model_order(self._family, self._fields):
+            adapter = self.of(parameter, index)
             for i, source in enumerate(parameter.sources):
-                stored = base[source.at(place)]
+                stored = base[source.at(index)]
                 shape = source_shape(source, self._fields)
                 weight = read.tensor(shape, DTYPES[stored.dtype])
                 stored.read_into(weight)
                 if adapter is not None:
                     weight = weight.float().addmm_(adapter[1][i], adapter[0], alpha=scale)
                 tensor = written.tensor(shape, others.get(parameter.key, dtype))
-                copy_within_range(tensor, weight, source.at(place))
+                copy_within_range(tensor, weight, source.at(index))
                 yield [as_bytes(tensor)]
 
     def peft_tensors(self) -> dict[str, torch.Tensor]:
         """lora_A [rank, in] and lora_B [rows, rank] of every adapted Hugging Face tensor, fp32, under peft's names."""
         tensors = {}
-        for parameter, place in in_model_order(self._family, self._fields):
-            adapter = self.of(parameter, place)
+        for parameter, index in in_model_order(self._family, self._fields):
+            adapter = self.of(parameter, index)
             for i, source in enumerate(parameter.sources if adapter else ()):
-                name = "base_model.model." + source.at(place).removesuffix(".weight")
+                name = "base_model.model." + source.at(index).removesuffix(".weight")
                 tensors[f"{name}.lora_A.weight"] = adapter[0].clone()
                 tensors[f"{name}.lora_B.weight"] = adapter[1][i].contiguous()
         return tensors

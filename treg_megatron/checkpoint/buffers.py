@@ -62,29 +62,29 @@ class OutputFile(io.FileIO):
             written += super().write(view[written : written + PIECE_BYTES])
         return written
 
-    def copy(self, stretch: ByteRange) -> int:
+    def copy(self, byte_range: ByteRange) -> int:
         """Append a byte range of another file, inside the kernel where supported; return the bytes written.
 
         Raises:
             UserError: the other file is too short.
         """
         copied = 0
-        with open(stretch.path, "rb", buffering=0) as source:
-            while copied < stretch.nbytes:
+        with open(byte_range.path, "rb", buffering=0) as source:
+            while copied < byte_range.nbytes:
                 try:
                     count = os.copy_file_range(
                         source.fileno(),
                         self.fileno(),
-                        min(PIECE_BYTES, stretch.nbytes - copied),
-                        stretch.start + copied,
+                        min(PIECE_BYTES, byte_range.nbytes - copied),
+                        byte_range.start + copied,
                     )
                 except OSError as error:
                     if error.errno not in CANNOT_COPY_INSIDE:
                         raise
-                    rest = ByteRange(stretch.path, stretch.start + copied, stretch.nbytes - copied)
+                    rest = ByteRange(byte_range.path, byte_range.start + copied, byte_range.nbytes - copied)
                     return copied + sum(self.write(piece) for piece in read_pieces(rest))
                 if not count:
-                    raise UserError(f"{stretch.path} is truncated")
+                    raise UserError(f"{byte_range.path} is truncated")
                 copied += count
         return copied
 
@@ -110,7 +110,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def read_pieces(stretch: ByteRange) -> Iterator[memoryview]:
+def read_pieces(byte_range: ByteRange) -> Iterator[memoryview]:
     """Read a byte range in pieces small enough to stay in the processor's cache until they are written.
 
     Each piece is valid until the next one is requested.
@@ -118,7 +118,7 @@ def read_pieces(stretch: ByteRange) -> Iterator[memoryview]:
     Raises:
         UserError: the file is too short.
     """
-    path, start, nbytes = stretch
+    path, start, nbytes = byte_range
     buffer = memoryview(bytearray(min(PIECE_BYTES, nbytes)))
     with open(path, "rb", buffering=0) as file:
         file.seek(start)

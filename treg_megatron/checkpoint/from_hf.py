@@ -1,4 +1,4 @@
-"""Hugging Face folder to Megatron checkpoint, tensor by tensor: no model is built and memory holds one parameter."""
+"""Import of a Hugging Face folder as a Megatron checkpoint, one parameter in memory at a time; no model is built."""
 
 import dataclasses
 import logging
@@ -33,8 +33,8 @@ from treg_megatron.models.families import (
     interleaving,
     model_fields,
     parameter_shape,
-    places,
     source_shape,
+    stacked_indices,
     stacked_shape,
     stacking,
 )
@@ -45,12 +45,12 @@ logger = logging.getLogger(__name__)
 
 
 def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False) -> CheckpointMetadata:
-    """Write the model of a Hugging Face folder as a Megatron checkpoint that loads at any TP x PP.
+    """Write the model of a Hugging Face folder as a Megatron checkpoint that loads at any TP and PP size.
 
-    Values keep their precision bit for bit; the vocabulary is stored without padding (Megatron-core pads on loading).
+    Weights keep their values and precision; the vocabulary is stored without padding (Megatron-core pads on loading).
 
     Raises:
-        UserError: the folder or the architecture cannot be used, config.json and weights disagree, ``output`` exists,
+        UserError: the folder or its architecture is not supported, config.json and weights disagree, ``output`` exists,
             or the disk is too small. Nothing is left behind.
     """
     hf, output = model_folder(hf), Path(output)
@@ -78,8 +78,8 @@ def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False
             tqdm(total=nbytes, desc="import", unit="B", unit_scale=True, disable=not progress) as bar,
         ):
             copier = _ParameterCopier(stored, fields, writer, bar)
-            for parameter, place in in_model_order(family, fields):
-                copier.copy(parameter, place)
+            for parameter, index in in_model_order(family, fields):
+                copier.copy(parameter, index)
             _write_extra_state(writer, family, fields)
         identity = dataclasses.replace(identity, files=fingerprints(folder))
         write_metadata(folder, identity)
@@ -87,7 +87,7 @@ def import_checkpoint(hf: str | Path, output: str | Path, progress: bool = False
 
 
 class _ParameterCopier:
-    """Copies one parameter after another from a Hugging Face folder into a checkpoint."""
+    """Copies parameters from a Hugging Face folder to a checkpoint, one at a time."""
 
     def __init__(
         self,
@@ -99,22 +99,22 @@ class _ParameterCopier:
         self._stored, self._fields, self._writer, self._bar = stored, fields, writer, bar
         self._source, self._merged = ReusableBuffer(), ReusableBuffer()
 
-    def copy(self, parameter: Parameter, place: tuple[int, ...]) -> None:
-        """Copy one parameter (of one layer, of one expert)."""
+    def copy(self, parameter: Parameter, index: tuple[int, ...]) -> None:
+        """Copy a parameter of one layer (and expert)."""
         if parameter.groups is None:
             row = 0
             for source in parameter.sources:
-                tensor = self._read(source.at(place), source_shape(source, self._fields))
-                self._write(parameter, tensor, row, place)
+                tensor = self._read(source.at(index), source_shape(source, self._fields))
+                self._write(parameter, tensor, row, index)
                 row += len(tensor)
             return
-        dtype = DTYPES[self._stored[parameter.sources[0].at(place)].dtype]
+        dtype = DTYPES[self._stored[parameter.sources[0].at(index)].dtype]
         merged = self._merged.tensor(parameter_shape(parameter, self._fields), dtype)
         layout = interleaving(parameter, self._fields)
-        for index, source in enumerate(parameter.sources):
-            view = layout.part(merged, index)
-            view.copy_(self._read(source.at(place), source_shape(source, self._fields)).view(view.shape))
-        self._write(parameter, merged, 0, place)
+        for i, source in enumerate(parameter.sources):
+            view = layout.part(merged, i)
+            view.copy_(self._read(source.at(index), source_shape(source, self._fields)).view(view.shape))
+        self._write(parameter, merged, 0, index)
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = self._source.tensor(shape, DTYPES[self._stored[name].dtype])
@@ -122,11 +122,11 @@ class _ParameterCopier:
         self._bar.update(tensor.nbytes)
         return tensor
 
-    def _write(self, parameter: Parameter, chunk: torch.Tensor, row: int, place: tuple[int, ...]) -> None:
-        offsets = (*place, row, *(0 for _ in chunk.shape[1:]))
+    def _write(self, parameter: Parameter, chunk: torch.Tensor, row: int, index: tuple[int, ...]) -> None:
+        offsets = (*index, row, *(0 for _ in chunk.shape[1:]))
         self._writer.write_chunk(
             MODEL_PREFIX + parameter.key,
-            chunk.view(*(1 for _ in place), *chunk.shape),
+            chunk.view(*(1 for _ in index), *chunk.shape),
             offsets,
             stacked_shape(parameter, self._fields),
         )
@@ -136,22 +136,22 @@ def _write_extra_state(writer: TorchDistWriter, family: Family, fields: dict[str
     for module in family.extra_state_modules():
         key = MODEL_PREFIX + checkpoint_key(module) + "._extra_state"
         shape = tuple(fields[f] for f in stacking(module))
-        for place in places(module, fields):
-            writer.write_object(key, None, place or (0,), shape or (1,))
+        for index in stacked_indices(module, fields):
+            writer.write_object(key, None, index or (0,), shape or (1,))
 
 
 def model_tensors(
     stored: dict[str, StoredTensor], family: Family, fields: dict[str, Any], folder: Path
 ) -> dict[str, StoredTensor]:
-    """The tensors of a folder that are the model's weights, checked against its config.json.
+    """The model's weights among the tensors of a folder, checked against its config.json.
 
     Raises:
-        UserError: a tensor is missing, has another shape or a precision that is no plain floating-point format, is not
-            part of the architecture, or is a copy of the embeddings that differs from them.
+        UserError: a tensor is missing, has the wrong shape, has a dtype other than those of :data:`DTYPES`, is not part
+            of the architecture, or is the output layer of a tied model and differs from its embedding.
     """
     expected = {
-        source.at(place): source_shape(source, fields)
-        for parameter, place in in_model_order(family, fields)
+        source.at(index): source_shape(source, fields)
+        for parameter, index in in_model_order(family, fields)
         for source in parameter.sources
     }
     for name, shape in expected.items():
@@ -175,10 +175,10 @@ def model_tensors(
 
 
 def without_tied_copy(stored: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a model with tied embeddings, without the second copy that some folders hold of them.
+    """The tensors of a model with tied embeddings, without the output layer that some folders store as well.
 
     Raises:
-        UserError: the copy has other values. Transformers 4 would drop it, transformers 5 would untie the model.
+        UserError: output layer and embedding differ. Transformers 4 would drop the former, transformers 5 untie them.
     """
     (embedding,), (head,) = EMBEDDING.sources, OUTPUT_LAYER.sources
     if head.name in stored and embedding.name in stored:
@@ -193,24 +193,22 @@ def without_tied_copy(stored: dict[str, StoredTensor], folder: Path) -> dict[str
 def precisions(
     stored: dict[str, StoredTensor], family: Family, fields: dict[str, Any], folder: Path
 ) -> tuple[torch.dtype, dict[str, torch.dtype]]:
-    """The precision of most of a folder's weights, and that of the parameters (by key) that have another.
-
-    A parameter has one precision in all layers: fp32 norms among bf16 weights stay fp32.
+    """The precision of most of a folder's weights, and by key the parameters with a different one, such as fp32 norms.
 
     Raises:
-        UserError: a parameter has several.
+        UserError: a parameter's tensors, which share one tensor of the checkpoint, differ in precision.
     """
     found: dict[str, torch.dtype] = {}
     nbytes: Counter[torch.dtype] = Counter()
-    for parameter, place in in_model_order(family, fields):
+    for parameter, index in in_model_order(family, fields):
         for source in parameter.sources:
-            tensor = stored[source.at(place)]
+            tensor = stored[source.at(index)]
             dtype = DTYPES[tensor.dtype]
             nbytes[dtype] += tensor.nbytes
             if found.setdefault(parameter.key, dtype) != dtype:
                 raise UserError(
                     f"{folder} mixes {name_of(found[parameter.key])} and {name_of(dtype)}, the latter in "
-                    f"{source.at(place)}: tensors of one kind need one precision in all layers; save them in one first"
+                    f"{source.at(index)}: tensors of one kind need one precision in all layers; save them in one first"
                 )
     ((common, _),) = nbytes.most_common(1)
     others = {key: dtype for key, dtype in found.items() if dtype != common}

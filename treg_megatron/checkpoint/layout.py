@@ -47,7 +47,7 @@ class CheckpointMetadata:
         family: architecture name, as in config.json.
         hf_config: config.json of the model, whole.
         dtype: precision of the Hugging Face weights that the model came from ("float32", "bfloat16", "float16").
-        other_dtypes: precision of the parameters that came in another, by key.
+        other_dtypes: by key, the precision of parameters where it is not ``dtype``.
         source: the Hugging Face folder that was imported.
         written_by: the program and version that wrote the checkpoint.
         run: of a training checkpoint, what made it (for the model card): step, recipe, data, metrics.

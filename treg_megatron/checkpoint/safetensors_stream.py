@@ -1,7 +1,7 @@
 """Streaming reader and writer of safetensors files, one tensor at a time.
 
-The library's own functions map whole files or hold a whole shard in memory. The format is the length of a JSON header,
-the header, then the tensors' bytes.
+The safetensors library memory-maps whole files, or holds a whole shard in memory. A file consists of the length of a
+JSON header, the header, and the tensors' bytes.
 """
 
 import json
@@ -25,10 +25,10 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
-# Tables that a model computes for itself; older folders hold them beside the weights.
+# Buffers that a model computes itself; older versions of transformers saved them with the weights.
 BUFFERS = re.compile(r"(?:^|[._])(?:inv_freq$|rotary_emb\.|attn\.(?:masked_)?bias$)")
 
-# What torch.compile, DDP, FSDP and peft put into the names of the tensors of a model that they wrap.
+# Prefixes that DDP, peft, torch.compile and FSDP add to the tensor names of a model that they wrap.
 WRAPPERS = re.compile(r"^module\.|^base_model\.model\.|(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module)\.")
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -40,7 +40,7 @@ class StoredTensor:
     """Location of a tensor in a safetensors file.
 
     Attributes:
-        dtype: the format's own code ("F32", "BF16", ...).
+        dtype: the format's code ("F32", "BF16", ...).
         start, nbytes: byte range in ``file``.
     """
 
@@ -74,13 +74,13 @@ class PlannedTensor:
 
 
 def tensors_in_folder(folder: Path) -> dict[str, StoredTensor]:
-    """The weights of a Hugging Face folder by name, from one file or several shards; buffers are left out.
+    """The weights of a Hugging Face folder by name, from one file or several shards, without buffers.
 
-    The names of a model without its head (``embed_tokens.weight``) get the ``model.`` that transformers adds.
+    Names of a model saved without its head (``embed_tokens.weight``) get the prefix ``model.``, as in transformers.
 
     Raises:
-        UserError: the folder has no safetensors weights (pickled weights are never loaded), has them twice, a shard is
-            missing, truncated or corrupt, or the model was saved inside a wrapper.
+        UserError: the folder has no safetensors weights (pickled weights are never loaded) or has them twice, a shard
+            is missing, truncated or corrupt, or the model was saved inside a wrapper.
     """
     stored = {name: tensor for name, tensor in _stored_tensors(folder).items() if not BUFFERS.search(name)}
     for name in stored:
@@ -195,10 +195,10 @@ def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
 
 
 def plan_shards(tensors: Iterable[PlannedTensor], shard_bytes: int) -> dict[str, list[PlannedTensor]]:
-    """Split tensors, in order, into files of at most ``shard_bytes`` each; a larger tensor gets a file of its own.
+    """Split tensors, in order, into files of at most ``shard_bytes``; a larger tensor gets a file to itself.
 
     Returns:
-        The tensors of each file, by Hugging Face's file names.
+        The tensors of each file by file name, as Hugging Face names them.
     """
     shards: list[list[PlannedTensor]] = []
     size = 0
@@ -222,10 +222,7 @@ def index_of(shards: dict[str, list[PlannedTensor]]) -> dict:
 
 
 class ShardWriter:
-    """Writer of one safetensors file whose tensors are known beforehand and are written in that order.
-
-    A context manager.
-    """
+    """Writer of one safetensors file, a context manager; the tensors are declared first and written in that order."""
 
     def __init__(self, path: Path, tensors: list[PlannedTensor]) -> None:
         self._remaining = list(reversed(tensors))
@@ -252,7 +249,7 @@ class ShardWriter:
             raise RuntimeError(f"{self._remaining[-1].name} was planned but not written")
 
     def write(self, name: str, pieces: Iterable[memoryview | ByteRange]) -> None:
-        """Append the next tensor's bytes, given in pieces.
+        """Append the bytes of the next tensor, in pieces.
 
         Raises:
             RuntimeError: name or size is not that of the next planned tensor.

@@ -1,4 +1,4 @@
-"""Megatron checkpoint of any parallel layout to Hugging Face folder, tensor by tensor."""
+"""Export of a Megatron checkpoint of any parallel layout as a Hugging Face folder, one parameter at a time."""
 
 import itertools
 import json
@@ -56,7 +56,7 @@ NO_OTHERS: Mapping[str, torch.dtype] = MappingProxyType({})
 
 SHARD_BYTES = 5_000_000_000  # Hugging Face's own default
 
-# What a folder needs besides weights and config.json, copied from the base model as it is.
+# Files besides weights and config.json that are copied unchanged from the base model.
 COPIED = (
     "generation_config.json",
     "tokenizer*",
@@ -79,7 +79,7 @@ COPIED = (
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: from which checkpoint, in which precision, how many bytes in how many weight files."""
+    """Result of an export: the checkpoint, the precision, and the size and number of the weight files."""
 
     checkpoint: Path
     dtype: str
@@ -99,18 +99,18 @@ def export_checkpoint(
     """Write a checkpoint as a Hugging Face folder that transformers loads.
 
     Args:
-        checkpoint: an imported or a training checkpoint, or a run's folder for its newest complete one. Of a run with
-            adapters: they are merged into the weights of ``base``.
-        base: Hugging Face folder that gives config.json, tokenizer and chat template.
+        checkpoint: an imported or a training checkpoint, or a run's folder for its newest complete one. Adapters, if
+            it has any, are merged into the weights of ``base``.
+        base: Hugging Face folder that provides config.json, tokenizer and chat template.
         output: folder to write.
-        dtype: precision of the written weights; "auto": that of the model that was imported.
-        run: what the model card tells about the run; None: what the checkpoint itself says.
-        shard_bytes: largest size of one weight file.
+        dtype: precision of the written weights; "auto" for that of the imported model.
+        run: the run that the model card describes; None for what the checkpoint records.
+        shard_bytes: maximum size of one weight file.
         progress: show a progress bar.
 
     Raises:
-        UserError: the checkpoint is unfinished, damaged or of another model than ``base``, ``output`` exists, or the
-            disk is too small. Nothing is left behind.
+        UserError: the checkpoint is unfinished, damaged or of another model than ``base``, a value does not fit into
+            ``dtype``, ``output`` exists, or the disk is too small. Nothing is left behind.
     """
     base, output = model_folder(base), Path(output)
     refuse_existing(output)
@@ -181,10 +181,10 @@ def export_adapter(checkpoint: str | Path, base: str | Path, output: str | Path)
 
 
 def check_tensors(reader: TorchDistReader, family: Family, fields: dict[str, Any], checkpoint: Path) -> None:
-    """Check keys and shapes of a checkpoint's model tensors; optimizer and other state are not looked at.
+    """Check keys and shapes of a checkpoint's model tensors; optimizer and other state are ignored.
 
     Raises:
-        UserError: a tensor is missing, has another shape, or is not part of the architecture.
+        UserError: a tensor is missing, has the wrong shape, or is not part of the architecture.
     """
     expected = set()
     for parameter in family.parameters(fields):
@@ -226,11 +226,11 @@ def planned_tensors(
 
     Args:
         dtype: precision of the tensors.
-        others: precision of the parameters (by key) that have another.
+        others: by key, the precision of parameters where it is not ``dtype``.
     """
     return [
-        PlannedTensor(source.at(place), source_shape(source, fields), others.get(parameter.key, dtype))
-        for parameter, place in in_model_order(family, fields)
+        PlannedTensor(source.at(index), source_shape(source, fields), others.get(parameter.key, dtype))
+        for parameter, index in in_model_order(family, fields)
         for source in parameter.sources
     ]
 
@@ -242,40 +242,40 @@ def exported_tensors(
     dtype: torch.dtype,
     others: Mapping[str, torch.dtype] = NO_OTHERS,
 ) -> Iterator[list[memoryview | ByteRange]]:
-    """The bytes of each Hugging Face tensor, in the precision that :func:`planned_tensors` gives it.
+    """The bytes of each tensor of :func:`planned_tensors`, in its precision.
 
-    They are in memory until the next tensor is asked for, or in the checkpoint's files.
+    They are byte ranges of the checkpoint's files, or in memory until the next tensor is requested.
 
     Raises:
-        UserError: a value is too large for its precision.
+        UserError: a value does not fit into the precision.
     """
     whole, part = ReusableBuffer(), ReusableBuffer()
-    for parameter, place in in_model_order(family, fields):
+    for parameter, index in in_model_order(family, fields):
         key = MODEL_PREFIX + parameter.key
         shapes = [source_shape(source, fields) for source in parameter.sources]
         stored_dtype = reader.tensors[key].properties.dtype
-        stretches = None
+        ranges = None
         target_dtype = others.get(parameter.key, dtype)
         if parameter.groups is None and stored_dtype == target_dtype:
             first_rows = itertools.accumulate((shape[0] for shape in shapes), initial=0)
-            stretches = [
-                reader.rows_in_files(key, place, row, shape) for row, shape in zip(first_rows, shapes, strict=False)
+            ranges = [
+                reader.rows_in_files(key, index, row, shape) for row, shape in zip(first_rows, shapes, strict=False)
             ]
-        if stretches and None not in stretches:
-            yield from stretches
+        if ranges and None not in ranges:
+            yield from ranges
             continue
         merged = whole.tensor(parameter_shape(parameter, fields), stored_dtype)
-        reader.read_into(key, merged, place)
+        reader.read_into(key, merged, index)
         layout = interleaving(parameter, fields)
-        for index, (source, shape) in enumerate(zip(parameter.sources, shapes, strict=True)):
-            view = layout.part(merged, index)
+        for i, (source, shape) in enumerate(zip(parameter.sources, shapes, strict=True)):
+            view = layout.part(merged, i)
             tensor = part.tensor(shape, target_dtype)
-            copy_within_range(tensor.view(view.shape), view, source.at(place))
+            copy_within_range(tensor.view(view.shape), view, source.at(index))
             yield [as_bytes(tensor)]
 
 
 def _with_dtype(config: dict, dtype: torch.dtype) -> dict:
-    # transformers 4.56 renamed torch_dtype; readers of either generation understand the names that the base model uses
+    # transformers 4.56 renamed torch_dtype to dtype: use the names that the base model uses
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     return config | dict.fromkeys(keys, name_of(dtype))
 

@@ -87,9 +87,9 @@ class TorchDistWriter:
         entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), chunk.shape))
         self._append(MetadataIndex(key, torch.Size(offsets)), chunk)
 
-    def write_object(self, key: str, value: Any, place: tuple[int, ...], shape: tuple[int, ...]) -> None:
-        """Write the item at ``place`` of a sharded object of ``shape`` items, e.g. one layer's FP8 state."""
-        unique_key = f"{key}/shard_{'.'.join(map(str, place))}_{'.'.join(map(str, shape))}"
+    def write_object(self, key: str, value: Any, index: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        """Write the item at ``index`` of a sharded object of ``shape`` items, e.g. one layer's FP8 state."""
+        unique_key = f"{key}/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, shape))}"
         self._metadata.state_dict_metadata[unique_key] = BytesStorageMetadata()
         self._append(MetadataIndex(unique_key), [value])
 
@@ -145,18 +145,18 @@ class TorchDistReader:
                 return f"{name} has {path.stat().st_size} bytes, at least {end} were written"
         return None if ends else "it holds no weights"
 
-    def read_into(self, key: str, target: torch.Tensor, place: tuple[int, ...] = ()) -> None:
+    def read_into(self, key: str, target: torch.Tensor, index: tuple[int, ...] = ()) -> None:
         """Read a tensor, or one layer (and expert) of a tensor that stacks them on its leading axes.
 
         Args:
             target: a contiguous CPU tensor of the stored dtype. It may have fewer rows than are stored, for a
                 vocabulary without its padding.
-            place: index on the leading axes.
+            index: of the layer (and expert), on the leading axes.
 
         Raises:
             UserError: the chunks in the checkpoint do not cover the target, or cannot be read.
         """
-        for part in self._parts(key, place, 0, tuple(target.shape)):
+        for part in self._parts(key, index, 0, tuple(target.shape)):
             path, start, rows = self._locate(part)
             piece = target[part.in_target]
             in_place = rows.shape == piece.shape and piece.is_contiguous()
@@ -167,7 +167,7 @@ class TorchDistReader:
                 piece.copy_(block[columns])
 
     def rows_in_files(
-        self, key: str, place: tuple[int, ...], first_row: int, shape: tuple[int, ...]
+        self, key: str, index: tuple[int, ...], first_row: int, shape: tuple[int, ...]
     ) -> list[ByteRange] | None:
         """Byte ranges of ``shape[0]`` rows of a tensor, in order, starting at ``first_row``.
 
@@ -177,22 +177,22 @@ class TorchDistReader:
         Raises:
             UserError: as :meth:`read_into`.
         """
-        parts = sorted(self._parts(key, place, first_row, shape), key=lambda part: part.in_target[0].start)
-        stretches = []
+        parts = sorted(self._parts(key, index, first_row, shape), key=lambda part: part.in_target[0].start)
+        ranges = []
         for part in parts:
             path, start, rows = self._locate(part)
             if rows.shape[1:] != shape[1:]:
                 return None
-            stretches.append(ByteRange(path, start, rows.nbytes))
-        return stretches
+            ranges.append(ByteRange(path, start, rows.nbytes))
+        return ranges
 
-    def _parts(self, key: str, place: tuple[int, ...], first_row: int, shape: tuple[int, ...]) -> list["_Part"]:
+    def _parts(self, key: str, index: tuple[int, ...], first_row: int, shape: tuple[int, ...]) -> list["_Part"]:
         """The chunks that overlap ``shape[0]`` whole rows of a tensor from ``first_row`` on."""
         parts = []
         for chunk in self.tensors[key].chunks:
-            if not all(o <= i < o + s for i, o, s in zip(place, chunk.offsets, chunk.sizes, strict=False)):
+            if not all(o <= i < o + s for i, o, s in zip(index, chunk.offsets, chunk.sizes, strict=False)):
                 continue
-            offsets, sizes = chunk.offsets[len(place) :], chunk.sizes[len(place) :]
+            offsets, sizes = chunk.offsets[len(index) :], chunk.sizes[len(index) :]
             offsets = (offsets[0] - first_row, *offsets[1:])
             ranges = [(max(0, o), min(n, o + s)) for o, s, n in zip(offsets, sizes, shape, strict=True)]
             if all(start < stop for start, stop in ranges):
@@ -200,7 +200,7 @@ class TorchDistReader:
                     _Part(
                         key,
                         chunk,
-                        tuple(i - o for i, o in zip(place, chunk.offsets, strict=False)),
+                        tuple(i - o for i, o in zip(index, chunk.offsets, strict=False)),
                         tuple(slice(start - o, stop - o) for (start, stop), o in zip(ranges, offsets, strict=True)),
                         tuple(slice(start, stop) for start, stop in ranges),
                     )
@@ -226,7 +226,7 @@ class TorchDistReader:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
         if not stored.is_contiguous():
             raise UserError(f"{path}: {part.key} is not stored contiguously, which is not supported")
-        where = (*part.place, part.in_chunk[0])
+        where = (*part.index, part.in_chunk[0])
         rows = stored[where]
         start = stored.untyped_storage()._checkpoint_offset + rows.storage_offset() * rows.element_size()
         return path, info.offset + start, rows
@@ -237,13 +237,13 @@ class _Part:
     """Overlap of one chunk with a rectangle that is read.
 
     Attributes:
-        place: index of the layer and expert within the chunk.
+        index: of the layer and expert within the chunk.
         in_chunk, in_target: position of the overlap in the chunk and in the rectangle.
     """
 
     key: str
     chunk: ChunkStorageMetadata
-    place: tuple[int, ...]
+    index: tuple[int, ...]
     in_chunk: tuple[slice, ...]
     in_target: tuple[slice, ...]
 

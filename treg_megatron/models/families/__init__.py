@@ -1,21 +1,21 @@
-"""One declarative parameter map per architecture: which Hugging Face tensors make up which Megatron parameter.
+"""One declarative parameter map per architecture: which Hugging Face tensors make up each Megatron parameter.
 
-A map is a table of :class:`Parameter` rows. Everything else is derived from it and from ``config.json``: the keys and
-shapes in a Megatron checkpoint, the names inside a model, the shapes that the Hugging Face folder must hold, and the
-way back. A new architecture is one file here, imported below: docs/CONVERSION.md shows a whole one.
+A map is a table of :class:`Parameter` rows. Everything else follows from it and from ``config.json``: the keys and
+shapes of a Megatron checkpoint, the parameter names of a model, the expected tensors of the Hugging Face folder, and
+the inverse conversion. A new architecture is one file here, imported below; docs/CONVERSION.md shows a complete one.
 """
 
 from typing import Any
 
 from treg_megatron.errors import UserError
 
-# each registers its architecture, in the order in which messages name them
+# each module registers its architecture; messages list them in this order
 # isort: off
 from treg_megatron.models.families import llama, mistral, qwen2, qwen3, gemma2, mixtral  # noqa: F401
 
 # isort: on
 from treg_megatron.models.families.decoder import EMBEDDING, OUTPUT_LAYER
-from treg_megatron.models.families.family import FAMILIES, Family, in_model_order, places, register
+from treg_megatron.models.families.family import FAMILIES, Family, in_model_order, register, stacked_indices
 from treg_megatron.models.families.fields import DEFAULTS, shown
 from treg_megatron.models.families.parameters import (
     HFTensor,
@@ -46,14 +46,14 @@ __all__ = [
     "model_fields",
     "name_at",
     "parameter_shape",
-    "places",
+    "stacked_indices",
     "register",
     "source_shape",
     "stacked_shape",
     "stacking",
 ]
 
-#: fields in which two config.json may differ and be of one model: neither shapes nor what is computed depend on them
+#: fields that may differ between config.json files of one model: they affect neither shapes nor the forward pass
 FREE_FIELDS = {"seq_length", "init_method_std", "attention_dropout"}
 
 
@@ -61,7 +61,7 @@ def family_of(hf_config: dict) -> Family:
     """The family of a config.json.
 
     Raises:
-        UserError: an architecture that we do not know.
+        UserError: the architecture is not supported.
     """
     names = hf_config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -77,13 +77,13 @@ def family_of(hf_config: dict) -> Family:
 
 
 def model_fields(hf_config: dict) -> dict[str, Any]:
-    """Keyword arguments of the model's NeMo config dataclass (a Megatron-core ``TransformerConfig``), JSON-able.
+    """Keyword arguments for the model's NeMo config dataclass (a Megatron-core ``TransformerConfig``), as JSON types.
 
-    ``vocab_size`` is the true, unpadded vocabulary, ``seq_length`` the longest position, ``activation`` the name of
-    the activation function: the one key that is no field of the dataclass.
+    ``vocab_size`` is the unpadded vocabulary and ``seq_length`` the maximum sequence length. ``activation``, the name
+    of the activation function, is the only key that is not a field of the dataclass.
 
     Raises:
-        UserError: an unknown architecture, an option of it that is not supported, or a value that makes no sense.
+        UserError: an unsupported architecture or option, or a value of the wrong type or out of range.
     """
     family = family_of(hf_config)
     if hf_config.get("quantization_config"):

@@ -1,4 +1,4 @@
-"""Entries of the parameter maps that several architectures share."""
+"""Parameter-map entries shared by several architectures."""
 
 from treg_megatron.models.families.parameters import HFTensor, Parameter
 
@@ -51,7 +51,7 @@ QK_NORMS = (
 
 
 def mlp_norm(hf_name: str) -> Parameter:
-    """The norm before a dense MLP; architectures disagree about its Hugging Face name."""
+    """The norm before a dense MLP, whose Hugging Face name differs between architectures."""
     return Parameter(
         "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
         (HFTensor(f"model.layers.{{layer}}.{hf_name}.weight", "hidden"),),

@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 from treg_megatron.models.families.decoder import EMBEDDING, FINAL_NORM, OUTPUT_LAYER
 from treg_megatron.models.families.parameters import Parameter, stacking
 
-# Modules of Megatron-core's own, which have no FP8 state to save.
+# Modules that are Megatron-core's own under every layer spec, and so have no FP8 state.
 WITHOUT_EXTRA_STATE = ("embedding.word_embeddings", "output_layer", "decoder.layers.{layer}.mlp.router")
 
 
 class Family(ABC):
-    """An architecture that can be converted and trained: a subclass in a file of its own, under :func:`register`.
+    """An architecture that can be converted and trained; each is a subclass in its own file, with :func:`register`.
 
     Attributes:
         architecture: the name in ``architectures`` of config.json.
-        layer: its parameters in every layer.
+        layer: the parameters of one layer, in the order of the Hugging Face folder.
         defaults: what transformers takes for keys that config.json lacks, where it is not ``fields.DEFAULTS``.
         post_layer_norms: whether the outputs of attention and MLP are normalised, as Gemma 2's are.
     """
@@ -38,7 +38,7 @@ class Family(ABC):
 
     @abstractmethod
     def nemo_classes(self, hf_config: dict[str, Any]) -> tuple[type, type]:
-        """NeMo's config dataclass, which takes the fields, and its Lightning module; imported here, when asked for."""
+        """NeMo's config dataclass, which takes the fields, and its Lightning module. Import NeMo inside the method."""
 
     def parameters(self, fields: dict[str, Any]) -> list[Parameter]:
         """All parameters of a model with these fields, in the order of its Hugging Face tensors."""
@@ -46,8 +46,7 @@ class Family(ABC):
         return [EMBEDDING, *self.layer, FINAL_NORM] + ([] if tied else [OUTPUT_LAYER])
 
     def extra_state_modules(self) -> list[str]:
-        """Modules that ask a checkpoint for ``_extra_state``: FP8 scales in Transformer Engine, nothing in the
-        torch-native specs."""
+        """Modules that load ``_extra_state`` from a checkpoint: FP8 scales in Transformer Engine, empty elsewhere."""
         owners = dict.fromkeys(p.name.rpartition(".")[0] for p in (*self.layer, FINAL_NORM))
         return [
             "decoder.layers.{layer}.self_attention.core_attention",
@@ -55,15 +54,15 @@ class Family(ABC):
         ]
 
 
-#: the supported architectures, by the name in config.json
+#: supported architectures by their name in config.json
 FAMILIES: dict[str, Family] = {}
 
 
 def register(family: type[Family]) -> type[Family]:
-    """Class decorator: support this architecture.
+    """Class decorator that adds an architecture to :data:`FAMILIES`.
 
     Raises:
-        ValueError: another family has the name.
+        ValueError: the architecture is registered already.
     """
     if family.architecture in FAMILIES:
         raise ValueError(f"{family.architecture} is registered by {type(FAMILIES[family.architecture]).__name__}")
@@ -71,16 +70,16 @@ def register(family: type[Family]) -> type[Family]:
     return family
 
 
-def places(name: str, fields: dict[str, Any]) -> list[tuple[int, ...]]:
-    """Every place (see :mod:`.parameters`) that a name with ``{layer}`` and ``{expert}`` stands for."""
+def stacked_indices(name: str, fields: dict[str, Any]) -> list[tuple[int, ...]]:
+    """Every index (see :mod:`.parameters`) that the placeholders of a name can take."""
     return list(product(*(range(fields[f]) for f in stacking(name))))
 
 
 def in_model_order(family: Family, fields: dict[str, Any]) -> Iterator[tuple[Parameter, tuple[int, ...]]]:
-    """Every parameter with its place, in the order of a transformers model: embedding, layers, the rest."""
+    """Every parameter with its index, in the order of a transformers model: embedding, layers, the rest."""
     parameters = family.parameters(fields)
     first, last = parameters.index(family.layer[0]), parameters.index(family.layer[-1])
     yield from ((p, ()) for p in parameters[:first])
     for layer in range(fields["num_layers"]):
-        yield from ((p, place) for p in family.layer for place in places(p.name, fields) if place[0] == layer)
+        yield from ((p, index) for p in family.layer for index in stacked_indices(p.name, fields) if index[0] == layer)
     yield from ((p, ()) for p in parameters[last + 1 :])

@@ -1,4 +1,4 @@
-"""Gemma 2: norms also after attention and MLP, soft-capped scores and logits, a sliding window in every other layer."""
+"""Gemma 2: norms after attention and MLP too, soft-capped scores and logits, sliding windows in every other layer."""
 
 from typing import Any
 

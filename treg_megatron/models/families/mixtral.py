@@ -1,4 +1,4 @@
-"""Mixtral: Mistral's attention, and experts for an MLP."""
+"""Mixtral: Mistral's attention, and a mixture of experts instead of the MLP."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from treg_megatron.models.families.parameters import HFTensor, Parameter
 EXPERTS = "model.layers.{layer}.block_sparse_moe"
 
 MOE = (
-    # before experts Megatron has no fused norm: it keeps this module, and its name as the key, under every spec
+    # Megatron never fuses the norm before experts: module and checkpoint key have this name under every layer spec
     Parameter(
         "decoder.layers.{layer}.pre_mlp_layernorm.weight",
         (HFTensor("model.layers.{layer}.post_attention_layernorm.weight", "hidden"),),

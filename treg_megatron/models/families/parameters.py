@@ -1,11 +1,11 @@
-"""Which Hugging Face tensors make up which Megatron parameter, and how they lie in it.
+"""Which Hugging Face tensors make up each Megatron parameter, and how they are laid out in it.
 
-Megatron stores the tensors of a parameter in one tensor, one after another along axis 0 (``linear_fc1``: all of gate,
-then all of up), or interleaved by query group (``linear_qkv``: the query heads of a group, its key head, its value
-head, then the next group), so that a tensor-parallel rank's part is a plain slice. Both are :class:`Interleaving`.
+Megatron fuses several Hugging Face tensors into one parameter. They are concatenated along axis 0 (``linear_fc1``:
+gate, then up) or interleaved by query group (``linear_qkv``: a group's query heads, its key head, its value head, then
+the next group), so that each tensor-parallel rank holds a contiguous slice. :class:`Interleaving` covers both.
 
-All layers of a parameter share one checkpoint tensor, layers on axis 0, and its experts on axis 1. A *place* is the
-position of one parameter on those axes: ``()``, ``(layer,)`` or ``(layer, expert)``.
+A checkpoint stacks a parameter's layers on axis 0 and its experts on axis 1 of one tensor. ``index`` is the index of a
+single layer or expert on those axes: ``()``, ``(layer,)`` or ``(layer, expert)``.
 """
 
 from dataclasses import dataclass
@@ -13,38 +13,37 @@ from typing import Any
 
 import torch
 
-# What a name may leave open, and the model field that counts it, in the order of the checkpoint's axes.
+# Placeholders in a name and the model field that counts each, in the order of the checkpoint's axes.
 STACKED = {"layer": "num_layers", "expert": "num_moe_experts"}
 
 
-def name_at(name: str, place: tuple[int, ...]) -> str:
+def name_at(name: str, index: tuple[int, ...]) -> str:
     """``name`` with ``{layer}`` and ``{expert}`` filled in."""
-    return name.format(**dict(zip(STACKED, place, strict=False)))
+    return name.format(**dict(zip(STACKED, index, strict=False)))
 
 
 @dataclass(frozen=True)
 class HFTensor:
-    """A Hugging Face tensor: its name, ``{layer}`` and ``{expert}`` standing for numbers, and the names of its
-    dimensions."""
+    """A Hugging Face tensor: its name, with placeholders ``{layer}`` and ``{expert}``, and its dimensions by name."""
 
     name: str
     dims: str
 
-    def at(self, place: tuple[int, ...]) -> str:
-        """Its name in one layer, of one expert."""
-        return name_at(self.name, place)
+    def at(self, index: tuple[int, ...]) -> str:
+        """The tensor's name in one layer, for one expert."""
+        return name_at(self.name, index)
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A Megatron parameter and the Hugging Face tensors that it holds.
+    """A Megatron parameter and the Hugging Face tensors fused into it.
 
     Attributes:
-        name: parameter name under Transformer Engine's layer spec, ``{layer}`` and ``{expert}`` standing for numbers.
-            The checkpoint key leaves those numbers out, and is the same whatever the spec.
-        sources: the tensors, in the order in which Megatron stores them.
-        groups: the model field that counts the groups by which the sources interleave along axis 0; None: no
-            interleaving.
+        name: parameter name under Transformer Engine's layer spec, with placeholders ``{layer}`` and ``{expert}``.
+            The checkpoint key omits both, and is the same for every layer spec.
+        sources: the Hugging Face tensors, in the order in which Megatron stores them.
+        groups: the model field that gives the number of groups by which the sources are interleaved along axis 0; None
+            if they are concatenated.
         local_name: parameter name under a torch-native layer spec, where it differs.
     """
 
@@ -55,7 +54,7 @@ class Parameter:
 
     @property
     def stacking(self) -> tuple[str, ...]:
-        """The model fields that count the leading axes of its checkpoint tensor: layers, then experts."""
+        """The model fields that give the sizes of the checkpoint tensor's leading axes: layers, then experts."""
         return stacking(self.name)
 
     @property
@@ -65,37 +64,37 @@ class Parameter:
 
 
 def stacking(name: str) -> tuple[str, ...]:
-    """The model fields that count what a name leaves open, in the order of the checkpoint's axes."""
+    """The model fields that count a name's placeholders, in the order of the checkpoint's axes."""
     return tuple(field for what, field in STACKED.items() if f"{{{what}}}" in name)
 
 
 def checkpoint_key(name: str) -> str:
-    """Key in a Megatron-core checkpoint of the parameter or module ``name``."""
+    """The key of the parameter or module ``name`` in a Megatron-core checkpoint."""
     return name.replace(".{layer}", "").replace("local_experts.{expert}", "experts")
 
 
 class Interleaving:
-    """The exact, invertible layout of several tensors in one: by group along axis 0, in order within a group.
+    """Invertible layout of several tensors in one: split into groups along axis 0 and concatenated group by group.
 
     ``groups=1`` is plain concatenation.
     """
 
     def __init__(self, groups: int, rows: list[int]):
-        """``rows``: how many rows (axis 0) each tensor has; each is a multiple of ``groups``."""
+        """``rows``: number of rows (axis 0) of each tensor, each a multiple of ``groups``."""
         self.groups = groups
         self.rows_per_group = [r // groups for r in rows]
 
     def part(self, merged: torch.Tensor, index: int) -> torch.Tensor:
         """The view [groups, rows / groups, ...] of ``merged`` ([sum of rows, ...]) that holds tensor ``index``.
 
-        Copy into it to merge, read it to split.
+        Copy into the view to merge, read from it to split.
         """
         grouped = merged.view(self.groups, sum(self.rows_per_group), *merged.shape[1:])
         return grouped.narrow(1, sum(self.rows_per_group[:index]), self.rows_per_group[index])
 
 
 def interleaving(parameter: Parameter, fields: dict[str, Any]) -> Interleaving:
-    """How the sources of ``parameter`` lie in it, for a model with these fields."""
+    """The layout of the sources of ``parameter`` in a model with these fields."""
     groups = fields[parameter.groups] if parameter.groups else 1
     return Interleaving(groups, [source_shape(s, fields)[0] for s in parameter.sources])
 
@@ -115,7 +114,7 @@ def source_shape(tensor: HFTensor, fields: dict[str, Any]) -> tuple[int, ...]:
 
 
 def parameter_shape(parameter: Parameter, fields: dict[str, Any]) -> tuple[int, ...]:
-    """Shape of the Megatron parameter (unpadded vocabulary) at one place in a model with these fields."""
+    """Shape of the Megatron parameter (unpadded vocabulary) of one layer and expert in a model with these fields."""
     shapes = [source_shape(s, fields) for s in parameter.sources]
     return (sum(s[0] for s in shapes), *shapes[0][1:])
 

@@ -24,7 +24,7 @@ QWEN_DEFAULTS = {
 
 
 def qwen_window_fields(hf_config: dict, layers: int) -> dict[str, Any]:
-    """Qwen's sliding window, off in every published model: the layers from ``max_window_layers`` on."""
+    """Qwen's sliding window, in the layers from ``max_window_layers`` on; no published model turns it on."""
     window = optional_size(hf_config, "sliding_window") if switch(hf_config, "use_sliding_window") else None
     first = size(hf_config, "max_window_layers", least=0) if window else layers
     sliding = sliding_layers(hf_config, [layer >= first for layer in range(layers)])
