@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from treg_megatron.checkpoint.buffers import ByteRange, OutputFile, read_into, read_pieces
+from treg_megatron.checkpoint.buffers import PIECE_BYTES, ByteRange, OutputFile, read_into
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.model_folder import existing_folder
 from treg_megatron.utils.files import read_json
@@ -187,11 +187,16 @@ def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
     """Whether two tensors are the same bit for bit; reads them piece by piece."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    pieces = zip(
-        *(read_pieces(ByteRange(tensor.file, tensor.start, tensor.nbytes)) for tensor in (a, b)),
-        strict=True,
-    )
-    return all(piece == other for piece, other in pieces)
+    with open(a.file, "rb") as ours, open(b.file, "rb") as theirs:
+        ours.seek(a.start)
+        theirs.seek(b.start)
+        remaining = a.nbytes
+        while remaining:
+            piece = ours.read(min(PIECE_BYTES, remaining))
+            if not piece or piece != theirs.read(len(piece)):
+                return False
+            remaining -= len(piece)
+    return True
 
 
 def plan_shards(tensors: Iterable[PlannedTensor], shard_bytes: int) -> dict[str, list[PlannedTensor]]:
