@@ -161,3 +161,16 @@ def test_fp8_weights_without_a_quantization_config_are_named(tmp_path):
     scale = {name + "_scale_inv": torch.ones(1)}
     rewritten(hf, read_tensors(hf) | {name: read_tensors(hf)[name].to(torch.float8_e4m3fn)} | scale)
     refused(hf, f"has F8_E4M3 weights \\({name}\\).*before it was quantized")
+
+
+def test_a_missing_head_names_the_key_that_may_be_wrong(tmp_path):
+    hf = hf_folder(tmp_path / "hf", CONFIG | {"tie_word_embeddings": True})
+    (hf / "config.json").write_text(json.dumps(CONFIG))
+    refused(hf, f"lacks tensor {HEAD}.*; if the embeddings are tied, set tie_word_embeddings to true")
+
+
+def test_an_adapter_has_no_weights_to_compare(tmp_path):
+    hf = hf_folder(tmp_path / "hf")
+    (hf / "model.safetensors").rename(hf / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="holds an adapter"):
+        compare(hf, hf)

@@ -156,7 +156,9 @@ def model_tensors(
     }
     for name, shape in expected.items():
         if name not in stored:
-            raise UserError(f"{folder} lacks tensor {name}, which its config.json calls for")
+            tied = name == OUTPUT_LAYER.sources[0].name
+            hint = "; if the embeddings are tied, set tie_word_embeddings to true" if tied else ""
+            raise UserError(f"{folder} lacks tensor {name}, which its config.json calls for{hint}")
         if stored[name].shape != shape:
             raise UserError(f"{folder}: {name} has shape {list(stored[name].shape)}, config.json says {list(shape)}")
         if stored[name].dtype not in DTYPES:

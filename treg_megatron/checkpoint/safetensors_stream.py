@@ -131,6 +131,8 @@ def _tensors_of_index(index: Path) -> dict[str, StoredTensor]:
 def _why_no_weights(folder: Path) -> str:
     if shards := _weight_files(folder):
         return f"{folder} has {shards[0].name}, but no {INDEX_FILE} that names it; download it again"
+    if (folder / "adapter_model.safetensors").exists():
+        return f"{folder} holds an adapter (adapter_model.safetensors), not a model: merge it into its base model first"
     pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if pickled:
         return (

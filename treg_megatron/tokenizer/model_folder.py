@@ -60,8 +60,8 @@ def require_embeddings(tokens: int, vocabulary: int, folder: str | Path) -> None
     """
     if tokens > vocabulary:
         raise UserError(
-            f"the tokenizer of {folder} has {tokens} tokens, but its model embeds only {vocabulary}: "
-            "they do not belong together"
+            f"the tokenizer of {folder} has {tokens} tokens, but its model embeds only {vocabulary}: use the model's "
+            "own tokenizer, or resize the model's embeddings"
         )
 
 
