@@ -101,6 +101,9 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused_by_every_step(crow
         ("tokenizer_config.json", {"model_max_length": 4096, "added_tokens_decoder": {"9": {}, "2": {}}}, 10),
         ("added_tokens.json", {"[PAD]": 32000}, 32001),
         ("vocab.json", {"a": 0, "b": 1}, 2),
+        ("tokenizer.json", {"model": {"vocab": 5}, "added_tokens": 7}, 0),
+        ("tokenizer.json", {"model": [], "added_tokens": [3, {"id": "x"}]}, 0),
+        ("tokenizer_config.json", {"added_tokens_decoder": [{}]}, 0),
     ],
 )
 def test_the_ids_of_a_tokenizer_are_counted_without_loading_it(tmp_path, name, content, tokens):

@@ -174,3 +174,31 @@ def test_an_adapter_has_no_weights_to_compare(tmp_path):
     (hf / "model.safetensors").rename(hf / "adapter_model.safetensors")
     with pytest.raises(UserError, match="holds an adapter"):
         compare(hf, hf)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": ["BF16"]},
+        {"dtype": None},
+        {"shape": ["32"]},
+        {"shape": [-32]},
+        {"shape": 32},
+        {"shape": None},
+        {"data_offsets": []},
+        {"data_offsets": [64, 0]},
+        {"data_offsets": [0, "64"]},
+        {"data_offsets": [0, None]},
+        {"data_offsets": [0, 10**30]},
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused(tmp_path, change):
+    hf = hf_folder(tmp_path / "hf")
+    path = hf / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["model.norm.weight"] |= change
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    refused(hf, "model.safetensors is (not a safetensors file|truncated|corrupt)")

@@ -173,7 +173,12 @@ def tensors_in_file(path: Path) -> dict[str, StoredTensor]:
                 for name, entry in header.items()
                 if name != "__metadata__"
             }
-        except (ValueError, KeyError, TypeError, AttributeError):
+            for tensor in tensors.values():
+                if not isinstance(tensor.dtype, str) or not all(
+                    isinstance(number, int) and number >= 0 for number in (*tensor.shape, tensor.start, tensor.nbytes)
+                ):
+                    raise ValueError
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path} is not a safetensors file (bad header); download it again") from None
     end = max((t.start + t.nbytes for t in tensors.values()), default=start)
     if end > size:

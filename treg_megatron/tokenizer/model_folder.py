@@ -87,12 +87,17 @@ def _ids(name: str, content: dict[str, Any]) -> list[int]:
     """The ids in a JSON file of a tokenizer; none where its layout is not the usual one."""
     ids: list[Any] = []
     if name == "tokenizer.json":
-        model, added = content.get("model"), content.get("added_tokens")
-        vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary or ()))  # a list: Unigram
-        ids += (token.get("id") for token in added or () if isinstance(token, dict))
+        model = _dict(content.get("model"))
+        unigram, added = model.get("vocab"), content.get("added_tokens")
+        ids += _dict(model.get("vocab")).values()
+        ids += range(len(unigram)) if isinstance(unigram, list) else ()
+        ids += (_dict(token).get("id") for token in added) if isinstance(added, list) else ()
     elif name == "tokenizer_config.json":
-        ids += (int(token) for token in content.get("added_tokens_decoder") or () if token.isdecimal())
+        ids += (int(token) for token in _dict(content.get("added_tokens_decoder")) if token.isdecimal())
     else:
         ids += content.values()
     return [token for token in ids if isinstance(token, int)]
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
