@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import megatron_model
-from tests.support.checkpoints import assert_same_tensors, config_of
+from tests.support.checkpoints import assert_same_tensors, certify, config_of
 from tests.support.forked import run_ranks
 from tests.support.tiny import tiny_llama
 from treg_megatron.checkpoint.from_hf import import_checkpoint
-from treg_megatron.checkpoint.layout import read_metadata, write_metadata
+from treg_megatron.checkpoint.layout import read_metadata
 from treg_megatron.checkpoint.to_hf import export_checkpoint
 from treg_megatron.models.families import family_of, model_fields
 
@@ -49,7 +49,7 @@ def test_export_of_what_megatron_saved_is_the_original_bit_for_bit(imported, tmp
     hf, checkpoint = imported
     (tmp_path / "trained" / "weights").mkdir(parents=True)
     run_ranks(tensor * pipeline, load_and_save, config_of(hf), checkpoint, tmp_path / "trained", tensor, pipeline)
-    write_metadata(tmp_path / "trained", read_metadata(checkpoint))
+    certify(tmp_path / "trained", read_metadata(checkpoint))
     export_checkpoint(tmp_path / "trained", hf, tmp_path / "exported")
     assert_same_tensors(tmp_path / "exported", hf)
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tests.support import megatron_model, policy_ranks
-from tests.support.checkpoints import assert_same_tensors, config_of
+from tests.support.checkpoints import assert_same_tensors, certify, config_of
 from tests.support.forked import run_ranks
 from tests.support.policy_ranks import LAYOUTS, Layout
 from tests.support.tiny_families import SPECIAL, VOCAB, tiny_family, transformers_logprobs
 from treg_megatron.checkpoint.from_hf import import_checkpoint
-from treg_megatron.checkpoint.layout import read_metadata, write_metadata
+from treg_megatron.checkpoint.layout import read_metadata
 from treg_megatron.checkpoint.to_hf import export_checkpoint
 from treg_megatron.models.families import family_of, model_fields, name_at, stacked_indices
 
@@ -67,7 +67,7 @@ def test_export_of_what_megatron_saved_is_the_original_bit_for_bit(imported, tmp
     hf, checkpoint = imported(family, False)
     (tmp_path / "saved" / "weights").mkdir(parents=True)
     run_ranks(LAYOUTS[layout].ranks, load_and_save, checkpoint, LAYOUTS[layout], tmp_path / "saved")
-    write_metadata(tmp_path / "saved", read_metadata(checkpoint))
+    certify(tmp_path / "saved", read_metadata(checkpoint))
     export_checkpoint(tmp_path / "saved", hf, tmp_path / "hf")
     assert_same_tensors(tmp_path / "hf", hf)
 
