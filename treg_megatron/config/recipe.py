@@ -120,9 +120,8 @@ def trace_recipe(path: str | Path | RecordedRecipe, overrides: Sequence[str] = (
     sources: dict[str, str] = {}
     for where, values in _with_defaults(path):
         _merge(config, values, _short(where), sources)
-    absent = [name for name in SECTIONS if OmegaConf.is_missing(config, name)]
-    if absent:
-        raise UserError(f"recipe {_short(where)} has no section {absent[0]}: begin it with `defaults: base.yaml`")
+    if all(OmegaConf.is_missing(config, name) for name in SECTIONS):
+        raise UserError(f"recipe {_short(where)} has no sections; does it lack `defaults: base.yaml`?")
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r} is not of the form section.key=value")
@@ -139,6 +138,8 @@ def described(config: DictConfig, sources: dict[str, str]) -> str:
     """The whole recipe as YAML that can be launched as it is, each line with where its value comes from."""
     lines = []
     for name in config:
+        if name in SECTIONS and OmegaConf.is_missing(config, name):
+            continue
         if name in SECTIONS:
             node = config[name]
             lines += ["", f"{name}:", *(_described(node, k, f"{name}.{k}", sources, "  ") for k in node)]
@@ -153,6 +154,8 @@ def section(recipe: DictConfig, name: str) -> Any:
     Raises:
         UserError: a key of the section is still ``???``, or a value is not among the key's choices.
     """
+    if OmegaConf.is_missing(recipe, name):
+        raise UserError(f"recipe {recipe.get('name', '?')} has no section {name}; does it lack `defaults: base.yaml`?")
     node = recipe[name]
     missing = [k for k in node if OmegaConf.is_missing(node, k)]
     if missing:
