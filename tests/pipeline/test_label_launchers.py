@@ -67,8 +67,8 @@ def test_under_srun(tiny_hf, folder, alone):
             | {
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": str(ROOT),
-                "SLURM_NNODES": "1",
-                "SLURM_NTASKS": "2",
+                "SLURM_STEP_NUM_NODES": "1",
+                "SLURM_STEP_NUM_TASKS": "2",
                 "SLURM_PROCID": str(rank),
                 "SLURM_LOCALID": str(rank),
             },

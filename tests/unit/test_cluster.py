@@ -12,18 +12,33 @@ import pytest
 from treg_megatron.checkpoint.layout import CheckpointMetadata, damage, fingerprints, newest_checkpoint, write_metadata
 from treg_megatron.config.recipe import described, trace_recipe, value
 from treg_megatron.data.sampler import recorded_pairs
-from treg_megatron.distributed.launch import RankInfo, rank_info
+from treg_megatron.distributed.launch import MPI, RankInfo, rank_info, require_single_process, was_launched
 from treg_megatron.errors import UserError
 from treg_megatron.preflight.nodes import verdict
 
 ROOT = Path(__file__).resolve().parents[2]
-SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NNODES": "2"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2"}
+BATCH_STEP = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_NNODES": "2"}
+ADDRESS = {"MASTER_ADDR": "node1", "MASTER_PORT": "20000"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+JSRUN = {name.replace("OMPI_COMM_WORLD", "JSM_NAMESPACE"): number for name, number in OPEN_MPI.items()}
+HYDRA = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+PALS = {"PALS_RANKID": "5", "PMI_SIZE": "8", "PALS_LOCAL_RANKID": "1", "PMI_LOCAL_SIZE": "4"}
+PLAIN = {"RANK": "5", "WORLD_SIZE": "8"}
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """Function that sets a launcher's variables, after removing those of any other launcher."""
-    for name in [n for n in os.environ if n.startswith(("SLURM_", "TORCHELASTIC"))] + ["LOCAL_WORLD_SIZE", "RANK"]:
+    others = [name for launcher in MPI for names in launcher[1:] for name in names]
+    for name in [n for n in os.environ if n.startswith(("SLURM_", "TORCHELASTIC"))] + others:
+        monkeypatch.delenv(name, raising=False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     return lambda **variables: [monkeypatch.setenv(name, text) for name, text in variables.items()]
 
@@ -38,9 +53,50 @@ def test_ranks_without_a_launcher(launched):
 
 
 def test_uneven_nodes_are_refused(launched):
-    launched(**SLURM | {"SLURM_NTASKS": "7"})
+    launched(**SLURM | {"SLURM_STEP_NUM_TASKS": "7"})
     with pytest.raises(UserError, match="7 processes do not divide evenly"):
         rank_info()
+
+
+@pytest.mark.parametrize("variables", [OPEN_MPI, JSRUN, HYDRA, PALS, PLAIN | {"LOCAL_RANK": "1"}])
+def test_every_launcher_is_understood_or_refused(variables, launched):
+    """Never rank 0 of 1 for each of its processes."""
+    launched(**variables)
+    assert was_launched()
+    with pytest.raises(UserError, match="started 8 processes that do not know each other: set MASTER_ADDR and MASTER"):
+        rank_info()
+    with pytest.raises(UserError, match="treg export is a single process, and .* started 8: start one"):
+        require_single_process("treg export")
+    launched(**ADDRESS, **({"LOCAL_WORLD_SIZE": "4"} if "RANK" in variables else {}))
+    assert rank_info() == RankInfo(5, 8, 1, 4)
+    launched(**BATCH_STEP | {"SLURM_STEP_NUM_TASKS": "2"})  # mpirun's daemons, one per node, were started by srun
+    assert rank_info() == RankInfo(5, 8, 1, 4)
+
+
+def test_pods_of_one_process_each(launched):
+    launched(**PLAIN, **ADDRESS)
+    assert rank_info() == RankInfo(5, 8, 0, 1)
+
+
+def test_srun_with_pmi(launched):
+    launched(**SLURM, PMI_RANK="5", PMI_SIZE="8")
+    assert rank_info() == RankInfo(5, 8, 1, 4)
+
+
+def test_a_batch_script_is_a_single_process(launched):
+    """Slurm tells it, too, how many tasks the job has."""
+    launched(**BATCH_STEP)
+    assert rank_info() == RankInfo(0, 1, 0, 1) and not was_launched()
+    require_single_process("treg import")
+
+
+def test_a_tool_started_by_srun_as_several_refuses_once(tmp_path):
+    command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", "import", "--hf", "a", "--checkpoint", "b"]
+    variables = SLURM | {"SLURM_PROCID": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=os.environ | variables, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == (
+        "error: convert_checkpoint.py import is a single process, and srun started 8: start one (srun --ntasks=1)\n"
+    )
 
 
 def node(name: str, **differs) -> dict:

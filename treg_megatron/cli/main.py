@@ -9,14 +9,19 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from treg_megatron.distributed.launch import require_single_process
 from treg_megatron.utils import entry
 
 
 class Command(NamedTuple):
-    """A subcommand: the module that has its ``parser`` and ``run``, and its line in ``treg --help``."""
+    """A subcommand: the module that has its ``parser`` and ``run``, and its line in ``treg --help``.
+
+    ``ranks``: whether a launcher may start several processes of it, which share the work.
+    """
 
     module: str
     help: str
+    ranks: bool = False
 
 
 COMMANDS = {
@@ -25,14 +30,14 @@ COMMANDS = {
     "sample": Command("sample", "sample responses to prompts from a model"),
     "rank": Command("rank", "make preference pairs of sampled responses: the best against the worst"),
     "import": Command("import_model", "Hugging Face folder to Megatron checkpoint"),
-    "label": Command("label", "preference pairs to labelled pairs: token rewards and reference log-probs"),
+    "label": Command("label", "preference pairs to labelled pairs: token rewards and reference log-probs", ranks=True),
     "import-rewards": Command("import_rewards", "pairs with token rewards of your own to labelled pairs"),
     "show": Command("show", "look at token rewards: a page for the browser, or text"),
     "index": Command("index", "labelled pairs to aligned Megatron indexed datasets"),
     "datasets": Command("datasets", "look at aligned datasets, verify, merge or split them"),
     "preflight": Command("preflight", "check whether a recipe fits a cluster, without a GPU"),
-    "check-nodes": Command("check_nodes", "check the nodes of a job before it starts"),
-    "train": Command("train", "train: starts torchrun unless a launcher did"),
+    "check-nodes": Command("check_nodes", "check the nodes of a job before it starts", ranks=True),
+    "train": Command("train", "train: starts torchrun unless a launcher did", ranks=True),
     "export": Command("export", "Megatron checkpoint to Hugging Face folder"),
     "verify": Command("verify", "compare two models bit for bit, and their log-probs"),
     "completion": Command("completion", "print a completion script for bash, zsh or tcsh"),
@@ -114,4 +119,7 @@ def _main() -> None:
 
 def _run(name: str, argv: list[str], prog: str) -> None:
     module = load(name)
-    module.run(module.parser(prog).parse_args(argv))
+    arguments = module.parser(prog).parse_args(argv)
+    if not COMMANDS[name].ranks:
+        require_single_process(prog)
+    module.run(arguments)

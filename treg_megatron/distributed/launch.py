@@ -1,11 +1,11 @@
-"""Ranks started by torchrun or srun: this process's rank, the world size, and the process group."""
+"""Ranks started by torchrun, srun or MPI: this process's rank, the world size, and the process group."""
 
 import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from treg_megatron.errors import UserError
 
@@ -31,37 +31,112 @@ class RankInfo:
         return self.size // self.local_size
 
 
+class Launcher(NamedTuple):
+    """Environment variables of a launcher; of several names, the first that is set counts."""
+
+    name: str
+    rank: tuple[str, ...]
+    size: tuple[str, ...]
+    local_rank: tuple[str, ...]
+    local_size: tuple[str, ...]
+
+    @property
+    def started(self) -> int:
+        """Number of processes that it started."""
+        return _number(self.size) or 1
+
+
+TORCHRUN = Launcher("torchrun", ("RANK",), ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE",))
+PLAIN = TORCHRUN._replace(name="a launcher with RANK and WORLD_SIZE")  # Kubeflow without torchrun
+# a job's batch script has SLURM_NTASKS, too: only the tasks of a step were started by srun
+SRUN = Launcher("srun", ("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS",), ("SLURM_LOCALID",), ())
+MPI = (
+    Launcher(
+        "Open MPI",
+        ("OMPI_COMM_WORLD_RANK",),
+        ("OMPI_COMM_WORLD_SIZE",),
+        ("OMPI_COMM_WORLD_LOCAL_RANK",),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    Launcher(
+        "jsrun",
+        ("JSM_NAMESPACE_RANK",),
+        ("JSM_NAMESPACE_SIZE",),
+        ("JSM_NAMESPACE_LOCAL_RANK",),
+        ("JSM_NAMESPACE_LOCAL_SIZE",),
+    ),
+    Launcher(
+        "an MPI launcher",  # MPICH, Intel MPI, Cray PALS
+        ("PMI_RANK", "PALS_RANKID"),
+        ("PMI_SIZE",),
+        ("PMI_LOCAL_RANK", "PALS_LOCAL_RANKID", "MPI_LOCALRANKID"),
+        ("PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE", "MPI_LOCALNRANKS"),
+    ),
+)
+
+
 def was_launched() -> bool:
-    """Whether torchrun, or srun with several tasks, started this process."""
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
-    return under_torchrun or _under_srun()
+    """Whether torchrun, or another launcher of several processes, started this process."""
+    return _launcher() is not None
 
 
-def _under_srun() -> bool:
-    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+def require_single_process(what: str) -> None:
+    """Refuse to run ``what`` as several processes, which would all do the same and write the same files.
+
+    Raises:
+        UserError: a launcher started several.
+    """
+    launcher = _launcher()
+    if launcher and launcher.started > 1:
+        raise UserError(
+            f"{what} is a single process, and {launcher.name} started {launcher.started}: start one (srun --ntasks=1)"
+        )
 
 
 def rank_info() -> RankInfo:
     """The ranks of the job, from the launcher's environment variables.
 
     Raises:
-        UserError: nodes have different numbers of processes.
+        UserError: nodes have different numbers of processes, or the launcher does not say what ranks must know.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_WORLD_SIZE" in os.environ:  # torchrun
-        rank, size, local_rank, local_size = (
-            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        )
-        uneven = size % local_size
-    elif _under_srun():
-        rank, size, local_rank, nodes = (
-            int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NNODES")
-        )
+    launcher = _launcher()
+    if launcher is None:
+        return RankInfo(0, 1, 0, 1)
+    size, rank, local_rank, local_size = (
+        _number(names) for names in (launcher.size, launcher.rank, launcher.local_rank, launcher.local_size)
+    )
+    if launcher is SRUN:
+        nodes = int(os.environ["SLURM_STEP_NUM_NODES"])
         local_size, uneven = size // nodes, size % nodes
     else:
-        return RankInfo(0, 1, 0, 1)
+        if launcher is PLAIN and local_rank is None and local_size is None:
+            local_rank, local_size = 0, 1  # each in a pod of its own
+        has_address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+        if None in (rank, local_rank, local_size) or not (launcher is TORCHRUN or has_address):
+            raise UserError(
+                f"{launcher.name} started {size} processes that do not know each other: set MASTER_ADDR and "
+                "MASTER_PORT (of rank 0) for all and RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE for each, or use "
+                "torchrun or srun"
+            )
+        uneven = size % local_size
     if uneven:
         raise UserError(f"{size} processes do not divide evenly over their nodes: start the same number on every node")
     return RankInfo(rank, size, local_rank, local_size)
+
+
+def _launcher() -> Launcher | None:
+    """What started this process as one of several; torchrun also with one."""
+    if "TORCHELASTIC_RUN_ID" in os.environ or all(os.environ.get(names[0]) for names in TORCHRUN[1:]):
+        return TORCHRUN
+    # mpirun may start its daemons with srun; srun --mpi=pmi2 sets PMI_SIZE
+    for launcher in MPI:
+        if launcher.started > 1 and launcher.started != SRUN.started:
+            return launcher
+    return next((launcher for launcher in (SRUN, PLAIN) if launcher.started > 1), None)
+
+
+def _number(names: tuple[str, ...]) -> int | None:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name)), None)
 
 
 def node_name() -> str:

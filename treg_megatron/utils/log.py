@@ -36,6 +36,9 @@ NEMO = "nemo_logger"
 #: warnings that only the developers of a library can act on
 WARNS = ("megatron", "nemo", "lightning", "torch", "transformers", "modelopt", "numpy", "pydantic", "hydra", "zarr")
 
+#: a process's rank, as launchers name it: see distributed.launch
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID")
+
 
 def configure_logging() -> None:
     """Show this package's log lines of rank 0, and silence the libraries; call before importing torch. Idempotent."""
@@ -63,8 +66,8 @@ def configure_logging() -> None:
 
 
 def rank_of_environment() -> int:
-    """This process's rank, as set by torchrun or srun; 0 without either."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    """This process's rank, as set by its launcher; 0 without one."""
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if os.environ.get(name)), 0)
 
 
 def is_verbose() -> bool:
