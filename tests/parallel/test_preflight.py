@@ -81,6 +81,18 @@ def test_a_recipe_with_adapters_fits_and_trains_only_them(name, full):
     assert total - adapters == PUBLISHED[full]
 
 
+@pytest.mark.parametrize(
+    "bandwidth, said",
+    [
+        (10, r"time limit: Slurm's signal 600 s before it leaves time to finish a step and save it\n"),
+        (0.2, r"time limit: Slurm's signal 600 s before it is TOO LATE .*: submit with SBATCH_SIGNAL=USR1@1\d\d0\n"),
+    ],
+)
+def test_a_save_fits_between_the_signal_and_the_time_limit_or_not(bandwidth, said):
+    """112 GB of the 8B model: 11 s, or 562 s."""
+    assert re.search(said, preflight("llama3_8b", f"cluster.storage_bandwidth={bandwidth}").printed)
+
+
 def test_tiny_runs_with_any_model(tied_run):
     done = preflight("tiny", *tied_run.overrides)
     assert done.code == 0

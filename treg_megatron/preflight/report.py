@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from treg_megatron.preflight import costs
 from treg_megatron.preflight.plan import Plan, Sections
+from treg_megatron.utils.signals import SIGNAL_SECONDS, advised_seconds, seconds_before_time_limit
 
 GB = 1e9
 COLUMNS = {
@@ -109,6 +110,12 @@ def _other_steps(plan: Plan, pairs: int | None) -> Iterator[str]:
     yield (
         f"checkpoint: {saved.nbytes / GB:,.1f} GB every {train.save_every} steps, {saved.seconds:.3g} s at "
         f"{cluster.storage_bandwidth:g} GB/s; {train.save_total_limit} kept"
+    )
+    before, advised = seconds_before_time_limit() or SIGNAL_SECONDS, advised_seconds(saved.seconds + plan.step_seconds)
+    yield f"time limit: Slurm's signal {before} s before it " + (
+        "leaves time to finish a step and save it"
+        if advised <= before
+        else f"is TOO LATE to be sure of a step and its save: submit with SBATCH_SIGNAL=USR1@{advised}"
     )
     count = pairs or 10_000
     needs = costs.label_memory(plan.trainable + plan.frozen, label, plan.fields) / GB

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from treg_megatron.errors import EXIT_BAD_INPUT, UserError
 from treg_megatron.utils.log import configure_logging, is_verbose, rank_of_environment
+from treg_megatron.utils.signals import end_on_signal
 
 _OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 RANK_ZERO_SECONDS = 20  # how long other ranks wait for rank 0 to report an error before they report it
@@ -21,6 +22,7 @@ def run(main: Callable[[], None]) -> None:
     That is a :class:`UserError`, and an OSError about a file, or from a disk that is full or fails. Any other exception
     is a bug, and keeps its traceback; with ``--verbose`` all do.
     """
+    end_on_signal()
     if "--verbose" in sys.argv:  # read here, before the import of anything that logs
         os.environ["TREG_VERBOSE"] = "1"
     configure_logging()
@@ -60,5 +62,6 @@ def _leave_it_to_rank_zero() -> None:
     Most errors occur on every rank, and one line is enough. When rank 0 ends, the launcher terminates the others: they
     exit with the same code as rank 0, or the launcher would report that they were killed.
     """
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_BAD_INPUT))
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os._exit(EXIT_BAD_INPUT))
     time.sleep(RANK_ZERO_SECONDS)

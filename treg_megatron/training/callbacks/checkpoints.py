@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from treg_megatron.distributed.launch import on_rank_zero
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import bytes_in
 from treg_megatron.utils.lock import Lock
+from treg_megatron.utils.signals import advised_seconds, seconds_before_time_limit
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class SaveEvery(pl.Callback):
         self.folder = Path(run) / CHECKPOINTS
         self.steps, self.keep, self.identity = steps, keep, identity
         self.description, self.metrics, self.lock = description, metrics, lock
+        self._measured = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
         last = trainer.should_stop or trainer.global_step == trainer.max_steps
@@ -78,7 +81,8 @@ class SaveEvery(pl.Callback):
             run={**self.description, "step": step, "metrics": dict(self.metrics)},
         )
         background = trainer.strategy.async_save
-        finish = lambda: self._finish(checkpoint, identity)  # noqa: E731
+        begun = time.monotonic()
+        finish = lambda: self._finish(checkpoint, identity, begun)  # noqa: E731
         with self._refused(checkpoint):
             on_rank_zero(lambda: begin(checkpoint, self.lock))
             # NeMo drops the suffix and writes a folder with one file per rank
@@ -94,9 +98,12 @@ class SaveEvery(pl.Callback):
             with self._refused(self.folder):
                 trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=wait)
 
-    def _finish(self, checkpoint: Path, identity: CheckpointMetadata) -> None:
+    def _finish(self, checkpoint: Path, identity: CheckpointMetadata, begun: float) -> None:
         torch.distributed.barrier()
         on_rank_zero(lambda: complete(checkpoint, identity, self.keep, self.lock))
+        if not self._measured:
+            self._measured = True
+            warn_of_slow_save(time.monotonic() - begun)
 
     @contextlib.contextmanager
     def _refused(self, checkpoint: Path):
@@ -113,6 +120,18 @@ class SaveEvery(pl.Callback):
                 + (f"{good.name} is complete" if good else "there is no earlier one")
                 + ": free disk space and run the same command again"
             ) from error
+
+
+def warn_of_slow_save(seconds: float) -> None:
+    """Warn if a save that takes so long may not end between Slurm's signal and the time limit."""
+    before = seconds_before_time_limit()
+    if before is not None and seconds > before / 2:
+        logger.warning(
+            "a save takes %.0f s, Slurm's signal comes %d s before the time limit: submit with SBATCH_SIGNAL=USR1@%d",
+            seconds,
+            before,
+            advised_seconds(seconds),
+        )
 
 
 def _disk_is_full(folder: Path, written: Path | None) -> bool:
