@@ -10,11 +10,14 @@
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=04:00:00
-#SBATCH --signal=USR1@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-RECIPE="${RECIPE:-recipes/llama3_70b.yaml}"
+if [[ ${1:-} != import && ${1:-} != export ]]; then
+    echo "usage: sbatch slurm/convert.sh import|export [section.key=value ...]" >&2
+    exit 2
+fi
+RECIPE="${RECIPE:-llama3_70b}"
 # shellcheck source=slurm/common.sh
 source "${TREG:-$SLURM_SUBMIT_DIR}/slurm/common.sh"
 record "${@:2}"

@@ -9,11 +9,10 @@
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=04:00:00
-#SBATCH --signal=USR1@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-RECIPE="${RECIPE:-recipes/llama3_70b.yaml}"
+RECIPE="${RECIPE:-llama3_70b}"
 # shellcheck source=slurm/common.sh
 source "${TREG:-$SLURM_SUBMIT_DIR}/slurm/common.sh"
 record "$@"

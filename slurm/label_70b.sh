@@ -15,8 +15,9 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-RECIPE="${RECIPE:-recipes/llama3_70b.yaml}"
+RECIPE="${RECIPE:-llama3_70b}"
 # shellcheck source=slurm/common.sh
 source "${TREG:-$SLURM_SUBMIT_DIR}/slurm/common.sh"
 record "$@"
-launch "$(setting label.output "$@")" "$PYTHON" "$TREG/tools/label_tokens.py" --recipe "$RECIPE" "$@"
+output=$(setting label.output "$@")
+launch "$output" "$PYTHON" "$TREG/tools/label_tokens.py" --recipe "$RECIPE" "$@"

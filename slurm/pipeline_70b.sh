@@ -5,7 +5,8 @@
 # later ones are cancelled. Import the checkpoint first (slurm/convert.sh import).
 set -euo pipefail
 # Passed on to every job with the environment.
-export TREG="${TREG:-${SLURM_SUBMIT_DIR:-$PWD}}" RECIPE="${RECIPE:-recipes/llama3_70b.yaml}"
+TREG="${TREG:-$(cd "$(dirname "$0")/.." && pwd)}"
+export TREG RECIPE="${RECIPE:-llama3_70b}"
 
 after() { sbatch --parsable --dependency="afterok:$1" --kill-on-invalid-dep=yes "${@:2}"; }
 

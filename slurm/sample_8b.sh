@@ -15,9 +15,11 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-RECIPE="${RECIPE:-recipes/llama3_8b.yaml}"
+RECIPE="${RECIPE:-llama3_8b}"
 # shellcheck source=slurm/common.sh
 source "${TREG:-$SLURM_SUBMIT_DIR}/slurm/common.sh"
 record "$@"
-launch "$(setting sample.output "$@")" "$PYTHON" "$TREG/tools/sample_responses.py" --recipe "$RECIPE" "$@"
-launch "$(setting run "$@")" "$PYTHON" "$TREG/tools/rank_responses.py" --recipe "$RECIPE" "$@"
+samples=$(setting sample.output "$@")
+run=$(setting run "$@")
+launch "$samples" "$PYTHON" "$TREG/tools/sample_responses.py" --recipe "$RECIPE" "$@"
+launch "$run" "$PYTHON" "$TREG/tools/rank_responses.py" --recipe "$RECIPE" "$@"

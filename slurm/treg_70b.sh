@@ -15,7 +15,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-RECIPE="${RECIPE:-recipes/llama3_70b.yaml}"
+RECIPE="${RECIPE:-llama3_70b}"
 # shellcheck source=slurm/common.sh
 source "${TREG:-$SLURM_SUBMIT_DIR}/slurm/common.sh"
 train "$@"

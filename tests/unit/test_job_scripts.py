@@ -1,0 +1,218 @@
+"""The job scripts where a Slurm on one machine cannot show what they do: its programs are stubs that note calls."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if "#SBATCH" in path.read_text())
+
+STUBS = {
+    # a task ends with the code of the file SRUN_CODE; training writes a checkpoint before it does
+    "srun": """
+printf '%q ' "$@" >>"$CALLS/srun"; echo >>"$CALLS/srun"; env >"$CALLS/env"
+if [[ "$*" == *show_recipe.py*--key* ]]; then echo "$RUN"; exit "${KEY_CODE:-0}"; fi
+if [[ "$*" == *treg_megatron.train* ]]; then
+    if [[ -n ${SAVES:-} ]]; then mkdir -p "$RUN/checkpoints/step_1"; touch "$RUN/checkpoints/step_1/treg.json"; fi
+    exit "${TRAIN_CODE:-0}"
+fi
+""",
+    "scontrol": """
+case "$1 $2" in
+    "show hostnames") for ((i = 1; i <= ${NODE_COUNT:-2}; i++)); do echo "node$i"; done ;;
+    "show job") cat "$CALLS/job" ;;
+    requeue*) echo "$*" >>"$CALLS/requeue"; if [[ -n ${FORBIDDEN:-} ]]; then exit 1; fi; kill -TERM $PPID ;;
+esac
+""",
+    "sbatch": """
+if [[ -n ${NO_SBATCH:-} ]]; then echo "sbatch: error: not from here" >&2; exit 1; fi
+printf '%s\\n' "$@" >>"$CALLS/sbatch"; env >"$CALLS/sbatch-env"; echo 99
+""",
+    "scancel": 'echo "$*" >>"$CALLS/scancel"',
+}
+JOB = """\
+JobId=7 JobName=treg_70b
+   Priority=4294901757 Nice=0 Account=vision QOS=N/A
+   RunTime=00:00:03 TimeLimit=02:00:00 TimeMin=N/A
+   Partition=large AllocNode:Sid=login:1
+   NumNodes=2 NumCPUs=384 NumTasks=16
+   Command={command}
+   WorkDir=/somewhere
+"""
+
+
+class Done(NamedTuple):
+    code: int
+    said: str
+    calls: Path
+
+    def called(self, program: str) -> list[str]:
+        path = self.calls / program
+        return path.read_text().splitlines() if path.exists() else []
+
+    def variable(self, name: str, program: str = "env") -> str | None:
+        return next((line.split("=", 1)[1] for line in self.called(program) if line.startswith(f"{name}=")), None)
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Run a script of slurm/, or commands after common.sh, as the batch script of job 7 on two nodes."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in STUBS.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (programs / name).chmod(0o755)
+
+    def run(script: Path | str, *arguments: str, site: str = "", **variables: str) -> Done:
+        (tmp_path / "site.sh").write_text(site)
+        command = shlex.join(["bash", str(script), *arguments]) if isinstance(script, Path) else script
+        (tmp_path / "job").write_text(JOB.format(command=" ".join([str(script), *arguments])))
+        environment = {
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "CALLS": str(tmp_path),
+            "RUN": str(tmp_path / "run"),
+            "TREG": str(ROOT),
+            "SITE": str(tmp_path / "site.sh"),
+            "SLURM_SUBMIT_DIR": str(tmp_path),
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NAME": "treg_70b",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_NTASKS_PER_NODE": "8",
+        }
+        done = subprocess.run(
+            ["bash", "-c", command if isinstance(script, Path) else f"RECIPE=tiny; source slurm/common.sh; {command}"],
+            env=environment | variables,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=60,
+        )
+        return Done(done.returncode, done.stdout, tmp_path)
+
+    return run
+
+
+TRAIN = ROOT / "slurm" / "treg_70b.sh"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_signal_is_asked_for_only_where_something_handles_it(script):
+    """`train` and `launch` requeue a job that the signal stopped; an import that it stopped would begin again."""
+    text = script.read_text()
+    assert ("#SBATCH --signal=USR1@" in text) == ("\ntrain " in text or "\nlaunch " in text)
+
+
+def test_a_node_list_longer_than_a_pipe_holds(job):
+    done = job('echo "first: $MASTER_ADDR"', NODE_COUNT="20000")
+    assert (done.code, done.said) == (0, "first: node1\n")
+
+
+def test_what_the_site_file_sets_and_how_it_may_fail(job):
+    site = "false\necho $never_set | false\nMASTER_ADDR=node1-ib0 MASTER_PORT=29500\nexport NCCL_SOCKET_IFNAME=ib0\n"
+    done = job('once true; echo "$-"; set -o | grep pipefail', site=site)
+    options, pipefail = done.said.splitlines()
+    assert done.code == 0 and {"e", "u"} <= set(options) and pipefail.split() == ["pipefail", "on"]
+    found = {name: done.variable(name) for name in ("MASTER_ADDR", "MASTER_PORT", "NCCL_SOCKET_IFNAME")}
+    assert found == {"MASTER_ADDR": "node1-ib0", "MASTER_PORT": "29500", "NCCL_SOCKET_IFNAME": "ib0"}
+
+
+def test_an_address_from_another_job_is_not_used(job):
+    assert job("once true", MASTER_ADDR="node99").variable("MASTER_ADDR") == "node1"
+
+
+def test_the_variables_reach_the_ranks_of_a_job_without_an_environment(job):
+    """sbatch --export=NONE sets SLURM_EXPORT_ENV, which srun obeys."""
+    assert job("once true", SLURM_EXPORT_ENV="NONE").variable("SLURM_EXPORT_ENV") is None
+
+
+def test_neighbouring_ranks_are_on_one_node(job):
+    [call] = job("ranks true").called("srun")
+    assert "--distribution=block" in call.split()
+
+
+def test_an_image_is_imported_once_where_that_is_allowed(job):
+    image = {"CONTAINER_IMAGE": "nvcr.io#nvidia/nemo:25.11"}
+    for call in job("once true; ranks true", **image).called("srun"):
+        assert "--container-name=treg-7" in call.split()
+    assert "container-name" not in job("once true", **image, CONTAINER_NAME="").called("srun")[-1]
+
+
+def test_convert_says_how_it_is_used(job):
+    done = job(ROOT / "slurm" / "convert.sh")
+    assert done.code == 2 and done.said == "usage: sbatch slurm/convert.sh import|export [section.key=value ...]\n"
+
+
+def test_recipes_are_found_from_elsewhere(job, tmp_path):
+    """Also where RECIPE is the path that it has in the repository."""
+    assert "--recipe llama3_70b " in job(TRAIN, CHECKS="").called("srun")[0]
+    (tmp_path / "srun").unlink()
+    done = job("cd /; RECIPE=recipes/tiny.yaml; source $TREG/slurm/common.sh; setting run")
+    assert f"--recipe {ROOT}/recipes/tiny.yaml " in done.called("srun")[0]
+
+
+# -- signals
+
+
+@pytest.mark.parametrize("phase", [{"KEY_CODE": "138"}, {"TRAIN_CODE": "86"}, {"TRAIN_CODE": "138"}])
+def test_a_signal_before_there_is_anything_to_save(phase, job):
+    done = job(TRAIN, CHECKS="", **phase)
+    assert "before there was anything to save" in done.said and "everything saved" not in done.said
+    assert done.called("requeue") == ["requeue 7"]
+
+
+@pytest.mark.parametrize("restarts, requeued", [("1", False), ("0", True)])
+def test_requeues_without_progress_are_limited(restarts, requeued, job, tmp_path):
+    """The count is of this job alone: one that starts for the first time begins at 0."""
+    (tmp_path / "treg_70b-7.requeues").write_text("3\n")
+    done = job(TRAIN, CHECKS="", TRAIN_CODE="138", SLURM_RESTART_COUNT=restarts)
+    assert (done.called("requeue") == ["requeue 7"]) == requeued
+    assert requeued or (done.code == 138 and "not requeued: 4 times in a row without progress" in done.said)
+
+
+def test_progress_allows_the_next_requeue(job, tmp_path):
+    (tmp_path / "treg_70b-7.requeues").write_text("3\n")
+    done = job(TRAIN, CHECKS="", TRAIN_CODE="85", SAVES="yes", SLURM_RESTART_COUNT="57")
+    assert done.called("requeue") == ["requeue 7"] and (tmp_path / "treg_70b-7.requeues").read_text() == "0\n"
+    assert "stopped by a signal, everything saved" in done.said
+
+
+def test_where_requeueing_is_forbidden(job):
+    done = job(TRAIN, "model.hf=/a b", CHECKS="", TRAIN_CODE="85", SAVES="yes", FORBIDDEN="yes")
+    assert done.code == 85
+    assert done.said.endswith(f"may not be requeued; submit it again to go on: sbatch {TRAIN} model.hf=/a\\ b\n")
+
+
+def test_the_warning_time_is_told(job):
+    assert job("once true").variable("SIGNAL_SECONDS") == "600"
+    assert job("once true", SBATCH_SIGNAL="USR1@1140").variable("SIGNAL_SECONDS") == "1140"
+
+
+# -- the chain
+
+
+def test_the_successor_keeps_the_options_and_a_path_with_a_space(job, tmp_path):
+    clone = tmp_path / "a clone"
+    clone.symlink_to(ROOT)
+    script = clone / "slurm" / "treg_70b.sh"
+    done = job(script, "train.max_steps=5", "model.hf=/a b", CHECKS="", CHAIN="2", MASTER_PORT="29500")
+    *options, path, first, second = done.called("sbatch")
+    assert [path, first, second] == [str(script), "train.max_steps=5", "model.hf=/a b"]
+    assert {"--nodes=2", "--partition=large", "--account=vision", "--time=02:00:00"} <= set(options)
+    assert not [option for option in options if option.startswith("--qos")]
+    assert done.variable("CHAIN", "sbatch-env") == "1" and done.variable("MASTER_PORT", "sbatch-env") is None
+
+
+def test_without_a_successor_where_nodes_may_not_submit(job):
+    done = job(TRAIN, CHECKS="", CHAIN="1", NO_SBATCH="yes")
+    assert done.code == 0 and "no successor: jobs cannot be submitted from this node" in done.said
+    assert any("treg_megatron.train" in call for call in done.called("srun"))
+
+
+def test_a_job_that_is_refused_cancels_its_successor(job):
+    assert job(TRAIN, CHECKS="", CHAIN="1", TRAIN_CODE="2").called("scancel") == ["99"]
