@@ -37,10 +37,10 @@ def starts(text: str) -> list[str]:
     return [line.split(", ")[-1] for line in text.splitlines() if "steps of 8 pairs, " in line]
 
 
-def ranks_of(slurm) -> list[int]:
+def ranks_of(slurm, program: str = "treg_megatron.train") -> list[int]:
     """The ranks' processes in order of rank: what slurmstepd started; checkpoint writers are their children."""
     found = {}
-    for pid in slurm.processes("treg_megatron.train", "--recipe"):
+    for pid in slurm.processes(program, "--recipe"):
         parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
         if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
             variables = dict(
