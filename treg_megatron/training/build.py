@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
@@ -62,6 +63,36 @@ def strategy(parallel: ParallelSection, train: TrainSection, initial_weights: Pa
     )
 
 
+class Launched(LightningEnvironment):
+    """Ranks that a launcher has started; Lightning knows fewer launchers, and starts processes where it knows none."""
+
+    def __init__(self, world: RankInfo):
+        super().__init__()
+        self.world = world
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    def world_size(self) -> int:
+        return self.world.size
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        return self.world.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+    def local_rank(self) -> int:
+        return self.world.local_rank
+
+    def node_rank(self) -> int:
+        return self.world.rank // self.world.local_size
+
+
 def trainer(
     world: RankInfo, strategy: PolicyStrategy, train: TrainSection, steps: int, callbacks: list[pl.Callback]
 ) -> nl.Trainer:
@@ -71,7 +102,10 @@ def trainer(
         devices=world.local_size,
         num_nodes=world.nodes,
         strategy=strategy,
-        plugins=nl.MegatronMixedPrecision(precision="bf16-mixed" if train.precision == "bf16" else "32"),
+        plugins=[
+            nl.MegatronMixedPrecision(precision="bf16-mixed" if train.precision == "bf16" else "32"),
+            Launched(world),
+        ],
         max_steps=steps,
         max_epochs=1,  # one Lightning epoch covers all epochs of the run
         limit_val_batches=0,
