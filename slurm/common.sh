@@ -170,7 +170,11 @@ script_path() {
 # Submit a successor that starts if this job ends unfinished, with the options of this job.
 SUCCESSOR=""
 chain() {
-    if ((${CHAIN:-0} < 1 || ${SLURM_RESTART_COUNT:-0} > 0)); then return 0; fi
+    if ((${CHAIN:-0} < 1)); then return 0; fi
+    if ((${SLURM_RESTART_COUNT:-0} > 0)); then
+        if [[ -f $LOG_NAME.successor ]]; then SUCCESSOR=$(<"$LOG_NAME.successor"); fi
+        return 0
+    fi
     local option value options=()
     for option in partition=Partition account=Account qos=QOS time=TimeLimit; do
         value=$(job_field "${option#*=}")
@@ -178,6 +182,7 @@ chain() {
     done
     if SUCCESSOR=$(unset MASTER_PORT && CHAIN=$((CHAIN - 1)) sbatch --parsable --dependency="afternotok:$SLURM_JOB_ID" \
         --kill-on-invalid-dep=yes --nodes="$SLURM_JOB_NUM_NODES" "${options[@]}" "$(script_path)" "${ARGUMENTS[@]}"); then
+        echo "$SUCCESSOR" >"$LOG_NAME.successor"
         say "successor: job $SUCCESSOR"
     else
         say "no successor: jobs cannot be submitted from ${SLURMD_NODENAME:-this node}; going on without"

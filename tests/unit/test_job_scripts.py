@@ -215,4 +215,7 @@ def test_without_a_successor_where_nodes_may_not_submit(job):
 
 
 def test_a_job_that_is_refused_cancels_its_successor(job):
+    """Also the one that it submitted before it was requeued."""
     assert job(TRAIN, CHECKS="", CHAIN="1", TRAIN_CODE="2").called("scancel") == ["99"]
+    done = job(TRAIN, CHECKS="", CHAIN="1", TRAIN_CODE="2", SLURM_RESTART_COUNT="1")
+    assert done.called("scancel") == ["99", "99"] and done.called("sbatch").count("--parsable") == 1
