@@ -156,6 +156,16 @@ def test_recipes_are_found_from_elsewhere(job, tmp_path):
     assert f"--recipe {ROOT}/recipes/tiny.yaml " in done.called("srun")[0]
 
 
+def test_the_pipeline_finds_its_repository_from_anywhere(job, tmp_path):
+    script = tmp_path / "a clone" / "slurm" / "pipeline_70b.sh"
+    (tmp_path / "a clone").symlink_to(ROOT)
+    done = job(f"cd /; env -u TREG bash '{script}'; :")
+    submitted = [line for line in done.called("sbatch") if line.startswith("/")]
+    stations = ("label_70b", "index", "treg_70b", "convert")
+    assert submitted == [f"{tmp_path}/a clone/slurm/{station}.sh" for station in stations]
+    assert done.variable("TREG", "sbatch-env") == f"{tmp_path}/a clone"
+
+
 # -- signals
 
 
