@@ -36,6 +36,7 @@ from treg_megatron.distributed.launch import (
 from treg_megatron.utils import entry
 from treg_megatron.utils.imports import heavy_imports
 from treg_megatron.utils.lock import Lock
+from treg_megatron.utils.signals import end_with_parent
 
 if TYPE_CHECKING:
     from nemo import lightning as nl
@@ -274,6 +275,8 @@ def finish(job: Job) -> None:
     logger.info("done: %d steps, checkpoints and metrics.jsonl in %s", job.steps, job.output)
 
 
+if __name__ == "__mp_main__":
+    end_with_parent()
 if __name__ == "__main__":  # checkpoint writers are spawned: they import this module again
     multiprocessing.freeze_support()
     entry.run(lambda: train(parse_recipe(parser().parse_args())))

@@ -13,7 +13,8 @@ PACKAGE = "treg_megatron"
 #: lowest first: a module imports from its own folder and from those before it
 LAYERS = (
     *("errors", "utils", "config", "objective", "kernels", "distributed", "tokenizer", "data", "models"),
-    *("checkpoint", "sampling", "labelling", "training", "preflight", "cli", "train", "node_check", "__main__"),
+    *("checkpoint", "sampling", "labelling", "training", "preflight", "accept"),
+    *("cli", "train", "node_check", "__main__"),
 )
 
 

@@ -36,6 +36,7 @@ COMMANDS = {
     "index": Command("index", "labelled pairs to aligned Megatron indexed datasets"),
     "datasets": Command("datasets", "look at aligned datasets, verify, merge or split them"),
     "preflight": Command("preflight", "check whether a recipe fits a cluster, without a GPU"),
+    "accept": Command("accept", "try out this machine: what only its GPUs can tell"),
     "check-nodes": Command("check_nodes", "check the nodes of a job before it starts", ranks=True),
     "train": Command("train", "train: starts torchrun unless a launcher did", ranks=True),
     "export": Command("export", "Megatron checkpoint to Hugging Face folder"),

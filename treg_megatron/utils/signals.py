@@ -1,8 +1,10 @@
 """SIGUSR1, Slurm's warning of a time limit or a preemption: what it does before training, how early it must come."""
 
+import ctypes
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -15,6 +17,8 @@ EXIT_INTERRUPTED = 86
 TOGETHER_SECONDS = 1.0
 #: how long before the time limit the scripts in slurm/ ask for the signal
 SIGNAL_SECONDS = 600
+
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 _ending = threading.Lock()
 
@@ -32,6 +36,16 @@ def end_on_signal() -> None:
     signal.signal(signal.SIGUSR1, _end)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it ends, however that ends; on Linux only.
+
+    Megatron's checkpoint writer keeps a queue in a process of its own, which would outlive a rank that is killed and
+    keep its memory.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def seconds_before_time_limit() -> int | None:

@@ -1,0 +1,215 @@
+"""The checks, in order of what they tell: the first that fails is the one to look into."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from treg_megatron.accept import numerics
+from treg_megatron.accept.check import Check, Failed, Machine, NotRun, losses_of, run_python, started
+from treg_megatron.accept.inputs import STEPS, prepare, recipe, train
+
+Figures = Sequence[tuple[str, float, str]]
+
+LOSSES = Path(__file__).parent / "losses.json"
+#: relative tolerance of a training loss against the one computed on the CPU in fp32
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+#: by name: ranks, precision and overrides of the recipe
+LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
+    "packed": (1, "fp32", []),
+    "padded": (1, "fp32", ["data.layout=padded"]),
+    "packed bf16": (1, "bf16", []),
+    "TP2": (2, "fp32", ["parallel.tensor=2"]),
+    "PP2": (2, "fp32", ["parallel.pipeline=2"]),
+    "CP2": (2, "fp32", ["parallel.context=2"]),
+    "DP2": (2, "fp32", []),
+    "TP2+SP bf16": (2, "bf16", ["parallel.tensor=2", "parallel.sequence=true"]),
+    "TP2xPP2": (4, "fp32", ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "CP2xTP2 bf16": (4, "bf16", ["parallel.context=2", "parallel.tensor=2"]),
+    "TP2xPP2xDP2": (8, "fp32", ["parallel.tensor=2", "parallel.pipeline=2"]),
+}
+LABEL_TOLERANCE = 1e-4  # of a token reward in fp32
+
+
+def expected_losses() -> list[float]:
+    """The losses of the shipped run: fp32, one CPU rank."""
+    return json.loads(LOSSES.read_text())["losses"]
+
+
+def inputs(folder: Path, machine: Machine) -> Figures:
+    """Label, index and import the tiny model."""
+    prepare(folder)
+    return []
+
+
+def collectives(folder: Path, machine: Machine) -> Figures:
+    """Every kind of collective over all ranks."""
+    printed = run_python(folder / "collectives.log", "-m", "treg_megatron.accept.collectives", ranks=machine.ranks)
+    rate = json.loads(printed.splitlines()[-1])["all_reduce_gb_per_s"]
+    return [("all_reduce", rate, "GB/s")]
+
+
+def head(folder: Path, machine: Machine) -> Figures:
+    """The head against float64."""
+    printed = run_python(folder / "head.log", "-m", "treg_megatron.accept.numerics")
+    measured = json.loads(printed.splitlines()[-1])
+    for dtype, tolerance in numerics.TOLERANCE.items():
+        error = measured[f"head_error_{str(dtype).removeprefix('torch.')}"]
+        if not error <= tolerance:
+            raise Failed(f"log-probs or gradients in {dtype} differ from float64 by {error:.1e}, allowed {tolerance:g}")
+    units = {"head_peak_gb": "GB", "head_ms": "ms"}
+    return [(name, value, units.get(name, "")) for name, value in measured.items()]
+
+
+def training(name: str):
+    """A check that trains in one layout and compares the losses with the shipped ones."""
+    ranks, precision, overrides = LAYOUTS[name]
+
+    def run(folder: Path, machine: Machine) -> Figures:
+        if ranks > machine.ranks:
+            raise NotRun(f"needs {ranks} ranks, here are {machine.ranks}")
+        if precision == "fp32" and machine.gpus:
+            overrides_here = [*overrides, "train.first_loss_tolerance=0.001"]
+        else:
+            overrides_here = [*overrides, *(["train.first_loss_tolerance=0.05"] if precision == "bf16" else [])]
+        run_folder = train(folder, _file(name), ranks, f"train.precision={precision}", *overrides_here)
+        return [("largest_difference", _compare(losses_of(run_folder), TOLERANCE[precision]), "of the loss")]
+
+    return run
+
+
+def without_transformer_engine(folder: Path, machine: Machine) -> Figures:
+    """The same training with torch's layers, where Transformer Engine would be taken."""
+    import importlib.util
+
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise NotRun("Transformer Engine is not installed")
+    if not machine.gpus:
+        raise NotRun("needs a GPU")
+    run_folder = train(
+        folder,
+        "without_te",
+        1,
+        "train.precision=fp32",
+        "train.first_loss_tolerance=0.001",
+        hide=["transformer_engine"],
+    )
+    return [("largest_difference", _compare(losses_of(run_folder), TOLERANCE["fp32"]), "of the loss")]
+
+
+def killed_and_resumed(folder: Path, machine: Machine) -> Figures:
+    """SIGKILL after the first checkpoint; the same command must end with the losses of a run that was left alone."""
+    ranks = min(machine.ranks, 2)
+    overrides = ["train.precision=fp32", "train.save_every=2", f"parallel.pipeline={ranks}"]
+    if machine.gpus:
+        overrides.append("train.first_loss_tolerance=0.001")
+    run_folder = folder / "killed"
+    command = ["-m", "treg_megatron.train", *recipe(folder, f"train.output={run_folder}", *overrides)]
+    with started(folder / "killed.log", *command, ranks=ranks) as process:
+        while not list(run_folder.glob("checkpoints/step_*/treg.json")):
+            if process.poll() is not None:
+                raise Failed("the run ended before its first checkpoint; see killed.log")
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    _end_ranks_of(run_folder)
+    train(folder, "killed", ranks, *overrides)
+    losses = losses_of(run_folder)
+    if len(losses) != STEPS:
+        raise Failed(f"{len(losses)} steps are recorded, not {STEPS}")
+    return [("largest_difference", _compare(losses, TOLERANCE["fp32"]), "of the loss")]
+
+
+def exported(folder: Path, machine: Machine) -> Figures:
+    """The run that was resumed, as a Hugging Face folder; Megatron's and transformers' log-probs of it agree."""
+    if not (folder / "killed" / "checkpoints").is_dir():
+        raise NotRun("needs the checkpoint of `resume`")
+    log = folder / "export.log"
+    run_python(
+        log,
+        "-m",
+        "treg_megatron",
+        "export",
+        *recipe(folder, f"export.checkpoint={folder}/killed", f"export.output={folder}/exported"),
+    )
+    printed = run_python(log, "-m", "treg_megatron", "verify", folder / "killed", folder / "exported")
+    return [] if "verdict: the same" in printed else _fail(printed.splitlines()[-1])
+
+
+def labels(engine: str):
+    """A check that labels on this machine's device and compares with labels made on the CPU."""
+
+    def run(folder: Path, machine: Machine) -> Figures:
+        name = f"labels_{engine}"
+        settings = [f"label.engine={engine}", f"label.output={folder}/{name}", f"label.checkpoint={folder}/megatron"]
+        run_python(folder / f"{name}.log", "-m", "treg_megatron", "label", *recipe(folder, *settings))
+        largest = _label_difference(folder / name, folder / "labelled" / "train")
+        if not largest <= LABEL_TOLERANCE:
+            raise Failed(f"a token reward differs by {largest:.1e} from the CPU's, allowed {LABEL_TOLERANCE:g}")
+        return [("largest_difference", largest, "of a token reward")]
+
+    return run
+
+
+def _compare(found: list[float], tolerance: float) -> float:
+    expected = expected_losses()
+    if len(found) != len(expected):
+        raise Failed(f"{len(found)} steps are recorded, not {len(expected)}")
+    differences = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
+    for step, difference in enumerate(differences, 1):
+        if not difference <= tolerance:
+            raise Failed(
+                f"the loss of step {step} is {found[step - 1]:.6f}, the CPU's is {expected[step - 1]:.6f}; "
+                f"{difference:.1e} of it, allowed {tolerance:g}"
+            )
+    return max(differences)
+
+
+def _label_difference(a: Path, b: Path) -> float:
+    import numpy as np
+
+    from treg_megatron.data.labelled_pairs import read_labelled
+
+    largest = 0.0
+    for ours, theirs in zip(read_labelled(a), read_labelled(b), strict=True):
+        if ours.pair_id != theirs.pair_id:
+            raise Failed(f"pair {theirs.pair_id} is missing")
+        for side in ("chosen", "rejected"):
+            x, y = (np.asarray(getattr(pair, f"{side}_token_rewards")) for pair in (ours, theirs))
+            largest = max(largest, float(np.abs(x - y).max()))
+    return largest
+
+
+def _end_ranks_of(run_folder: Path) -> None:
+    """Kill the ranks that torchrun started in sessions of their own: they outlive its SIGKILL."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"train.output={run_folder}".encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+        except (OSError, ValueError):
+            continue
+
+
+def _fail(message: str) -> Figures:
+    raise Failed(message)
+
+
+def _file(name: str) -> str:
+    return "train_" + name.replace(" ", "_").replace("+", "_")
+
+
+CHECKS = [
+    Check("inputs", "do labelling, indexing and importing run at all?", inputs),
+    Check("collectives", "does every kind of collective give the right sums over all ranks?", collectives),
+    Check("head", "are log-probs and gradients of the head those of float64?", head),
+    *(
+        Check(f"train {name}", "are the training losses those of the CPU?", training(name), seconds=240)
+        for name in LAYOUTS
+    ),
+    Check("without TE", "do torch's layers give the losses of Transformer Engine's?", without_transformer_engine),
+    Check("resume", "does a killed run resume to the same losses?", killed_and_resumed, seconds=300),
+    Check("export", "does the exported model compute what Megatron's does?", exported),
+    Check("labels huggingface", "are token rewards of this device those of the CPU?", labels("huggingface")),
+    Check("labels megatron", "are token rewards of the Megatron engine those of transformers?", labels("megatron")),
+]
