@@ -101,10 +101,15 @@ def test_a_run_resumes_after_sigkill_of_all_processes(run, tiny_hf, trained):
     while '"step": 6,' not in (output / "metrics.jsonl").read_text() if (output / "metrics.jsonl").exists() else True:
         assert time.time() < deadline and job.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
-    for pid in descendants(job.pid):
-        with contextlib.suppress(ProcessLookupError):  # it ended with its parent
-            os.kill(pid, signal.SIGKILL)
+    everything = descendants(job.pid)
+    for pid in everything:
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it ended with its parent
+            if b"spawn_main" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
     job.wait()
+    while left := [pid for pid in everything if Path(f"/proc/{pid}").exists()]:
+        assert time.time() < deadline, f"{left} outlive the ranks that started them"
+        time.sleep(0.1)
     assert max(losses(output)) < 12
     assert "resuming from step_000004" in ok(*train_command(run, tiny_hf, output), ranks=2)
     assert losses(output) == losses(trained)

@@ -15,6 +15,7 @@ from treg_megatron.errors import UserError
 logger = logging.getLogger(__name__)
 
 CPU_RANKS = 4
+ENDING_SECONDS = 10
 
 
 def accept(output: Path, on_cpu: bool, only: Sequence[str] = ()) -> list[Result]:
@@ -73,6 +74,7 @@ def asked(check: Check, folder: Path, machine: Machine) -> Result:
     if receiver.poll(check.seconds):
         try:
             status, detail, figures = receiver.recv()
+            process.join(ENDING_SECONDS)
         except EOFError:
             process.join()
             status, detail, figures = FAIL, f"the check ended with exit code {process.exitcode}", []
@@ -80,7 +82,7 @@ def asked(check: Check, folder: Path, machine: Machine) -> Result:
         status, detail, figures = FAIL, f"no answer within {check.seconds} s", []
     if process.is_alive():
         process.terminate()  # as an exception in it, which kills what it started
-    process.join(10)
+    process.join(ENDING_SECONDS)
     process.kill()
     return Result(check.name, check.question, status, detail, time.monotonic() - start, figures)
 
