@@ -73,6 +73,22 @@ def test_logits_are_kept_in_one_chunk_or_not_at_all(monkeypatch):
             assert len(projected) == products
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("chunk_bytes", [0, head.CHUNK_BYTES], ids=["projected again", "kept"])
+def test_no_shape_depends_on_the_targets(softcap, chunk_bytes, monkeypatch):
+    """On a GPU the host would wait for such a shape in every block, forward and backward; meta tensors have none."""
+    monkeypatch.setattr(head, "CHUNK_BYTES", chunk_bytes)
+    hidden, weight, targets, _ = (x.detach().to("meta") for x in problem())
+    hidden.requires_grad_(), weight.requires_grad_()
+    response_logps(hidden, weight, targets, VOCAB, logit_softcap=softcap, block_vocab=4).sum().backward()
+    assert hidden.grad.is_meta and weight.grad.is_meta
+
+
+@pytest.mark.parametrize("rows, entries", [(4094, 2048), (4096, 2048), (1, 8388608), (10**6, 256), (0, 8388608)])
+def test_blocks_on_a_gpu_are_aligned(rows, entries):
+    assert head.entries_of_a_block(rows, on_cpu=False) == entries
+
+
 def test_a_second_backward_pass_gives_the_same():
     hidden, weight, targets, upstream = problem()
     loss = (response_logps(hidden, weight, targets, VOCAB, block_vocab=4) * upstream).sum()

@@ -49,11 +49,18 @@ def response_logps(
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
     first_id = rank * weight.shape[0]
     entries = max(0, min(weight.shape[0], vocab_size - first_id))
-    block_bytes = CPU_BLOCK_BYTES if hidden.is_cpu else BLOCK_BYTES
-    block_vocab = block_vocab or max(256, block_bytes // (4 * max(1, hidden.shape[0])))
+    block_vocab = block_vocab or entries_of_a_block(hidden.shape[0], hidden.is_cpu)
     return _ResponseLogps.apply(
         hidden, weight, targets - first_id, entries, group if size > 1 else None, logit_softcap, block_vocab
     )
+
+
+def entries_of_a_block(rows: int, on_cpu: bool) -> int:
+    """How many vocabulary entries of ``rows`` tokens fit into a block; on a GPU a multiple of 128, because bf16 matrix
+    products whose sizes are not multiples of 8 leave the tensor cores' fast paths."""
+    if on_cpu:
+        return max(256, CPU_BLOCK_BYTES // (4 * max(1, rows)))
+    return max(256, BLOCK_BYTES // (4 * max(1, rows)) // 128 * 128)
 
 
 class _ResponseLogps(torch.autograd.Function):
@@ -71,7 +78,7 @@ class _ResponseLogps(torch.autograd.Function):
             logits = _logits(hidden, weight[block], softcap, scratch(block) if scratch else None)
             slope = _slope(logits, softcap) if keep else None
             own, columns = _targets_in(block, local_targets)
-            target_logits[own] = logits[own, columns]
+            target_logits = torch.where(own, logits.gather(1, columns).squeeze(1), target_logits)
             before, largest = largest, torch.maximum(largest, logits.amax(dim=1))
             exponentials = logits.sub_(largest[:, None]).exp_()
             normaliser = normaliser * (before - largest).exp_() + exponentials.sum(dim=1)
@@ -106,7 +113,7 @@ class _ResponseLogps(torch.autograd.Function):
                 slope = _slope(logits, ctx.softcap)
                 grad_logits = logits.sub_(log_normaliser[:, None]).exp_().mul_(-grad[:, None])
             own, columns = _targets_in(block, local_targets)
-            grad_logits[own, columns] += grad[own]
+            grad_logits.scatter_add_(1, columns, torch.where(own, grad, 0.0)[:, None])
             if slope is not None:
                 grad_logits *= slope
             grad_logits = grad_logits.to(weight.dtype)
@@ -123,9 +130,11 @@ def _blocks(entries: int, block_vocab: int) -> list[slice]:
 
 
 def _targets_in(block: slice, local_targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows whose target lies in the block, and the target's column in it."""
-    own = ((local_targets >= block.start) & (local_targets < block.stop)).nonzero().squeeze(1)
-    return own, local_targets[own] - block.start
+    """Whether each row's target lies in the block, bool [rows], and the target's column in it, [rows, 1]; some column
+    for the other rows. To list the rows instead, a GPU would have to tell the host their number, and wait."""
+    columns = local_targets - block.start
+    last = block.stop - block.start - 1
+    return (columns >= 0) & (columns <= last), columns.clamp(0, last)[:, None]
 
 
 def _scratch(like: Tensor, entries: int, block_vocab: int) -> Callable[[slice], Tensor]:
