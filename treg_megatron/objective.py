@@ -4,8 +4,8 @@ Notation (T-REG, Zhou et al., ACL 2025, arXiv 2412.02685): y_w chosen, y_l rejec
 log pi_theta(y_t), ``ref_logps`` log pi_ref(y_t), ``token_rewards`` r_t in (-0.5, 0.5); sg is stop-gradient.
 
 Inputs are flat, one float per response token, in the order chosen 0, rejected 0, chosen 1, rejected 1, ...;
-``lengths`` gives the tokens of each response. Padded and packed micro-batches look the same here, and no value depends
-on how many pairs share a micro-batch: every returned value is a sum over pairs. All reductions run in fp32.
+:class:`Responses` says which token belongs to which. Padded and packed micro-batches look the same here, and no value
+depends on how many pairs share a micro-batch: every returned value is a sum over pairs. All reductions run in fp32.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,8 @@ from treg_megatron.errors import UserError
 
 LARGEST_ALPHA = 2.0  # beyond it a token's gradient can change sign, since |r_t| <= 0.5
 _UNUSUAL_ALPHA = 1.0  # the paper searched up to 0.5
+
+Pair = tuple[Tensor, Tensor]  # [pairs] of the chosen, [pairs] of the rejected responses
 
 
 @dataclass
@@ -112,62 +114,94 @@ class Objective(ObjectiveSection):
         return None
 
 
+@dataclass(frozen=True)
 class Responses:
-    """The mapping of flat response tokens to responses.
+    """The mapping of flat response tokens to responses, made with the micro-batch and moved to the device with it.
 
-    Args:
+    Attributes:
         lengths: number of this rank's tokens of each response: chosen 0, rejected 0, chosen 1, ...
+        segments: [tokens] int64, for each of this rank's tokens, the response that it belongs to.
+        places: [tokens] int64, its number among this rank's tokens of that response.
+        tokens: [2 * pairs] fp32, number of tokens of each whole response.
         context_group: the context-parallel group whose ranks hold the other tokens of the same responses, or None.
     """
 
-    def __init__(self, lengths: list[int], context_group: dist.ProcessGroup | None = None):
-        self.lengths, self.context_group = lengths, context_group
-        self.tokens = torch.tensor(lengths, dtype=torch.float32)  # of whole responses
-        if context_group is not None:
-            dist.all_reduce(self.tokens, group=context_group)
+    lengths: list[int]
+    segments: Tensor
+    places: Tensor
+    tokens: Tensor
+    context_group: dist.ProcessGroup | None = None
 
-    def sums(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """[tokens] -> ([pairs] of the chosen, [pairs] of the rejected), over whole responses.
+    @classmethod
+    def whole(cls, lengths: list[int]) -> "Responses":
+        """Responses that are not split over ranks."""
+        return cls(lengths, *segments_and_places(lengths), torch.tensor(lengths, dtype=torch.float32))
 
-        Each response is summed separately, so that a pair's loss has the same bits in any micro-batch.
-        """
-        if not self.lengths:
-            return values.sum()[None][:0], values.sum()[None][:0]
-        sums = torch.stack([response.sum() for response in values.split(self.lengths)])
-        if self.context_group is not None:
-            sums = _SumOverContext.apply(sums, self.context_group)
-        return sums[0::2], sums[1::2]
+    def sums(self, *values: Tensor) -> list[Pair]:
+        """[tokens] each -> ([pairs] of the chosen, [pairs] of the rejected) each, over whole responses."""
+        return [(each[0::2], each[1::2]) for each in _SumOfEach.apply(torch.stack(values), self)]
 
-    def spread(self, per_response: Tensor, like: Tensor) -> Tensor:
-        """[2 * pairs] -> [tokens]: each token gets the value of its response."""
-        return torch.repeat_interleave(per_response, torch.tensor(self.lengths, dtype=torch.int64)).to(like.device)
+    def spread(self, per_response: Tensor) -> Tensor:
+        """[..., 2 * pairs] -> [..., tokens]: each token gets the value of its response."""
+        return per_response.index_select(-1, self.segments)
 
 
-class _SumOverContext(torch.autograd.Function):
-    """An all-reduce whose backward is the identity.
+def segments_and_places(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """[sum of lengths] int64 each: 0, 0, 1, 1, 1, ... and 0, 1, 0, 1, 2, ... for the lengths 2, 3, ..."""
+    segments = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
+    places = [torch.arange(length) for length in lengths]
+    return segments, torch.cat(places) if places else segments
 
-    Every context-parallel rank computes the same loss from the sum, and Megatron adds the gradients of the ranks, each
-    of which covers only its own tokens.
+
+class _SumOfEach(torch.autograd.Function):
+    """Sums over whole responses, [k, tokens] -> [k, 2 * pairs]; the order of a response's sum is its own, so that a
+    pair's loss has the same bits in any micro-batch.
+
+    The backward pass does not communicate: every context-parallel rank computes the same loss from the sums, and
+    Megatron adds the gradients of the ranks, each of which covers only its own tokens.
     """
 
     @staticmethod
-    def forward(ctx, values, group):
-        total = values.clone()
-        dist.all_reduce(total, group=group)
-        return total
+    def forward(ctx, values, responses):
+        ctx.responses = responses
+        sums = one_by_one(values, responses.lengths) if values.is_cpu else by_halves(values, responses)
+        if responses.context_group is not None:
+            dist.all_reduce(sums, group=responses.context_group)
+        return sums
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return ctx.responses.spread(grad), None
+
+
+def one_by_one(values: Tensor, lengths: list[int]) -> Tensor:
+    """[k, tokens] -> [k, responses] by one torch sum per response; on a GPU each would be a kernel of its own."""
+    sums = [part.sum() for row in values for part in row.split(lengths)] if lengths else []
+    return torch.stack(sums).view(len(values), -1) if sums else values.new_zeros(len(values), 0)
+
+
+def by_halves(values: Tensor, responses: Responses) -> Tensor:
+    """[k, tokens] -> [k, responses] in as many kernels whatever the number of responses.
+
+    Each response becomes a row of zeros but for its tokens, and the second half of all rows is added to the first until
+    one column is left. Twice the width adds zeros in one more step and nothing else: a response's sum does not depend
+    on the longest one, as it would with torch's sum over rows.
+    """
+    width = 1 << max(max(responses.lengths, default=0) - 1, 0).bit_length()
+    rows = values.new_zeros(len(values), len(responses.lengths), width)
+    rows[:, responses.segments, responses.places] = values
+    while rows.shape[-1] > 1:
+        first, second = rows.chunk(2, dim=-1)
+        rows = first + second
+    return rows.squeeze(-1)
 
 
 def preference_loss(
     logps: Tensor,
     ref_logps: Tensor | None,
     token_rewards: Tensor | None,
-    lengths: list[int],
+    responses: Responses,
     objective: Objective,
-    context_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Summed loss of a micro-batch of pairs, and the sums from which its metrics are averaged.
 
@@ -175,38 +209,43 @@ def preference_loss(
         logps: [tokens] fp32, log pi_theta of each response token in nats, with gradient.
         ref_logps: [tokens] fp32, the same of the reference model; may be None for a reference-free objective.
         token_rewards: [tokens] fp32, r_t; may be None if the objective does not read them.
-        lengths: number of tokens of each response, 2 * pairs entries: chosen, rejected, chosen, ...
+        responses: which token belongs to which response; if they are split over context-parallel ranks, the inputs are
+            this rank's part.
         objective: the loss and its hyper-parameters.
-        context_group: the context-parallel group that responses are split over; the inputs are then this rank's part.
 
     Returns:
         loss: [] fp32, sum over the pairs. T-REG, section 3: L_pref + alpha * w * (L_reg(y_w) + L_reg(y_l)).
         sums: metric name -> [] fp32 without gradient, a sum over pairs (or over tokens for the names in ``COUNTS``).
     """
-    responses = Responses(lengths, context_group)
     logps = logps.float()
     ref_logps = torch.zeros_like(logps) if ref_logps is None else ref_logps.float()
     per_token = objective.beta * torch.ones_like(logps)
     if objective.is_length_normalized:
-        per_token = objective.beta * responses.spread(1.0 / responses.tokens, logps)
-
+        per_token = objective.beta * responses.spread(1.0 / responses.tokens)
     log_ratio = logps - ref_logps if objective.needs_reference else logps
-    chosen, rejected = responses.sums(per_token * log_ratio)
+    rewards = _token_rewards(log_ratio, token_rewards, objective)
+
+    # all sums at once: on GPUs a kernel costs more than these few numbers
+    values = {"reward": per_token * log_ratio, "log_ratio": log_ratio, "logps": logps}
+    if rewards is not None:
+        outside = (objective.alpha * rewards.abs() > 0.25).float()  # |factor - 1| > 0.25
+        values |= {"regularization": -per_token * rewards * logps, "token_reward": rewards, "outside": outside}
+    summed = dict(zip(values, responses.sums(*values.values()), strict=True))
+    chosen, rejected = summed["reward"]
     margin = chosen - rejected
-    preference = _PREFERENCE[objective.loss_type](margin, log_ratio, responses, objective)
+    preference = _PREFERENCE[objective.loss_type](margin, summed["log_ratio"], responses, objective)
     loss = preference
 
     weight = torch.ones_like(margin)
     if objective.weight == "dynamic":
         weight = torch.sigmoid(-(margin - objective.gamma if objective.weight_margin else margin)).detach()
-    rewards = _token_rewards(log_ratio, token_rewards, objective)
     regularization = torch.zeros_like(margin)
     if rewards is not None:
-        chosen_reg, rejected_reg = responses.sums(-per_token * rewards * logps)
+        chosen_reg, rejected_reg = summed["regularization"]
         regularization = weight * (chosen_reg + rejected_reg)
         if objective.alpha > 0:
             loss = loss + objective.alpha * regularization
-    chosen_logps, rejected_logps = responses.sums(logps)
+    chosen_logps, rejected_logps = summed["logps"]
     if objective.sft_loss_weight > 0:
         loss = loss - objective.sft_loss_weight * chosen_logps
 
@@ -222,7 +261,8 @@ def preference_loss(
         "logps/chosen": chosen_logps,
         "logps/rejected": rejected_logps,
         "treg/weight": weight,
-        **_token_reward_sums(rewards, responses, objective.alpha, margin),
+        **_token_counts(responses),
+        **_token_reward_sums(summed),
     }
     return loss.sum(), {name: value.detach().sum() for name, value in sums.items()}
 
@@ -243,7 +283,7 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _dpo(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) -> Tensor:
+def _dpo(margin: Tensor, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
     """-log sigma(margin) (DPO, arXiv 2305.18290, eq. 7); flipped with probability eps in cDPO (its section 3 note).
 
     For dpo_norm the margin is that of beta/|y| log(pi/pi_ref) (length-normalized DPO of Tulu 3, arXiv 2411.15124).
@@ -251,24 +291,23 @@ def _dpo(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) 
     return -(1 - o.label_smoothing) * F.logsigmoid(margin) - o.label_smoothing * F.logsigmoid(-margin)
 
 
-def _simpo(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) -> Tensor:
+def _simpo(margin: Tensor, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
     """-log sigma(beta/|y_w| log pi(y_w) - beta/|y_l| log pi(y_l) - gamma) (SimPO, arXiv 2405.14734, eq. 6)."""
-    return _dpo(margin - o.gamma, log_ratio, responses, o)
+    return _dpo(margin - o.gamma, log_ratios, responses, o)
 
 
-def _ipo(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) -> Tensor:
+def _ipo(margin: Tensor, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
     """(h - 1/(2 beta))^2 (IPO, arXiv 2310.12036, eq. 17), where h is the difference of the log-ratios.
 
     Log-ratios are averaged over the tokens of a response, as in the authors' follow-up and in TRL.
     """
-    chosen, rejected = responses.sums(log_ratio)
-    tokens = responses.tokens.to(margin.device)
+    (chosen, rejected), tokens = log_ratios, responses.tokens
     return (chosen / tokens[0::2] - rejected / tokens[1::2] - 1 / (2 * o.beta)) ** 2
 
 
-def _sft(margin: Tensor, log_ratio: Tensor, responses: Responses, o: Objective) -> Tensor:
+def _sft(margin: Tensor, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
     """-log pi(y_w): maximum likelihood of the chosen responses; the rejected ones only enter the metrics."""
-    return -responses.sums(log_ratio)[0]
+    return -log_ratios[0]
 
 
 _PREFERENCE: dict[str, Callable[..., Tensor]] = {
@@ -293,18 +332,19 @@ def _token_rewards(log_ratio: Tensor, token_rewards: Tensor | None, objective: O
     return None
 
 
-def _token_reward_sums(rewards: Tensor | None, responses: Responses, alpha: float, like: Tensor) -> dict[str, Tensor]:
-    tokens = responses.tokens.to(like.device)
-    counts = {"tokens/chosen": tokens[0::2], "tokens/rejected": tokens[1::2], "tokens": tokens}
-    if rewards is None:
-        return counts
-    chosen, rejected = responses.sums(rewards)
-    outside = responses.sums((alpha * rewards.abs() > 0.25).float())  # |factor - 1| > 0.25
+def _token_counts(responses: Responses) -> dict[str, Tensor]:
+    tokens = responses.tokens
+    return {"tokens/chosen": tokens[0::2], "tokens/rejected": tokens[1::2], "tokens": tokens}
+
+
+def _token_reward_sums(summed: dict[str, Pair]) -> dict[str, Tensor]:
+    if "token_reward" not in summed:
+        return {}
+    chosen, rejected = summed["token_reward"]
     return {
-        **counts,
         "treg/token_reward_chosen": chosen,
         "treg/token_reward_rejected": rejected,
-        "treg/factor_outside_quarter": torch.cat(outside),
+        "treg/factor_outside_quarter": torch.cat(summed["outside"]),
     }
 
 

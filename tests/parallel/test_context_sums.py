@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tests.support.forked import run_ranks
 from tests.support.objectives import PLAIN_DPO
-from treg_megatron.objective import preference_loss
+from treg_megatron.objective import Responses, preference_loss, segments_and_places
 
 LENGTHS = [6, 3, 1, 8]
 
@@ -35,7 +35,9 @@ def loss_on_this_rank(objective) -> tuple:
     mine, lengths = part_of(dist.get_rank(), dist.get_world_size())
     logps, ref_logps, rewards = (x[mine] for x in tokens())
     logps.requires_grad_()
-    loss, sums = preference_loss(logps, ref_logps, rewards, lengths, objective, context_group=dist.group.WORLD)
+    whole = torch.tensor(LENGTHS, dtype=torch.float32)
+    responses = Responses(lengths, *segments_and_places(lengths), whole, dist.group.WORLD)
+    loss, sums = preference_loss(logps, ref_logps, rewards, responses, objective)
     loss.backward()
     return loss.detach(), {k: v.item() for k, v in sums.items()}, logps.grad
 
@@ -56,7 +58,7 @@ def test_split_responses_equal_unsplit_ones(changes, ranks):
     objective = dataclasses.replace(PLAIN_DPO, **changes)
     logps, ref_logps, rewards = tokens()
     logps.requires_grad_()
-    loss, sums = preference_loss(logps, ref_logps, rewards, LENGTHS, objective)
+    loss, sums = preference_loss(logps, ref_logps, rewards, Responses.whole(LENGTHS), objective)
     loss.backward()
     for rank, (its_loss, its_sums, its_grad) in enumerate(run_ranks(ranks, loss_on_this_rank, objective)):
         torch.testing.assert_close(its_loss, loss.detach(), rtol=1e-5, atol=0)

@@ -45,6 +45,10 @@ def test_first_and_last_chunk_are_on_the_same_rank():
     assert ContextPart(0, 2).padded(9) == 12
 
 
+def responses_of(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([response for response, length in enumerate(lengths) for _ in range(length)])
+
+
 def test_the_micro_batches_of_the_ranks_hold_each_response_token_once():
     chance = np.random.default_rng(5)
 
@@ -59,6 +63,8 @@ def test_the_micro_batches_of_the_ranks_hold_each_response_token_once():
     for name in ("targets", "token_rewards", "ref_logps"):
         assert sorted(torch.cat([part[name] for part in parts]).tolist()) == sorted(unsplit[name].tolist())
     assert [sum(n) for n in zip(*(part["lengths"] for part in parts))] == unsplit["lengths"]
+    assert all(part["response_tokens"].tolist() == unsplit["lengths"] for part in parts), "of whole responses"
+    assert all(torch.equal(part["segments"], responses_of(part["lengths"])) for part in parts)
     assert all(torch.equal(part["cu_seqlens"], parts[0]["cu_seqlens"]) for part in parts)
     for part in parts:
         assert part["tokens"].shape[1] * 2 == part["cu_seqlens"][-1] and part["tokens"].shape[1] % 8 == 0

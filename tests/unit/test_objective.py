@@ -8,7 +8,7 @@ import torch
 
 from tests.support.objectives import PLAIN_DPO, VARIANTS
 from treg_megatron.errors import UserError
-from treg_megatron.objective import Objective, means, preference_loss
+from treg_megatron.objective import Objective, Responses, by_halves, means, one_by_one, preference_loss
 
 LENGTHS = [3, 5, 7, 2, 1, 1]
 
@@ -67,7 +67,7 @@ def formula(o: Objective, logps, ref_logps, rewards) -> float:
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_loss_is_the_formula(tokens, changes):
     o = objective(**changes)
-    loss, _ = preference_loss(*tokens, LENGTHS, o)
+    loss, _ = preference_loss(*tokens, Responses.whole(LENGTHS), o)
     assert loss.item() == pytest.approx(formula(o, *tokens), rel=2e-6)
 
 
@@ -78,7 +78,11 @@ def test_gradient_identity(tokens, preference, beta, gamma):
     logps = logps.requires_grad_()
     alpha = 0.5
     preference_loss(
-        logps, ref_logps, rewards, LENGTHS, objective(loss_type=preference, beta=beta, gamma=gamma, alpha=alpha)
+        logps,
+        ref_logps,
+        rewards,
+        Responses.whole(LENGTHS),
+        objective(loss_type=preference, beta=beta, gamma=gamma, alpha=alpha),
     )[0].backward()
     at = 0
     for pair in range(len(LENGTHS) // 2):
@@ -105,7 +109,7 @@ def test_without_alpha_or_rewards_it_is_dpo_bit_for_bit(tokens, nothing):
         (objective(**nothing), rewards if nothing["alpha"] == 0 else torch.zeros_like(rewards)),
     ):
         leaf = logps.clone().requires_grad_()
-        loss, _ = preference_loss(leaf, ref_logps, r, LENGTHS, o)
+        loss, _ = preference_loss(leaf, ref_logps, r, Responses.whole(LENGTHS), o)
         loss.backward()
         results.append((loss, leaf.grad))
     assert torch.equal(results[0][0], results[1][0])
@@ -116,11 +120,34 @@ def test_a_pair_has_the_same_bits_in_any_company(tokens):
     logps, ref_logps, rewards = tokens
     o = objective(alpha=0.5)
     alone = [
-        preference_loss(*(x[a:b] for x in tokens), LENGTHS[i : i + 2], o)[0]
+        preference_loss(*(x[a:b] for x in tokens), Responses.whole(LENGTHS[i : i + 2]), o)[0]
         for i, (a, b) in zip((0, 2, 4), ((0, 8), (8, 17), (17, 19)))
     ]
-    together, _ = preference_loss(logps, ref_logps, rewards, LENGTHS, o)
+    together, _ = preference_loss(logps, ref_logps, rewards, Responses.whole(LENGTHS), o)
     assert torch.equal(torch.stack(alone).sum(), together)
+
+
+def test_sums_in_few_kernels_are_those_of_torch_and_the_same_in_any_company(tokens):
+    """On a GPU: no kernel per response, and no bit of a response's sum depends on the other responses."""
+    together = by_halves(torch.stack(tokens), Responses.whole(LENGTHS))
+    torch.testing.assert_close(together, one_by_one(torch.stack(tokens), LENGTHS))
+    for response, part in enumerate(zip(*(x.split(LENGTHS) for x in tokens), strict=True)):
+        alone = by_halves(torch.stack(part), Responses.whole([LENGTHS[response]]))
+        assert torch.equal(alone[:, 0], together[:, response])
+    assert by_halves(torch.zeros(3, 0), Responses.whole([])).shape == (3, 0)
+    assert torch.equal(by_halves(torch.ones(1, 2), Responses.whole([0, 2, 0])), torch.tensor([[0.0, 2.0, 0.0]]))
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_the_loss_stays_where_its_values_are(tokens, changes):
+    """Nothing is read from or copied to the device of the log-probs; meta tensors refuse both, as NCCL and a stream
+    that must not wait would."""
+    meta = [x.to("meta").requires_grad_() for x in tokens]
+    responses = Responses.whole(LENGTHS)
+    on_meta = {name: getattr(responses, name).to("meta") for name in ("segments", "places", "tokens")}
+    loss, sums = preference_loss(*meta, dataclasses.replace(responses, **on_meta), objective(**changes))
+    loss.backward()
+    assert all(x.is_meta for x in (loss, meta[0].grad, *sums.values()))
 
 
 def test_a_policy_that_is_its_reference_has_the_known_loss(tokens):
@@ -131,7 +158,7 @@ def test_a_policy_that_is_its_reference_has_the_known_loss(tokens):
         objective(loss_type="dpo_norm"),
         objective(loss_type="ipo"),
     ):
-        _, sums = preference_loss(logps, logps, rewards, LENGTHS, o)
+        _, sums = preference_loss(logps, logps, rewards, Responses.whole(LENGTHS), o)
         assert means({k: v.item() for k, v in sums.items()})["loss/preference"] == pytest.approx(
             o.first_preference_loss, abs=1e-6
         )
@@ -139,13 +166,13 @@ def test_a_policy_that_is_its_reference_has_the_known_loss(tokens):
 
 def test_no_pairs_give_no_loss_and_a_gradient_of_zero():
     hidden = torch.ones(3, requires_grad=True)
-    loss, sums = preference_loss(hidden[:0], hidden[:0], hidden[:0], [], objective(alpha=0.5))
+    loss, sums = preference_loss(hidden[:0], hidden[:0], hidden[:0], Responses.whole([]), objective(alpha=0.5))
     loss.backward()
     assert loss == 0 and sums["pairs"] == 0 and torch.equal(hidden.grad, torch.zeros(3))
 
 
 def test_metrics_count_tokens_where_they_are_about_tokens(tokens):
-    _, sums = preference_loss(*tokens, LENGTHS, objective(alpha=2.0))
+    _, sums = preference_loss(*tokens, Responses.whole(LENGTHS), objective(alpha=2.0))
     metrics = means({k: v.item() for k, v in sums.items()})
     rewards = tokens[2].split(LENGTHS)
     assert metrics["treg/token_reward_chosen"] == pytest.approx(torch.cat(rewards[0::2]).mean().item(), rel=1e-5)

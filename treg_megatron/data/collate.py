@@ -18,6 +18,7 @@ from treg_megatron.config.schema import DataSection, ParallelSection
 from treg_megatron.data.aligned import PairRecord
 from treg_megatron.data.alignment import score_positions
 from treg_megatron.distributed.context_parallel import WHOLE, ContextPart
+from treg_megatron.objective import segments_and_places
 
 PADDING_TOKEN = 0  # never scored, never attended to by a scored token
 
@@ -45,7 +46,8 @@ def collate(
             token counts.
         rows: [n] int64, index into the flattened hidden states [s * b, hidden] that predicts each response token.
         targets: [n] int64, ids of the response tokens. lengths: list of int, response tokens on this rank of chosen 0,
-            rejected 0, chosen 1, ...
+            rejected 0, chosen 1, ... segments, places: [n] int64, and response_tokens: [2 * pairs] fp32, of whole
+            responses: see :class:`~treg_megatron.objective.Responses`.
         token_rewards: [n] fp32. ref_logps: [n] fp32, absent if the dataset has none. pair_ids: list of str.
     """
     sequences = [tokens for r in records for tokens in (r.chosen_tokens, r.rejected_tokens)]
@@ -68,6 +70,8 @@ def collate(
         batch = _padded(tokens, positions, pad_to_multiple_of)
     batch["targets"] = flat([s[len(s) - n :] for s, n in zip(sequences, responses, strict=True)], np.int64)
     batch["lengths"] = [len(p) for p in positions]
+    batch["segments"], batch["places"] = segments_and_places(batch["lengths"])
+    batch["response_tokens"] = torch.tensor(responses, dtype=torch.float32)
     batch["pair_ids"] = [r.pair_id for r in records]
     batch["token_rewards"] = flat([x for r in records for x in (r.chosen_token_rewards, r.rejected_token_rewards)])
     if all(r.chosen_ref_logprobs is not None for r in records):

@@ -29,7 +29,7 @@ from treg_megatron.kernels.core_attention import SharedPrompts
 from treg_megatron.kernels.kernels import Kernels
 from treg_megatron.models.head import response_logps
 from treg_megatron.models.layers import torch_block_spec
-from treg_megatron.objective import Objective, preference_loss
+from treg_megatron.objective import Objective, Responses, preference_loss
 from treg_megatron.utils.substitute import substituted
 
 
@@ -191,17 +191,19 @@ class PreferenceLossReduction(MegatronLossReduction):
 
     def forward(self, batch: dict[str, Any], logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         split = parallel_state.get_context_parallel_world_size() > 1
-        loss, sums = preference_loss(
-            logps,
-            batch.get("ref_logps"),
-            batch.get("token_rewards"),
+        responses = Responses(
             batch["lengths"],
-            self.objective,
+            batch["segments"],
+            batch["places"],
+            batch["response_tokens"],
             parallel_state.get_context_parallel_group() if split else None,
+        )
+        loss, sums = preference_loss(
+            logps, batch.get("ref_logps"), batch.get("token_rewards"), responses, self.objective
         )
         # Megatron sums the counts over context-parallel ranks, which hold the same pairs
         own = len(batch["lengths"]) // 2 if parallel_state.get_context_parallel_rank() == 0 else 0
-        pairs = torch.tensor(own, dtype=torch.int, device=loss.device)
+        pairs = torch.full((), own, dtype=torch.int, device=loss.device)  # filled on the device, not copied to it
         return loss, pairs, {"sums": sums, "pair_ids": batch["pair_ids"]}
 
     def reduce(self, micro_batches: list[dict[str, Any]]) -> Tensor:
