@@ -106,14 +106,14 @@ def block_outputs() -> dict[str, torch.Tensor]:
     """Outputs and gradients of two layers with Megatron's local spec and with ours, for each kernel set and for each
     fast kernel on its own; also the outputs of ours with packing."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from treg_megatron.kernels import onednn
+    from treg_megatron.kernels.core_attention import PackedRow
     from treg_megatron.kernels.kernels import Kernels
     from treg_megatron.kernels.onednn import ProductsByOneDNN
     from treg_megatron.models.layers import torch_block_spec
+    from treg_megatron.models.policy import ResponseGPTModel
 
     megatron_world()
     onednn.mkl_is_slow, onednn.SMALLEST = lambda: True, 1
@@ -151,7 +151,7 @@ def block_outputs() -> dict[str, torch.Tensor]:
     }
     outputs, weights = {}, None
     for name, spec in specs.items():
-        model = GPTModel(config, spec, vocab_size=40, max_sequence_length=16, position_embedding_type="rope")
+        model = ResponseGPTModel(config, spec, vocab_size=40, max_sequence_length=16, position_embedding_type="rope")
         weights = weights or model.state_dict()
         model.load_state_dict(weights, strict=False)
         logits = model(tokens, torch.arange(9).expand(2, 9), None)
@@ -162,10 +162,7 @@ def block_outputs() -> dict[str, torch.Tensor]:
             [p.grad.flatten() for n, p in sorted(model.named_parameters()) if n.startswith("decoder.layers")]
         )
         if name != "local":
-            boundaries = torch.tensor([0, 5, 14], dtype=torch.int32)
-            packed = PackedSeqParams(
-                qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=9, max_seqlen_kv=9
-            )
+            packed = PackedRow("thd", max_seqlen_q=9, max_seqlen_kv=9, sequences=lengths)
             row = torch.cat([tokens[0, :5], tokens[1]])[None]
             outputs[name + " packed"] = model(
                 row, torch.cat([torch.arange(5), torch.arange(9)])[None], None, packed_seq_params=packed

@@ -55,6 +55,7 @@ def token_logprobs(policy, tokens: torch.Tensor, packed: bool) -> torch.Tensor |
             "tokens": tokens.reshape(1, -1),
             "position_ids": positions.reshape(1, -1),
             "max_seqlen": length,
+            "sequences": [length] * batch,
             "cu_seqlens": torch.arange(0, batch * length + 1, length, dtype=torch.int32),
         }
     else:

@@ -41,9 +41,9 @@ def collate(
 
     Returns:
         tokens, position_ids: [b, s] int64; packed: b = 1.
-        cu_seqlens: [sequences + 1] int32 and max_seqlen: int, of unsplit sequences, packed only; padding forms a
-            separate sequence. With share_prompts, pairs replaces cu_seqlens: list of (prompt, chosen, rejected)
-            token counts.
+        sequences: list of int, tokens of each unsplit sequence, cu_seqlens: [sequences + 1] int32, where each starts
+            and the last one ends, and max_seqlen: int; packed only. Padding forms a separate sequence. With
+            share_prompts, pairs replaces sequences and cu_seqlens: list of (prompt, chosen, rejected) token counts.
         rows: [n] int64, index into the flattened hidden states [s * b, hidden] that predicts each response token.
         targets: [n] int64, ids of the response tokens. lengths: list of int, response tokens on this rank of chosen 0,
             rejected 0, chosen 1, ... segments, places: [n] int64, and response_tokens: [2 * pairs] fp32, of whole
@@ -89,7 +89,7 @@ def row_multiple(data: DataSection, parallel: ParallelSection) -> int:
 def packed_row(
     sequences: list[torch.Tensor], positions: list[np.ndarray], multiple: int = 1, context: ContextPart = WHOLE
 ) -> dict[str, Any]:
-    """One packed sequence: tokens, position_ids, cu_seqlens, max_seqlen and rows as :func:`collate` describes them.
+    """One packed sequence: tokens, position_ids, sequences, cu_seqlens, max_seqlen and rows, see :func:`collate`.
 
     Args:
         sequences: [s] int64 each.
@@ -106,6 +106,7 @@ def packed_row(
     return {
         "tokens": torch.cat([context.of(s) for s in sequences])[None],
         "position_ids": torch.cat([context.of(torch.arange(size)) for size in sizes])[None],
+        "sequences": sizes,
         "cu_seqlens": torch.tensor([0, *sizes]).cumsum(0).to(torch.int32),
         "max_seqlen": max(sizes),
         "rows": _flat(

@@ -16,8 +16,16 @@ from treg_megatron.kernels.attention import Span, causal_attention
 
 
 @dataclass
-class SharedPrompts(PackedSeqParams):
-    """A packed sequence of pairs that hold their prompt once; rotary embedding follows position ids."""
+class PackedRow(PackedSeqParams):
+    """A packed sequence for layers in plain PyTorch. The host knows the lengths, so that no layer reads ``cu_seqlens``
+    from the device and waits for it; rotary angles are those of the position ids."""
+
+    sequences: list[int] | None = None  # tokens of each, before they are split over context-parallel ranks
+
+
+@dataclass
+class SharedPrompts(PackedRow):
+    """A packed sequence of pairs that hold their prompt once."""
 
     pairs: list[tuple[int, int, int]] | None = None  # tokens of prompt, chosen, rejected; what follows is padding
 
@@ -60,7 +68,7 @@ class SdpaAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedRow | None = None,
     ) -> Tensor:
         """[s, b, heads, d] -> [s, b, heads * d], or packed, [t, heads, d] -> [t, heads * d]."""
         if packed_seq_params is None:
@@ -68,7 +76,7 @@ class SdpaAttention(MegatronModule):
             return out.permute(2, 0, 1, 3).flatten(2)
         return self.attend_packed(query, key, value, packed_seq_params)
 
-    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedRow) -> Tensor:
         """Queries [t, heads, d], keys and values [t, groups, d] -> [t, heads * d]."""
         return self.attend_each(parts_of(query, key, value, spans_of(packed, len(query))))
 
@@ -87,7 +95,7 @@ class SdpaAttention(MegatronModule):
         return {}
 
 
-def spans_of(packed: PackedSeqParams, length: int) -> list[Span]:
+def spans_of(packed: PackedRow, length: int) -> list[Span]:
     """The spans of a packed row: one per sequence or, with shared prompts, two per pair (prompt with chosen response,
     then rejected response) and one for the padding.
 
@@ -95,7 +103,7 @@ def spans_of(packed: PackedSeqParams, length: int) -> list[Span]:
         length: number of tokens, padding included.
     """
     if not isinstance(packed, SharedPrompts):
-        return [Span(tokens) for tokens in packed.cu_seqlens_q.diff().tolist()]
+        return [Span(tokens) for tokens in packed.sequences]
     spans = [
         span for prompt, chosen, rejected in packed.pairs for span in (Span(prompt + chosen), Span(rejected, prompt))
     ]

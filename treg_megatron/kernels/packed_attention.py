@@ -9,17 +9,16 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from treg_megatron.kernels.attention import Span, causal_mask, rows_to_add
-from treg_megatron.kernels.core_attention import SdpaAttention, spans_of
+from treg_megatron.kernels.core_attention import PackedRow, SdpaAttention, spans_of
 
 
 class PackedSdpaAttention(SdpaAttention):
     """Packed sequences in one autograd call, for plain causal attention: no window, soft-cap or dropout."""
 
-    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedRow) -> Tensor:
         if self.tokens_before is not None or self.softcap is not None or (self.training and self.dropout):
             return super().attend_packed(query, key, value, packed)
         return packed_attention(query, key, value, spans_of(packed, len(query)), self.softmax_scale).flatten(1)

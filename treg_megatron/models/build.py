@@ -78,7 +78,8 @@ def policy_config(
             "deallocate_pipeline_outputs": not is_cpu(),
         }
     balancing = {"moe_aux_loss_coeff": router_aux_loss} if fields.get("num_moe_experts") else {}
-    without_engine = {"apply_rope_fusion": False, "persist_layer_norm": False} if not policies.HAVE_TE else {}
+    torch_layers = takes_torch_layers(family.post_layer_norms, train.precision)
+    without_engine = {"apply_rope_fusion": False, "persist_layer_norm": False} if torch_layers else {}
     recompute = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
@@ -87,6 +88,7 @@ def policy_config(
     return policies.policy_config_class(*family.nemo_classes(hf_config))(
         **fields | without_engine | (CPU_FIELDS if is_cpu() else {}) | recompute | schedule | balancing,
         kernels=kernels,
+        torch_layers=torch_layers,
         post_layer_norms=family.post_layer_norms,
         activation_func=activation,
         true_vocab_size=vocabulary,
@@ -100,6 +102,16 @@ def policy_config(
         params_dtype=DTYPES[train.precision],
         bf16=train.precision == "bf16",
     )
+
+
+def takes_torch_layers(post_layer_norms: bool, precision: str) -> bool:
+    """Whether the layers are plain PyTorch: without Transformer Engine, in fp32, and for Gemma 2.
+
+    Transformer Engine attends to packed sequences in half precision only. NeMo's own Gemma 2 layers do not support
+    packed sequences, ignore the sliding window if no mask is passed, and apply it in the odd layers, where the model
+    has it in the even ones.
+    """
+    return not policies.HAVE_TE or precision == "fp32" or post_layer_norms
 
 
 def shares_prompts(fields: dict[str, Any], parallel: ParallelSection, data: DataSection) -> bool:

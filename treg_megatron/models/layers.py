@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -26,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from treg_megatron.distributed.context_parallel import ContextPart
-from treg_megatron.kernels.core_attention import SdpaAttention
+from treg_megatron.kernels.core_attention import PackedRow, SdpaAttention
 from treg_megatron.kernels.kernels import Kernels
 from treg_megatron.kernels.linear import ColumnParallelLinearIn, RowParallelLinearIn
 
@@ -150,7 +149,7 @@ class RotatedSelfAttention(SelfAttention):
         *args,
         rotary_pos_emb: Tensor | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedRow | None = None,
         inference_context=None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
@@ -167,12 +166,9 @@ class RotatedSelfAttention(SelfAttention):
                 **kwargs,
             )
         query, key, value = self.get_query_key_value_tensors(hidden_states, None)
-        angles = rotary_pos_emb
         if packed_seq_params is not None:
             query, key, value = (x.squeeze(1) for x in (query, key, value))
-            if packed_seq_params.cu_seqlens_q is not None:
-                angles = _angles_of_tokens(angles, packed_seq_params)
-        query, key = self.rotary(query, angles), self.rotary(key, angles)
+        query, key = self.rotary(query, rotary_pos_emb), self.rotary(key, rotary_pos_emb)
         attend = (
             self._checkpointed_attention_forward
             if self.checkpoint_core_attention and self.training
@@ -190,17 +186,6 @@ class RotatedSelfAttention(SelfAttention):
         return self.linear_proj(out if packed_seq_params is None else out.reshape(len(out), 1, -1))
 
 
-def _angles_of_tokens(angles: Tensor, packed: PackedSeqParams) -> Tensor:
-    """Angles by position, [longest, 1, 1, d] -> angles of this rank's tokens of packed sequences, [t, 1, d]."""
-    context, angles = _context_part(), angles.squeeze(1)
-    starts = [
-        (number * (length // context.divisor), length // context.divisor)
-        for length in packed.cu_seqlens_q.diff().tolist()
-        for number in (context.chunks if context.ranks > 1 else (0,))
-    ]
-    return torch.cat([angles[start : start + length] for start, length in starts])
-
-
 def _context_part() -> ContextPart:
     return ContextPart(parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
 
@@ -209,9 +194,9 @@ class ContextParallelAttention(SdpaAttention):
     """Attention over packed sequences with context parallelism: keys and values are gathered from all ranks, and each
     of this rank's two chunks of a sequence attends to everything up to its own end."""
 
-    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedRow) -> Tensor:
         """[t / ranks, heads, d], keys and values [t / ranks, groups, d] -> [t / ranks, heads * d]."""
-        return self.attend_each(_chunks(query, key, value, packed.cu_seqlens_q.diff().tolist(), _context_part()))
+        return self.attend_each(_chunks(query, key, value, packed.sequences, _context_part()))
 
 
 def _chunks(

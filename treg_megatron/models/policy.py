@@ -25,7 +25,7 @@ from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
 from treg_megatron.errors import UserError
-from treg_megatron.kernels.core_attention import SharedPrompts
+from treg_megatron.kernels.core_attention import PackedRow, SharedPrompts
 from treg_megatron.kernels.kernels import Kernels
 from treg_megatron.models.head import response_logps
 from treg_megatron.models.layers import torch_block_spec
@@ -48,11 +48,14 @@ class ResponseGPTModel(MegatronGPTModel):
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, *args, packed_seq_params: PackedSeqParams | None = None, **kwargs
     ) -> tuple:
-        """Megatron's preprocessing; with shared prompts, rotary angles [t, 1, channels] follow position ids."""
+        """Megatron's preprocessing; the rotary angles of a packed row, [t, 1, channels], are those of its position ids.
+
+        Megatron's own way would cut the row into sequences in every layer, at lengths that it reads from the device.
+        """
         embedded, angles, *others = super()._preprocess(
             input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
         )
-        if isinstance(packed_seq_params, SharedPrompts):
+        if isinstance(packed_seq_params, PackedRow):
             angles = angles[position_ids[0], 0]
         return embedded, angles, *others
 
@@ -90,6 +93,7 @@ class PolicyConfig:
     """Mix-in for NeMo's GPT configs: builds a :class:`ResponseGPTModel` with the same weights."""
 
     true_vocab_size: int = 0  # without padding
+    torch_layers: bool = not HAVE_TE  # plain PyTorch layers in place of Transformer Engine's
     post_layer_norms: bool = False  # norms after attention and MLP, as in Gemma 2
     kernels: Kernels = field(default_factory=Kernels.reference)  # for the plain PyTorch layers and the head
 
@@ -127,14 +131,10 @@ def policy_config_class(nemo_config: type[llm.GPTConfig], nemo_model: type[llm.G
 
 
 def layer_spec(config: PolicyConfig, vp_stage: int | None = None) -> ModuleSpec:
-    """Transformer Engine's layers if it is installed; plain PyTorch layers otherwise, and always for Gemma 2.
-
-    NeMo's own Gemma 2 layers do not support packed sequences, ignore the sliding window if no mask is passed, and apply
-    it in the odd layers, where the model has it in the even ones.
-    """
-    if HAVE_TE and not config.post_layer_norms:
-        return transformer_engine_layer_spec(config)
-    return torch_block_spec(config, config.kernels, vp_stage)
+    """Transformer Engine's layers or plain PyTorch layers, as the config says."""
+    if config.torch_layers:
+        return torch_block_spec(config, config.kernels, vp_stage)
+    return transformer_engine_layer_spec(config)
 
 
 def data_step(iterator) -> dict[str, Any]:
@@ -146,8 +146,12 @@ def data_step(iterator) -> dict[str, Any]:
 
 def forward_step(model, batch: dict[str, Any]) -> Tensor:
     """This stage's hidden states, or on the last stage the log-probs of the response tokens, [n] fp32."""
-    packed = None
-    if "cu_seqlens" in batch:
+    longest, packed = batch.get("max_seqlen"), None
+    if "pairs" in batch:
+        packed = SharedPrompts("thd", max_seqlen_q=longest, max_seqlen_kv=longest, pairs=batch["pairs"])
+    elif "sequences" in batch and model.config.torch_layers:
+        packed = PackedRow("thd", max_seqlen_q=longest, max_seqlen_kv=longest, sequences=batch["sequences"])
+    elif "sequences" in batch:
         ends = batch["cu_seqlens"]
         packed = PackedSeqParams(
             qkv_format="thd",
@@ -155,12 +159,8 @@ def forward_step(model, batch: dict[str, Any]) -> Tensor:
             cu_seqlens_kv=ends,
             cu_seqlens_q_padded=ends,
             cu_seqlens_kv_padded=ends,
-            max_seqlen_q=batch["max_seqlen"],
-            max_seqlen_kv=batch["max_seqlen"],
-        )
-    elif "pairs" in batch:
-        packed = SharedPrompts(
-            qkv_format="thd", max_seqlen_q=batch["max_seqlen"], max_seqlen_kv=batch["max_seqlen"], pairs=batch["pairs"]
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
         )
     return model(
         batch["tokens"],

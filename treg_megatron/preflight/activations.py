@@ -61,7 +61,7 @@ def largest_micro_batch(data: DataSection, parallel: ParallelSection) -> dict:
 
 
 def micro_batch(data: DataSection, parallel: ParallelSection, sequences: list[tuple[int, int]]) -> dict:
-    """A collated micro-batch on meta tensors (only ``cu_seqlens`` stays on the CPU).
+    """A collated micro-batch on meta tensors.
 
     Args:
         sequences: (tokens, response tokens) of chosen 0, rejected 0, chosen 1, ...
@@ -73,8 +73,7 @@ def micro_batch(data: DataSection, parallel: ParallelSection, sequences: list[tu
         row_multiple(data, parallel),
         ContextPart(0, parallel.context),
     )
-    # cu_seqlens keeps its values: attention splits its input accordingly
-    return {k: v.to("meta") if isinstance(v, torch.Tensor) and k != "cu_seqlens" else v for k, v in batch.items()}
+    return {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def run_chunk(rank: Rank, chunk: int, batch: dict) -> Pass:
