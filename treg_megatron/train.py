@@ -15,6 +15,7 @@ import atexit
 import dataclasses
 import logging
 import multiprocessing
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from treg_megatron.distributed.launch import (
     init_process_group,
     on_rank_zero,
     rank_info,
+    require_device,
 )
 from treg_megatron.utils import entry
 from treg_megatron.utils.imports import heavy_imports
@@ -114,7 +116,7 @@ def prepare(recipe: DictConfig) -> Job:
         UserError: as :func:`train`.
     """
     plan = checked(recipe)
-    set_up_stack(plan.objective)
+    set_up_stack(plan)
     with heavy_imports():
         from treg_megatron.checkpoint.run_folder import checkpoint_to_resume
         from treg_megatron.models.build import shares_prompts
@@ -185,14 +187,19 @@ def checked(recipe: DictConfig) -> Plan:
     return Plan(recipe, ranks, identity, fields, objective, data, parallel, optimizer, run, checkpoint, streams)
 
 
-def set_up_stack(objective: "Objective") -> None:
+def set_up_stack(plan: Plan) -> None:
     """Turn on the CPU redirect where there is no GPU, and log what is installed.
 
     Raises:
-        UserError: versions of Megatron or NeMo that do not train.
+        UserError: there is no GPU for a recipe that wants one, or versions of Megatron or NeMo do not train.
     """
     import torch
 
+    if plan.parallel.tensor > 1 or plan.parallel.context > 1:
+        # the order in which kernels start is then that of their calls, by which Megatron overlaps communication; CUDA
+        # reads it when a device is first used
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    require_device(section(plan.recipe, "cluster").device)
     if not torch.cuda.is_available():
         from treg_megatron.distributed.cpu_redirect import use_cpu
 
@@ -201,8 +208,8 @@ def set_up_stack(objective: "Objective") -> None:
 
     require_stack()
     logger.info(describe_stack())
-    if objective.warning:
-        logger.warning(objective.warning)
+    if plan.objective.warning:
+        logger.warning(plan.objective.warning)
 
 
 def build_job(plan: Plan, pairs: "PairData", steps: int, resume: Path | None, lock: Lock) -> Job:

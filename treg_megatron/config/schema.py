@@ -252,7 +252,8 @@ class ExportSection:
 
 @dataclass
 class ClusterSection:
-    """The cluster that the recipe is meant for; only preflight reads this section."""
+    """The cluster that the recipe is meant for. Preflight reads this section; training and the node check require its
+    device."""
 
     device: str = key("device: gpu with fused kernels, or cpu processes", choices=("gpu", "cpu"))
     nodes: int = key("number of nodes")

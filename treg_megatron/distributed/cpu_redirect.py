@@ -8,6 +8,7 @@ explicitly and fails if a CUDA device is visible, so a job that could use a GPU 
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +18,17 @@ from torch.overrides import TorchFunctionMode
 from treg_megatron.kernels.memory import keep_memory
 from treg_megatron.utils.imports import heavy_imports
 
+#: packages that Megatron and NeMo use wherever they can be imported, and that fail without a GPU
+GPU_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
+
 _active: "_CudaMeansCpu | None" = None
 _log = logging.getLogger(__name__)
 
 
 def use_cpu() -> None:
     """Redirect CUDA calls of this process to the CPU. Idempotent; inherited by forked processes.
+
+    Call it before Megatron is imported: Transformer Engine and Apex are hidden from then on.
 
     Raises:
         RuntimeError: a CUDA device is visible.
@@ -33,6 +39,8 @@ def use_cpu() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("a CUDA device is visible: Megatron runs on it, the CPU redirect stays off")
+    for package in GPU_PACKAGES:
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # to Python: not installed
     keep_memory()
     with heavy_imports():
         _replace_cuda_runtime()

@@ -139,6 +139,52 @@ def _number(names: tuple[str, ...]) -> int | None:
     return next((int(os.environ[name]) for name in names if os.environ.get(name)), None)
 
 
+def device_index(local_rank: int) -> int:
+    """The CUDA device of a process among those that it sees: all of its node's or, as with ``srun --gpus-per-task=1``,
+    only its own."""
+    import torch
+
+    return local_rank % torch.cuda.device_count()
+
+
+def require_device(device: str) -> None:
+    """Require a usable GPU if the recipe is meant for GPUs, instead of training on the CPU without a word.
+
+    Args:
+        device: ``cluster.device``.
+
+    Raises:
+        UserError: torch sees no GPU that it can use.
+    """
+    import torch
+
+    if device == "gpu" and not torch.cuda.is_available():
+        raise UserError(
+            f"the recipe is meant for GPUs (cluster.device=gpu), but on {node_name()} torch sees none that it can use: "
+            "look at nvidia-smi, install a torch with CUDA, or set cluster.device=cpu"
+        )
+
+
+def take_device(ranks: RankInfo) -> None:
+    """Make this process's GPU the current CUDA device; nothing without GPUs.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    index = device_index(ranks.local_rank)
+    try:
+        torch.cuda.set_device(index)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"GPU {index} of {node_name()} cannot be used: {reason}; exclude the node, sbatch --exclude"
+        ) from None
+
+
 def node_name() -> str:
     """This machine's name; under Slurm, the name that Slurm uses."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -153,23 +199,41 @@ def init_process_group(ranks: RankInfo, timeout: float, store: "torch.distribute
         store: the result of :func:`connect_store`, if it was called before.
 
     Raises:
-        UserError: the port is taken, rank 0's address is unknown, or ranks did not connect in time.
+        UserError: the port is taken, rank 0's address is unknown, ranks did not connect in time, a GPU cannot be used,
+            or only some ranks have one.
     """
     import torch
     import torch.distributed as dist
 
     if dist.is_initialized():
         return
+    take_device(ranks)
+    store = store or connect_store(ranks)
     cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(ranks.local_rank)
+    require_same_device(ranks, store, "GPU" if cuda else "CPU")
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        store=store or connect_store(ranks),
+        store=store,
         rank=ranks.rank,
         world_size=ranks.size,
         timeout=timedelta(seconds=timeout),
     )
+
+
+def require_same_device(ranks: RankInfo, store: "torch.distributed.Store", device: str) -> None:
+    """Require that this rank computes on what rank 0 does: NCCL and gloo would wait for each other.
+
+    Raises:
+        UserError: one has a GPU, the other has none.
+    """
+    if ranks.rank == 0:
+        store.set("device", f"{device} {node_name()}")
+    first, first_node = store.get("device").decode().split(" ", 1)
+    if first != device:
+        raise UserError(
+            f"rank {ranks.rank} on {node_name()} runs on a {device}, rank 0 on {first_node} on a {first}: "
+            "on one of them torch sees no usable GPU; look at nvidia-smi there, or exclude it: sbatch --exclude"
+        )
 
 
 def connect_store(ranks: RankInfo) -> "torch.distributed.Store":

@@ -33,16 +33,18 @@ def require_stack() -> None:
 def describe_stack() -> str:
     """One line for the log: device, library versions, layer and Adam implementations, collectives backend."""
     cuda = torch.cuda.is_available()
-    engine, apex = _version("transformer-engine"), importlib.util.find_spec("apex") is not None
+    # hidden on CPUs, see cpu_redirect
+    engine = _version("transformer-engine") if importlib.util.find_spec("transformer_engine") else None
+    apex = importlib.util.find_spec("apex") is not None
     device = torch.cuda.get_device_name(0) if cuda else f"CPU, {torch.get_num_threads()} threads per rank"
     adam = "Transformer Engine" if engine else "Apex" if apex else "torch"
     return " | ".join(
         (
             f"torch {torch.__version__} on {device}",
             f"megatron-core {_version('megatron-core')}, NeMo {_version('nemo-toolkit')}",
-            f"layers: {'Transformer Engine ' + engine if engine else 'torch (Transformer Engine not installed)'}",
+            f"layers: {'Transformer Engine ' + engine if engine else 'torch (no Transformer Engine)'}",
             f"Adam: {adam}",
-            f"Apex: {'yes' if apex else 'not installed'}",
+            f"Apex: {'yes' if apex else 'no'}",
             f"collectives: {'NCCL' if cuda else 'gloo'}",
         )
     )

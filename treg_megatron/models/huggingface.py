@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from treg_megatron.distributed.launch import rank_info
+from treg_megatron.distributed.launch import device_index, rank_info
 from treg_megatron.errors import UserError
 from treg_megatron.models.families.fields import rope_settings
 from treg_megatron.tokenizer.model_folder import model_folder
@@ -93,7 +93,7 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{rank_info().local_rank % torch.cuda.device_count()}"
+        name = f"cuda:{device_index(rank_info().local_rank)}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -24,6 +24,8 @@ from treg_megatron.distributed.launch import (
     init_process_group,
     node_name,
     rank_info,
+    require_device,
+    take_device,
 )
 from treg_megatron.errors import UserError
 from treg_megatron.preflight.costs import checkpoint_bytes
@@ -40,6 +42,7 @@ def check(recipe: DictConfig) -> None:
         UserError: on every rank, if a node fails the check; the message names the node.
     """
     ranks = rank_info()
+    require_device(section(recipe, "cluster").device)
     inputs, output = files_of_training(recipe)
     store = connect_store(ranks)
     store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
@@ -54,9 +57,7 @@ def check(recipe: DictConfig) -> None:
             store.set("verdict", verdict(_nodes(store, ranks), bytes_needed(recipe), output))
             Path(answer).unlink()
         answer = store.get("verdict").decode()
-    store.add("read", 1)
-    while ranks.rank == 0 and store.add("read", 0) < ranks.size:  # rank 0 hosts the store, so it leaves last
-        time.sleep(0.01)
+    _leave_after(store, ranks, "read")
     if answer:
         raise UserError(answer)
     devices(ranks, store)
@@ -181,19 +182,17 @@ def devices(ranks: RankInfo, store: Any) -> None:
     """
     import torch
 
-    init_process_group(ranks, ANSWER_SECONDS, store)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        ones = torch.ones(512, 512, device=kind)
-        correct = bool((ones @ ones == 512).all())
-    except RuntimeError:
-        correct = False
-    answers: list = [None] * ranks.size
-    torch.distributed.all_gather_object(answers, (node_name(), correct))
-    if bad := sorted({node for node, correct in answers if not correct}):
-        raise UserError(
-            f"the devices of {', '.join(bad)} give wrong results or errors: exclude the node, sbatch --exclude"
-        )
+    # over the store: a broken GPU cannot take part in a collective
+    store.set(f"device of {ranks.rank}", json.dumps((node_name(), _computes(ranks, kind))))
+    if ranks.rank == 0:
+        answers = [json.loads(store.get(f"device of {rank}")) for rank in range(ranks.size)]
+        store.set("bad devices", ", ".join(sorted({node for node, correct in answers if not correct})))
+    bad = store.get("bad devices").decode()
+    _leave_after(store, ranks, "read devices")
+    if bad:
+        raise UserError(f"the devices of {bad} give wrong results or errors: exclude the node, sbatch --exclude")
+    init_process_group(ranks, ANSWER_SECONDS, store)
     seconds = _all_reduce_seconds(kind)
     size = ALL_REDUCE_BYTES[kind]
     on_wire = size * 2 * (ranks.size - 1) / ranks.size  # bytes that each rank of a ring sends
@@ -204,6 +203,25 @@ def devices(ranks: RankInfo, store: Any) -> None:
             flush=True,
         )
     destroy_process_group()
+
+
+def _computes(ranks: RankInfo, kind: str) -> bool:
+    """Whether this process's device multiplies matrices without an error."""
+    import torch
+
+    try:
+        take_device(ranks)
+        ones = torch.ones(512, 512, device=kind)
+        return bool((ones @ ones == 512).all())
+    except (RuntimeError, UserError):
+        return False
+
+
+def _leave_after(store: Any, ranks: RankInfo, read: str) -> None:
+    """Count this rank under the key ``read``; rank 0, which serves the store, waits for all others."""
+    store.add(read, 1)
+    while ranks.rank == 0 and store.add(read, 0) < ranks.size:
+        time.sleep(0.01)
 
 
 def _all_reduce_seconds(kind: str) -> float:

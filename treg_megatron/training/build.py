@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
@@ -12,7 +14,7 @@ from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
 from treg_megatron.config.schema import OptimizerSection, ParallelSection, TrainSection
 from treg_megatron.distributed.cpu_redirect import is_cpu
-from treg_megatron.distributed.launch import RankInfo
+from treg_megatron.distributed.launch import RankInfo, device_index
 from treg_megatron.models.build import DTYPES
 from treg_megatron.training.strategy import PolicyStrategy
 
@@ -93,12 +95,27 @@ class Launched(LightningEnvironment):
         return self.world.rank // self.world.local_size
 
 
+class AssignedGpus(CUDAAccelerator):
+    """Lightning's accelerator for GPUs, of which a process may see only its own: ``devices`` counts the processes of a
+    node, and each gets its device as everywhere in this project."""
+
+    @staticmethod
+    def parse_devices(devices: int) -> list[int]:
+        """Local ranks."""
+        return list(range(devices))
+
+    @staticmethod
+    def get_parallel_devices(devices: list[int]) -> list[torch.device]:
+        """The device of each local rank; for other ranks than this one it may be none that this process sees."""
+        return [torch.device("cuda", device_index(local_rank)) for local_rank in devices]
+
+
 def trainer(
     world: RankInfo, strategy: PolicyStrategy, train: TrainSection, steps: int, callbacks: list[pl.Callback]
 ) -> nl.Trainer:
     """A trainer that leaves logging, saving and validation to ``callbacks``."""
     return nl.Trainer(
-        accelerator="cpu" if is_cpu() else "gpu",
+        accelerator="cpu" if is_cpu() else AssignedGpus(),
         devices=world.local_size,
         num_nodes=world.nodes,
         strategy=strategy,
