@@ -125,6 +125,7 @@ class TorchDistReader:
         if backend != TORCH_DIST["sharded_backend"]:
             raise UserError(f"{folder} has format {backend}; only torch_dist can be read")
         self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self.keys = set(metadata.state_dict_metadata)
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()

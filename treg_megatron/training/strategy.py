@@ -1,5 +1,6 @@
 """NeMo's Megatron strategy, extended to resume with PyTorch's own Adam."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -7,8 +8,10 @@ import torch
 from megatron.core import optimizer as optimizers
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from nemo import lightning as nl
+from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.lightning.pytorch.strategies.utils import init_model_parallel
 
+from treg_megatron.checkpoint.policy import without_missing_extra_states
 from treg_megatron.distributed.cpu_redirect import is_cpu
 from treg_megatron.utils.substitute import substituted
 
@@ -22,6 +25,17 @@ class PolicyStrategy(nl.MegatronStrategy):
         super().__init__(ckpt_optim_fully_reshardable=True, **kwargs)
         # Megatron's timers all-gather over all ranks, but NeMo's printer reads them on rank 0 alone, which deadlocks
         self.timers = None
+
+    def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
+        """NeMo's method, for checkpoints written with or without Transformer Engine, wherever they are loaded."""
+        model, weights = self.megatron_parallel, ckpt_to_weights_subdir(checkpoint_path, is_saving=False)
+        wanted = model.sharded_state_dict
+
+        def saved(*args, **kwargs) -> dict[str, Any]:
+            return without_missing_extra_states(wanted(*args, **kwargs), weights)
+
+        with substituted(model, "sharded_state_dict", saved):
+            return super().load_checkpoint(checkpoint_path, selective_restore)
 
     def setup_distributed(self) -> None:
         joined = torch.distributed.is_initialized()

@@ -1,17 +1,16 @@
-"""Temporary replacement of an attribute of another library's module."""
+"""Temporary replacement of an attribute of another library's module or object."""
 
 import contextlib
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 
 @contextlib.contextmanager
-def substituted(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """Set ``module.name`` to ``value`` inside the block, for libraries that hard-code the class they build."""
-    before = getattr(module, name)
-    setattr(module, name, value)
+def substituted(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set ``owner.name`` to ``value`` inside the block, for libraries that hard-code the class they build."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(module, name, before)
+        setattr(owner, name, before)

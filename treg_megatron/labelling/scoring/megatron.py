@@ -71,11 +71,8 @@ class MegatronScorer:
         require_split(fields, tensor, pipeline, "label")
         self.max_length, self.vocab_size = fields["seq_length"], fields["vocab_size"]
         self.batch_tokens = batch_tokens
-        self._dtype = getattr(torch, dtype)
         _start_ranks(tensor, pipeline)
-        self._policy = _load(folder, tensor, pipeline).to(self._dtype)
-        self._policy.module.config.pipeline_dtype = self._dtype
-        self._policy.module.config.params_dtype = self._dtype
+        self._policy = _load(folder, tensor, pipeline, {"float32": "fp32", "bfloat16": "bf16"}[dtype])
 
     def require_weights_of(self, hf: str | Path) -> None:
         """Require that the checkpoint equals a Hugging Face folder bit for bit: labels name it as their reference.
@@ -163,12 +160,12 @@ def _start_ranks(tensor: int, pipeline: int) -> None:
     from treg_megatron.distributed.cpu_redirect import use_cpu
     from treg_megatron.utils.imports import heavy_imports
 
+    if not torch.cuda.is_available():
+        use_cpu()  # before Megatron is imported
     with heavy_imports():
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    if not torch.cuda.is_available():
-        use_cpu()
     init_process_group(rank_info(), _PATIENCE)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor, pipeline)
@@ -185,15 +182,14 @@ def _require_same_model(checkpoint: Path, hf: Path) -> None:
         )
 
 
-def _load(checkpoint: Path, tensor: int, pipeline: int) -> Any:
+def _load(checkpoint: Path, tensor: int, pipeline: int, precision: str) -> Any:
     from treg_megatron.utils.imports import heavy_imports
 
     with heavy_imports():
         import treg_megatron.models.build  # noqa: F401
         from treg_megatron.checkpoint.policy import load_policy
 
-    policy = load_policy(checkpoint, tensor, pipeline)
-    return policy.cuda() if torch.cuda.is_available() else policy
+    return load_policy(checkpoint, tensor, pipeline, precision=precision)
 
 
 def _device() -> torch.device:
