@@ -211,6 +211,60 @@ def test_a_shared_row_in_one_call_equals_span_by_span():
     torch.testing.assert_close(in_one_call, span_by_span, rtol=1e-5, atol=1e-6)
 
 
+def attention_in_one_call(window: int | None) -> list[list[torch.Tensor]]:
+    """Output and gradients of a packed row by the kernel for GPUs, with a stand-in for it, and sequence by sequence."""
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from treg_megatron.kernels import varlen_attention
+    from treg_megatron.kernels.attention import causal_attention
+    from treg_megatron.kernels.core_attention import PackedRow, SdpaAttention
+
+    def stand_in(query, key, value, ends, ends_k, longest, longest_k, *, scale, window_size, enable_gqa):
+        """torch's kernel as its documentation describes it: (w, 0) is causal with w tokens before the query's own."""
+        assert enable_gqa and torch.equal(ends, ends_k) and longest == longest_k == ends.diff().max()
+        before, after = window_size
+        assert after == 0
+        sequences = [x.split(ends.diff().tolist()) for x in (query, key, value)]
+        parts = [
+            causal_attention(*(x.transpose(0, 1)[None] for x in part), scale, None if before == -1 else before)
+            for part in zip(*sequences, strict=True)
+        ]
+        return torch.cat([part[0].transpose(0, 1) for part in parts])
+
+    megatron_world()
+    varlen_attention.varlen_attn, varlen_attention.has_kernel = stand_in, lambda query: True
+    options = {} if window is None else {"window_size": (window, 0)}
+    config = TransformerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, **options
+    )
+    ends = torch.tensor([0, 5, 14, 17], dtype=torch.int32)
+    row = PackedRow("thd", max_seqlen_q=9, max_seqlen_kv=9, sequences=[5, 9, 3], ends=ends)
+    generator = torch.Generator().manual_seed(6)
+    tensors = [torch.randn(17, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+    upstream = torch.randn(17, 32, generator=generator)
+    results = []
+    for core_attention in (varlen_attention.VarlenAttention, SdpaAttention):
+        attention = core_attention(config, 1, AttnMaskType.causal, "self")
+        out = attention(*tensors, packed_seq_params=row)
+        results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), tensors)])
+    return results
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_packed_row_in_one_call_on_a_gpu_equals_sequence_by_sequence(window):
+    [(in_one_call, one_by_one)] = run_ranks(1, attention_in_one_call, window)
+    torch.testing.assert_close(in_one_call, one_by_one, rtol=1e-5, atol=1e-6)
+
+
+def test_the_installed_kernel_takes_the_arguments_and_no_other_tensors():
+    from treg_megatron.kernels import varlen_attention
+
+    assert varlen_attention._arguments_are_known()
+    on_cpu = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
+    assert not varlen_attention.has_kernel(on_cpu)
+
+
 def test_when_prompts_are_shared(monkeypatch):
     from treg_megatron.errors import UserError
     from treg_megatron.models import build

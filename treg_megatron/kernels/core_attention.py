@@ -21,6 +21,7 @@ class PackedRow(PackedSeqParams):
     from the device and waits for it; rotary angles are those of the position ids."""
 
     sequences: list[int] | None = None  # tokens of each, before they are split over context-parallel ranks
+    ends: Tensor | None = None  # [sequences + 1] int32 on the device: 0, and where each ends; not Megatron's field
 
 
 @dataclass

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -18,6 +18,7 @@ from treg_megatron.kernels.private_operators import unusable_operator
 from treg_megatron.kernels.rms_norm import FewPassRMSNorm, RMSNorm
 from treg_megatron.kernels.rotary import rotated_by
 from treg_megatron.kernels.swiglu import swiglu
+from treg_megatron.kernels.varlen_attention import VarlenAttention
 
 #: the environment variable that chooses among :data:`SETS`
 VARIABLE = "TREG_CPU_KERNELS"
@@ -50,6 +51,11 @@ class Kernels:
     def reference() -> "Kernels":
         """Public torch operators and what Megatron composes from them; runs on any device."""
         return Kernels(norm=RMSNorm, activation=None, rotary=None, core_attention=SdpaAttention, linear=None)
+
+    @staticmethod
+    def gpu() -> "Kernels":
+        """The reference set, with one attention call per packed sequence where torch has a kernel for it."""
+        return replace(Kernels.reference(), core_attention=VarlenAttention)
 
     @staticmethod
     def fast_cpu() -> "Kernels":

@@ -53,7 +53,7 @@ def policy_config(
     Args:
         router_aux_loss: coefficient of a micro-batch's load-balancing loss, added to the loss summed over its pairs.
         kernels: kernels of the plain PyTorch layers; by default the set that ``TREG_CPU_KERNELS`` names on a CPU, and
-            the reference set elsewhere.
+            the GPU's set elsewhere.
 
     Raises:
         UserError: the architecture is not supported, or Megatron cannot train it with this layout.
@@ -64,7 +64,7 @@ def policy_config(
     if fields.get("num_moe_experts"):
         define_te_general_gemm()
     if kernels is None:
-        kernels = cpu_kernels() if is_cpu() else Kernels.reference()
+        kernels = cpu_kernels() if is_cpu() else Kernels.gpu()
     vocabulary, activation = fields.pop("vocab_size"), ACTIVATIONS[fields.pop("activation")]
     schedule = {"variable_seq_lengths": True}
     if parallel.virtual_pipeline:

@@ -150,7 +150,13 @@ def forward_step(model, batch: dict[str, Any]) -> Tensor:
     if "pairs" in batch:
         packed = SharedPrompts("thd", max_seqlen_q=longest, max_seqlen_kv=longest, pairs=batch["pairs"])
     elif "sequences" in batch and model.config.torch_layers:
-        packed = PackedRow("thd", max_seqlen_q=longest, max_seqlen_kv=longest, sequences=batch["sequences"])
+        packed = PackedRow(
+            "thd",
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            sequences=batch["sequences"],
+            ends=batch["cu_seqlens"],
+        )
     elif "sequences" in batch:
         ends = batch["cu_seqlens"]
         packed = PackedSeqParams(
