@@ -159,5 +159,5 @@ def transformers_logprobs(hf: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)(tokens).logits
+        logits = AutoModelForCausalLM.from_pretrained(hf)(tokens).logits
     return logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)

@@ -66,7 +66,7 @@ def transformers_logprobs(hf: Path, tokens) -> "torch.Tensor":  # noqa: F821
     from transformers import AutoModelForCausalLM
 
     # transformers' SDPA attention ignores Gemma 2's soft-cap
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(hf, attn_implementation="eager").eval()
     with torch.no_grad():
         logits = model(tokens).logits
     return logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)

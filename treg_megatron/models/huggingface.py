@@ -33,6 +33,14 @@ def model_identity(folder: str | Path) -> dict[str, str]:
     return {"name": folder.resolve().name, "sha256": digest.hexdigest()}
 
 
+def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The option of ``from_pretrained`` for a model's precision, which transformers 4.56 renamed."""
+    import transformers
+
+    major, minor = map(int, transformers.__version__.split(".")[:2])
+    return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": dtype}
+
+
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     """The causal language model of a folder in evaluation mode, with its own (eager) attention.
 
@@ -48,7 +56,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             config=transformers_config(folder, **local),
-            dtype=dtype,
+            **dtype_option(dtype),
             use_safetensors=True,
             attn_implementation="eager",
             output_loading_info=True,

@@ -185,7 +185,7 @@ class RewardModel:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from treg_megatron.models.huggingface import device_of, transformers_config
+        from treg_megatron.models.huggingface import device_of, dtype_option, transformers_config
         from treg_megatron.tokenizer.model_folder import model_folder
 
         folder = model_folder(section.reward_model)
@@ -201,7 +201,10 @@ class RewardModel:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             model = AutoModelForSequenceClassification.from_pretrained(
-                folder, config=transformers_config(folder, **options), dtype=getattr(torch, section.dtype), **options
+                folder,
+                config=transformers_config(folder, **options),
+                **dtype_option(getattr(torch, section.dtype)),
+                **options,
             )
         except UserError:
             raise
