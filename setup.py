@@ -14,10 +14,11 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "treg_megatron" / "__init
 # constraints.txt pins it, and the Makefile installs exactly that version first.
 REQUIRED = [
     "torch>=2.6",
-    "nemo-toolkit[lightning,run]==2.7.3",  # the last line with nemo.collections.llm and nemo.lightning
-    "megatron-core==0.15.3",  # what NeMo 2.7.3 can train with; 0.16 cannot
+    # Ranges, so that NVIDIA's containers fit; treg_megatron/distributed/stack.py names the pairs that train.
+    "nemo-toolkit[lightning,run]>=2.6.0,<2.8",  # 2.7 is the last line with nemo.collections.llm and nemo.lightning
+    "megatron-core>=0.15.0,<0.17",
     # NeMo's LLM training path imports the next six. Its `llm` extra would add 60 packages that nothing here imports.
-    "nvidia-modelopt==0.37.0",
+    "nvidia-modelopt>=0.37,<0.42",
     "nvidia-resiliency-ext>=0.3,<1",
     "datasets<5",
     "einops",
@@ -43,12 +44,12 @@ REQUIRED = [
     "tensorboard",
     "tokenizers",
     "tqdm",
-    "transformers~=4.57.0",
+    "transformers>=4.53,<4.58",
 ]
 
 EXTRAS = {
     # Transformer Engine compiles against the torch and CUDA that are installed: install those first.
-    "gpu": ["transformer-engine[pytorch]>=2.9,<2.10"],  # the range that megatron-core 0.15 names
+    "gpu": ["transformer-engine[pytorch]>=2.9,<2.13"],  # 2.9 goes with megatron-core 0.15, 2.12 with 0.16
     # vLLM pins a torch of its own: give it an environment of its own, without constraints.txt.
     "sampling": ["vllm>=0.11,<0.12"],  # the last line that accepts transformers 4 and numpy 1
     # gguf: the demo's model comes as a GGUF file

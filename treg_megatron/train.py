@@ -206,8 +206,7 @@ def set_up_stack(plan: Plan) -> None:
         use_cpu()
     from treg_megatron.distributed.stack import describe_stack, require_stack
 
-    require_stack()
-    logger.info(describe_stack())
+    logger.info(describe_stack(require_stack()))
     if plan.objective.warning:
         logger.warning(plan.objective.warning)
 

@@ -119,7 +119,8 @@ def _gated_mlp(submodules: MLPSubmodules, activation: Callable[[Tensor], Tensor]
         def __init__(self, config: TransformerConfig):
             super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size)
 
-        def forward(self, hidden: Tensor, per_token_scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        # megatron-core 0.16 also passes padding_mask, which concerns routers alone
+        def forward(self, hidden: Tensor, per_token_scale: Tensor | None = None, **_) -> tuple[Tensor, Tensor | None]:
             gate_and_up, bias = self.linear_fc1(hidden)
             if bias is not None:
                 gate_and_up = gate_and_up + bias

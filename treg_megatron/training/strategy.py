@@ -13,6 +13,7 @@ from nemo.lightning.pytorch.strategies.utils import init_model_parallel
 
 from treg_megatron.checkpoint.policy import without_missing_extra_states
 from treg_megatron.distributed.cpu_redirect import is_cpu
+from treg_megatron.distributed.megatron_versions import arguments_that_nemo_passes
 from treg_megatron.utils.substitute import substituted
 
 
@@ -48,14 +49,14 @@ class PolicyStrategy(nl.MegatronStrategy):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         # Megatron hard-codes the class, which is correct for a fused Adam
         own = TorchAdamDistributedOptimizer if issubclass(optimizers.Adam, torch.optim.Adam) else DistributedOptimizer
-        with substituted(optimizers, "DistributedOptimizer", own):
+        with substituted(optimizers, "DistributedOptimizer", own), arguments_that_nemo_passes():
             super().setup_optimizers(trainer)
 
 
 class TorchAdamDistributedOptimizer(DistributedOptimizer):
     """Megatron's distributed optimizer around ``torch.optim.AdamW``, able to resume.
 
-    Megatron 0.15 assumes a fused Adam, which counts steps in the parameter group. torch's Adam keeps a 0-dim ``step``
+    Megatron assumes a fused Adam, which counts steps in the parameter group. torch's Adam keeps a 0-dim ``step``
     per parameter. It does not exist before the first step, when Megatron reads it to describe what to load. It is
     missing from the loaded tensors. After loading it is one shared object, which every parameter would increment.
     """
