@@ -6,13 +6,17 @@
 export SBATCH_ACCOUNT=my_account
 export SBATCH_PARTITION=batch
 
-# -- software: either a container (pyxis and enroot) ...
-CONTAINER_IMAGE=""                      # /shared/images/nemo.sqsh or nvcr.io#nvidia/nemo:TAG; empty: no container
-CONTAINER_MOUNTS=""                     # /shared:/shared,/scratch:/scratch; empty: the repository and where you submit
-# CONTAINER_NAME=""                     # where pyxis refuses --container-name: every step imports the image again
-# ... or modules and an environment that all nodes see
+# -- software: one of three; docs/CLUSTER.md says which images fit
+# 1. pyxis and enroot: the image of container/Dockerfile, or NVIDIA's as it is
+# CONTAINER_IMAGE=nvcr.io#nvidia/nemo:26.02           # or /shared/images/treg.sqsh
+# CONTAINER_MOUNTS=/shared:/shared,/scratch:/scratch  # left out: the repository and where you submit
+# CONTAINER_NAME=""                                 # where pyxis refuses --container-name
+# 2. Apptainer: the image of container/treg.def; it is the interpreter that starts in the container
+# PYTHON="$TREG/container/apptainer_python.sh"
+# export APPTAINER_IMAGE=/shared/images/treg.sif APPTAINER_BINDPATH=/shared,/scratch
+# 3. an environment that all nodes see
 # module load cuda/12.8
-PYTHON="${PYTHON:-python}"              # /shared/venvs/treg/bin/python
+# PYTHON=/shared/venvs/treg/bin/python
 
 # -- network
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
