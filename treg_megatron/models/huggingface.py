@@ -41,6 +41,14 @@ def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": dtype}
 
 
+def set_attention(model: Any, name: str) -> None:
+    """Choose a transformers model's attention function by its registered name, as transformers 4.54 and later do."""
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation(name)
+    else:
+        model.config._attn_implementation = name
+
+
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     """The causal language model of a folder in evaluation mode, with its own (eager) attention.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from treg_megatron.config.schema import SampleSection
-from treg_megatron.models.huggingface import device_of, load_causal_lm
+from treg_megatron.models.huggingface import device_of, load_causal_lm, set_attention
 from treg_megatron.tokenizer.chat import ChatTokenizer
 from treg_megatron.tokenizer.conversation import Sampled
 from treg_megatron.tokenizer.model_folder import model_folder
@@ -22,7 +22,7 @@ class HuggingFaceSampler:
         self._section, self._tokenizer = section, tokenizer
         self._device = device_of(section.device)
         self._model = load_causal_lm(model_folder(section.model), getattr(torch, section.dtype)).to(self._device)
-        self._model.set_attn_implementation("sdpa")
+        set_attention(self._model, "sdpa")
 
     @torch.inference_mode()
     def sample(self, prompts: Sequence[list[int]], seed: int) -> list[Sampled]:

@@ -22,7 +22,7 @@ from treg_megatron.kernels.memory import keep_memory
 from treg_megatron.kernels.onednn import ProductsByOneDNN
 from treg_megatron.labelling.scoring import ScoredSequence
 from treg_megatron.labelling.scoring.shared_prefixes import ATTENTION, attention, one_row, portions
-from treg_megatron.models.huggingface import device_of, load_causal_lm
+from treg_megatron.models.huggingface import device_of, load_causal_lm, set_attention
 from treg_megatron.tokenizer.model_folder import model_folder
 
 _LOGITS_AT_ONCE = 1 << 25  # elements: 128 MiB in fp32
@@ -124,7 +124,7 @@ class HuggingFaceScorer:
         theirs = self._model(input_ids=tokens_bs, use_cache=False).logits.float()
         AttentionInterface.register(ATTENTION, attention)
         try:
-            self._model.set_attn_implementation(ATTENTION)
+            set_attention(self._model, ATTENTION)
             hidden_th, rows = self._hidden_states([second, first])
             ours = torch.stack([self._logits(hidden_th[torch.from_numpy(row)]) for row in reversed(rows)])
             spread = theirs - theirs.mean(-1, keepdim=True)
