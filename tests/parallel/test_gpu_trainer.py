@@ -36,3 +36,12 @@ def test_where_layers_are_plain_torch(engine, gemma, precision, torch_layers, mo
 
     monkeypatch.setattr(build.policies, "HAVE_TE", engine)
     assert build.takes_torch_layers(gemma, precision) == torch_layers
+
+
+def test_saving_gathers_in_host_memory_on_one_data_rank():
+    """Otherwise every rank gathers the whole optimizer's state through its GPU."""
+    from treg_megatron.training import build
+
+    recipe = load_recipe(RECIPE, [])
+    strategy = build.strategy(section(recipe, "parallel"), section(recipe, "train"), initial_weights=None)
+    assert strategy.sharded_state_dict_metadata["distrib_optim_fully_reshardable_mem_efficient"]

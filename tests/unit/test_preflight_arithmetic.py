@@ -1,5 +1,6 @@
 """Preflight's arithmetic: micro-batches in flight and FLOPs, by hand and against published counts."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -102,3 +103,17 @@ def test_the_architecture_on_disk_is_used_and_must_match_the_named_one(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(published | {"num_hidden_layers": 16}))
     with pytest.raises(UserError, match="is not llama3_8b: num_layers is 16, published 32"):
         hf_config_of(model)
+
+
+def test_the_host_memory_of_saving_is_that_of_the_first_data_ranks():
+    parallel = section(load_recipe("recipes/llama3_70b.yaml", []), "parallel")
+
+    def gigabytes(elements: list[tuple[int, int]], per_node: int = 8, ranks: int = 16, **keys: int) -> float:
+        sizes = dataclasses.replace(parallel, **{"tensor": 1, "pipeline": 1, "expert": 1, "context": 1} | keys)
+        return costs.saving_host_bytes(elements, sizes, ranks, per_node) / 20e9
+
+    assert gigabytes([(10**9, 0)]) == 1  # one of 16 data ranks gathers
+    assert gigabytes([(10**9, 0)], tensor=4) == 4
+    assert gigabytes([(10**9, 0)] * 2, pipeline=2) == 1  # the first ranks of the stages are on different nodes
+    assert gigabytes([(10**9, 0)] * 2, ranks=8, pipeline=2) == 2
+    assert gigabytes([(10**9, 3 * 10**9)], tensor=2, expert=4) == 2 * 1 + 8 * 3

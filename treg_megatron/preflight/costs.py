@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from treg_megatron.config.schema import ClusterSection, DataSection, LabelSection
+from treg_megatron.config.schema import ClusterSection, DataSection, LabelSection, ParallelSection
 
 if TYPE_CHECKING:
     from treg_megatron.preflight.activations import Pass
@@ -120,6 +120,25 @@ def checkpoint(trainable: int, frozen: int, precision: str, cluster: ClusterSect
     """Cost of one checkpoint: bytes, and seconds to write them."""
     nbytes = checkpoint_bytes(trainable, frozen, precision)
     return Checkpoint(nbytes, nbytes / (cluster.storage_bandwidth * 1e9))
+
+
+def saving_host_bytes(elements: list[tuple[int, int]], parallel: ParallelSection, ranks: int, per_node: int) -> int:
+    """Host memory that saving needs on the fullest node, at its peak.
+
+    The first data-parallel rank of each group gathers three fp32 values per trained parameter of its model-parallel
+    part, one kind of value after the other: all three, and one of them twice more while its pieces are joined.
+
+    Args:
+        elements: trained parameters of a rank of each stage: those that all its data-parallel ranks hold, and experts'.
+        ranks: of the whole job. per_node: of a node.
+    """
+    by_node: Counter[int] = Counter()
+    for stage, (dense, experts) in enumerate(elements):
+        first = stage * (ranks // parallel.pipeline)
+        for rank in range(parallel.tensor * parallel.expert):
+            held = experts + (dense if rank < parallel.tensor else 0)
+            by_node[(first + rank) // per_node] += held * 4 * (3 + 2)
+    return max(by_node.values())
 
 
 def label_memory(parameters: int, label: LabelSection, fields: dict[str, Any]) -> float:

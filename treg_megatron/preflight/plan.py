@@ -24,7 +24,7 @@ from treg_megatron.models.architecture import hf_config_of
 from treg_megatron.models.families import model_fields
 from treg_megatron.objective import Objective
 from treg_megatron.preflight import activations, costs, schedule
-from treg_megatron.preflight.ranks import AtRest, build_rank, bytes_at_rest, parameters_of_the_model
+from treg_megatron.preflight.ranks import AtRest, build_rank, bytes_at_rest, parameters_of_the_model, trained_elements
 from treg_megatron.preflight.world import fake_world, group_names, rank_of_stage
 
 #: allowance for NCCL's buffers per process group; not measured
@@ -66,6 +66,7 @@ class Stage:
     peak: activations.Peak
     communication: int
     fragmentation: int
+    trained: tuple[int, int]  # see ranks.trained_elements
     moved: dict[str, int]  # bytes that a rank passes to collectives per step, by kind of group
 
     @property
@@ -115,6 +116,13 @@ class Plan:
     def fits(self) -> bool:
         """Whether every stage fits into a rank's memory."""
         return self.stages[self.fullest].total <= self.memory
+
+    @property
+    def saving_host_bytes(self) -> int:
+        """Host memory that saving a checkpoint needs on the fullest node; all stages must have been built."""
+        sections = self.sections
+        elements = [self.stages[stage].trained for stage in sorted(self.stages)]
+        return costs.saving_host_bytes(elements, sections.parallel, sections.ranks, sections.cluster.gpus_per_node)
 
     @property
     def bubble(self) -> float:
@@ -215,5 +223,6 @@ def _build_stage(sections: Sections, stage: int, micro_batches: int, data_ranks:
         peak,
         communication=NCCL_BYTES_PER_GROUP * groups if on_gpu else 0,
         fragmentation=round(FRAGMENTATION * peak.total),
+        trained=trained_elements(rank.wrapped),
         moved=moved,
     ), parameters_of_the_model(rank.policies)

@@ -160,6 +160,14 @@ def bytes_at_rest(wrapped: list[torch.nn.Module], optimizer: Any) -> AtRest:
     )
 
 
+def trained_elements(wrapped: list[torch.nn.Module]) -> tuple[int, int]:
+    """Trained parameters of this rank without padding: those that all data-parallel ranks hold, and its experts'."""
+    return (
+        sum(buffer.numel_unpadded for chunk in wrapped for buffer in chunk.buffers),
+        sum(buffer.numel_unpadded for chunk in wrapped for buffer in chunk.expert_parallel_buffers),
+    )
+
+
 def main_parameters(optimizer: Any) -> Iterable[torch.Tensor]:
     """The parameters of the inner optimizer: this rank's shard, in fp32."""
     for part in _parts(optimizer):

@@ -117,6 +117,10 @@ def _other_steps(plan: Plan, pairs: int | None) -> Iterator[str]:
         if advised <= before
         else f"is TOO LATE to be sure of a step and its save: submit with SBATCH_SIGNAL=USR1@{advised}"
     )
+    yield (
+        f"saving: up to {plan.saving_host_bytes / GB:,.0f} GB of host memory on a node, and no more GPU memory than "
+        "a step"
+    )
     count = pairs or 10_000
     needs = costs.label_memory(plan.trainable + plan.frozen, label, plan.fields) / GB
     split = (

@@ -23,7 +23,11 @@ class PolicyStrategy(nl.MegatronStrategy):
     def __init__(self, **kwargs):
         # fully reshardable: can be loaded under any tensor, pipeline and data parallelism. The default format also
         # cannot store torch Adam's 0-dim step.
-        super().__init__(ckpt_optim_fully_reshardable=True, **kwargs)
+        # Memory-efficient: the first data-parallel rank alone gathers the optimizer's state, over gloo; otherwise every
+        # rank gathers all of it, through the memory of its GPU.
+        super().__init__(
+            ckpt_optim_fully_reshardable=True, distrib_optim_fully_reshardable_mem_efficient=True, **kwargs
+        )
         # Megatron's timers all-gather over all ranks, but NeMo's printer reads them on rank 0 alone, which deadlocks
         self.timers = None
 
