@@ -86,8 +86,8 @@ def test_packages_that_need_a_gpu_are_not_used_on_a_cpu(tmp_path):
         (tmp_path / package / "__init__.py").write_text("raise AssertionError('used without a GPU')")
     program = (
         "from treg_megatron.distributed.cpu_redirect import use_cpu; use_cpu()\n"
-        "from treg_megatron.models import build; from treg_megatron.distributed.stack import describe_stack\n"
-        "print(build.policies.HAVE_TE, describe_stack())"
+        "from treg_megatron.models import build; from treg_megatron.distributed import stack\n"
+        "print(build.policies.HAVE_TE, stack.describe_stack(stack.require_stack()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
