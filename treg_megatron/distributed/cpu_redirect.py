@@ -4,24 +4,33 @@ Both libraries hard-code the CUDA device: ``torch.empty(..., device="cuda")``, `
 ``torch.cuda.current_device()``. :func:`use_cpu` redirects those calls to the CPU for the life of the process, so that
 the distributed optimizer, pipeline schedules and checkpoints run over gloo exactly as written. It must be called
 explicitly and fails if a CUDA device is visible, so a job that could use a GPU never runs on the CPU silently.
+
+With ``TREG_CPU_DEVICES=labelled``, tensors remember which device the code put them on, see
+:mod:`treg_megatron.distributed.device_labels`.
 """
 
 import contextlib
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from treg_megatron.errors import UserError
 from treg_megatron.kernels.memory import keep_memory
 from treg_megatron.utils.imports import heavy_imports
 
 #: packages that Megatron and NeMo use wherever they can be imported, and that fail without a GPU
 GPU_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 
-_active: "_CudaMeansCpu | None" = None
+#: the environment variable that makes tensors remember their device
+DEVICES_VARIABLE = "TREG_CPU_DEVICES"
+
+#: modes that are on in this process, in the order in which they were entered
+modes: list[TorchFunctionMode] = []
 _log = logging.getLogger(__name__)
 
 
@@ -32,11 +41,14 @@ def use_cpu() -> None:
 
     Raises:
         RuntimeError: a CUDA device is visible.
-        UserError: ``TREG_CPU_KERNELS`` does not name a set of kernels.
+        UserError: ``TREG_CPU_KERNELS`` does not name a set of kernels, or ``TREG_CPU_DEVICES`` is neither empty nor
+            ``labelled``.
     """
-    global _active
-    if _active is not None:
+    if modes:
         return
+    devices = os.environ.get(DEVICES_VARIABLE, "")
+    if devices not in ("", "labelled"):
+        raise UserError(f"{DEVICES_VARIABLE}={devices}: it is empty or labelled")
     if torch.cuda.is_available():
         raise RuntimeError("a CUDA device is visible: Megatron runs on it, the CPU redirect stays off")
     for package in GPU_PACKAGES:
@@ -47,8 +59,9 @@ def use_cpu() -> None:
         from treg_megatron.kernels.kernels import cpu_kernels
 
         cpu_kernels()  # at start-up, so that it logs and fails early
-    _active = _CudaMeansCpu()
-    _active.__enter__()
+    mode = _CudaMeansCpu()
+    mode.__enter__()
+    modes.append(mode)
     run_backward = getattr(torch.autograd, "_engine_run_backward", None)
     if run_backward is None:
         _log.warning(
@@ -57,12 +70,21 @@ def use_cpu() -> None:
             torch.__version__,
         )
     else:
-        torch.autograd._engine_run_backward = backward_in(_active, run_backward)
+        torch.autograd._engine_run_backward = backward_in(modes, run_backward)
+    if devices:
+        from treg_megatron.distributed import device_labels
+
+        device_labels.install()
 
 
 def is_cpu() -> bool:
     """Whether :func:`use_cpu` is on in this process."""
-    return _active is not None
+    return bool(modes)
+
+
+def uses_cpu_kernels() -> bool:
+    """Whether kernels may be chosen that only a CPU has: not with device labels, which stand for a GPU."""
+    return len(modes) == 1
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -96,15 +118,17 @@ def _cpu_for_cuda(device: Any) -> Any:
     return device
 
 
-def backward_in(mode: TorchFunctionMode, run: Callable) -> Callable:
-    """The autograd engine's function ``run``, called inside ``mode``.
+def backward_in(modes: Sequence[TorchFunctionMode], run: Callable) -> Callable:
+    """The autograd engine's function ``run``, called inside ``modes``.
 
     torch disables a mode while it handles a call that the mode intercepted, so calls made by a backward pass would
     otherwise bypass it.
     """
 
     def run_in_mode(*args, **kwargs):
-        with mode:
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
             return run(*args, **kwargs)
 
     return run_in_mode

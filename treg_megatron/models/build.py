@@ -9,7 +9,7 @@ from nemo.lightning.pytorch.callbacks import PEFT
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 
 from treg_megatron.config.schema import DataSection, ParallelSection, TrainSection
-from treg_megatron.distributed.cpu_redirect import is_cpu
+from treg_megatron.distributed.cpu_redirect import is_cpu, uses_cpu_kernels
 from treg_megatron.distributed.layout import can_share_prompts
 from treg_megatron.errors import UserError
 from treg_megatron.kernels.kernels import Kernels, cpu_kernels
@@ -64,7 +64,7 @@ def policy_config(
     if fields.get("num_moe_experts"):
         define_te_general_gemm()
     if kernels is None:
-        kernels = cpu_kernels() if is_cpu() else Kernels.gpu()
+        kernels = cpu_kernels() if uses_cpu_kernels() else Kernels.gpu()
     vocabulary, activation = fields.pop("vocab_size"), ACTIVATIONS[fields.pop("activation")]
     schedule = {"variable_seq_lengths": True}
     if parallel.virtual_pipeline:
@@ -121,7 +121,7 @@ def shares_prompts(fields: dict[str, Any], parallel: ParallelSection, data: Data
         UserError: ``data.share_prompts`` is true, but attention and rotary embedding are Transformer Engine's.
     """
     if data.share_prompts is None:
-        return is_cpu() and not policies.HAVE_TE and can_share_prompts(fields, parallel, data)
+        return uses_cpu_kernels() and not policies.HAVE_TE and can_share_prompts(fields, parallel, data)
     if data.share_prompts and policies.HAVE_TE:
         raise UserError(
             "data.share_prompts: Transformer Engine's attention, which is installed here, cannot continue one "

@@ -24,7 +24,7 @@ def on_meta(gpu: bool) -> Iterator[None]:
     mode = OnMeta(gpu)
 
     with mode:
-        torch.autograd._engine_run_backward = backward_in(mode, _engine_run_backward)
+        torch.autograd._engine_run_backward = backward_in([mode], _engine_run_backward)
         try:
             yield
         finally:

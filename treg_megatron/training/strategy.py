@@ -12,7 +12,7 @@ from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.lightning.pytorch.strategies.utils import init_model_parallel
 
 from treg_megatron.checkpoint.policy import without_missing_extra_states
-from treg_megatron.distributed.cpu_redirect import is_cpu
+from treg_megatron.distributed.cpu_redirect import uses_cpu_kernels
 from treg_megatron.distributed.megatron_versions import arguments_that_nemo_passes
 from treg_megatron.utils.substitute import substituted
 
@@ -77,7 +77,7 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):
     def fuse_on_cpu(self) -> None:
         """Use torch's fused kernel (one pass over memory per step instead of a dozen), by default used only on GPUs."""
         for group in self.optimizer.param_groups:
-            group["fused"] = is_cpu() or None
+            group["fused"] = uses_cpu_kernels() or None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

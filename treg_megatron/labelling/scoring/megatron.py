@@ -132,7 +132,7 @@ class MegatronScorer:
         if parallel_state.is_pipeline_last_stage():
             logps = outputs[0]["logps"]
         else:
-            logps = torch.empty(len(batch["targets"]), dtype=torch.float32, device=_device())
+            logps = torch.empty(len(batch["targets"]), dtype=torch.float32, device="cuda")
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             torch.distributed.broadcast(
                 logps,
@@ -190,7 +190,3 @@ def _load(checkpoint: Path, tensor: int, pipeline: int, precision: str) -> Any:
         from treg_megatron.checkpoint.policy import load_policy
 
     return load_policy(checkpoint, tensor, pipeline, precision=precision)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
