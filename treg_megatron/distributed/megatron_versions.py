@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron.core import optimizer as optimizers
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import OptimizerConfig
+from nemo.utils.callbacks import dist_ckpt_io
 
 from treg_megatron.utils.substitute import substituted
 
@@ -55,3 +57,14 @@ def no_decay_of_biases_and_norms(config: OptimizerConfig) -> dict:
     0.16 does the same when given None, which it calls temporary.
     """
     return optimizers.get_standard_config_overrides(config)
+
+
+def complete_nemos_background_saves() -> None:
+    """Let NeMo save in the background, for the life of the process. Idempotent.
+
+    megatron-core 0.16 lacks the module ``strategies.tensorstore``, which NeMo 2.7 imports first in a block, and without
+    which it takes Megatron for missing. Of the names that the block then lacks, these saves use the queue alone.
+    """
+    if not dist_ckpt_io.HAVE_MEGATRON_CORE:
+        dist_ckpt_io.AsyncCallsQueue = AsyncCallsQueue
+        dist_ckpt_io.HAVE_MEGATRON_CORE = True

@@ -13,7 +13,7 @@ from nemo.lightning.pytorch.strategies.utils import init_model_parallel
 
 from treg_megatron.checkpoint.policy import without_missing_extra_states
 from treg_megatron.distributed.cpu_redirect import uses_cpu_kernels
-from treg_megatron.distributed.megatron_versions import arguments_that_nemo_passes
+from treg_megatron.distributed.megatron_versions import arguments_that_nemo_passes, complete_nemos_background_saves
 from treg_megatron.utils.substitute import substituted
 
 
@@ -21,6 +21,7 @@ class PolicyStrategy(nl.MegatronStrategy):
     """NeMo's strategy with checkpoints that reshard to any layout, even without a fused Adam from TE or Apex."""
 
     def __init__(self, **kwargs):
+        complete_nemos_background_saves()
         # fully reshardable: can be loaded under any tensor, pipeline and data parallelism. The default format also
         # cannot store torch Adam's 0-dim step.
         # Memory-efficient: the first data-parallel rank alone gathers the optimizer's state, over gloo; otherwise every
