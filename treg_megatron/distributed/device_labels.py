@@ -181,6 +181,8 @@ class _PythonCalls(TorchFunctionMode):
             return self.answers[func]() if labelled else func(*args, **kwargs)
         if func in (_T.to, _T.cuda, _T.cpu):
             return self.moved(func, args, kwargs)
+        if func is _T.record_stream:
+            return None  # there are no streams
         if func is _T.tolist and on_cuda(args[0]):
             self.labels.host_sync("tolist")
         if func in (_T.numpy, _T.__array__) and on_cuda(args[0]):
