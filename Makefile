@@ -19,10 +19,10 @@ STACK_TESTS := $(if $(SHORT),tests/parallel/test_stacks.py,tests/unit/test_conta
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv constraints lint format typecheck test-fast test test-stack test-slurm demo study clean
+.PHONY: help venv constraints lint format typecheck test-fast test test-devices test-stack test-slurm demo study clean
 
 help:  ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s  %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  PYTHON=python3.11 chooses the interpreter of a new .venv (3.10 to 3.12);"
 	@echo "  ARGS=... reaches the demo, the study or pytest, as in: make demo ARGS=--fresh"
@@ -75,6 +75,11 @@ test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then real Megatron
 # Checkpoints are exchanged with .venv, so that each set resumes what the other has saved.
 test-stack: $(INSTALLED) $(STACK_VENV)/.installed  ## tests on the set of a container: STACK=25.11 or 26.02; SHORT=1 for one run
 	OMP_NUM_THREADS=1 TREG_OTHER_PYTHON=$(abspath $(BIN)/python) $(STACK_VENV)/bin/python -m pytest $(STACK_TESTS) $(ARGS)
+# Reference kernels stand for the GPU's: the fast ones would be the same again.
+test-devices: $(INSTALLED)  ## tests on real Megatron ranks, wholly with device labels: what CUDA and NCCL refuse fails
+	TREG_CPU_DEVICES=labelled OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -k "not fast" \
+		tests/parallel/test_equality.py tests/parallel/test_training.py tests/parallel/test_packing.py \
+		tests/parallel/test_lora.py tests/parallel/test_scoring_engines.py tests/parallel/test_device_labels.py $(ARGS)
 
 test-slurm: $(INSTALLED)  ## the scripts of slurm/ on a real SLURM; needs Debian's slurmctld slurmd slurm-client munge
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
