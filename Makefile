@@ -75,6 +75,7 @@ test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then real Megatron
 # Checkpoints are exchanged with .venv, so that each set resumes what the other has saved.
 test-stack: $(INSTALLED) $(STACK_VENV)/.installed  ## tests on the set of a container: STACK=25.11 or 26.02; SHORT=1 for one run
 	OMP_NUM_THREADS=1 TREG_OTHER_PYTHON=$(abspath $(BIN)/python) $(STACK_VENV)/bin/python -m pytest $(STACK_TESTS) $(ARGS)
+
 # Reference kernels stand for the GPU's: the fast ones would be the same again.
 test-devices: $(INSTALLED)  ## tests on real Megatron ranks, wholly with device labels: what CUDA and NCCL refuse fails
 	TREG_CPU_DEVICES=labelled OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -k "not fast" \

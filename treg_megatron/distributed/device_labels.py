@@ -32,17 +32,8 @@ CUDA = torch.device("cuda", 0)
 
 #: (end of the file's path, function) -> why the fault is tolerated. A fixed one loses its line here.
 KNOWN_FAULTS = {
-    ("treg_megatron/objective.py", "__init__"): "all-reduces the lengths of responses on the CPU",
-    ("treg_megatron/objective.py", "spread"): "copies lengths to the device",
-    ("treg_megatron/objective.py", "_ipo"): "copies lengths to the device",
-    ("treg_megatron/objective.py", "_token_reward_sums"): "copies lengths to the device",
-    ("treg_megatron/models/head.py", "_targets_in"): "nonzero in each block of the vocabulary",
-    ("treg_megatron/models/policy.py", "forward"): "copies the number of pairs to the device",
-    ("treg_megatron/kernels/core_attention.py", "spans_of"): "reads cu_seqlens in each layer, without TE",
-    ("treg_megatron/models/layers.py", "attend_packed"): "reads cu_seqlens in each layer, without TE",
-    ("treg_megatron/models/layers.py", "_angles_of_tokens"): "reads cu_seqlens in each layer, without TE",
     ("treg_megatron/kernels/rms_norm.py", "forward"): "LoRA validates at step 0 before NeMo moves frozen weights",
-    ("megatron/core/models/common/embeddings/rope_utils.py", "_apply_rotary_pos_emb_thd"): "the same",
+    ("megatron/core/transformer/moe/moe_utils.py", "permute"): "masked_select of tokens by expert, without TE",
     ("megatron/core/pipeline_parallel/p2p_communication.py", "_communicate_shapes"): "variable_seq_lengths needs it",
 }
 
@@ -181,8 +172,6 @@ class _PythonCalls(TorchFunctionMode):
             return self.answers[func]() if labelled else func(*args, **kwargs)
         if func in (_T.to, _T.cuda, _T.cpu):
             return self.moved(func, args, kwargs)
-        if func is _T.record_stream:
-            return None  # there are no streams
         if func is _T.tolist and on_cuda(args[0]):
             self.labels.host_sync("tolist")
         if func in (_T.numpy, _T.__array__) and on_cuda(args[0]):
@@ -346,6 +335,7 @@ def _label_libraries(labels: DeviceLabels) -> None:
     from nemo.lightning.pytorch.strategies import megatron_strategy
     from torch.distributed import distributed_c10d
 
+    torch.Tensor.record_stream = lambda self, stream: None  # there are no streams
     CPUAccelerator.get_parallel_devices = staticmethod(lambda devices: [CUDA] * devices)
     CPUAccelerator.setup_device = lambda self, device: None
     megatron_strategy.CPUAccelerator = type("NoCPU", (), {})  # NeMo moves the model to CUDA unless it is on a CPU
