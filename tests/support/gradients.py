@@ -28,10 +28,11 @@ def steps_on_this_rank(recipe: Path, overrides: list[str], objectives: list[dict
     steps: list[dict[str, Any]] = []
     loss_of, optimizer_step = model.preference_loss, strategy.PolicyStrategy.optimizer_step
 
-    def loss_of_this_step(logps, ref_logps, token_rewards, lengths, objective, *group):
+    def loss_of_this_step(logps, ref_logps, token_rewards, responses, objective):
+        lengths, group = responses.lengths, responses.context_group
         with unchecked():
-            assert_gradient_identity_on(logps, ref_logps, token_rewards, lengths, objectives[len(steps)], *group)
-        return loss_of(logps, ref_logps, token_rewards, lengths, objectives[len(steps)], *group)
+            assert_gradient_identity_on(logps, ref_logps, token_rewards, lengths, objectives[len(steps)], group)
+        return loss_of(logps, ref_logps, token_rewards, responses, objectives[len(steps)])
 
     def capture(self, optimizer, closure: Callable, *args, **kwargs):
         def then_gather():
@@ -62,7 +63,7 @@ def steps_on_this_rank(recipe: Path, overrides: list[str], objectives: list[dict
     raise AssertionError("training ended early")
 
 
-def assert_gradient_identity_on(logps, ref_logps, rewards, lengths, o, *group) -> None:
+def assert_gradient_identity_on(logps, ref_logps, rewards, lengths, o, group) -> None:
     """dL/dlog pi = -beta w (1 + alpha r_t) on the chosen, +beta w (1 - alpha r_t) on the rejected response, to 1e-6."""
     from treg_megatron.distributed.device_labels import unchecked
 
@@ -80,8 +81,8 @@ def assert_gradient_identity_on(logps, ref_logps, rewards, lengths, o, *group) -
     full_lengths = torch.tensor(lengths, dtype=torch.float64)
     ratio = logps.detach().double() - (0 if o.loss_type == "simpo" else ref_logps.double())
     sums = torch.stack([part.sum() for part in ratio.split(lengths)])
-    for total in (full_lengths, sums) if group and group[0] is not None else ():
-        dist.all_reduce(total, group=group[0])
+    for total in (full_lengths, sums) if group is not None else ():
+        dist.all_reduce(total, group=group)
     per_token = torch.full_like(full_lengths, o.beta) if o.loss_type == "dpo" else o.beta / full_lengths
     reward = per_token * sums
     weight = torch.sigmoid(reward[1::2] - reward[0::2] + o.gamma)
