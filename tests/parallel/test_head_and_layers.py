@@ -281,7 +281,7 @@ def test_when_prompts_are_shared(monkeypatch):
         and not shares(None, experts=8)
     )
     with monkeypatch.context() as on_a_gpu:
-        on_a_gpu.setattr(build, "is_cpu", lambda: False)
+        on_a_gpu.setattr(build, "uses_cpu_kernels", lambda: False)
         assert shares(True) and not shares(None)
     monkeypatch.setattr(model, "HAVE_TE", True)
     assert not shares(None) and not shares(False)

@@ -48,3 +48,21 @@ def test_a_save_that_takes_too_long_for_the_signal(told, seconds, warned, monkey
     monkeypatch.setattr(logging.getLogger("treg_megatron"), "propagate", True)
     warn_of_slow_save(seconds)
     assert ("a save takes 301 s" in caplog.text and "SBATCH_SIGNAL=USR1@660" in caplog.text) == warned
+
+
+def test_the_signal_of_a_forked_child_does_not_end_its_parent():
+    program = (
+        "import os, signal, time\n"
+        "from treg_megatron.utils.signals import end_on_signal\n"
+        "end_on_signal()\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    signal.signal(signal.SIGUSR1, lambda *_: os._exit(7))\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    time.sleep(60)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7\n"
+        "time.sleep(2)\n"
+        "print('alive')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done

@@ -35,6 +35,8 @@ def end_on_signal() -> None:
     os.set_blocking(writer, False)
     signal.signal(signal.SIGUSR1, _end)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # a forked child shares the pipe: its signals are not this process's
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     threading.Thread(target=_watch, args=(reader,), daemon=True).start()
 
 
