@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tests.support.file_operations import contents  # noqa: E402
 from tests.support.forked import warm_up  # noqa: E402
 from tests.support.training import RECIPE, make_run  # noqa: E402
 from tests.support.two_writers import alone, contest, remove  # noqa: E402
@@ -98,11 +99,6 @@ def commands(folder: Path) -> list[Command]:
         ),
         Command("train", lambda: train(load_recipe(RECIPE, steps)), [run], lambda: trained(run)),
     ]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def trained(run: Path) -> list:

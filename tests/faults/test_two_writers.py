@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.file_operations import contents
 from tests.support.two_writers import alone, contest, remove
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.checkpoint.layout import damage
@@ -16,10 +17,6 @@ from treg_megatron.labelling.job import label
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny.yaml"
 SECONDS = 0.5  # about what each command takes
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")

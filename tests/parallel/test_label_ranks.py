@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.file_operations import contents
 from tests.support.forked import TIMEOUT_SECONDS, run_ranks
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.training import RECIPE, write_pairs
@@ -49,10 +50,6 @@ def uninterrupted(job) -> dict[str, bytes]:
     """Output of one uninterrupted process."""
     assert label(job)["pairs"] == 24
     return contents(Path(job.output))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def moved(job: LabelSection, output: Path) -> LabelSection:

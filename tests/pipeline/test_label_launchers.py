@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.pipeline.conftest import PAIRS, ROOT, run_command
+from tests.support.file_operations import contents
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.data.labelled_pairs import SIDES, read_labelled
 
@@ -36,10 +37,6 @@ def command(tiny_hf: Path, folder: Path, output: str, *more: str) -> list:
         "2",
         *more,
     ]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What a program leaves on disk if it dies before any one of its file operations."""
+"""What is on disk, and what a program leaves there if it dies before any one of its file operations."""
 
 import contextlib
 import os
@@ -48,6 +48,12 @@ def _hook(event: str, arguments: tuple) -> None:
 
 def _writes(mode: str | None, flags: int | None) -> bool:
     return any(c in (mode or "") for c in "wax+") or bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+
+
+def contents(folder: str | Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path in it."""
+    folder = Path(folder)
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 class States:

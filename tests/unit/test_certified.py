@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.checkpoints import certify, small_checkpoint
-from tests.support.file_operations import States, before_each_operation
+from tests.support.file_operations import States, before_each_operation, contents
 from tests.support.hf_folder import hf_folder
 from treg_megatron.checkpoint import layout
 from treg_megatron.checkpoint.from_hf import import_checkpoint
@@ -41,10 +41,6 @@ def save(run: Path, step: int, lock: Lock, keep: int = 1) -> Path:
     metadata = CheckpointMetadata("LlamaForCausalLM", {}, "float32", "source", "test", run={"step": step})
     complete(checkpoint, metadata, keep, lock)
     return checkpoint
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The command ``treg``: fast help, the same commands as the scripts in tools/, torchrun if there is no launcher."""
+"""The command ``treg``: fast help, scripts in tools/ that run the same commands, torchrun unless a launcher did it."""
 
 import subprocess
 import sys

@@ -304,7 +304,7 @@ def unfinished(checkpoint: Path) -> None:
 
 def hostile_metadata(checkpoint: Path) -> None:
     (checkpoint / "weights" / ".metadata").write_bytes(b"cposix\nsystem\n(S'echo'\ntR.")
-    certify(checkpoint)  # whoever plants it writes the list as well
+    certify(checkpoint)  # an attacker would update the list of files, too
 
 
 def cut_data(checkpoint: Path) -> None:

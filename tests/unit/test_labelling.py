@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.support.file_operations import contents
 from treg_megatron.config.schema import IndexSection, LabelSection
 from treg_megatron.data.labelled_pairs import labelling_run, read_labelled
 from treg_megatron.data.pairs import IDENTICAL_RESPONSES, REPEATED_PAIR
@@ -83,10 +84,6 @@ def section(tiny_folder, tmp_path):
 def jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def test_formula_against_float64_and_exactly_odd():

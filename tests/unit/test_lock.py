@@ -1,5 +1,6 @@
 """One writer per output: who gets the lock, who is told what, and when a lock is taken over."""
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,15 @@ def a_dead_process() -> int:
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
+
+
+@contextlib.contextmanager
+def beating(path: Path) -> Iterator[None]:
+    """Another process gives the lock a sign of life while the block runs."""
+    beat = multiprocessing.get_context("fork").Process(target=lambda: (time.sleep(0.3), os.utime(path)))
+    beat.start()
+    yield
+    beat.join()
 
 
 def scontrol(tmp_path: Path, script: str) -> None:
@@ -95,11 +106,8 @@ def test_another_node_that_gives_signs_of_life_keeps_its_lock(output, monkeypatc
     monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.1)
     path = left_behind(output, **ANOTHER_NODE)
     silent_for(path, 100)
-    beat = multiprocessing.get_context("fork").Process(target=lambda: (time.sleep(0.3), os.utime(path)))
-    beat.start()
-    with pytest.raises(UserError, match="is being written by process 1 on node9"):
+    with beating(path), pytest.raises(UserError, match="is being written by process 1 on node9"):
         Lock(output).acquire()
-    beat.join()
 
 
 def test_another_node_that_stays_silent_loses_its_lock(output, monkeypatch):
@@ -138,22 +146,16 @@ def test_slurm_can_prove_that_a_job_is_gone(script, gone, output, tmp_path, monk
         with Lock(output) as lock:
             lock.require_held()
         return
-    beat = multiprocessing.get_context("fork").Process(target=lambda: (time.sleep(0.3), os.utime(path)))
-    beat.start()
-    with pytest.raises(UserError, match="is being written by job 17, process 1 on node9"):
+    with beating(path), pytest.raises(UserError, match="is being written by job 17, process 1 on node9"):
         Lock(output).acquire()
-    beat.join()
 
 
 def test_the_jobs_of_other_users_are_not_judged_by_slurm(output, tmp_path, monkeypatch):
     scontrol(tmp_path, "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
     monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.1)
     path = left_behind(output, **ANOTHER_NODE, job="17", user=os.getuid() + 1)
-    beat = multiprocessing.get_context("fork").Process(target=lambda: (time.sleep(0.3), os.utime(path)))
-    beat.start()
-    with pytest.raises(UserError, match="is being written by"):
+    with beating(path), pytest.raises(UserError, match="is being written by"):
         Lock(output).acquire()
-    beat.join()
 
 
 def test_an_earlier_start_of_the_same_job_is_gone(output, monkeypatch):
@@ -217,6 +219,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 RACER = """
 import sys, time
+from collections.abc import Iterator
 from pathlib import Path
 from treg_megatron.errors import UserError
 from treg_megatron.utils.lock import Lock

@@ -101,13 +101,13 @@ def started(
             stderr=errors,
             text=True,
             env=environment,
-            start_new_session=True,
         )
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for pid in _with_descendants(process.pid):  # torchrun's ranks have sessions of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
 
 
@@ -115,6 +115,16 @@ def losses_of(run: Path) -> list[float]:
     """The training loss of every step of a run."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [record["loss"] for record in records if "loss" in record]
+
+
+def _with_descendants(pid: int) -> list[int]:
+    """A process, and all that it and they have started and that still run."""
+    found = [pid]
+    for parent in found:
+        for path in Path(f"/proc/{parent}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, path.read_text().split())
+    return found
 
 
 def _without(folder: Path, packages: Sequence[str]) -> Path:

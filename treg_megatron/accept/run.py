@@ -27,7 +27,7 @@ def accept(output: Path, on_cpu: bool, only: Sequence[str] = ()) -> list[Result]
         only: names of checks; the inputs are made in any case.
 
     Raises:
-        UserError: ``output`` exists, a name is unknown, or there is no GPU and ``on_cpu`` is not set.
+        UserError: ``output`` exists, a name is unknown, or the machine has no GPU and ``on_cpu`` is False.
     """
     unknown = set(only) - {check.name for check in CHECKS}
     if unknown:

@@ -30,7 +30,7 @@ DAMAGED = ".damaged"
 
 
 def begin(checkpoint: Path, lock: Lock) -> None:
-    """Mark a checkpoint as being written, and make room for it.
+    """Mark a checkpoint as unfinished, and delete what an earlier attempt at it left.
 
     Raises:
         UserError: another process now writes this run.

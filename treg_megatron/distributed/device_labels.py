@@ -386,7 +386,7 @@ def _label_libraries(labels: DeviceLabels) -> None:
         labels.in_flight += 1
         result = forward_step(*args, **kwargs)
         if not torch.is_grad_enabled():
-            labels.in_flight -= 1  # there is no backward pass
+            labels.in_flight -= 1  # no backward pass follows
         return result
 
     @no_micro_batch_after_an_error()

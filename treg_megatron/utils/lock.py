@@ -206,10 +206,9 @@ class Lock:
     def _why_gone(self, holder: Holder | None, candidate: Path, watch: bool) -> str | None:
         """The proof that the holder is gone, in a few words; None if it is alive."""
         if holder is not None:
-            here = _this_process()
-            if (here.boot, here.pid_namespace) == (holder.boot, holder.pid_namespace):
+            if _is_on_this_machine(holder):
                 return None if _is_running(holder) else "its process has ended"
-            if slurm := _why_gone_from_slurm(holder, here):
+            if slurm := _why_gone_from_slurm(holder):
                 return slurm
         if not watch:
             return None
@@ -276,8 +275,8 @@ def _link(candidate: Path, path: Path) -> bool:
 
 def _remove_abandoned(candidate: Path) -> None:
     with contextlib.suppress(OSError):
-        holder, here = _read(candidate), _this_process()
-        if holder is not None and (holder.boot, holder.pid_namespace) == (here.boot, here.pid_namespace):
+        holder = _read(candidate)
+        if holder is not None and _is_on_this_machine(holder):
             abandoned = not _is_running(holder)
         else:
             abandoned = time.time() - candidate.stat().st_mtime > STALE_SECONDS
@@ -312,6 +311,12 @@ def _this_process() -> Holder:
     )
 
 
+def _is_on_this_machine(holder: Holder) -> bool:
+    """Whether the holder's pid means something to this process."""
+    here = _this_process()
+    return (here.boot, here.pid_namespace) == (holder.boot, holder.pid_namespace)
+
+
 def _is_running(holder: Holder) -> bool:
     """Whether a process of this machine still runs."""
     if holder.started is not None:
@@ -335,8 +340,9 @@ def _start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def _why_gone_from_slurm(holder: Holder, here: Holder) -> str | None:
+def _why_gone_from_slurm(holder: Holder) -> str | None:
     """The proof from Slurm that the holder is gone, or None."""
+    here = _this_process()
     # a site may hide the jobs of others, which then look unknown
     if not holder.job or (holder.cluster, holder.user) != (here.cluster, here.user):
         return None
