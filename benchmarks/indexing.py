@@ -197,7 +197,7 @@ def write_text(path: Path, count: int, arguments: argparse.Namespace) -> None:
                 json.dumps(
                     {
                         "id": i,
-                        "prompt": [message._asdict() for message in messages],
+                        "prompt": [message.as_dict() for message in messages],
                         "chosen": chosen,
                         "rejected": rejected,
                         "chosen_spans": [[0, len(chosen), 0.25]],

@@ -51,7 +51,7 @@ def reference_records(tasks: list[Task], examples: int, pair: PromptPair, seed: 
         records.append(
             {
                 "pair_id": f"{kind}-{i}",
-                "prompt": [message._asdict() for message in messages],
+                "prompt": [message.as_dict() for message in messages],
                 "chosen": answer,
                 "rejected": FILLERS[0],
                 "chosen_spans": [],

@@ -80,7 +80,7 @@ def test_the_reference_reads_the_prompts_that_label_it():
         turns = kinds[kind]["prompt"]
         assert [turn["role"] for turn in turns] == ["user", "assistant", "user"] and turns[0]["content"] == ADD.prompt
         shown = getattr(pair, kind)([data.Message("user", ADD.prompt)], turns[1]["content"])
-        assert [message._asdict() for message in shown] == turns
+        assert [message.as_dict() for message in shown] == turns
         assert turns[-1]["content"] != kinds[other]["prompt"][-1]["content"]
     assert verify(ADD, kinds["better"]["chosen"]).score == 1 > verify(ADD, kinds["worse"]["chosen"]).score
 

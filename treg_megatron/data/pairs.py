@@ -149,7 +149,7 @@ def _pair(row: dict, format: PairFormat) -> tuple[Pair, str]:
     for name, response in (("chosen", chosen), ("rejected", rejected)):
         if not response.strip():
             raise ValueError(f"{name} is an empty response")
-    content = json.dumps([messages, chosen, rejected], ensure_ascii=False)
+    content = json.dumps([[m.as_list() for m in messages], chosen, rejected], ensure_ascii=False)
     try:
         content_hash = hashlib.sha256(content.encode()).hexdigest()[:16]
         pair_id = _pair_id(row, content_hash)

@@ -191,7 +191,7 @@ def _sample_part(
     return [
         {
             "prompt_id": part[i].prompt_id,
-            "messages": [m._asdict() for m in part[i].messages],
+            "messages": [m.as_dict() for m in part[i].messages],
             "tokenizer": tokenizer.sha256,
             "responses": responses[i],
         }

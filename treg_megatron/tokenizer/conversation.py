@@ -1,13 +1,30 @@
 """Conversation turns and sampled responses."""
 
-from typing import NamedTuple
+import json
+from typing import Any, NamedTuple
 
 
 class Message(NamedTuple):
-    """One turn: ``role`` is system, user or assistant."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: system, user, assistant or tool.
+        content: the turn's text.
+        extra: further fields that a chat template may read (``tool_calls``, ``tool_call_id``, ``name``,
+            ``reasoning_content``), as the text of a JSON object; empty if there are none.
+    """
 
     role: str
     content: str
+    extra: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The turn as chat templates take it."""
+        return {"role": self.role, "content": self.content, **(json.loads(self.extra) if self.extra else {})}
+
+    def as_list(self) -> list[str]:
+        """Role and content, then ``extra`` where there is any: what the hash of a pair is made of."""
+        return [*self[:2], *([self.extra] if self.extra else [])]
 
 
 class Sampled(NamedTuple):
