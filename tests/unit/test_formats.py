@@ -10,9 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from treg_megatron.data.formats import FORMATS
 from treg_megatron.data.inspection import as_text, inspect_pairs
-from treg_megatron.data.pairs import EQUAL_SCORES, read_pairs
+from treg_megatron.data.pairs import EQUAL_SCORES, Reading, read_pairs
 from treg_megatron.data.records import read_rows, source_identity
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.conversation import Message
@@ -43,8 +42,10 @@ def test_every_kind_of_file_gives_the_same_pairs(name):
     kind, count = FILES[name]
     expected = content(read_pairs(FOLDER / "trl_messages.jsonl.gz"))[:count]
     assert len(expected) == count
-    assert content(read_pairs(FOLDER / name)) == content(read_pairs(FOLDER / name, format=kind)) == expected
-    assert inspect_pairs(FOLDER / name)["format"] == kind
+    assert content(read_pairs(FOLDER / name, reading=Reading(kind))) == expected
+    if kind != "trl_implicit_text":
+        assert content(read_pairs(FOLDER / name)) == expected
+        assert inspect_pairs(FOLDER / name)["format"] == kind
 
 
 def as_table(rows):
@@ -77,13 +78,11 @@ CONTAINERS = {
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("name", FILES)
 def test_every_format_in_every_kind_of_file(name, container, tmp_path):
-    rows = [row for _, row in read_rows(FOLDER / name)]
+    rows, reading = [row for _, row in read_rows(FOLDER / name)], Reading(FILES[name][0])
     CONTAINERS[container](tmp_path / "pairs", rows)
-    assert content(read_pairs(tmp_path / "pairs")) == content(read_pairs(FOLDER / name))
-
-
-def test_every_format_has_a_file():
-    assert {kind for kind, _ in FILES.values()} == {format.name for format in FORMATS}
+    assert content(read_pairs(tmp_path / "pairs", reading=reading)) == content(
+        read_pairs(FOLDER / name, reading=reading)
+    )
 
 
 def test_scores_are_kept_under_the_names_of_each_format():
@@ -107,9 +106,8 @@ CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"chosen": "good", "rejected": "bad"}, "no common prefix"),
         ({"chosen": CHAT, "rejected": [{"role": "user", "content": "other"}, CHAT[1]]}, "the same conversation up to"),
-        ({"chosen": CHAT[:1], "rejected": CHAT[:1]}, "chosen must end with an assistant turn"),
+        ({"chosen": CHAT + CHAT[:1], "rejected": CHAT + CHAT[:1]}, "chosen must end with an assistant turn"),
         ({"prompt": "other", "chosen": CHAT, "rejected": CHAT}, "prompt is not among the user turns of chosen"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "up to the last `Ass"),
         ({"prompt": "a", "all_generated_responses": ["x"], "all_rm_scores": [1, 2]}, "lists of the same length"),
@@ -136,8 +134,16 @@ def test_answers_without_a_preference_are_counted(tmp_path):
 
 
 def test_text_with_a_common_prefix_is_split_between_words(tmp_path):
-    (pair,) = read_pairs(jsonl(tmp_path / "p", {"chosen": "Say\n it: carrot", "rejected": "Say\n it: card"}))
+    implicit = Reading("trl_implicit_text")
+    path = jsonl(tmp_path / "p", {"chosen": "Say\n it: carrot", "rejected": "Say\n it: card"})
+    (pair,) = read_pairs(path, reading=implicit)
     assert (pair.messages, pair.chosen, pair.rejected) == ((Message("user", "Say\n it:"),), "carrot", "card")
+    for row, message in (
+        ({"chosen": "good", "rejected": "bad"}, "no common prefix"),
+        ({"chosen": "Human: a\n\nAssistant: b", "rejected": "Human: a\n\nAssistant: c"}, "holds several turns"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(read_pairs(jsonl(tmp_path / "p", row), reading=implicit))
 
 
 def test_the_report_counts_unusable_rows_and_continues(tmp_path, chatml):
@@ -185,7 +191,7 @@ def test_folders_without_pairs(tmp_path):
 
 def test_unknown_names_of_formats_and_hub_datasets(tmp_path):
     with pytest.raises(UserError, match="format 'csv' is not known; choose auto or one of sharegpt, "):
-        list(read_pairs(FOLDER / "hh.jsonl", format="csv"))
+        list(read_pairs(FOLDER / "hh.jsonl", reading=Reading("csv")))
     with pytest.raises(UserError, match="hub:nothing is not of the form"):
         list(read_pairs("hub:nothing"))
     with pytest.raises(UserError, match="a hub dataset is written hub:OWNER/NAME"):

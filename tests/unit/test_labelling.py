@@ -240,7 +240,7 @@ def test_sampled_ids_are_used_as_they_are(section, chatml, tmp_path):
 
 def test_nothing_left_is_an_error_without_output(section):
     section.max_length = 8
-    with pytest.raises(UserError, match="no pair is left to label .7 dropped: prompt fills max_length."):
+    with pytest.raises(UserError, match="no pair is left .7 dropped: prompt fills max_length."):
         label(section, ArithmeticScorer())
     assert not contents(section.output)
 

@@ -106,7 +106,10 @@ GOOD = json.dumps(row("first"))
         (f"[{GOOD}] x", "'x' follows the closing ']'"),
         (GOOD + "\n[1]\n", "row 2: expected a JSON object, got list"),
         ("[" * 100_000, "row 1 does not parse as JSON"),
-        (json.dumps({"question": "?"}), "row 1: unrecognised preference format with keys 'question'; supported: "),
+        (
+            json.dumps({"question": "?"}),
+            "unrecognised preference format with keys 'question'; nearest: orca lacks chosen",
+        ),
         (GOOD + "\n" + json.dumps({"prompt": "Q", "chosen": "a"}), "row 2: key 'rejected' is missing"),
         (json.dumps(row(chosen=" \n")), "row 1: chosen is an empty response"),
         (json.dumps(row(rejected=3)), "row 1: rejected must be a list of messages, got int"),
@@ -117,8 +120,6 @@ GOOD = json.dumps(row("first"))
         (json.dumps(row(prompt=[{"role": "robot", "content": ""}])), "unknown role 'robot' in prompt"),
         (json.dumps(row(prompt=[{"role": "assistant", "content": "x"}])), "must end with a user turn"),
         (json.dumps(row(prompt=[])), "must end with a user turn"),
-        (json.dumps(row(chosen_score=float("nan"))), "chosen_score must be a finite number"),
-        (json.dumps(row(pair_id=["a"])), "the pair's id must be a string or an integer"),
         ("\n".join(json.dumps(row(q, id="a")) for q in "xy"), "row 2: pair_id 'a' already belongs to an earlier row"),
         (json.dumps(row("\ud800")), "row 1: text with half of a surrogate pair"),
     ],
@@ -140,7 +141,9 @@ def test_missing_file_and_broken_utf8(tmp_path):
 
 
 @given(
-    contents=st.lists(st.text(st.characters(codec="utf-8"), max_size=60), min_size=1, max_size=8, unique=True),
+    contents=st.lists(
+        st.text(st.characters(codec="utf-8"), max_size=60).filter(str.strip), min_size=1, max_size=8, unique=True
+    ),
     chunk=st.integers(1, 40),
     indent=st.sampled_from([None, 1]),
     ascii=st.booleans(),

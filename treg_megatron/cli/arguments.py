@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from treg_megatron.config.recipe import RecordedRecipe
+
+_METAVARS: dict[Any, str] = {dict[str, str]: "FIELD=COLUMN", list[str]: "COLUMN"}  # flags that take several words
 
 
 def command_parser(prog: str | None, description: str | None) -> argparse.ArgumentParser:
@@ -40,7 +43,8 @@ def section_parser(prog: str | None, description: str | None, name: str) -> argp
         group.add_argument(
             "--" + field.name.replace("_", "-"),
             dest=f"{name}.{field.name}",
-            metavar="|".join(choices) if choices else field.name.upper(),
+            metavar="|".join(choices) if choices else _METAVARS.get(field.type, field.name.upper()),
+            nargs="+" if field.type in _METAVARS else None,
             help=field.metadata["help"].replace("%", "%%"),
         )
     return parser
@@ -50,8 +54,29 @@ def parse_section(arguments: argparse.Namespace, name: str) -> Any:
     """The section that :func:`section_parser` described, with every flag and override applied."""
     from treg_megatron.config.recipe import section
 
-    flags = [f"{k}={v}" for k, v in vars(arguments).items() if k.startswith(name + ".") and v is not None]
+    flags = [
+        f"{k}={v if isinstance(v, str) else json.dumps(_collected(v), ensure_ascii=False)}"
+        for k, v in vars(arguments).items()
+        if k.startswith(name + ".") and v is not None
+    ]
     return section(parse_recipe(arguments, flags), name)
+
+
+def _collected(words: Sequence[str]) -> list[str] | dict[str, str]:
+    """Words of a flag that takes several: a mapping where each is ``field=column``, else a list."""
+    return columns_of(words) if all("=" in word for word in words) else list(words)
+
+
+def columns_of(words: Sequence[str]) -> dict[str, str]:
+    """``field=column`` words as a mapping.
+
+    Raises:
+        UserError: a word is of another form.
+    """
+    pairs = [word.partition("=") for word in words]
+    if wrong := [word for word, (field, _, column) in zip(words, pairs, strict=True) if not field or not column]:
+        raise UserError(f"--columns {wrong[0]}: write field=column, such as prompt=question")
+    return {field: column for field, _, column in pairs}
 
 
 def add_recipe_arguments(

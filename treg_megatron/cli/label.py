@@ -38,10 +38,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Label, or report; prints what was written."""
     section = parse_section(arguments, "label")
     if arguments.report:
-        from treg_megatron.data.inspection import as_text, inspect_pairs
+        from treg_megatron.data.inspection import as_text, inspect_pairs, require_usable
+        from treg_megatron.data.pairs import Reading
         from treg_megatron.tokenizer.chat import load_tokenizer
 
-        print(as_text(inspect_pairs(section.pairs, section.format, load_tokenizer(section.model), section.max_length)))
+        tokenizer = load_tokenizer(section.model)
+        report = inspect_pairs(section.pairs, Reading.of(section), tokenizer, section.max_length, examples=2)
+        print(as_text(report))
+        require_usable(section.pairs, report)
         return
     from treg_megatron.labelling.job import label
 

@@ -78,7 +78,12 @@ class LabelSection:
 
     model: str = key("Hugging Face folder of the reference model")
     pairs: str = key("preference pairs to label: JSON, JSONL, Parquet, an Arrow folder, or hub:OWNER/NAME")
-    format: str = key("preference format; auto detects it, tools/inspect_pairs.py --help lists the names")
+    format: str = key("preference format; auto detects it, treg inspect --help lists the names")
+    columns: dict[str, str] = key(
+        "which column of your records is what, instead of a format: prompt=question chosen=good rejected=bad; "
+        "also system, history, tools, id, chosen_score, rejected_score, or responses and scores for lists"
+    )
+    ignore: list[str] = key("columns that carry meaning and are left out on purpose; id: pairs are named by content")
     output: str = key("folder for the labelled pairs (Parquet) and their manifest")
     prompt_pair: str = key("name of a built-in better/worse prompt pair, or the path of your own YAML file")
     max_length: int = key("maximum tokens of prompt + response, the sequence that training sees")

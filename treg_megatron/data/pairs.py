@@ -1,23 +1,33 @@
 """Streaming reader of preference pairs from files of any supported format."""
 
+import decimal
 import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from treg_megatron.data.formats import AUTO, FORMATS, Answered, NoPreference, PairFormat
+from treg_megatron.config.schema import LabelSection
 from treg_megatron.data.records import read_rows
 from treg_megatron.errors import UserError
+from treg_megatron.formats import AUTO, format_named, recognise
+from treg_megatron.formats.audit import unread_columns
+from treg_megatron.formats.beside import with_columns_beside
+from treg_megatron.formats.columns import ColumnsFormat
+from treg_megatron.formats.pair_format import Answered, NoPreference, PairFormat
+from treg_megatron.formats.templated import beginning_of_template, spelled_end
 from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.utils.string_set import StringSet
 
 IDENTICAL_RESPONSES = "identical responses"
 REPEATED_PAIR = "repeats an earlier pair"
 EQUAL_SCORES = "equal scores or ranks"
+
+NO_SCORE = "score that is not a finite number, read as none"
+NO_ID = "id that is neither a text nor an integer, read as none"
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,9 @@ class Pair:
 
     For sampled responses, ``chosen_ids`` and ``rejected_ids`` are the sampled token ids, with the end-of-turn token if
     the model ended its turn, and ``tokenizer`` is the hash of the tokenizer they were sampled with.
+
+    ``tools`` are the functions that the conversation may call, as the text of a JSON list; ``row`` is the number of the
+    record.
     """
 
     pair_id: str
@@ -37,13 +50,56 @@ class Pair:
     chosen_ids: tuple[int, ...] | None = None
     rejected_ids: tuple[int, ...] | None = None
     tokenizer: str | None = None
+    tools: str = ""
+    row: int = field(default=0, compare=False)
+
+    @property
+    def content(self) -> str:
+        """The JSON text that the pair's identity is made of."""
+        return _content(Answered(self.messages, self.chosen, self.rejected, tools=self.tools))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records are read.
+
+    Attributes:
+        format: name of one of :data:`~treg_megatron.formats.FORMATS`; ``auto`` recognises it from the first record.
+        columns: the user's own column for each field (:data:`~treg_megatron.formats.columns.FIELDS`) instead of a
+            format; empty: a format.
+        ignore: columns that are left out on purpose.
+    """
+
+    format: str = AUTO
+    columns: Mapping[str, str] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.columns and self.format != AUTO:
+            raise UserError(f"label.columns and label.format={self.format} exclude each other: give one of them")
+
+    @classmethod
+    def of(cls, section: LabelSection) -> "Reading":
+        """As the recipe's section ``label`` says."""
+        return cls(section.format, dict(section.columns), tuple(section.ignore))
+
+    def chosen_format(self) -> PairFormat | None:
+        """The format that the user names, by columns or by name; None if it is to be recognised.
+
+        Raises:
+            UserError: no format has this name, or the columns do not make one.
+        """
+        if self.columns:
+            return ColumnsFormat(self.columns).format
+        return None if self.format == AUTO else format_named(self.format)
 
 
 def read_pairs(
     source: str | Path,
     drops: Counter[str] | None = None,
-    format: str = AUTO,
+    reading: Reading | None = None,
     unusable: Callable[[str], None] | None = None,
+    notes: Counter[str] | None = None,
 ) -> Iterator[Pair]:
     """Stream the preference pairs of a file, folder or hub dataset (:mod:`treg_megatron.data.records`) of any size.
 
@@ -52,45 +108,53 @@ def read_pairs(
     in ``drops``: identical responses, equal scores, and records that repeat an earlier id and content.
 
     Args:
-        format: the name of one of :data:`~treg_megatron.data.formats.FORMATS`, or ``auto``.
+        reading: format, columns and columns to ignore; None: the format is recognised.
         unusable: called with a message for each unusable record, instead of raising.
+        notes: counts of scores and ids that cannot be used and are read as none.
 
     Raises:
         UserError: the file is missing, its format is not recognised, or it holds an unusable record. The message names
             the file and the record's number, counted from 1 ("row"); in JSONL that is the line.
     """
-    for pair, _ in read_pairs_and_rows(source, drops, format, unusable):
+    for pair, _ in read_pairs_and_rows(source, drops, reading, unusable, notes):
         yield pair
 
 
 def read_pairs_and_rows(
     source: str | Path,
     drops: Counter[str] | None = None,
-    format: str = AUTO,
+    reading: Reading | None = None,
     unusable: Callable[[str], None] | None = None,
+    notes: Counter[str] | None = None,
 ) -> Iterator[tuple[Pair, dict]]:
     """Like :func:`read_pairs`, with the record that each pair was read from."""
     drops = Counter() if drops is None else drops
-    reader = None if format == AUTO else format_named(format)
+    notes = Counter() if notes is None else notes
+    reading = reading or Reading()
+    format = reading.chosen_format()
     seen_ids, seen_pairs = StringSet(), StringSet()
+    empty = True
     for number, row in read_rows(source):
+        empty = False
         try:
             if not isinstance(row, dict):
                 raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-            reader = reader or recognise(row)
+            format = format or recognise(row)
             try:
-                pair, content = _pair(row, reader)
+                pair, content = _pair(number, row, format, reading, notes)
             except ValueError as error:
-                raise ValueError(f"{error} (read as {reader.name})") from None
+                raise ValueError(f"{error} (read as {format.name})") from None
             identity = pair.pair_id + content
             if pair.chosen == pair.rejected:
                 drops[IDENTICAL_RESPONSES] += 1
+            elif pair.chosen_score is not None and pair.chosen_score == pair.rejected_score:
+                drops[EQUAL_SCORES] += 1
             elif identity in seen_pairs:
                 drops[REPEATED_PAIR] += 1
             elif pair.pair_id in seen_ids:
                 raise ValueError(
                     f"pair_id {pair.pair_id!r} already belongs to an earlier row with different content; give "
-                    "every pair a unique id, or none"
+                    "every pair a unique id, or none; --ignore id reads them without"
                 )
             else:
                 seen_ids.add(pair.pair_id)
@@ -102,57 +166,47 @@ def read_pairs_and_rows(
             if unusable is None:
                 raise UserError(f"{source} row {number}: {error}") from None
             unusable(f"row {number}: {error}")
-    if reader is None:
+    if empty:
         raise UserError(f"{source} holds no pairs")
 
 
-def recognise(row: dict) -> PairFormat:
-    """Detect the format of a record.
-
-    Raises:
-        ValueError: no format matches.
-    """
-    for format in FORMATS:
-        if format.matches(row):
-            return format
-    keys = ", ".join(map(repr, row)) or "none"
-    raise ValueError(
-        f"unrecognised preference format with keys {keys}; supported: "
-        + "; ".join(f"{format.name} ({format.keys})" for format in FORMATS)
-    )
-
-
-def format_named(name: str) -> PairFormat:
-    """Look up a format by name.
-
-    Raises:
-        UserError: no format has this name.
-    """
-    for format in FORMATS:
-        if format.name == name:
-            return format
-    raise UserError(f"pairs format {name!r} is not known; choose {AUTO} or one of {', '.join(f.name for f in FORMATS)}")
+def none_left(source: str | Path, drops: Counter[str]) -> str:
+    """What to say where every pair of a source was dropped."""
+    listed = ", ".join(f"{count} dropped: {reason}" for reason, count in sorted(drops.items()))
+    return f"{source}: no pair is left ({listed})"
 
 
 def conversation_text(messages: tuple[Message, ...]) -> str:
     """A conversation as ``Role: content`` paragraphs, for display and for prompts."""
-    return "\n\n".join(f"{message.role.capitalize()}: {message.content}" for message in messages)
+    return "\n\n".join(
+        f"{message.role.capitalize()}: " + "\n".join(part for part in (message.content, message.extra) if part)
+        for message in messages
+    )
 
 
-def _pair(row: dict, format: PairFormat) -> tuple[Pair, str]:
-    answered: Answered = format.read(row)
-    messages, chosen, rejected = answered[:3]
-    if not messages or messages[-1].role != "user":
-        raise ValueError("the conversation must end with a user turn")
-    if any(message.role == "system" for message in messages[1:]):
-        raise ValueError("a system message may only come first")
-    for name, response in (("chosen", chosen), ("rejected", rejected)):
-        if not response.strip():
-            raise ValueError(f"{name} is an empty response")
-    content = json.dumps([[m.as_list() for m in messages], chosen, rejected], ensure_ascii=False)
+def _content(answered: Answered) -> str:
+    parts = [[message.as_list() for message in answered.messages], answered.chosen, answered.rejected]
+    return json.dumps([*parts, *([answered.tools] if answered.tools else [])], ensure_ascii=False)
+
+
+def _pair(number: int, row: dict, format: PairFormat, reading: Reading, notes: Counter[str]) -> tuple[Pair, str]:
+    if reading.ignore:
+        row = {name: value for name, value in row.items() if name not in reading.ignore}
+    answered = format.read(row)
+    if not reading.columns:
+        answered = with_columns_beside(answered, row, format)
+    if unread := unread_columns(row, answered, format):
+        names = ", ".join(map(repr, unread))
+        raise ValueError(
+            f"column {names} would not be used, though it may change what the answers mean; say what it is "
+            f"(--columns), or leave it out on purpose: --ignore {' '.join(unread)}"
+        )
+    _require_sound(answered)
+    named = ColumnsFormat(reading.columns).mapped(row) if reading.columns else row
+    content = _content(answered)
     try:
         content_hash = hashlib.sha256(content.encode()).hexdigest()[:16]
-        pair_id = _pair_id(row, content_hash)
+        pair_id = _pair_id(named, notes) or content_hash
         pair_id.encode()
     except UnicodeEncodeError:
         raise ValueError(
@@ -160,13 +214,37 @@ def _pair(row: dict, format: PairFormat) -> tuple[Pair, str]:
         ) from None
     return Pair(
         pair_id,
-        messages,
-        chosen,
-        rejected,
-        _score(answered.chosen_score, "chosen_score"),
-        _score(answered.rejected_score, "rejected_score"),
+        answered.messages,
+        answered.chosen,
+        answered.rejected,
+        _score(answered.chosen_score, notes),
+        _score(answered.rejected_score, notes),
         *_sampled_ids(row),
+        tools=answered.tools,
+        row=number,
     ), content
+
+
+def _require_sound(answered: Answered) -> None:
+    messages = answered.messages
+    if not messages or messages[-1].role not in ("user", "tool"):
+        raise ValueError("the conversation must end with a user turn")
+    if any(message.role == "system" for message in messages[1:]):
+        raise ValueError("a system message may only come first")
+    for message in messages:
+        if message.role == "user" and not message.content.strip():
+            raise ValueError("a user turn is empty")
+        if marker := beginning_of_template(message.content):
+            raise ValueError(
+                f"the {message.role} turn already carries a chat template ({marker}), which would be applied twice: "
+                "give the bare text or a list of messages"
+            )
+    for name, response in (("chosen", answered.chosen), ("rejected", answered.rejected)):
+        if not response.strip():
+            raise ValueError(f"{name} is an empty response")
+    end = spelled_end(answered.chosen)
+    if end and end == spelled_end(answered.rejected):
+        raise ValueError(f"both answers end with {end} spelled out, and the model's own would follow: take it out")
 
 
 def _sampled_ids(row: dict) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None, str | None]:
@@ -182,21 +260,25 @@ def _sampled_ids(row: dict) -> tuple[tuple[int, ...] | None, tuple[int, ...] | N
     return tuple(row["chosen_ids"]), tuple(row["rejected_ids"]), str(row["tokenizer"])
 
 
-def _pair_id(row: dict, content_hash: str) -> str:
-    given = row.get("pair_id") if row.get("pair_id") is not None else row.get("id")
-    if given is None:
-        return content_hash
-    if isinstance(given, bool) or not isinstance(given, (str, int)) or given == "":
-        raise ValueError(f"the pair's id must be a string or an integer, got {given!r}")
-    return str(given)
+def _pair_id(row: dict, notes: Counter[str]) -> str | None:
+    given = next((row[name] for name in ("pair_id", "id") if row.get(name) is not None), None)
+    if isinstance(given, float) and given.is_integer():
+        given = int(given)  # pandas stores integers beside missing ones as floats
+    if given is not None and (isinstance(given, bool) or not isinstance(given, (str, int)) or given == ""):
+        notes[NO_ID] += 1
+        return None
+    return None if given is None else str(given)
 
 
-def _score(value: Any, name: str) -> float | None:
-    if value is None:
+def _score(value: Any, notes: Counter[str]) -> float | None:
+    """A score as a finite number, or None; scores are for people, so that none is worth refusing a pair."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     try:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError
-        return float(value)
+        number = float(value) if isinstance(value, (int, float, str, decimal.Decimal)) else math.nan
     except (ValueError, OverflowError):
-        raise ValueError(f"{name} must be a finite number, got {str(value)[:40]}") from None
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
+        notes[NO_SCORE] += 1
+        return None
+    return number

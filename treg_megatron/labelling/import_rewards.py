@@ -25,7 +25,7 @@ import numpy as np
 
 from treg_megatron.config.schema import LabelSection
 from treg_megatron.data.labelled_pairs import SIDES, LabelledPair, write_shard
-from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, read_pairs_and_rows
+from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, Reading, read_pairs_and_rows
 from treg_megatron.data.records import source_identity
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, labelled_pair, response_ids
@@ -79,7 +79,7 @@ def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[s
 
 
 def _fitting(section: LabelSection, tokenizer: ChatTokenizer, drops: Counter[str]) -> Iterator[LabelledPair]:
-    for pair, row in read_pairs_and_rows(section.pairs, drops, section.format):
+    for pair, row in read_pairs_and_rows(section.pairs, drops, Reading.of(section)):
         try:
             labelled, reason = _labelled(pair, row, tokenizer, section.max_length)
         except (ValueError, UserError) as error:

@@ -27,7 +27,7 @@ from treg_megatron.data.labelled_pairs import (
     read_shard_metadata,
     write_shard,
 )
-from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, read_pairs
+from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, Reading, read_pairs
 from treg_megatron.distributed.launch import rank_info
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.contrastive import contrastive_rewards
@@ -87,7 +87,8 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
         return manifest
     # Read everything once before the first forward pass: a broken record must not surface after hours of scoring.
     drops: Counter[str] = Counter()
-    total = sum(1 for _ in read_pairs(section.pairs, drops, section.format))
+    reading = Reading.of(section)
+    total = sum(1 for _ in read_pairs(section.pairs, drops, reading))
     job = ShardJob(output, SHARD_PATTERN, total, section.shard_pairs, share)
     shards = set(job.paths)
     for path in sorted(output.glob("*.parquet")):
@@ -101,7 +102,7 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
         scorer = scorer or _load_scorer(section)
         _require_fitting_model(section, scorer, tokenizer)
         with job.progress("label", "pairs", finished) as progress:
-            for portion, pairs in job.unfinished(read_pairs(section.pairs, format=section.format), finished):
+            for portion, pairs in job.unfinished(read_pairs(section.pairs, reading=reading), finished):
                 metadata, labelled = _label_portion(pairs, run, section, tokenizer, prompt_pair, scorer, progress)
                 if share.writes:
                     write_shard(job.path(portion), labelled, metadata)

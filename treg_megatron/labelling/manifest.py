@@ -14,6 +14,7 @@ from treg_megatron.data.labelled_pairs import (
     read_labelled,
     read_shard_metadata,
 )
+from treg_megatron.data.pairs import none_left
 from treg_megatron.data.records import source_identity
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.prompt_pair import PromptPair
@@ -83,7 +84,7 @@ def finish(job: ShardJob, drops: Counter[str], run: dict[str, Any], section: Lab
     if not kept:
         for shard in shards:
             (job.output / shard["file"]).unlink(missing_ok=True)
-        raise UserError(f"{section.pairs}: no pair is left to label ({_listed(drops)})")
+        raise UserError(none_left(section.pairs, drops))
     return job.finish(
         MANIFEST_FORMAT,
         MANIFEST_VERSION,
@@ -108,7 +109,3 @@ class _Mean:
     @property
     def value(self) -> float:
         return round(self.total / max(self.count, 1), 6)
-
-
-def _listed(drops: Counter[str]) -> str:
-    return ", ".join(f"{count} dropped: {reason}" for reason, count in sorted(drops.items()))

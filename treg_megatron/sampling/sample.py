@@ -113,7 +113,7 @@ def read_prompts(path: str | Path, drops: Counter[str]) -> Iterator[Prompt]:
     for number, row in read_rows(path):
         try:
             messages = _messages(row)
-            content = sha256_of_json(messages)
+            content = sha256_of_json([message.as_list() for message in messages])
             given = next((row[name] for name in ("prompt_id", "pair_id", "id") if row.get(name) is not None), None)
             prompt_id = content[:16] if given is None else str(given)
             if by_id.setdefault(prompt_id, content) != content:
