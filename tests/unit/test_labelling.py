@@ -65,6 +65,8 @@ def section(tiny_folder, tmp_path):
         model=str(tiny_folder),
         pairs=str(jsonl(tmp_path / "pairs.jsonl", ROWS)),
         format="auto",
+        columns={},
+        ignore=[],
         output=str(tmp_path / "labelled"),
         prompt_pair="few_shot",
         max_length=512,
@@ -201,8 +203,9 @@ def test_a_template_that_cannot_render_is_told_with_the_pair(section, tiny_folde
             )
         ),
     )
-    with pytest.raises(UserError, match="turns.jsonl, pair twice: the chat template of .* rejects a conversation"):
-        label(section, ArithmeticScorer())
+    with pytest.raises(UserError, match="turns.jsonl row 2, pair twice: the chat template of .* rejects"):
+        label(dataclasses.replace(section, shard_pairs=1), scorer := ArithmeticScorer())
+    assert scorer.calls == 0  # the row is in the second shard
     assert not Path(section.output).exists()
     (folder / "chat_template.jinja").write_text("{% for message in messages %}")
     with pytest.raises(UserError, match="the chat template of .* rejects a conversation"):
@@ -236,6 +239,34 @@ def test_sampled_ids_are_used_as_they_are(section, chatml, tmp_path):
         section.pairs = str(jsonl(tmp_path / "sampled.jsonl", [row | change]))
         with pytest.raises(UserError, match=message):
             label(section, ArithmeticScorer())
+
+
+def test_taking_a_row_out_keeps_the_shards_that_did_not_hold_it(section, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        label(section, ArithmeticScorer(fail_after=2))
+    before = contents(section.output)
+    assert len(before) == 2
+    jsonl(Path(section.pairs), [row for number, row in enumerate(ROWS) if number != 4])
+    scorer = ArithmeticScorer()
+    assert label(section, scorer)["pairs"] == 6
+    assert scorer.calls == 1  # the second shard held the row, and with it gone there is no third
+    after = contents(section.output)
+    first = next(name for name in before if "00000" in str(name))
+    assert after[first] == before[first]
+    fresh = dataclasses.replace(section, output=str(tmp_path / "fresh"))
+    label(fresh, ArithmeticScorer())
+    kept, made = (list(read_labelled(folder)) for folder in (section.output, fresh.output))
+    assert [pair.pair_id for pair in kept] == [pair.pair_id for pair in made]
+
+
+def test_labels_of_other_pairs_are_not_taken_for_an_edited_file(section):
+    with pytest.raises(KeyboardInterrupt):
+        label(section, ArithmeticScorer(fail_after=1))
+    before = contents(section.output)
+    jsonl(Path(section.pairs), [row | {"prompt": f"other {number}"} for number, row in enumerate(ROWS)])
+    with pytest.raises(UserError, match="is a run with another pairs; name another label.output"):
+        label(section, ArithmeticScorer())
+    assert contents(section.output) == before
 
 
 def test_nothing_left_is_an_error_without_output(section):

@@ -78,7 +78,10 @@ def inspect_pairs(
         for answer in (pair.chosen, pair.rejected):
             counts["cut_off"] += len(answer) >= _LONG_ANSWER and _MID_SENTENCE.search(answer) is not None
             counts["spelled_end"] += bool(spelled_end(answer))
-        sizes = tuple(map(len, texts))
+        sizes = [
+            sum(len(m.content) for m in pair.messages) if tokenizer is None else len(texts[0]),
+            *map(len, texts[1:]),
+        ]
         longer += sizes[1] > sizes[2]
         for key, value in zip(lengths, (*sizes, sizes[0] + max(sizes[1:])), strict=True):
             lengths[key].append(value)
@@ -150,6 +153,7 @@ def as_text(report: dict[str, Any]) -> str:
     if report["turns"]:
         lines.append("turns before the answer: " + ", ".join(f"{n} in {count}" for n, count in report["turns"].items()))
         lines.append(f"with a system message: {report['system']}; repeated prompts: {report['repeated_prompts']}")
+    if report["pairs"] >= _ENOUGH_FOR_A_SHARE:
         lines.append(f"chosen is the longer answer in {report['chosen_longer']:.0%}")
     if report["scored"]:
         lines.append(f"scored: {report['scored']}, chosen has the lower score in {report['chosen_scored_lower']}")

@@ -11,7 +11,9 @@ Every ``shard_pairs`` input pairs become one Parquet file, which carries the fin
 different runs never mix (:mod:`treg_megatron.utils.shard_job`).
 """
 
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,13 @@ from treg_megatron.data.labelled_pairs import (
     MANIFEST_VERSION,
     SIDES,
     LabelledPair,
-    read_shard_metadata,
     write_shard,
 )
 from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, Reading, read_pairs
 from treg_megatron.distributed.launch import rank_info
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.contrastive import contrastive_rewards
-from treg_megatron.labelling.manifest import fingerprint, finish, require_own_output
+from treg_megatron.labelling.manifest import SHARD_PATTERN, Portions, Shards, fingerprint, finish, require_own_output
 from treg_megatron.labelling.prompt_pair import PromptPair, load_prompt_pair
 from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, labelled_pair, response_ids
 from treg_megatron.labelling.scoring import ScoredSequence, Scorer
@@ -39,11 +40,14 @@ from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.tokenizer.model_folder import require_embeddings
 from treg_megatron.utils.files import read_manifest
 from treg_megatron.utils.lock import remove_abandoned_locks
+from treg_megatron.utils.parallel import batches, in_order, usable_cores
 from treg_megatron.utils.progress import Progress
 from treg_megatron.utils.shard_job import MANIFEST_NAME, ShardJob, Share
 
-SHARD_PATTERN = "shard-{:05d}.parquet"
 REVISION_TOO_LONG = "revision prompt and response do not fit max_revision_length"
+
+_PAIRS_AT_ONCE = 64
+_PAIRS_WORTH_A_PROCESS = 256
 
 _PASSES = ("reference", "better", "worse")
 
@@ -88,24 +92,23 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     # Read everything once before the first forward pass: a broken record must not surface after hours of scoring.
     drops: Counter[str] = Counter()
     reading = Reading.of(section)
-    total = sum(1 for _ in read_pairs(section.pairs, drops, reading))
-    job = ShardJob(output, SHARD_PATTERN, total, section.shard_pairs, share)
-    shards = set(job.paths)
-    for path in sorted(output.glob("*.parquet")):
-        metadata = read_shard_metadata(path) if path in shards else None
-        require_own_output((metadata or {}).get("run"), run, path)
+    portions = Portions(read_pairs(section.pairs, drops, reading), section.shard_pairs)
+    shards = Shards(output, run, portions.sha256)
+    job = ShardJob(output, SHARD_PATTERN, portions.total, section.shard_pairs, share, shards.is_current)
+    shards.require_own(job)
     finished = job.finished()
     # All ranks of a split model must start together.
     needed = job.mine if section.engine == "huggingface" else job.portions
     if any(portion not in finished for portion in needed):
         job.require_free(finished)
+        _require_renderable(section, job, finished, tokenizer, prompt_pair)
         scorer = scorer or _load_scorer(section)
         _require_fitting_model(section, scorer, tokenizer)
         with job.progress("label", "pairs", finished) as progress:
             for portion, pairs in job.unfinished(read_pairs(section.pairs, reading=reading), finished):
-                metadata, labelled = _label_portion(pairs, run, section, tokenizer, prompt_pair, scorer, progress)
+                labelled_drops, labelled = _label_portion(pairs, section, tokenizer, prompt_pair, scorer, progress)
                 if share.writes:
-                    write_shard(job.path(portion), labelled, metadata)
+                    write_shard(job.path(portion), labelled, shards.metadata(portion, labelled_drops))
         if section.engine == "megatron":
             scorer.close()
     if not share.writes or len(job.finished()) < len(job.portions):
@@ -113,24 +116,62 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     return finish(job, drops, run, section)
 
 
+def _require_renderable(
+    section: LabelSection,
+    job: ShardJob,
+    finished: set[int],
+    tokenizer: ChatTokenizer,
+    prompt_pair: PromptPair,
+) -> None:
+    """Put every pair that this process will label through the chat template, so that a refusal comes first.
+
+    Raises:
+        UserError: the template cannot render a pair, or its sampled ids are another tokenizer's; the message names file
+            and row.
+    """
+
+    def check(pairs: list[Pair]) -> int:
+        for pair in pairs:
+            _checked_prepare(pair, section, sys.maxsize, tokenizer, prompt_pair)
+        return len(pairs)
+
+    def due() -> Iterator[Pair]:
+        for position, pair in enumerate(read_pairs(section.pairs, reading=Reading.of(section))):
+            portion = position // section.shard_pairs
+            if portion in job.share and portion not in finished:
+                yield pair
+
+    total = sum(min(job.shard_size, job.total - p * job.shard_size) for p in job.mine if p not in finished)
+    workers = min(usable_cores(rank_info().local_size), total // _PAIRS_WORTH_A_PROCESS)
+    shown = job.share.writes and job.share.index == 0
+    with Progress("check", "pairs", total, shown=shown) as progress:
+        for checked in in_order(check, batches(due(), _PAIRS_AT_ONCE), workers):
+            progress.skipped(checked)
+
+
+def _checked_prepare(
+    pair: Pair, section: LabelSection, max_revision_length: int, tokenizer: ChatTokenizer, prompt_pair: PromptPair
+) -> tuple["_Prepared | None", str]:
+    try:
+        return _prepare(pair, section.max_length, max_revision_length, tokenizer, prompt_pair)
+    except UserError as error:
+        raise UserError(f"{section.pairs} row {pair.row}, pair {pair.pair_id}: {error}") from None
+
+
 def _label_portion(
     pairs: list[Pair],
-    run: dict,
     section: LabelSection,
     tokenizer: ChatTokenizer,
     prompt_pair: PromptPair,
     scorer: Scorer,
     progress: Progress,
-) -> tuple[dict[str, Any], list[LabelledPair]]:
-    """The metadata and the records of a shard."""
+) -> tuple[dict[str, int], list[LabelledPair]]:
+    """Counts of dropped pairs by reason, and the records of a shard."""
     revision_length = section.max_revision_length or scorer.max_length
     drops: Counter[str] = Counter()
     prepared = []
     for pair in pairs:
-        try:
-            fitting, reason = _prepare(pair, section.max_length, revision_length, tokenizer, prompt_pair)
-        except UserError as error:
-            raise UserError(f"{section.pairs}, pair {pair.pair_id}: {error}") from None
+        fitting, reason = _checked_prepare(pair, section, revision_length, tokenizer, prompt_pair)
         if fitting is None:
             drops[reason] += 1
         else:
@@ -149,7 +190,7 @@ def _label_portion(
     labelled = [
         _labelled(p, {side: {name: next(logps) for name in _PASSES} for side in SIDES}, section) for p in prepared
     ]
-    return {"run": run, "drops": dict(drops)}, labelled
+    return dict(drops), labelled
 
 
 def _prepare(

@@ -1,6 +1,9 @@
 """What made a folder of labels: the fingerprint of its run, in every shard, and the manifest, which is written last."""
 
+import hashlib
+import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,16 @@ from treg_megatron.data.labelled_pairs import (
     read_labelled,
     read_shard_metadata,
 )
-from treg_megatron.data.pairs import none_left
+from treg_megatron.data.pairs import Pair, none_left
 from treg_megatron.data.records import source_identity
 from treg_megatron.errors import UserError
+from treg_megatron.formats import AUTO
 from treg_megatron.labelling.prompt_pair import PromptPair
 from treg_megatron.tokenizer.chat import ChatTokenizer
+from treg_megatron.utils.parallel import batches
 from treg_megatron.utils.shard_job import ShardJob, require_same_run
+
+SHARD_PATTERN = "shard-{:05d}.parquet"
 
 
 def require_own_output(found: dict[str, Any] | None, run: dict[str, Any], path: Path) -> None:
@@ -50,7 +57,83 @@ def fingerprint(section: LabelSection, tokenizer: ChatTokenizer, prompt_pair: Pr
         "max_revision_length": section.max_revision_length,
         "reward_eot": section.reward_eot,
         "shard_pairs": section.shard_pairs,
+        **_reading(section),
     }
+
+
+def _reading(section: LabelSection) -> dict[str, Any]:
+    """How the pairs are read, where the file alone does not say it."""
+    given = {"format": section.format, "columns": dict(section.columns), "ignore": list(section.ignore)}
+    return {"reading": given} if given != {"format": AUTO, "columns": {}, "ignore": []} else {}
+
+
+class Portions:
+    """What the portions of a job hold, without the pairs themselves.
+
+    Attributes:
+        total: number of pairs.
+        sha256: hash of the names and contents of each portion's pairs.
+    """
+
+    def __init__(self, pairs: Iterable[Pair], size: int):
+        self.total, self.sha256 = 0, []
+        for portion in batches(pairs, size):
+            self.total += len(portion)
+            digest = hashlib.sha256()
+            for pair in portion:
+                sampled = [pair.chosen_ids, pair.rejected_ids, pair.tokenizer]
+                identity = json.dumps([pair.pair_id, pair.content, pair.chosen_score, pair.rejected_score, sampled])
+                digest.update(identity.encode())
+            self.sha256.append(digest.hexdigest())
+
+
+class Shards:
+    """The shards that a folder already holds: of which run they are, and which of them are current.
+
+    A shard is current if it was made from the pairs that its portion holds now. When a row is corrected or taken out of
+    the pairs, the shards that do not hold it stay.
+
+    Args:
+        output: the folder.
+        run: fingerprint of this run.
+        sha256: hash of the pairs of each portion, from :class:`Portions`.
+    """
+
+    def __init__(self, output: Path, run: dict[str, Any], sha256: list[str]):
+        self.output, self.run, self.sha256 = output, run, sha256
+
+    def metadata(self, portion: int, drops: dict[str, int]) -> dict[str, Any]:
+        """What a shard says of itself."""
+        return {"run": self.run, "portion": self.sha256[portion], "drops": drops}
+
+    def is_current(self, portion: int) -> bool:
+        """Whether the existing shard of a portion was made from the portion as it is now."""
+        metadata = read_shard_metadata(self.output / SHARD_PATTERN.format(portion)) or {}
+        if "portion" not in metadata:  # written before shards knew their portion
+            return metadata.get("run") == self.run
+        return metadata["portion"] == self.sha256[portion]
+
+    def require_own(self, job: ShardJob) -> None:
+        """Check that every shard is this run's, and remove those of portions that the pairs no longer have.
+
+        Raises:
+            UserError: a file is another run's, or none of the shards was made from these pairs.
+        """
+        found = sorted(self.output.glob("*.parquet"))
+        known = {self.output / SHARD_PATTERN.format(number): number for number in range(len(found) + job.total)}
+        for path in found:
+            run = (read_shard_metadata(path) or {}).get("run") if path in known else None
+            require_own_output(run and _settings(run), _settings(self.run), path)
+        if found and not job.finished():
+            run = (read_shard_metadata(found[0]) or {})["run"]
+            require_own_output(run, self.run, found[0])
+        for path in found:
+            if known[path] not in job.portions:
+                path.unlink(missing_ok=True)
+
+
+def _settings(run: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in run.items() if name != "pairs"}
 
 
 def finish(job: ShardJob, drops: Counter[str], run: dict[str, Any], section: LabelSection) -> dict[str, Any]:
@@ -76,7 +159,8 @@ def finish(job: ShardJob, drops: Counter[str], run: dict[str, Any], section: Lab
                 means[side].add(rewards)
                 magnitude.add(np.abs(rewards))
         metadata = read_shard_metadata(path)
-        require_own_output((metadata or {}).get("run"), run, path)  # another job may have written it meanwhile
+        found = (metadata or {}).get("run")  # another job may have written it meanwhile
+        require_own_output(found and _settings(found), _settings(run), path)
         assert metadata is not None
         drops.update(metadata["drops"])
         shards.append({"file": path.name, "pairs": pairs})

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from treg_megatron.config.schema import SampleSection
 from treg_megatron.data.records import read_rows
 from treg_megatron.errors import UserError
+from treg_megatron.formats.fields import prompt as conversation
 from treg_megatron.sampling import Sampler
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.tokenizer.conversation import Message
@@ -26,8 +27,6 @@ FORMAT, VERSION = "treg-megatron samples", 1
 RUN_NAME, SHARD_PATTERN = "run.json", "samples-{:05d}.jsonl"
 PROMPT_TOO_LONG = "prompt is longer than max_prompt_length"
 REPEATED_PROMPT = "repeats an earlier prompt"
-
-_ROLES = {"system", "user", "assistant"}
 
 
 class Prompt(NamedTuple):
@@ -131,17 +130,14 @@ def read_prompts(path: str | Path, drops: Counter[str]) -> Iterator[Prompt]:
 
 def _messages(row: Any) -> tuple[Message, ...]:
     value = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not all(
-        isinstance(m, dict) and m.get("role") in _ROLES and isinstance(m.get("content"), str) for m in value
-    ):
-        raise ValueError("needs `prompt` (text or messages) or `messages`, each message with role and content")
-    while value and value[-1]["role"] != "user":
-        value = value[:-1]
-    if not value or not value[-1]["content"].strip():
+    if value is None:
+        raise ValueError("needs `prompt` (text or messages) or `messages`")
+    messages = conversation(value)
+    while messages and messages[-1].role != "user":
+        messages = messages[:-1]
+    if not messages or not messages[-1].content.strip():
         raise ValueError("the prompt has no user turn, or an empty one")
-    return tuple(Message(m["role"], m["content"]) for m in value)
+    return messages
 
 
 def _require_sensible(section: SampleSection) -> None:

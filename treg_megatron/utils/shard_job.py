@@ -8,7 +8,7 @@ second job on the same folder is refused at the first portion that the first one
 
 import contextlib
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +46,7 @@ class ShardJob:
         pattern: file name of a shard, such as ``shard-{:05d}.parquet``.
         total: number of items in the whole input.
         shard_size: items per shard; the last may hold fewer.
+        is_current: whether the existing file of a portion was made from the portion as it is now.
     """
 
     output: Path
@@ -53,6 +54,7 @@ class ShardJob:
     total: int
     shard_size: int
     share: Share = field(default_factory=Share)
+    is_current: Callable[[int], bool] = lambda portion: True
 
     @property
     def portions(self) -> range:
@@ -74,8 +76,8 @@ class ShardJob:
         return self.output / self.pattern.format(portion)
 
     def finished(self) -> set[int]:
-        """Numbers of the portions whose file exists."""
-        return {portion for portion in self.portions if self.path(portion).exists()}
+        """Numbers of the portions whose file exists and is current."""
+        return {portion for portion in self.portions if self.path(portion).exists() and self.is_current(portion)}
 
     def progress(self, command: str, unit: str, finished: Container[int]) -> Progress:
         """Progress over this process's items, shown by the first process only."""
