@@ -304,6 +304,20 @@ def test_merging_keeps_the_order_named(chatml, tmp_path):
         merge_streams(tmp_path / "mixed", [tmp_path / "whole", tmp_path / "free"])
 
 
+def prompt_of(pair):
+    return pair.chosen_tokens[: len(pair.chosen_tokens) - len(pair.chosen_token_rewards)]
+
+
+def test_no_prompt_is_on_both_sides_of_a_split(chatml, tmp_path):
+    """Five pairs for each of forty prompts."""
+    write_streams(tmp_path / "all", [pair(f"p{n}", 3 + n % 40, 4, 5) for n in range(200)], chatml)
+    split_streams(open_streams(tmp_path / "all"), (tmp_path / "a", tmp_path / "b"), 0.3)
+    sides = [open_streams(tmp_path / name) for name in "ab"]
+    prompts = [{tuple(prompt_of(side[i]).tolist()) for i in range(len(side))} for side in sides]
+    assert all(prompts) and not prompts[0] & prompts[1]
+    assert sum(map(len, sides)) == 200
+
+
 def test_splitting_by_hash_loses_nothing_and_keeps_pairs_on_their_side(chatml, tokenizer_folders, tmp_path):
     write_shard(tmp_path / "own.parquet", MANY)
     index(
@@ -318,7 +332,7 @@ def test_splitting_by_hash_loses_nothing_and_keeps_pairs_on_their_side(chatml, t
     sides = [verify(tmp_path / "t"), verify(tmp_path / "t_validation")]
     ids = [[side.pair_id(i) for i in range(len(side))] for side in sides]
     assert sorted(ids[0] + ids[1]) == sorted(p.pair_id for p in MANY)
-    assert [i for i, p in enumerate(MANY) if in_validation(p.pair_id, 0.25)] == [int(name[1:]) for name in ids[1]]
+    assert [i for i, p in enumerate(MANY) if in_validation(prompt_of(p), 0.25)] == [int(name[1:]) for name in ids[1]]
     by_name = {p.pair_id: p for p in MANY}
     for side in sides:
         for i in range(len(side)):

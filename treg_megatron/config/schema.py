@@ -113,7 +113,7 @@ class IndexSection:
     tokenizer: str = key("Hugging Face folder of the training model's tokenizer")
     workers: int = key("processes, each writing one shard; the output does not depend on their number")
     validation_fraction: float = key(
-        "fraction of the pairs, chosen by a hash of pair_id, written to PREFIX_validation instead; 0: no validation set"
+        "fraction of the pairs, chosen by a hash of their prompt, written to PREFIX_validation instead; 0: none"
     )
 
 

@@ -111,12 +111,16 @@ def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, 
 def split_streams(source: AlignedDataset, outputs: Sequence[str | Path], fraction: float) -> list[dict[str, Any]]:
     """Split a dataset into training (``outputs[0]``) and validation (``outputs[1]``), and return the manifests.
 
-    Only a hash of pair_id decides, so a pair stays on its side whatever other pairs the dataset has.
+    Only a hash of the prompt decides: all pairs of a prompt are on one side, which they keep whatever other pairs the
+    dataset has.
 
     Raises:
         UserError: a side would have no pairs.
     """
-    is_validation = np.array([in_validation(source.pair_id(pair), fraction) for pair in range(len(source))])
+    tokens, prompts = source.reader(TOKENS), source.sequence_lengths[:, 0] - source.response_lengths[:, 0]
+    is_validation = np.array(
+        [in_validation(tokens[2 * pair][: prompts[pair]], fraction) for pair in range(len(source))], dtype=bool
+    )
     manifests = []
     for output, chosen in zip(outputs, (np.flatnonzero(~is_validation), np.flatnonzero(is_validation)), strict=True):
         if not len(chosen):
@@ -139,9 +143,10 @@ def split_streams(source: AlignedDataset, outputs: Sequence[str | Path], fractio
     return manifests
 
 
-def in_validation(pair_id: str, fraction: float) -> bool:
-    """Whether a pair belongs to the validation set; deterministic: derived from a hash of its id."""
-    return int.from_bytes(hashlib.sha256(pair_id.encode()).digest()[:8], "big") < fraction * 2**64
+def in_validation(prompt: np.ndarray, fraction: float) -> bool:
+    """Whether the pairs of a prompt, token ids [n], belong to the validation set: by a hash of the ids as int32."""
+    digest = hashlib.sha256(prompt.astype("<i4").tobytes()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 @contextlib.contextmanager
