@@ -6,7 +6,8 @@
     treg datasets split PREFIX --train OUTPUT --validation OUTPUT --fraction 0.02
 
 `merge` keeps the order in which the datasets are named. `split` decides by a hash of the prompt: no prompt is on both
-sides, and a pair stays on its side whatever else the dataset holds. Training can also blend several without merging them: data.train="0.3 A 0.7 B".
+sides, and a pair stays on its side whatever else the dataset holds. Training can also blend several without merging
+them: data.train="0.3 A 0.7 B".
 """
 
 import argparse

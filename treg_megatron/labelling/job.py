@@ -11,6 +11,7 @@ Every ``shard_pairs`` input pairs become one Parquet file, which carries the fin
 different runs never mix (:mod:`treg_megatron.utils.shard_job`).
 """
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ from treg_megatron.utils.progress import Progress
 from treg_megatron.utils.shard_job import MANIFEST_NAME, ShardJob, Share
 
 REVISION_TOO_LONG = "revision prompt and response do not fit max_revision_length"
+
+logger = logging.getLogger(__name__)
 
 _PAIRS_AT_ONCE = 64
 _PAIRS_WORTH_A_PROCESS = 256
@@ -101,6 +104,9 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     needed = job.mine if section.engine == "huggingface" else job.portions
     if any(portion not in finished for portion in needed):
         job.require_free(finished)
+        if rank_info().rank == 0:
+            for warning in portions.warnings:
+                logger.warning("%s: %s", section.pairs, warning)
         _require_renderable(section, job, finished, tokenizer, prompt_pair)
         scorer = scorer or _load_scorer(section)
         _require_fitting_model(section, scorer, tokenizer)

@@ -19,6 +19,7 @@ from treg_megatron.data.labelled_pairs import (
 )
 from treg_megatron.data.pairs import Pair, none_left
 from treg_megatron.data.records import source_identity
+from treg_megatron.data.symptoms import Symptoms
 from treg_megatron.errors import UserError
 from treg_megatron.formats import AUTO
 from treg_megatron.labelling.prompt_pair import PromptPair
@@ -73,10 +74,12 @@ class Portions:
     Attributes:
         total: number of pairs.
         sha256: hash of the names and contents of each portion's pairs.
+        warnings: what in the pairs speaks of a fault.
     """
 
     def __init__(self, pairs: Iterable[Pair], size: int):
         self.total, self.sha256 = 0, []
+        symptoms = Symptoms()
         for portion in batches(pairs, size):
             self.total += len(portion)
             digest = hashlib.sha256()
@@ -84,7 +87,9 @@ class Portions:
                 sampled = [pair.chosen_ids, pair.rejected_ids, pair.tokenizer]
                 identity = json.dumps([pair.pair_id, pair.content, pair.chosen_score, pair.rejected_score, sampled])
                 digest.update(identity.encode())
+                symptoms.add(pair)
             self.sha256.append(digest.hexdigest())
+        self.warnings = symptoms.warnings()
 
 
 class Shards:
