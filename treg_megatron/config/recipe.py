@@ -2,7 +2,8 @@
 
 A recipe is a short diff: its ``defaults:`` key names the file that it extends, and the chain ends in
 ``recipes/base.yaml``, the only home of default values. :mod:`treg_megatron.config.schema` gives every key its type and
-help. ``key=value`` arguments override the file, and flags of a command override those.
+help. ``key=value`` arguments override the file, and flags of a command override those. There, the value of a key whose
+type is text is taken as it stands; other values, and recipe files, are YAML.
 """
 
 import dataclasses
@@ -25,6 +26,8 @@ _INSTALLED = Path(__file__).resolve().parents[1] / "recipes"
 RECIPES = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "recipes"
 BASE_RECIPE = RECIPES / "base.yaml"
 COMMAND_LINE = "the command line"
+_TEXT = (str, str | None, list[str])
+_LIKE_A_NUMBER = re.compile(r"[-+.\d_eE]+")  # OmegaConf reads 1e3 as a number, PyYAML writes the text without quotes
 
 _CACHED = "training holds no reference model: its log-probs are cached by labelling, and simpo reads none"
 # keys of other trainers, and what to do here instead
@@ -125,11 +128,10 @@ def trace_recipe(path: str | Path | RecordedRecipe, overrides: Sequence[str] = (
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r} is not of the form section.key=value")
-        name, value = override.split("=", 1)
         try:
-            parsed = OmegaConf.from_dotlist([f"{name}={value}"])
+            parsed = _parse_override(*override.split("=", 1))
         except Exception as error:
-            raise UserError(f"override {override!r}: {error}") from None
+            raise UserError(f"override {override!r}: {_first_line(error)}") from None
         _merge(config, parsed, COMMAND_LINE, sources)
     return config, sources
 
@@ -191,6 +193,28 @@ def value(recipe: DictConfig, name: str) -> Any:
     if found is None:
         raise UserError(f"recipe {recipe.get('name', '?')}: {name} has no value")
     return found
+
+
+def _parse_override(name: str, value: str) -> DictConfig:
+    """One ``key=value`` of the command line, as a recipe that holds this key only."""
+    section_name, _, key = name.rpartition(".")
+    holder = SECTIONS.get(section_name) if section_name else Recipe
+    types = {field.name: field.type for field in dataclasses.fields(holder)} if holder else {}
+    kind = types.get(key)
+    if kind not in _TEXT:
+        return OmegaConf.from_dotlist([f"{name}={value}"])
+    text: Any = _escape(value)
+    if kind == list[str]:
+        inside = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+        text = [_escape(item.strip().strip("'\"")) for item in inside.split(",") if item.strip()]
+    elif kind == str | None and value in ("null", ""):
+        text = None
+    return OmegaConf.create({section_name: {key: text}} if section_name else {key: text})
+
+
+def _escape(text: str) -> str:
+    """Text that OmegaConf reads as ``text``, without resolving a ``${...}`` in it."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def _with_defaults(path: str | Path | RecordedRecipe) -> list[tuple[Path, DictConfig]]:
@@ -279,8 +303,13 @@ def _described(node: DictConfig, name: str, full_name: str, sources: dict[str, s
     except OmegaConfBaseException:
         value = written
     if isinstance(written, str) and "${" in written:
-        origin = f"{written} in {origin}"
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+        if isinstance(value, str) and "${" in value:
+            value = _escape(value)
+        else:
+            origin = f"{written} in {origin}"
+    quoted = '"' if isinstance(value, str) and _LIKE_A_NUMBER.fullmatch(value) else None
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000, default_style=quoted)
+    text = text.removesuffix("...\n").strip()
     return f"{indent}{name}: {text}".ljust(48) + f" # {origin}"
 
 
