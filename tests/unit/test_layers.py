@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "treg_megatron"
 #: lowest first: a module imports from its own folder and from those before it
 LAYERS = (
-    *("errors", "utils", "config", "objective", "kernels", "distributed", "tokenizer", "formats", "data", "models"),
-    *("checkpoint", "sampling", "labelling", "training", "preflight", "accept"),
+    *("errors", "utils", "config", "objective", "kernels", "distributed", "tokenizer", "formats", "containers"),
+    *("data", "models", "checkpoint", "sampling", "labelling", "training", "preflight", "accept"),
     *("cli", "train", "node_check", "__main__"),
 )
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from treg_megatron.containers import json_rows as rows
 from treg_megatron.data import pairs
-from treg_megatron.data import records as rows
 from treg_megatron.data.pairs import read_pairs
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.conversation import Message
@@ -162,6 +162,6 @@ def test_a_bad_row_is_found_without_reading_the_rest(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="row 2"), open(path) as stream:
         stream.read(1)
         try:
-            list(rows._array_elements(stream, path))
+            list(rows._elements(rows._Lookahead(stream), path, 0))
         finally:
             assert stream.tell() < 20_000

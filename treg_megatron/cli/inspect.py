@@ -23,7 +23,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
     formats = "\n".join(f"    {format.name:<24} {format.keys}" for format in FORMATS)
     parser = command_parser(prog, f"{__doc__}\n{formats}\n")
-    parser.add_argument("pairs", help="JSON, JSONL, CSV, Parquet, a folder, or hub:OWNER/NAME")
+    parser.add_argument("pairs", help="file, folder, pattern, list with commas, or hub:OWNER/NAME")
     parser.add_argument("--format", default=AUTO, help="name of the format (default: recognised)")
     parser.add_argument(
         "--columns",

@@ -77,7 +77,7 @@ class LabelSection:
     """Token rewards by contrastive prompting, and reference log-probs (offline, no training)."""
 
     model: str = key("Hugging Face folder of the reference model")
-    pairs: str = key("preference pairs to label: JSON, JSONL, Parquet, an Arrow folder, or hub:OWNER/NAME")
+    pairs: str = key("preference pairs to label: a file, folder, pattern, list with commas, or hub:OWNER/NAME")
     format: str = key("preference format; auto detects it, treg inspect --help lists the names")
     columns: dict[str, str] = key(
         "which column of your records is what, instead of a format: prompt=question chosen=good rejected=bad; "

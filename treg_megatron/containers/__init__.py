@@ -1,0 +1,1 @@
+"""Records of files, folders and hub datasets, as JSON-like values."""
