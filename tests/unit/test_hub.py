@@ -1,0 +1,91 @@
+"""Names of hub datasets, and configurations, read by ``datasets`` from a folder that declares them."""
+
+import json
+
+import pytest
+
+from treg_megatron.containers.hub import HubName, parse_hub_name
+from treg_megatron.data.records import read_rows, source_identity
+from treg_megatron.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("hub:o/n", ("o/n", None, None, "train")),
+        ("hub:o/n:test", ("o/n", None, None, "test")),
+        ("hub:o/n@v1.0", ("o/n", None, "v1.0", "train")),
+        ("hub:o/n@v1.0:test", ("o/n", None, "v1.0", "test")),
+        ("hub:o/n@refs/pr/1:test", ("o/n", None, "refs/pr/1", "test")),
+        ("hub:o/n:conf:test", ("o/n", "conf", None, "test")),
+        ("hub:o/n:conf@v1.0", ("o/n", "conf", "v1.0", "train")),
+        ("hub:o-x/n.y_z:en.v1-2 b@v1.0:test", ("o-x/n.y_z", "en.v1-2 b", "v1.0", "test")),
+    ],
+)
+def test_names(source, expected):
+    assert parse_hub_name(source) == HubName(*expected)
+
+
+@pytest.mark.parametrize(
+    "source", ["hub:", "hub:n", "hub:o/n/m", "hub:o/n:", "hub:o/n:a:b:c", "hub:o/n@", "hub:o/n::b"]
+)
+def test_other_forms_are_refused(source):
+    with pytest.raises(UserError, match="is not of the form hub:OWNER/NAME or hub:OWNER/NAME@REVISION:SPLIT"):
+        list(read_rows(source))
+
+
+@pytest.fixture()
+def two_configurations(tmp_path, monkeypatch):
+    """A folder called like a hub dataset, which `datasets` then reads instead of asking the hub."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    configs = {"en.v1": ("train", "test"), "de": ("train",)}
+    declared = ["---", "configs:"]
+    for config, splits in configs.items():
+        declared += [f"- config_name: {config}", "  data_files:"]
+        for split in splits:
+            declared += [f"  - split: {split}", f"    path: {config}-{split}.jsonl"]
+            row = {"prompt": f"{config} {split}", "chosen": {"role": ["assistant"], "content": ["a"]}, "at": None}
+            (folder / f"{config}-{split}.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "README.md").write_text("\n".join([*declared, "---", ""]))
+    return folder
+
+
+def test_configurations_are_read_by_name(two_configurations):
+    for source, prompt in (
+        ("hub:owner/name:en.v1:test", "en.v1 test"),
+        ("hub:owner/name:en.v1:train", "en.v1 train"),
+        ("hub:owner/name:de:train", "de train"),
+    ):
+        ((number, row),) = read_rows(source)
+        assert (number, row["prompt"], row["chosen"]) == (1, prompt, [{"role": "assistant", "content": "a"}])
+        assert source_identity(source)["file"] == source
+    assert [number for number, _ in read_rows("hub:owner/name:de:train,hub:owner/name:en.v1:test")] == [1, 2]
+
+
+def test_configurations_are_listed_where_none_is_named(two_configurations):
+    with pytest.raises(UserError) as error:
+        list(read_rows("hub:owner/name"))
+    said = str(error.value)
+    assert said.startswith("hub:owner/name has several configurations (") and "\n" not in said
+    assert "en.v1" in said and "de" in said and "name one, as in hub:owner/name:" in said
+
+
+def test_an_unknown_configuration_or_split_names_those_that_exist(two_configurations):
+    with pytest.raises(UserError, match="cannot be loaded: ValueError: .*'?fr'? not found.*en.v1"):
+        list(read_rows("hub:owner/name:fr:train"))
+    with pytest.raises(UserError, match="split dev, cannot be loaded: ValueError: Unknown split.*train"):
+        list(read_rows("hub:owner/name:en.v1:dev"))
+
+
+def test_pictures_are_refused_by_column(tmp_path, monkeypatch):
+    import datasets
+
+    dataset = datasets.Dataset.from_dict({"prompt": ["Q"], "x": [b"\x89PNG"]})
+    monkeypatch.setattr("treg_megatron.containers.hub.load_from_hub", lambda source: dataset)
+    with pytest.raises(UserError, match="hub:o/n row 1: column 'x' holds bytes that are not text"):
+        list(read_rows("hub:o/n"))
