@@ -7,10 +7,8 @@ text; the response is that text and one end-of-turn token.
 
 import functools
 import hashlib
-import json
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,11 @@ import numpy as np
 
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.conversation import Message, Sampled
+from treg_megatron.tokenizer.fast_tokenizer import FastEngine, tokenizer_hash
 from treg_megatron.tokenizer.model_folder import existing_folder, require_embeddings
 from treg_megatron.tokenizer.sentencepiece_model import SentencePieceTokenizer
-from treg_megatron.tokenizer.word_cache import TokenCache, known_cuts
-from treg_megatron.utils.files import read_json, sha256_of_json
+from treg_megatron.tokenizer.special_tokens import SpecialTokens, replaced
+from treg_megatron.utils.files import read_json
 from treg_megatron.utils.imports import heavy_imports
 
 # Llama 3.2's template puts today's date into the system turn unless given one; labels must not depend on it.
@@ -46,26 +45,11 @@ class ChatTokenizer:
     def __init__(self, tokenizer: Any, folder: Path):
         self.folder = folder
         self._tokenizer = tokenizer
-        self._engine = tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else _FastEngine(tokenizer)
-        special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special_ids = set(special)
-        self._special_texts = {token.content: i for i, token in special.items()}
-        self._special_text = re.compile(
-            "|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True))) or r"(?!)"
-        )
-        # Some special tokens swallow the white space around them.
-        self._special_place = re.compile(
-            "("
-            + "|".join(
-                r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
-                for token in sorted(special.values(), key=lambda token: len(token.content), reverse=True)
-            )
-            + ")"
-            if special
-            else r"((?!))"
-        )
+        self._engine = tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else FastEngine(tokenizer)
+        self._special = SpecialTokens(tokenizer)
+        self._special_ids = set(self._special.ids.values())
         self._puts_space_first = tokenizer.convert_ids_to_tokens(self._encode(_PROBE))[0].startswith("\u2581")
-        self.sha256 = tokenizer.sha256 if self._engine is tokenizer else _tokenizer_hash(tokenizer)
+        self.sha256 = tokenizer.sha256 if self._engine is tokenizer else tokenizer_hash(tokenizer)
         self._template, self._template_tokens = tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)
         self.template_sha256 = hashlib.sha256(self._template.encode()).hexdigest()
         self.vocab_size = len(tokenizer)
@@ -87,16 +71,16 @@ class ChatTokenizer:
         Raises:
             UserError: the template rejects the conversation (for instance roles that do not alternate).
         """
-        disguise = self._disguise(message.content for message in messages)
+        disguise = self._special.disguise(message.content for message in messages)
         text = self._rendered_prompt(messages, disguise)
         if not disguise:
             return self._encode(text)
         ids: list[int] = []
-        for i, part in enumerate(self._special_place.split(text)):
+        for i, part in enumerate(self._special.place.split(text)):
             if i % 2:
-                ids.append(self._special_texts.get(part, self._special_texts.get(part.strip())))
+                ids.append(self._special.ids.get(part, self._special.ids.get(part.strip())))
             elif part:
-                ids += self._encode_within(_replaced(part, {hidden: shown for shown, hidden in disguise.items()}))
+                ids += self._encode_within(replaced(part, {hidden: shown for shown, hidden in disguise.items()}))
         return ids
 
     def encode_response(self, messages: Sequence[Message], response: str) -> list[int]:
@@ -145,7 +129,7 @@ class ChatTokenizer:
 
     def _split_response(self, messages: Sequence[Message], response: str) -> tuple[str, int, int]:
         """Text to encode, offset of its first character in ``response`` (-1: before it), and end-of-turn id."""
-        disguise = self._disguise([*(message.content for message in messages), response])
+        disguise = self._special.disguise([*(message.content for message in messages), response])
         prompt = self._rendered_prompt(messages, disguise)
         whole = self._render([*messages, Message("assistant", response)], False, disguise)
         if not whole.startswith(prompt):
@@ -156,7 +140,7 @@ class ChatTokenizer:
         rest = whole[len(prompt) :]
         for words in (response, response.rstrip(), response.lstrip(), response.strip()):
             space = " " * (_leading_spaces(rest) - _leading_spaces(words))
-            rendered = space + _replaced(words, disguise)
+            rendered = space + replaced(words, disguise)
             if rest.startswith(rendered):
                 end_of_turn = self._first_special(rest[len(rendered) :])
                 cut = len(response) - len(response.lstrip()) if len(words) < len(response.rstrip()) else 0
@@ -203,13 +187,6 @@ class ChatTokenizer:
         except UserError:
             return False
 
-    def _disguise(self, contents: Iterable[str]) -> dict[str, str]:
-        """A private-use character per special token spelled out in contents, to tell it from the template's own."""
-        text = "\0".join(contents)
-        spelled = sorted(set(self._special_text.findall(text)))
-        unused = (chr(code) for code in range(0x10FFFD, 0xF0000, -1) if chr(code) not in text) if spelled else ()
-        return dict(zip(spelled, unused, strict=False))
-
     def _render(self, messages: Sequence[Message], generation_prompt: bool, disguise: Mapping[str, str] = {}) -> str:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -219,7 +196,7 @@ class ChatTokenizer:
             messages = [Message(first.role, f"{system.content}\n\n{first.content}"), *others]
         try:
             (text,), _ = render_jinja_template(
-                [[{"role": m.role, "content": _replaced(m.content, disguise)} for m in messages]],
+                [[{"role": m.role, "content": replaced(m.content, disguise)} for m in messages]],
                 chat_template=self._template,
                 add_generation_prompt=generation_prompt,
                 date_string=_FIXED_DATE,
@@ -243,40 +220,6 @@ class ChatTokenizer:
         # what follows one is encoded as in mid-text.
         before, ids = self._encode("\n", special=False), self._encode("\n" + text, special=False)
         return ids[len(before) :] if ids[: len(before)] == before else self._encode(text, special=False)
-
-
-class _FastEngine:
-    """A fast tokenizer's own encoder, with padding and truncation turned off."""
-
-    def __init__(self, tokenizer: Any):
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_padding()
-        self._backend.no_truncation()
-        cuts = known_cuts(self._backend)
-        self._memories = (
-            None
-            if cuts is None
-            else {
-                special: TokenCache(functools.partial(self.encode_whole, special=special), cuts)
-                for special in (True, False)
-            }
-        )
-
-    def encode(self, text: str, special: bool) -> list[int]:
-        """Ids of a text; ``special`` says whether special tokens are recognised in it."""
-        return self._memories[special].encode(text) if self._memories else self.encode_whole(text, special).ids
-
-    def encode_with_spans(self, text: str) -> tuple[list[int], Any]:
-        """Ids of a text without special tokens, and the character span of each."""
-        if self._memories:
-            return self._memories[False].encode_with_spans(text)
-        encoded = self.encode_whole(text, False)
-        return encoded.ids, encoded.offsets
-
-    def encode_whole(self, text: str, special: bool) -> Any:
-        """The tokenizer's own encoding of a text, with ``ids`` and ``offsets``."""
-        self._backend.encode_special_tokens = not special
-        return self._backend.encode(text, add_special_tokens=False)
 
 
 def load_tokenizer(folder: str | Path) -> ChatTokenizer:
@@ -321,21 +264,9 @@ def _loaded(folder: Path) -> ChatTokenizer:
     return ChatTokenizer(tokenizer, folder)
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    return sha256_of_json({name: parts[name] for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")})
-
-
 def _leading_spaces(text: str) -> int:
     return len(text) - len(text.lstrip(" "))
 
 
 def _shortened(text: str) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _replaced(text: str, by: Mapping[str, str]) -> str:
-    if not by:
-        return text
-    longest_first = sorted(by, key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, longest_first)), lambda match: by[match[0]], text)
