@@ -65,7 +65,7 @@ def test_no_words_of_a_conversation_become_special_tokens(tokenizers, template, 
     plain = tuple(message._replace(content="x") for message in messages)
     ids, usual = tokenizer.encode_prompt(messages), tokenizer.encode_prompt(plain)
     assert [i for i in ids if i in tokenizer._special_ids] == [i for i in usual if i in tokenizer._special_ids]
-    assert tokenizer.decode(ids) == tokenizer._render(messages, True)
+    assert tokenizer.decode(ids) == tokenizer._template.render(messages, True)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

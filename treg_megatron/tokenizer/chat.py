@@ -2,32 +2,45 @@
 
 Text is tokenized once; all later steps use ids, so the boundary cannot move. A training sequence is the prompt's ids
 followed by the response's. The prompt is what the model's chat template renders up to the start of the assistant's
-text; the response is that text and one end-of-turn token.
+text; the response is that text and one end-of-turn token. :mod:`treg_megatron.tokenizer.thoughts` says where the
+boundary lies if a response brings thoughts.
 """
 
 import functools
-import hashlib
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from treg_megatron.errors import UserError
+from treg_megatron.tokenizer.completeness import Completeness
 from treg_megatron.tokenizer.conversation import Message, Sampled
 from treg_megatron.tokenizer.fast_tokenizer import FastEngine, tokenizer_hash
 from treg_megatron.tokenizer.model_folder import existing_folder, require_embeddings
 from treg_megatron.tokenizer.sentencepiece_model import SentencePieceTokenizer
-from treg_megatron.tokenizer.special_tokens import SpecialTokens, replaced
+from treg_megatron.tokenizer.special_tokens import SpecialTokens, replaced, texts_in
+from treg_megatron.tokenizer.template import PROBES, ChatTemplate, tools_from
+from treg_megatron.tokenizer.thoughts import BEGIN, END, probe_boundary
 from treg_megatron.utils.files import read_json
 from treg_megatron.utils.imports import heavy_imports
 
-# Llama 3.2's template puts today's date into the system turn unless given one; labels must not depend on it.
-_FIXED_DATE = "26 Jul 2024"
-_PROBE = "response"
+_WORD = "response"
 _REMEMBERED = 64
-_PROBE_SYSTEM = "instruction"
+
+
+class _Response(NamedTuple):
+    """A response before it is encoded: the template's text, the answer's own, and the end-of-turn id.
+
+    ``shift`` is the place of the answer's first character in the given response; -1: a space before it.
+    """
+
+    by_template: str
+    words: str
+    shift: int
+    end_of_turn: int
 
 
 class ChatTokenizer:
@@ -39,40 +52,48 @@ class ChatTokenizer:
             pre-tokenization and added tokens. Saving and loading, padding, truncation and automatic BOS/EOS do not
             change it.
         template_sha256: hash of the chat template's text.
+        template_inputs: what the chat template takes from outside and gets a fixed value for, such as today's date;
+            empty for most templates.
         vocab_size: number of ids, added tokens included.
     """
 
-    def __init__(self, tokenizer: Any, folder: Path):
+    def __init__(self, tokenizer: Any, folder: Path, template: str = ""):
         self.folder = folder
         self._tokenizer = tokenizer
         self._engine = tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else FastEngine(tokenizer)
         self._special = SpecialTokens(tokenizer)
         self._special_ids = set(self._special.ids.values())
-        self._puts_space_first = tokenizer.convert_ids_to_tokens(self._encode(_PROBE))[0].startswith("\u2581")
+        self._puts_space_first = tokenizer.convert_ids_to_tokens(self._encode(_WORD))[0].startswith("\u2581")
         self.sha256 = tokenizer.sha256 if self._engine is tokenizer else tokenizer_hash(tokenizer)
-        self._template, self._template_tokens = tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)
-        self.template_sha256 = hashlib.sha256(self._template.encode()).hexdigest()
+        self._template = ChatTemplate(template or tokenizer.get_chat_template(), tokenizer.special_tokens_map, folder)
+        self.template_sha256, self.template_inputs = self._template.sha256, self._template.inputs
         self.vocab_size = len(tokenizer)
+        self._completeness = Completeness(self._template)
+        self._boundary = probe_boundary(self._template)
         self._last_prompt: tuple[Any, str] = (None, "")
         self._ends_of_turn: dict[str, int] = {}
-        self._before_response = ""
-        self._knows_system = True
-        self._knows_system = self._probe_system_role()
-        self._before_response = self._probe_text_before_response()
-        self._last_prompt = (None, "")
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation that ends with a user turn, up to the start of the assistant's text.
+    def encode_prompt(self, messages: Sequence[Message], tools: str = "", answers: Sequence[str] = ()) -> list[int]:
+        """Ids of a conversation that ends with a user or tool turn, up to the start of the assistant's text.
 
         Special tokens come only from the template, so BOS is never doubled, and text in the conversation that looks
         like a special token is encoded as ordinary text. If the template has no system role, the system message is
         prepended to the first user turn.
 
+        Args:
+            messages: the conversation.
+            tools: JSON text of the list of tools that the model may call; empty if there are none.
+            answers: the texts of all responses that will follow this prompt, where they are known: whether they bring
+                thoughts decides where the prompt ends. Without them, it ends as for a model that is to answer.
+
         Raises:
-            UserError: the template rejects the conversation (for instance roles that do not alternate).
+            UserError: the template rejects the conversation (for instance roles that do not alternate), or does not
+                render all of it.
         """
-        disguise = self._special.disguise(message.content for message in messages)
-        text = self._rendered_prompt(messages, disguise)
+        disguise = self._disguise(messages, tools)
+        prompt = self._rendered_prompt(messages, tools, disguise)
+        base = self._boundary.base(prompt)
+        text = base + self._lead(answers, prompt)
         if not disguise:
             return self._encode(text)
         ids: list[int] = []
@@ -83,40 +104,85 @@ class ChatTokenizer:
                 ids += self._encode_within(replaced(part, {hidden: shown for shown, hidden in disguise.items()}))
         return ids
 
-    def encode_response(self, messages: Sequence[Message], response: str) -> list[int]:
+    def encode_response(
+        self, messages: Sequence[Message], response: str, tools: str = "", answers: Sequence[str] = ()
+    ) -> list[int]:
         """Ids of ``response`` as the template renders it after ``messages``, and exactly one end-of-turn token.
 
         If the template strips the response, so do the ids. Text in the response that looks like a special token is
-        encoded as ordinary text. Whatever the template puts after the end-of-turn token is left out.
+        encoded as ordinary text. Whatever the template puts after the end-of-turn token is left out. A response with
+        thoughts is encoded as it stands, even if the template would drop or rewrite them.
+
+        Args:
+            messages: the conversation.
+            response: the answer's text.
+            tools: as for :meth:`encode_prompt`.
+            answers: as for :meth:`encode_prompt`, and the same as there.
 
         Raises:
             UserError: the template rejects the conversation, rewrites the response, or does not end it with a special
-                token.
+                token; or the response does not continue the prompt, whose ``answers`` were others.
         """
-        words, _, end_of_turn = self._split_response(messages, response)
-        return [*self._encode(words, special=False), end_of_turn]
+        parts = self._split_response(messages, response, tools, answers)
+        return [*self._encode(parts.by_template), *self._encode(parts.words, special=False), parts.end_of_turn]
 
-    def encode_response_with_spans(self, messages: Sequence[Message], response: str) -> tuple[list[int], np.ndarray]:
+    def encode_response_with_spans(
+        self, messages: Sequence[Message], response: str, tools: str = "", answers: Sequence[str] = ()
+    ) -> tuple[list[int], np.ndarray]:
         """:meth:`encode_response`, and the character span in ``response`` of each id except the end-of-turn token.
 
         Spans are int64 [tokens, 2]: start and end (exclusive). Tokens that are bytes of one character share it;
-        characters that no token covers, such as a space, belong to the next token.
+        characters that no token covers, such as a space, belong to the next token. The template's own tokens before
+        the response have the span -1 to -1.
         """
-        words, shift, end_of_turn = self._split_response(messages, response)
-        ids, spans = self._engine.encode_with_spans(words)
+        parts = self._split_response(messages, response, tools, answers)
+        ids, spans = self._engine.encode_with_spans(parts.words)
         starts, ends = np.asarray(spans, dtype=np.int64).reshape(-1, 2).T
         reached = np.concatenate([[0], np.maximum.accumulate(ends)])[:-1]
-        spans = np.column_stack([np.minimum(starts, reached), ends])
-        return [*ids, end_of_turn], np.maximum(spans + shift, 0)
+        spans = np.maximum(np.column_stack([np.minimum(starts, reached), ends]) + parts.shift, 0)
+        before = self._encode(parts.by_template)
+        return [*before, *ids, parts.end_of_turn], np.concatenate([np.full((len(before), 2), -1), spans])
+
+    def encode_pair(
+        self, messages: Sequence[Message], answers: Sequence[str], tools: str = ""
+    ) -> tuple[list[int], list[list[int]]]:
+        """Ids of the prompt that several answers share, and of each answer.
+
+        Raises:
+            UserError: as for :meth:`encode_prompt` and :meth:`encode_response`.
+        """
+        prompt = self.encode_prompt(messages, tools, answers)
+        return prompt, [self.encode_response(messages, answer, tools, answers) for answer in answers]
+
+    def spelled_specials(self, text: str) -> list[str]:
+        """Special tokens that are spelled out in a text, each once: a sign that a template has been applied already."""
+        return self._special.spelled(text)
+
+    def looks_templated(self, text: str) -> bool:
+        """Whether a text begins like a conversation in this template, or ends like one of its turns."""
+        heads, ends = self._turn_edges
+        return text.lstrip().startswith(heads) or text.rstrip().endswith(ends)
+
+    @functools.cached_property
+    def _turn_edges(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        question = PROBES[0][0]
+        head = self._template.render([Message("user", question)], True).partition(question)[0].strip()
+        special = tuple(self._special.ids)
+        heads = {head, self._special.place.sub("", head, count=1).strip()}
+        return (*special, *(words for words in heads if len(words) > 2)), special
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens included."""
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    @functools.cached_property
+    @property
     def end_of_turn(self) -> int:
-        """The token that ends a response."""
-        return self.encode_response([Message("user", "prompt")], _PROBE)[-1]
+        """The token that ends a response.
+
+        Raises:
+            UserError: the template does not end a response with a special token.
+        """
+        return self._first_special(self._boundary.end)
 
     def sampled(self, ids: Sequence[int]) -> Sampled:
         """A response from generated ids, which may have padding after the end-of-turn token."""
@@ -127,17 +193,50 @@ class ChatTokenizer:
         text = self._tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Sampled(text, ids, finished)
 
-    def _split_response(self, messages: Sequence[Message], response: str) -> tuple[str, int, int]:
-        """Text to encode, offset of its first character in ``response`` (-1: before it), and end-of-turn id."""
-        disguise = self._special.disguise([*(message.content for message in messages), response])
-        prompt = self._rendered_prompt(messages, disguise)
-        whole = self._render([*messages, Message("assistant", response)], False, disguise)
-        if not whole.startswith(prompt):
+    def _lead(self, answers: Sequence[str], prompt: str) -> str:
+        """The text between the prompt's base and the responses; a prompt after a tool's result may open no thoughts."""
+        lead = self._boundary.lead(answers)
+        return "" if lead == self._boundary.opening and not prompt.endswith(lead) else lead
+
+    def _split_response(
+        self, messages: Sequence[Message], response: str, tools: str, answers: Sequence[str]
+    ) -> _Response:
+        disguise = self._disguise(messages, tools, response)
+        prompt = self._rendered_prompt(messages, tools, disguise)
+        base, lead = self._boundary.base(prompt), self._lead(answers, prompt)
+        rest = self._rest(messages, response, tools, disguise, base)
+        found = self._as_rendered(response, rest, disguise)
+        if found is None:
+            found = self._with_thoughts(messages, response, tools, disguise, base, rest)
+        if found is None:
+            raise UserError(f"the chat template of {self.folder} rewrites the response {_shortened(response)!r}")
+        whole = found.by_template + found.words
+        if not whole.startswith(lead):
+            raise UserError(
+                f"the response {_shortened(response)!r} does not continue its prompt, which ends in {lead!r}: "
+                "prompt and responses must be encoded together"
+            )
+        if len(lead) <= len(found.by_template):
+            return found._replace(by_template=found.by_template[len(lead) :])
+        within = len(lead) - len(found.by_template)
+        return found._replace(by_template="", words=found.words[within:], shift=found.shift + within)
+
+    def _rest(
+        self, messages: Sequence[Message], response: str, tools: str, disguise: Mapping[str, str], base: str
+    ) -> str:
+        whole = self._template.render([*messages, Message("assistant", response)], False, tools, disguise)
+        if not whole.startswith(base):
             raise UserError(
                 f"the chat template of {self.folder} renders a prompt differently once a response follows: "
                 "no exact boundary between them exists"
             )
-        rest = whole[len(prompt) :]
+        return whole[len(base) :]
+
+    def _as_rendered(self, response: str, rest: str, disguise: Mapping[str, str]) -> _Response | None:
+        """The response behind the block, stripped as the template strips it; None if it is not there."""
+        if not rest.startswith(self._boundary.block):
+            return None
+        rest = rest[len(self._boundary.block) :]
         for words in (response, response.rstrip(), response.lstrip(), response.strip()):
             space = " " * (_leading_spaces(rest) - _leading_spaces(words))
             rendered = space + replaced(words, disguise)
@@ -145,15 +244,42 @@ class ChatTokenizer:
                 end_of_turn = self._first_special(rest[len(rendered) :])
                 cut = len(response) - len(response.lstrip()) if len(words) < len(response.rstrip()) else 0
                 if self._puts_space_first:
-                    return words, cut, end_of_turn
-                return space + words, cut - len(space), end_of_turn
-        raise UserError(f"the chat template of {self.folder} rewrites the response {_shortened(response)!r}")
+                    return _Response(self._boundary.block, words, cut, end_of_turn)
+                return _Response(self._boundary.block, space + words, cut - len(space), end_of_turn)
+        return None
 
-    def _rendered_prompt(self, messages: Sequence[Message], disguise: Mapping[str, str]) -> str:
-        key = (tuple(messages), tuple(disguise.items()))
+    def _with_thoughts(
+        self,
+        messages: Sequence[Message],
+        response: str,
+        tools: str,
+        disguise: Mapping[str, str],
+        base: str,
+        rest: str,
+    ) -> _Response | None:
+        """The response with its thoughts as it stands; None if it has none."""
+        if not self._boundary.brings_thoughts(response):
+            return None
+        if special := self._special.ids.keys() & {BEGIN, END}:
+            raise UserError(
+                f"{min(special)} is a special token of {self.folder}, which the text of a response cannot hold"
+            )
+        before, words = self._boundary.parts(response)
+        end = rest.removeprefix(before + replaced(words, disguise))
+        if end == rest:  # dropped or rewritten; what ends the turn is seen behind another answer
+            end = self._rest(messages, PROBES[0][1], tools, disguise, base).partition(PROBES[0][1])[2]
+        return _Response(before, words, 0, self._first_special(end))
+
+    def _rendered_prompt(self, messages: Sequence[Message], tools: str, disguise: Mapping[str, str]) -> str:
+        key = (tuple(messages), tools, tuple(disguise.items()))
         if self._last_prompt[0] != key:  # requested again for each response
-            self._last_prompt = key, self._render(messages, True, disguise) + self._before_response
+            text = self._template.render(messages, True, tools, disguise)
+            self._completeness.require(messages, tools, disguise, text)
+            self._last_prompt = key, text
         return self._last_prompt[1]
+
+    def _disguise(self, messages: Sequence[Message], tools: str, *others: str) -> dict[str, str]:
+        return self._special.disguise([*_texts(messages, tools), *others])
 
     def _first_special(self, text: str) -> int:
         if text not in self._ends_of_turn:
@@ -167,47 +293,6 @@ class ChatTokenizer:
             if token in self._special_ids:
                 return token
         raise UserError(f"the chat template of {self.folder} does not end a response with a special token")
-
-    def _probe_text_before_response(self) -> str:
-        """Text between the template's generation prompt and the response, such as an empty thinking block.
-
-        A lone space belongs to the response: a model that continues the prompt generates it.
-        """
-        question = [Message("user", "prompt")]
-        prompt = self._render(question, True)
-        whole = self._render([*question, Message("assistant", _PROBE)], False)
-        before, found, _ = whole[len(prompt) :].partition(_PROBE)
-        if not whole.startswith(prompt) or not found:
-            raise UserError(f"the chat template of {self.folder} does not render a response after its prompt")
-        return before if before.strip(" ") else ""
-
-    def _probe_system_role(self) -> bool:
-        try:
-            return _PROBE in self._render([Message("system", _PROBE), Message("user", "prompt")], True)
-        except UserError:
-            return False
-
-    def _render(self, messages: Sequence[Message], generation_prompt: bool, disguise: Mapping[str, str] = {}) -> str:
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        if not self._knows_system and len(messages) > 1 and messages[0].role == "system":
-            system, first, *others = messages
-            messages = [Message(first.role, f"{system.content}\n\n{first.content}"), *others]
-        try:
-            (text,), _ = render_jinja_template(
-                [[{"role": m.role, "content": replaced(m.content, disguise)} for m in messages]],
-                chat_template=self._template,
-                add_generation_prompt=generation_prompt,
-                date_string=_FIXED_DATE,
-                **self._template_tokens,
-            )
-            return text
-        except (TemplateError, TypeError) as error:
-            raise UserError(
-                f"the chat template of {self.folder} rejects a conversation of "
-                f"{', '.join(m.role for m in messages)}: {error}"
-            ) from None
 
     def _encode(self, text: str, special: bool = True) -> list[int]:
         return self._engine.encode(text, special)
@@ -262,6 +347,15 @@ def _loaded(folder: Path) -> ChatTokenizer:
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {folder} has no chat template; use the instruction-tuned model's tokenizer")
     return ChatTokenizer(tokenizer, folder)
+
+
+def _texts(messages: Sequence[Message], tools: str) -> Iterator[str]:
+    for message in messages:
+        yield message.content
+        if message.extra:
+            yield from texts_in(json.loads(message.extra))
+    if tools:
+        yield from texts_in(tools_from(tools))
 
 
 def _leading_spaces(text: str) -> int:

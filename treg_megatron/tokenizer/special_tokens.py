@@ -1,7 +1,7 @@
 """Special tokens, and texts in which they are spelled out as ordinary characters."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -46,3 +46,29 @@ def replaced(text: str, by: Mapping[str, str]) -> str:
         return text
     longest_first = sorted(by, key=len, reverse=True)
     return re.sub("|".join(map(re.escape, longest_first)), lambda match: by[match[0]], text)
+
+
+def replaced_in(value: Any, by: Mapping[str, str]) -> Any:
+    """A JSON value with :func:`replaced` applied to every text in it, keys included."""
+    if not by:
+        return value
+    if isinstance(value, str):
+        return replaced(value, by)
+    if isinstance(value, list):
+        return [replaced_in(item, by) for item in value]
+    if isinstance(value, dict):
+        return {replaced(key, by): replaced_in(item, by) for key, item in value.items()}
+    return value
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts_in(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from texts_in(item)
