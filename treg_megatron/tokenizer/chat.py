@@ -23,6 +23,7 @@ from treg_megatron.tokenizer.model_folder import existing_folder, require_embedd
 from treg_megatron.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from treg_megatron.tokenizer.special_tokens import SpecialTokens, replaced, texts_in
 from treg_megatron.tokenizer.template import PROBES, ChatTemplate, tools_from
+from treg_megatron.tokenizer.template_files import chosen_template
 from treg_megatron.tokenizer.thoughts import BEGIN, END, probe_boundary
 from treg_megatron.utils.files import read_json
 from treg_megatron.utils.imports import heavy_imports
@@ -307,32 +308,36 @@ class ChatTokenizer:
         return ids[len(before) :] if ids[: len(before)] == before else self._encode(text, special=False)
 
 
-def load_tokenizer(folder: str | Path) -> ChatTokenizer:
+def load_tokenizer(folder: str | Path, template: str = "") -> ChatTokenizer:
     """Load a tokenizer and its chat template from this machine; nothing is downloaded or executed.
 
     Args:
         folder: a Hugging Face folder with a fast tokenizer; or a SentencePiece ``.model`` file, or a folder with
             ``tokenizer.model`` and no Hugging Face tokenizer, with ``chat_template.jinja`` in the same folder.
+        template: name of the chat template, for a tokenizer with several; by default the one named ``default``.
 
     Raises:
-        UserError: the folder is missing, has no such tokenizer or no chat template, or its config.json is of a model
-            with fewer embeddings than the tokenizer has ids.
+        UserError: the folder is missing, has no such tokenizer or no such chat template, or its config.json is of a
+            model with fewer embeddings than the tokenizer has ids.
     """
     folder = Path(folder).expanduser()
-    tokenizer = _loaded(folder if folder.is_file() else existing_folder(folder, "tokenizer folder"))
+    folder = folder if folder.is_file() else existing_folder(folder, "tokenizer folder")
+    tokenizer = _loaded(folder)
+    chosen = chosen_template(tokenizer.chat_template, folder, template)
+    loaded = ChatTokenizer(tokenizer, folder, chosen)
     beside = folder / "config.json"
     vocabulary = read_json(beside).get("vocab_size") if beside.is_file() else None
     if isinstance(vocabulary, int):
-        require_embeddings(tokenizer.vocab_size, vocabulary, folder)
-    return tokenizer
+        require_embeddings(loaded.vocab_size, vocabulary, folder)
+    return loaded
 
 
-def _loaded(folder: Path) -> ChatTokenizer:
+def _loaded(folder: Path) -> Any:
     if folder.is_file():
-        return ChatTokenizer(SentencePieceTokenizer(folder), folder)
+        return SentencePieceTokenizer(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         if (folder / "tokenizer.model").is_file():
-            return ChatTokenizer(SentencePieceTokenizer(folder / "tokenizer.model"), folder)
+            return SentencePieceTokenizer(folder / "tokenizer.model")
         raise UserError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer_config.json or tokenizer.model)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we encode one text at a time
     with heavy_imports():
@@ -344,9 +349,7 @@ def _loaded(folder: Path) -> ChatTokenizer:
         raise UserError(f"the tokenizer of {folder} cannot be loaded: {error}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{folder} holds a slow tokenizer; save it as a fast one (tokenizer.json) first")
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {folder} has no chat template; use the instruction-tuned model's tokenizer")
-    return ChatTokenizer(tokenizer, folder)
+    return tokenizer
 
 
 def _texts(messages: Sequence[Message], tools: str) -> Iterator[str]:
