@@ -6,6 +6,7 @@ agree bit for bit. In every layout the gradient of each log-prob equals the clos
 """
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +54,7 @@ LAYOUTS = {
         [*BINS, "data.share_prompts=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     ),
 }
+SEVERAL_TURNS = ("single", "padded", "TP2", "PP2", "CP2", "DP2 bins", "shared prompts", "CP2xTP2+SP bins")
 EXPERTS = {
     "single": (1, []),
     "EP2": (2, ["parallel.expert=2"]),
@@ -60,7 +62,7 @@ EXPERTS = {
 OBJECTIVES = [vars(PLAIN_DPO) | changes for changes in VARIANTS]
 
 
-def prepare(folder: Path, make: Callable[..., object]) -> list[str]:
+def prepare(folder: Path, make: Callable[..., object], write: Callable[[Path, int], None] = write_pairs) -> list[str]:
     """Label pairs with one model, import the checkpoint of a similar one, and return the recipe overrides."""
     from treg_megatron.checkpoint.from_hf import import_checkpoint
     from treg_megatron.config.recipe import load_recipe, section
@@ -70,7 +72,7 @@ def prepare(folder: Path, make: Callable[..., object]) -> list[str]:
     for name in ("labeller", "hf"):
         make(folder / name, vocab=tiny_tokenizer(folder / name))
     perturb(folder / "hf")
-    write_pairs(folder / "train.jsonl", PAIRS)
+    write(folder / "train.jsonl", PAIRS)
     overrides = [
         f"run={folder}",
         f"model.hf={folder}/hf",
@@ -198,6 +200,29 @@ def dense(tmp_path_factory):
     return overrides, expected_steps(folder, overrides)
 
 
+def write_pairs_of_several_turns(path: Path, count: int) -> None:
+    """Answers of one, two and three assistant turns, with a user's turns between them."""
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(count):
+            start = [{"role": "user", "content": f"Question {i}?"}]
+            more = [
+                {"role": "assistant", "content": "So?" * (i % 2 + 1)},
+                {"role": "user", "content": f"The {i}th."},
+            ]
+            last = [{"role": "assistant", "content": "Yes." * (i % 3 + 1)}]
+            no = [{"role": "assistant", "content": "No." * (i % 2 + 1)}]
+            chosen = start + more * (i % 3) + last
+            rejected = start + (no + [{"role": "user", "content": "Well?"}] if i % 2 else []) + no
+            file.write(json.dumps({"id": f"several-{i}", "chosen": chosen, "rejected": rejected}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def several_turns(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several_turns")
+    overrides = prepare(folder, functools.partial(tiny_llama, layers=4, seed=7), write_pairs_of_several_turns)
+    return overrides, expected_steps(folder, overrides)
+
+
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
@@ -227,6 +252,12 @@ def kernels(request, monkeypatch) -> str:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dense_model(layout, kernels, dense, tmp_path):
     overrides, expected = dense
+    assert_equal_steps(run_layout(tmp_path, overrides, *LAYOUTS[layout]), expected)
+
+
+@pytest.mark.parametrize("layout", SEVERAL_TURNS)
+def test_answers_of_several_turns(layout, several_turns, tmp_path):
+    overrides, expected = several_turns
     assert_equal_steps(run_layout(tmp_path, overrides, *LAYOUTS[layout]), expected)
 
 

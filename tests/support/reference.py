@@ -8,18 +8,23 @@ import math
 import torch
 import torch.nn.functional as F
 
+ANOTHERS_TURN = -9.0  # in place of the reward of a token that the assistant does not write
 
-def response_logps(model, tokens, response_length: int) -> torch.Tensor:
-    """[response_length] log-probs of the last ``response_length`` tokens of one sequence."""
+
+def response_logps(model, tokens, rewards) -> torch.Tensor:
+    """Log-probs of the response tokens of one sequence that the assistant writes."""
     ids = torch.tensor(tokens.tolist())
     logps = model(input_ids=ids[None]).logits[0].log_softmax(dim=-1)
-    return torch.stack([logps[t - 1, ids[t]] for t in range(len(ids) - response_length, len(ids))])
+    first = len(ids) - len(rewards)
+    return torch.stack(
+        [logps[first + t - 1, ids[first + t]] for t, reward in enumerate(rewards) if reward != ANOTHERS_TURN]
+    )
 
 
 def pair_logps(model, pair) -> list[torch.Tensor]:
     """Log-probs of the chosen and the rejected response of one pair (a treg_megatron.data.aligned.PairRecord)."""
     return [
-        response_logps(model, tokens, len(rewards))
+        response_logps(model, tokens, rewards)
         for tokens, rewards in (
             (pair.chosen_tokens, pair.chosen_token_rewards),
             (pair.rejected_tokens, pair.rejected_token_rewards),
@@ -42,12 +47,11 @@ def pair_loss(
     sft_loss_weight: float = 0.0,
 ) -> torch.Tensor:
     """The loss of one pair, in the precision of its log-probs."""
+    rewards = (pair.chosen_token_rewards, pair.rejected_token_rewards)
+    written = [side != ANOTHERS_TURN for side in rewards]
     refs, rewards = (
-        [torch.tensor(x).to(logps[0].dtype) for x in both]
-        for both in (
-            (pair.chosen_ref_logprobs, pair.rejected_ref_logprobs),
-            (pair.chosen_token_rewards, pair.rejected_token_rewards),
-        )
+        [torch.tensor(x[mask]).to(logps[0].dtype) for x, mask in zip(both, written)]
+        for both in ((pair.chosen_ref_logprobs, pair.rejected_ref_logprobs), rewards)
     )
     if loss_type == "sft":
         return -logps[0].sum()

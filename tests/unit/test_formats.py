@@ -109,7 +109,10 @@ CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
         ({"chosen": CHAT, "rejected": [{"role": "user", "content": "other"}, CHAT[1]]}, "the same conversation up to"),
         ({"chosen": CHAT + CHAT[:1], "rejected": CHAT + CHAT[:1]}, "chosen must end with an assistant turn"),
         ({"prompt": "other", "chosen": CHAT, "rejected": CHAT}, "prompt is not among the user turns of chosen"),
-        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "up to the last `Ass"),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
+            "the same conversation up to a turn of the assistant",
+        ),
         ({"prompt": "a", "all_generated_responses": ["x"], "all_rm_scores": [1, 2]}, "lists of the same length"),
         ({"prompt": "a", "all_generated_responses": ["x", "y"], "all_rm_scores": [1, "2"]}, "must hold numbers"),
         (
@@ -117,7 +120,7 @@ CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
             "at least two, each with an integer rank",
         ),
         ({"prompt": "<extra_id_1>User", "chosen_response": "x", "rejected_response": "y"}, "already carries a chat"),
-        ({"messages": CHAT, "rejected_messages": CHAT[:1]}, "the same conversation up to the last turn"),
+        ({"messages": CHAT, "rejected_messages": CHAT[:1]}, "the same conversation up to a turn of the assistant"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):

@@ -208,7 +208,7 @@ def test_a_template_that_cannot_render_is_told_with_the_pair(section, tiny_folde
     assert scorer.calls == 0  # the row is in the second shard
     assert not Path(section.output).exists()
     (folder / "chat_template.jinja").write_text("{% for message in messages %}")
-    with pytest.raises(UserError, match="the chat template of .* rejects a conversation"):
+    with pytest.raises(UserError, match="the chat template of .* cannot be used"):
         label(section, ArithmeticScorer())
 
 
@@ -267,6 +267,34 @@ def test_labels_of_other_pairs_are_not_taken_for_an_edited_file(section):
     with pytest.raises(UserError, match="is a run with another pairs; name another label.output"):
         label(section, ArithmeticScorer())
     assert contents(section.output) == before
+
+
+def test_of_several_turns_only_what_the_assistant_writes_is_scored(section, chatml, tmp_path):
+    """The response is one suffix; turns of others in it carry the mark of no score, and a log-prob of 0."""
+    start = [{"role": "user", "content": "Q?"}]
+    more = [{"role": "assistant", "content": "Which?"}, {"role": "user", "content": "Any."}]
+    row = {
+        "chosen": [*start, *more, {"role": "assistant", "content": "This."}],
+        "rejected": [*start, {"role": "assistant", "content": "No."}],
+    }
+    section.pairs = str(jsonl(tmp_path / "turns.jsonl", [row]))
+    for section.reward_eot in (True, False):
+        section.output = str(tmp_path / f"labelled {section.reward_eot}")
+        label(section, ArithmeticScorer())
+        (pair,) = read_labelled(section.output)
+        rewards = pair.chosen_token_rewards
+        response = pair.chosen_tokens[-len(rewards) :]
+        written = rewards != -9
+        assert chatml.decode(response[written].tolist()) == "Which?<|im_end|>This.<|im_end|>"
+        assert "Any." in chatml.decode(response[~written].tolist())
+        prompt = (Message("user", "Q?"),)
+        conversation = [*prompt, Message("assistant", "Which?"), Message("user", "Any.")]
+        whole = chatml.encode_prompt(conversation) + chatml.encode_response(conversation, "This.")
+        assert pair.chosen_tokens.tolist() == whole
+        assert (pair.chosen_ref_logprobs[~written] == 0).all() and (pair.chosen_ref_logprobs[written] != 0).all()
+        ends = response == chatml.end_of_turn
+        assert ((rewards[ends & written] != 0).all()) == section.reward_eot
+        assert (pair.rejected_token_rewards != -9).all()
 
 
 def test_nothing_left_is_an_error_without_output(section):

@@ -138,6 +138,46 @@ def test_other_notations_of_the_same_pair(tmp_path, form):
     assert (pair.messages, pair.chosen, pair.rejected) == (BIRD, "Robin.", "Bat.")
 
 
+ASKED = [*USER, {"role": "assistant", "content": "Which kind?"}, {"role": "user", "content": "Any."}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "look"}}]}
+
+
+@pytest.mark.parametrize(
+    "row, common, chosen, rejected",
+    [
+        ({"chosen": [*ASKED, GOOD[1]], "rejected": BAD}, 1, "assistant user assistant", ""),
+        ({"prompt": USER, "chosen": GOOD[1:], "rejected": [*ASKED[1:], BAD[1]]}, 1, "", "assistant user assistant"),
+        ({"chosen": [*ASKED, GOOD[1]], "rejected": [*ASKED, BAD[1]]}, 3, "", ""),
+        (
+            {"prompt": USER, "chosen": [CALL, {"role": "tool", "content": "a robin"}, GOOD[1]], "rejected": [CALL]},
+            1,
+            "assistant tool assistant",
+            "assistant",
+        ),
+        (
+            {
+                "chosen": f"{TURNS} Which?\n\nHuman: Any.\n\nAssistant: Robin.",
+                "rejected": f"{TURNS} Why?\n\nHuman: So.\n\nAssistant: Bat.",
+            },
+            1,
+            "assistant user assistant",
+            "assistant user assistant",
+        ),
+    ],
+)
+def test_answers_of_several_turns_begin_where_the_sides_part(tmp_path, row, common, chosen, rejected):
+    (pair,) = read(tmp_path, row)
+    assert len(pair.messages) == common
+    assert " ".join(turn.role for turn in pair.chosen_turns) == chosen
+    assert " ".join(turn.role for turn in pair.rejected_turns) == rejected
+
+
+def test_sides_that_part_at_a_users_turn_are_refused(tmp_path):
+    other = [{"role": "user", "content": "Name a fish."}, BAD[1]]
+    with pytest.raises(UserError, match="the same conversation up to a turn of the assistant"):
+        read(tmp_path, {"chosen": GOOD, "rejected": other})
+
+
 def test_instruction_and_input_are_one_turn(tmp_path):
     row = {"instruction": "Translate.", "input": "Good morning", "chosen": "Bonjour", "rejected": "Bonsoir"}
     assert read(tmp_path, row)[0].messages == (Message("user", "Translate.\nGood morning"),)
@@ -172,8 +212,12 @@ def test_a_tool_conversation_keeps_calls_and_results(tmp_path):
         ({"prompt_input_ids": [1], "chosen_input_ids": [2]}, "token ids cannot be read as text"),
         ({"prompt": "a", "chosen": "b", "reject": "c"}, "nearest: .*trl lacks rejected"),
         (
-            {"prompt": USER, "chosen": [{"role": "assistant", "content": "", "tool_calls": [{}]}], "rejected": "b"},
-            "the answer in chosen has tool_calls",
+            {
+                "prompt": USER,
+                "chosen": {"role": "assistant", "content": "a", "reasoning_content": "b"},
+                "rejected": "c",
+            },
+            "the answer in chosen has reasoning_content beside its content",
         ),
         (
             {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}], "chosen": "a", "rejected": "b"},

@@ -1,8 +1,9 @@
 """Collation of pairs into the tensors of one forward pass (padded, packed, or packed with shared prompts).
 
-Only response tokens are scored, so a micro-batch carries them as flat arrays: the row of the hidden states that
-predicts each, its id, its token reward and its reference log-prob. Whether sequences are padded, one per row, or packed
-into one sequence is decided here; downstream code is layout-agnostic.
+Only response tokens that the assistant writes are scored (:mod:`treg_megatron.data.scored`), so a micro-batch carries
+them as flat arrays: the row of the hidden states that predicts each, its id, its token reward and its reference
+log-prob. Whether sequences are padded, one per row, or packed into one sequence is decided here; downstream code is
+layout-agnostic.
 
 Dimensions: b rows, s tokens per row, n response tokens of the micro-batch on this rank.
 """
@@ -17,6 +18,7 @@ import torch
 from treg_megatron.config.schema import DataSection, ParallelSection
 from treg_megatron.data.aligned import PairRecord
 from treg_megatron.data.alignment import score_positions
+from treg_megatron.data.scored import is_scored
 from treg_megatron.distributed.context_parallel import WHOLE, ContextPart
 from treg_megatron.objective import segments_and_places
 
@@ -51,11 +53,13 @@ def collate(
         token_rewards: [n] fp32. ref_logps: [n] fp32, absent if the dataset has none. pair_ids: list of str.
     """
     sequences = [tokens for r in records for tokens in (r.chosen_tokens, r.rejected_tokens)]
-    responses = [len(rewards) for r in records for rewards in (r.chosen_token_rewards, r.rejected_token_rewards)]
-    scored = [score_positions(len(s) - n, n) for s, n in zip(sequences, responses, strict=True)]
-    positions = [np.arange(part.start, part.stop) for part in scored]
+    rewards = [values for r in records for values in (r.chosen_token_rewards, r.rejected_token_rewards)]
+    responses = [len(values) for values in rewards]
+    parts = [score_positions(len(s) - n, n) for s, n in zip(sequences, responses, strict=True)]
+    positions = [np.arange(part.start, part.stop) for part in parts]
     widths = [context.padded(len(s)) for s in sequences]
-    masks = [context.holds(p, width) for p, width in zip(positions, widths, strict=True)]
+    scored = [is_scored(values) for values in rewards]
+    masks = [context.holds(p, width) & s for p, width, s in zip(positions, widths, scored, strict=True)]
 
     def flat(per_response: Sequence[np.ndarray], dtype: type = np.float32) -> torch.Tensor:
         return _flat([np.asarray(values)[mask] for values, mask in zip(per_response, masks, strict=True)], dtype)
@@ -71,9 +75,9 @@ def collate(
     batch["targets"] = flat([s[len(s) - n :] for s, n in zip(sequences, responses, strict=True)], np.int64)
     batch["lengths"] = [len(p) for p in positions]
     batch["segments"], batch["places"] = segments_and_places(batch["lengths"])
-    batch["response_tokens"] = torch.tensor(responses, dtype=torch.float32)
+    batch["response_tokens"] = torch.tensor([int(s.sum()) for s in scored], dtype=torch.float32)
     batch["pair_ids"] = [r.pair_id for r in records]
-    batch["token_rewards"] = flat([x for r in records for x in (r.chosen_token_rewards, r.rejected_token_rewards)])
+    batch["token_rewards"] = flat(rewards)
     if all(r.chosen_ref_logprobs is not None for r in records):
         batch["ref_logps"] = flat([x for r in records for x in (r.chosen_ref_logprobs, r.rejected_ref_logprobs)])
     return batch

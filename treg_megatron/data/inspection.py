@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from treg_megatron.data.labelled_pairs import SIDES
 from treg_megatron.data.pairs import Pair, Reading, conversation_text, none_left, read_pairs_and_rows
+from treg_megatron.data.responses import prompt_answers, scored_response
 from treg_megatron.data.symptoms import Symptoms
 from treg_megatron.errors import UserError
 from treg_megatron.formats import recognise
@@ -148,8 +150,9 @@ def _texts(pair: Pair, tokenizer: ChatTokenizer | None) -> tuple[Sequence[Any], 
     """Prompt, chosen and rejected: token ids, or characters without a tokenizer."""
     if tokenizer is None:
         return conversation_text(pair.messages), pair.chosen, pair.rejected
-    chosen, rejected = (tokenizer.encode_response(pair.messages, text) for text in (pair.chosen, pair.rejected))
-    return tokenizer.encode_prompt(pair.messages), chosen, rejected
+    prompt = tokenizer.encode_prompt(pair.messages, pair.tools, prompt_answers(pair))
+    chosen, rejected = (scored_response(pair, side, tokenizer)[0] for side in SIDES)
+    return prompt, chosen, rejected
 
 
 def _quantiles(values: list[int]) -> list[int]:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from treg_megatron.data.scored import is_scored
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import atomic_write, natural_order, read_manifest
 from treg_megatron.utils.shard_job import MANIFEST_NAME
@@ -323,8 +324,15 @@ def _check(columns: dict[str, _Lists]) -> None:
             ),
         )
         _refuse_values(tokens, tokens.values < 0, f"{side}_tokens holds a negative id")
+        scored = is_scored(rewards.values)
         _refuse_values(
-            rewards, ~(np.abs(rewards.values) <= 0.5), f"{side}_token_rewards holds a value outside [-0.5, 0.5]"
+            rewards,
+            ~(np.abs(rewards.values) <= 0.5) & scored,
+            f"{side}_token_rewards holds a value outside [-0.5, 0.5]",
+        )
+        _refuse_rows(
+            np.add.reduceat(scored, rewards.offsets[:-1]) == 0,
+            lambda row: f"{side}_token_rewards marks every token as not scored",
         )
         if reference is not None:
             _refuse_rows(

@@ -17,7 +17,7 @@ from treg_megatron.formats import AUTO, format_named, recognise
 from treg_megatron.formats.audit import unread_columns
 from treg_megatron.formats.beside import with_columns_beside
 from treg_megatron.formats.columns import ColumnsFormat
-from treg_megatron.formats.pair_format import Answered, NoPreference, PairFormat
+from treg_megatron.formats.pair_format import Answer, Answered, NoPreference, PairFormat
 from treg_megatron.formats.templated import beginning_of_template, spelled_end
 from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.utils.string_set import StringSet
@@ -37,6 +37,9 @@ class Pair:
     For sampled responses, ``chosen_ids`` and ``rejected_ids`` are the sampled token ids, with the end-of-turn token if
     the model ended its turn, and ``tokenizer`` is the hash of the tokenizer they were sampled with.
 
+    An answer of several turns, or of one that is more than text, is in ``chosen_turns`` or ``rejected_turns``, and
+    ``chosen`` or ``rejected`` shows it as text.
+
     ``tools`` are the functions that the conversation may call, as the text of a JSON list; ``row`` is the number of the
     record.
     """
@@ -51,12 +54,15 @@ class Pair:
     rejected_ids: tuple[int, ...] | None = None
     tokenizer: str | None = None
     tools: str = ""
+    chosen_turns: tuple[Message, ...] = ()
+    rejected_turns: tuple[Message, ...] = ()
     row: int = field(default=0, compare=False)
 
     @property
     def content(self) -> str:
         """The JSON text that the pair's identity is made of."""
-        return _content(Answered(self.messages, self.chosen, self.rejected, tools=self.tools))
+        answers = (self.chosen_turns or self.chosen, self.rejected_turns or self.rejected)
+        return _content(Answered(self.messages, *answers, tools=self.tools))
 
 
 @dataclass(frozen=True)
@@ -185,7 +191,10 @@ def conversation_text(messages: tuple[Message, ...]) -> str:
 
 
 def _content(answered: Answered) -> str:
-    parts = [[message.as_list() for message in answered.messages], answered.chosen, answered.rejected]
+    parts = [
+        part if isinstance(part, str) else [turn.as_list() for turn in part]
+        for part in (answered.messages, answered.chosen, answered.rejected)
+    ]
     return json.dumps([*parts, *([answered.tools] if answered.tools else [])], ensure_ascii=False)
 
 
@@ -215,12 +224,14 @@ def _pair(number: int, row: dict, format: PairFormat, reading: Reading, notes: C
     return Pair(
         pair_id,
         answered.messages,
-        answered.chosen,
-        answered.rejected,
+        _shown(answered.chosen),
+        _shown(answered.rejected),
         _score(answered.chosen_score, notes),
         _score(answered.rejected_score, notes),
         *_sampled_ids(row),
         tools=answered.tools,
+        chosen_turns=() if isinstance(answered.chosen, str) else answered.chosen,
+        rejected_turns=() if isinstance(answered.rejected, str) else answered.rejected,
         row=number,
     ), content
 
@@ -240,11 +251,18 @@ def _require_sound(answered: Answered) -> None:
                 "give the bare text or a list of messages"
             )
     for name, response in (("chosen", answered.chosen), ("rejected", answered.rejected)):
-        if not response.strip():
+        turns = response if isinstance(response, tuple) else (Message("assistant", response),)
+        if any(not turn.content.strip() and not turn.extra for turn in turns):
             raise ValueError(f"{name} is an empty response")
-    end = spelled_end(answered.chosen)
-    if end and end == spelled_end(answered.rejected):
-        raise ValueError(f"both answers end with {end} spelled out, and the model's own would follow: take it out")
+        if any(turn.role == "system" for turn in turns):
+            raise ValueError("a system message may only come first")
+    ends = [spelled_end(a if isinstance(a, str) else a[-1].content) for a in (answered.chosen, answered.rejected)]
+    if ends[0] and ends[0] == ends[1]:
+        raise ValueError(f"both answers end with {ends[0]} spelled out, and the model's own would follow: take it out")
+
+
+def _shown(answer: Answer) -> str:
+    return answer if isinstance(answer, str) else conversation_text(answer)
 
 
 def _sampled_ids(row: dict) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None, str | None]:

@@ -85,7 +85,9 @@ def _holds_meaning(value: Any) -> bool:
 
 def _said(value: Any, answered: Answered) -> bool:
     said = {message.content.strip() for message in answered.messages}
-    said |= {answered.chosen.strip(), answered.rejected.strip(), *_STRUCTURE}
+    for answer in (answered.chosen, answered.rejected):
+        said |= {answer.strip()} if isinstance(answer, str) else {turn.content.strip() for turn in answer}
+    said |= _STRUCTURE
     return all(leaf.strip() in said or not leaf.strip() for leaf in _leaves(value))
 
 

@@ -12,7 +12,7 @@ from treg_megatron.formats.messages import (
     is_messages,
     turns_of_text,
 )
-from treg_megatron.formats.pair_format import NoPreference
+from treg_megatron.formats.pair_format import Answer, NoPreference
 from treg_megatron.tokenizer.conversation import Message
 
 SIDES = ("chosen", "rejected")
@@ -64,8 +64,8 @@ def prompt(value: Any, name: str = "prompt") -> tuple[Message, ...]:
     return (Message("user", value),)
 
 
-def answer(row: dict, name: str, conversation: tuple[Message, ...] = ()) -> str:
-    """One side's answer: a text, one assistant message, or the whole conversation with the answer at its end.
+def answer(row: dict, name: str, conversation: tuple[Message, ...] = ()) -> Answer:
+    """One side's answer: a text, the assistant's message or turns, or the whole conversation that ends with them.
 
     Raises:
         ValueError: it is none of these, or its conversation is not the pair's.
@@ -74,10 +74,8 @@ def answer(row: dict, name: str, conversation: tuple[Message, ...] = ()) -> str:
     if isinstance(value, str) and not is_messages(value):
         return value
     messages = as_messages(value, name)
-    if len(messages) > 1 and messages[:-1] == conversation:
-        messages = messages[-1:]
-    if len(messages) != 1:
-        raise ValueError(f"{name} must be a text or one assistant message, or the whole conversation that ends with it")
+    if conversation and messages[: len(conversation)] == conversation:
+        messages = messages[len(conversation) :]
     return answer_of(messages, name)
 
 

@@ -1,7 +1,7 @@
 """Anthropic's HH: both sides are the text of a whole conversation."""
 
 from treg_megatron.formats.fields import SIDES, required, scores, text
-from treg_megatron.formats.messages import begins_with_marker, turns_of_text
+from treg_megatron.formats.messages import begins_with_marker, parted, turns_of_text
 from treg_megatron.formats.pair_format import Answered, PairFormat
 
 
@@ -10,9 +10,7 @@ def _read(row: dict) -> Answered:
     for side, turns in zip(SIDES, (chosen, rejected), strict=True):
         if not turns or turns[-1].role != "assistant":
             raise ValueError(f"{side} must end with an `Assistant:` turn")
-    if chosen[:-1] != rejected[:-1]:
-        raise ValueError("chosen and rejected must be the same conversation up to the last `Assistant:`")
-    return Answered(chosen[:-1], chosen[-1].content, rejected[-1].content, *scores(row))
+    return Answered(*parted(chosen, rejected), *scores(row))
 
 
 HH = PairFormat(

@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any
 
+from treg_megatron.formats.pair_format import Answer
 from treg_megatron.tokenizer.conversation import Message
 
 ROLES = {
@@ -24,7 +25,6 @@ ROLES = {
 
 _NOTATIONS = (("role", "content"), ("from", "value"))
 _PASSED_ON = ("tool_calls", "tool_call_id", "name", "reasoning_content")
-_OF_EARLIER_TURNS = ("tool_calls", "reasoning_content")
 _NOT_TEXT = ("image", "audio", "video", "file")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _HH_MARKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant): ?")
@@ -75,21 +75,43 @@ def as_messages(value: Any, name: str) -> tuple[Message, ...]:
     return tuple(_message(message, name) for message in value)
 
 
-def answer_of(messages: tuple[Message, ...], name: str) -> str:
-    """The text of the last turn, which must be the assistant's and no more than text.
+def answer_of(turns: tuple[Message, ...], name: str) -> Answer:
+    """The answer that some turns are: the text of a single one, else the turns.
 
     Raises:
-        ValueError: it is another's turn, or has tool calls or reasoning outside of its content.
+        ValueError: they do not begin and end with the assistant's, or have reasoning outside of their content.
     """
-    if not messages or messages[-1].role != "assistant":
+    if not turns or turns[-1].role != "assistant":
         raise ValueError(f"{name} must end with an assistant turn")
-    extra = json.loads(messages[-1].extra) if messages[-1].extra else {}
-    for field in _OF_EARLIER_TURNS:
-        if field in extra:
+    if turns[0].role != "assistant":
+        raise ValueError(f"the answer in {name} must begin with an assistant turn, not the {turns[0].role}'s")
+    for turn in turns:
+        if "reasoning_content" in (json.loads(turn.extra) if turn.extra else {}):
             raise ValueError(
-                f"the answer in {name} has {field}, which is not text: write it into content as the model writes it"
+                f"the answer in {name} has reasoning_content beside its content: write it into content as the model "
+                "writes it"
             )
-    return messages[-1].content
+    return turns[0].content if len(turns) == 1 and not turns[0].extra else turns
+
+
+def parted(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> tuple[tuple[Message, ...], Answer, Answer]:
+    """Two conversations as what they have in common, and the two answers where they part.
+
+    Raises:
+        ValueError: they part at another's turn than the assistant's.
+    """
+    together = 0
+    while together < min(len(chosen), len(rejected)) and chosen[together] == rejected[together]:
+        together += 1
+    if together == len(chosen) == len(rejected):  # the same answer: the last assistant turns
+        together -= 1
+    ends = [turns[together] if together < len(turns) else None for turns in (chosen, rejected)]
+    if any(end is None or end.role != "assistant" for end in ends):
+        if len(chosen) == len(rejected) == together + 1:
+            for side, turns in (("chosen", chosen), ("rejected", rejected)):
+                answer_of(turns[together:], side)
+        raise ValueError("chosen and rejected must be the same conversation up to a turn of the assistant")
+    return chosen[:together], answer_of(chosen[together:], "chosen"), answer_of(rejected[together:], "rejected")
 
 
 def turns_of_text(text: str, name: str) -> tuple[Message, ...]:

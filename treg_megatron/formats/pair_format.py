@@ -5,16 +5,19 @@ from typing import Any, NamedTuple
 
 from treg_megatron.tokenizer.conversation import Message
 
+Answer = str | tuple[Message, ...]
+
 
 class Answered(NamedTuple):
     """A conversation and two answers to it, the preferred one first, with scores where the record has them.
 
-    Scores are as the record has them, not yet checked.
+    An answer is a text, or several turns that begin and end with the assistant's; also one turn that is more than text,
+    such as a call of a tool. Scores are as the record has them, not yet checked.
     """
 
     messages: tuple[Message, ...]
-    chosen: str
-    rejected: str
+    chosen: Answer
+    rejected: Answer
     chosen_score: Any = None
     rejected_score: Any = None
     tools: str = ""

@@ -1,7 +1,7 @@
 """ms-swift: a conversation that ends with the preferred answer, and the other answer."""
 
 from treg_megatron.formats.fields import required, scores, text
-from treg_megatron.formats.messages import answer_of, as_messages
+from treg_megatron.formats.messages import answer_of, as_messages, parted
 from treg_megatron.formats.pair_format import Answered, PairFormat
 
 _REJECTED = ("rejected_response", "rejected_messages")
@@ -11,12 +11,9 @@ def _read(row: dict) -> Answered:
     messages = as_messages(required(row, "messages"), "messages")
     if row.get("rejected_response") is not None:
         rejected = text(row["rejected_response"], "rejected_response")
-    else:
-        other = as_messages(required(row, "rejected_messages"), "rejected_messages")
-        if other[:-1] != messages[:-1]:
-            raise ValueError("messages and rejected_messages must be the same conversation up to the last turn")
-        rejected = answer_of(other, "rejected_messages")
-    return Answered(messages[:-1], answer_of(messages, "messages"), rejected, *scores(row))
+        return Answered(messages[:-1], answer_of(messages[-1:], "messages"), rejected, *scores(row))
+    other = as_messages(required(row, "rejected_messages"), "rejected_messages")
+    return Answered(*parted(messages, other), *scores(row))
 
 
 SWIFT = PairFormat(

@@ -3,7 +3,7 @@
 import re
 
 from treg_megatron.formats.fields import SIDES, answer, prompt, required, scores, text, whole_conversations
-from treg_megatron.formats.messages import answer_of, as_messages, begins_with_marker, is_messages
+from treg_megatron.formats.messages import as_messages, begins_with_marker, is_messages, parted
 from treg_megatron.formats.pair_format import Answered, NoPreference, PairFormat
 from treg_megatron.tokenizer.conversation import Message
 
@@ -17,9 +17,7 @@ def explicit(row: dict) -> Answered:
 def conversations(row: dict) -> Answered:
     """Read a record whose ``chosen`` and ``rejected`` are whole conversations."""
     chosen, rejected = (as_messages(required(row, side), side) for side in SIDES)
-    if chosen[:-1] != rejected[:-1]:
-        raise ValueError("chosen and rejected must be the same conversation up to the last turn")
-    return Answered(chosen[:-1], answer_of(chosen, "chosen"), answer_of(rejected, "rejected"), *scores(row))
+    return Answered(*parted(chosen, rejected), *scores(row))
 
 
 def _common_prefix(row: dict) -> Answered:

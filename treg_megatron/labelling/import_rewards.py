@@ -27,8 +27,8 @@ from treg_megatron.config.schema import LabelSection
 from treg_megatron.data.labelled_pairs import SIDES, LabelledPair, write_shard
 from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, Reading, read_pairs_and_rows
 from treg_megatron.data.records import source_identity
+from treg_megatron.data.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, labelled_pair, response_ids
 from treg_megatron.errors import UserError
-from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, labelled_pair, response_ids
 from treg_megatron.labelling.scoring import Scorer, sequences_of
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.utils.lock import Lock

@@ -30,12 +30,19 @@ from treg_megatron.data.labelled_pairs import (
     write_shard,
 )
 from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, Reading, read_pairs
+from treg_megatron.data.responses import (
+    PROMPT_FILLS_CONTEXT,
+    TOO_LONG,
+    labelled_pair,
+    prompt_answers,
+    scored_response,
+)
+from treg_megatron.data.scored import NOT_SCORED
 from treg_megatron.distributed.launch import rank_info
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.contrastive import contrastive_rewards
 from treg_megatron.labelling.manifest import SHARD_PATTERN, Portions, Shards, fingerprint, finish, require_own_output
 from treg_megatron.labelling.prompt_pair import PromptPair, load_prompt_pair
-from treg_megatron.labelling.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, labelled_pair, response_ids
 from treg_megatron.labelling.scoring import ScoredSequence, Scorer
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.tokenizer.model_folder import require_embeddings
@@ -61,6 +68,7 @@ class _Prepared:
 
     pair: Pair
     sequences: dict[str, dict[str, ScoredSequence]]
+    scored: dict[str, np.ndarray]
 
 
 def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any] | None:
@@ -203,25 +211,26 @@ def _prepare(
     pair: Pair, max_length: int, max_revision_length: int, tokenizer: ChatTokenizer, prompt_pair: PromptPair
 ) -> tuple[_Prepared | None, str]:
     """The sequences of a pair, or None and the reason for dropping it."""
-    prompt_ids = tokenizer.encode_prompt(pair.messages)
+    answers = prompt_answers(pair)
+    prompt_ids = tokenizer.encode_prompt(pair.messages, pair.tools, answers)
     if len(prompt_ids) >= max_length:
         return None, PROMPT_FILLS_CONTEXT
-    sequences = {}
+    sequences, scored = {}, {}
     for side, response in zip(SIDES, (pair.chosen, pair.rejected), strict=True):
-        ids = response_ids(pair, side, tokenizer)
+        ids, scored[side] = scored_response(pair, side, tokenizer)
         if len(prompt_ids) + len(ids) > max_length:
             return None, TOO_LONG
         prompts = {
             "reference": prompt_ids,
-            "better": tokenizer.encode_prompt(prompt_pair.better(pair.messages, response)),
-            "worse": tokenizer.encode_prompt(prompt_pair.worse(pair.messages, response)),
+            "better": tokenizer.encode_prompt(prompt_pair.better(pair.messages, response), pair.tools, answers),
+            "worse": tokenizer.encode_prompt(prompt_pair.worse(pair.messages, response), pair.tools, answers),
         }
         sequences[side] = {name: ScoredSequence(prompts[name], ids) for name in _PASSES}
         if max(sequences[side]["better"].length, sequences[side]["worse"].length) > max_revision_length:
             return None, REVISION_TOO_LONG
     if sequences["chosen"]["reference"] == sequences["rejected"]["reference"]:
         return None, IDENTICAL_RESPONSES  # they differed only in white space that the template strips
-    return _Prepared(pair, sequences), ""
+    return _Prepared(pair, sequences, scored), ""
 
 
 def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], section: LabelSection) -> LabelledPair:
@@ -234,12 +243,21 @@ def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], sect
             )
         sequence = prepared.sequences[side]["reference"]
         rewards = contrastive_rewards(logps[side]["better"], logps[side]["worse"])
+        reference, scored = logps[side]["reference"], prepared.scored[side]
         if not section.reward_eot:
-            rewards[-1] = 0.0
+            rewards[_ends(scored)] = 0.0
+        if not scored.all():
+            rewards[~scored] = NOT_SCORED
+            reference = np.where(scored, reference, np.float32(0))
         columns[f"{side}_tokens"] = np.array([*sequence.prompt_ids, *sequence.response_ids], dtype=np.int32)
         columns[f"{side}_token_rewards"] = rewards
-        columns[f"{side}_ref_logprobs"] = logps[side]["reference"]
+        columns[f"{side}_ref_logprobs"] = reference
     return labelled_pair(pair, columns)
+
+
+def _ends(scored: np.ndarray) -> np.ndarray:
+    """[n] bool: the last token of each assistant turn."""
+    return scored & ~np.append(scored[1:], False)
 
 
 def _share(section: LabelSection) -> Share:

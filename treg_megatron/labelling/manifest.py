@@ -19,6 +19,7 @@ from treg_megatron.data.labelled_pairs import (
 )
 from treg_megatron.data.pairs import Pair, none_left
 from treg_megatron.data.records import source_identity
+from treg_megatron.data.scored import is_scored
 from treg_megatron.data.symptoms import Symptoms
 from treg_megatron.errors import UserError
 from treg_megatron.formats import AUTO
@@ -161,6 +162,7 @@ def finish(job: ShardJob, drops: Counter[str], run: dict[str, Any], section: Lab
             pairs += 1
             for side in SIDES:
                 rewards = getattr(pair, f"{side}_token_rewards")
+                rewards = rewards[is_scored(rewards)]
                 means[side].add(rewards)
                 magnitude.add(np.abs(rewards))
         metadata = read_shard_metadata(path)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from treg_megatron.data.labelled_pairs import SIDES, LabelledPair
+from treg_megatron.data.scored import is_scored
 from treg_megatron.labelling.contrastive import contrastive_rewards
 from treg_megatron.labelling.scoring import Scorer, sequences_of
 from treg_megatron.utils.files import atomic_write
@@ -72,12 +73,18 @@ class Quality:
 
 def quality(pairs: Sequence[LabelledPair]) -> Quality:
     """The statistics of one or more labelled pairs."""
-    rewards = {side: [getattr(pair, f"{side}_token_rewards") for pair in pairs] for side in SIDES}
+    scored = {side: [is_scored(getattr(pair, f"{side}_token_rewards")) for pair in pairs] for side in SIDES}
+    rewards = {side: _scored([getattr(p, f"{side}_token_rewards") for p in pairs], scored[side]) for side in SIDES}
     responses = rewards["chosen"] + rewards["rejected"]
     flat = np.concatenate(responses).astype(np.float64)
     means = {side: np.array([values.mean(dtype=np.float64) for values in rewards[side]]) for side in SIDES}
-    surprisal = [getattr(pair, f"{side}_ref_logprobs") for side in SIDES for pair in pairs]
-    known = all(values is not None for values in surprisal)
+    known = all(pair.chosen_ref_logprobs is not None for pair in pairs)
+    surprisal = [
+        values
+        for side in SIDES
+        for values in _scored([getattr(pair, f"{side}_ref_logprobs") for pair in pairs], scored[side])
+        if known
+    ]
     return Quality(
         len(pairs),
         len(flat),
@@ -86,7 +93,7 @@ def quality(pairs: Sequence[LabelledPair]) -> Quality:
         *(float(np.concatenate(rewards[side]).mean(dtype=np.float64)) for side in SIDES),
         float((means["chosen"] > means["rejected"]).mean()),
         _correlation(flat, -np.concatenate(surprisal)) if known else float("nan"),
-        _correlation(flat, np.concatenate([np.arange(len(values)) for values in responses])),
+        _correlation(flat, np.concatenate([np.flatnonzero(s) for side in SIDES for s in scored[side]])),
         _correlation(np.concatenate([means["chosen"], means["rejected"]]), np.array([len(r) for r in responses])),
     )
 
@@ -157,7 +164,7 @@ def text_report(
             else decode(pair.chosen_tokens[: -len(pair.chosen_token_rewards)].tolist())
         )
         for side in SIDES:
-            rewards = getattr(pair, f"{side}_token_rewards")
+            rewards = shown_rewards(getattr(pair, f"{side}_token_rewards"))
             texts = token_texts(getattr(pair, f"{side}_tokens")[-len(rewards) :].tolist(), decode)
             columns = {side: rewards}
             if policy:
@@ -186,8 +193,10 @@ def token_texts(ids: list[int], decode: Callable[[list[int]], str]) -> list[str]
 
 def _policy_lines(pairs: Sequence[LabelledPair], policy: Sequence[dict[str, np.ndarray]]) -> list[tuple[str, str]]:
     """How the policy's implicit rewards relate to the labels, over the pairs shown."""
-    labels = {side: np.concatenate([getattr(pair, f"{side}_token_rewards") for pair in pairs]) for side in SIDES}
-    implicit = {side: np.concatenate([rewards[side] for rewards in policy]) for side in SIDES}
+    scored = {side: [is_scored(getattr(pair, f"{side}_token_rewards")) for pair in pairs] for side in SIDES}
+    given = {side: [getattr(pair, f"{side}_token_rewards") for pair in pairs] for side in SIDES}
+    labels = {side: np.concatenate(_scored(given[side], scored[side])) for side in SIDES}
+    implicit = {side: np.concatenate(_scored([p[side] for p in policy], scored[side])) for side in SIDES}
     correlation = _correlation(*(np.concatenate([of[side] for side in SIDES]) for of in (labels, implicit)))
     return [
         *(
@@ -207,13 +216,22 @@ def _page_pair(
         ids = getattr(pair, f"{side}_tokens").tolist()
         sides[side] = {
             "tokens": token_texts(ids[-len(rewards) :], decode),
-            "rewards": _rounded(rewards),
+            "rewards": _rounded(shown_rewards(rewards)),
             "logprobs": None if logprobs is None else _rounded(logprobs),
             "policy": None if policy is None else _rounded(policy[side]),
             "score": getattr(pair, f"{side}_score"),
         }
     prompt = pair.prompt if pair.prompt is not None else decode(ids[: -len(rewards)])
     return {"number": number, "id": pair.pair_id, "prompt": prompt, **sides}
+
+
+def shown_rewards(token_rewards: np.ndarray) -> np.ndarray:
+    """Token rewards with 0 for tokens that are not scored, [n] fp32."""
+    return np.where(is_scored(token_rewards), token_rewards, np.float32(0))
+
+
+def _scored(values: Sequence[Any], scored: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [of[mask] for of, mask in zip(values, scored, strict=True) if of is not None]
 
 
 def _rounded(values: np.ndarray) -> list[float]:

@@ -95,6 +95,10 @@ class ChatTokenizer:
         prompt = self._rendered_prompt(messages, tools, disguise)
         base = self._boundary.base(prompt)
         text = base + self._lead(answers, prompt)
+        return self._encode_rendered(text, disguise)
+
+    def _encode_rendered(self, text: str, disguise: Mapping[str, str]) -> list[int]:
+        """Ids of text that the template rendered from disguised contents."""
         if not disguise:
             return self._encode(text)
         ids: list[int] = []
@@ -154,6 +158,69 @@ class ChatTokenizer:
         """
         prompt = self.encode_prompt(messages, tools, answers)
         return prompt, [self.encode_response(messages, answer, tools, answers) for answer in answers]
+
+    def encode_turns(
+        self, messages: Sequence[Message], turns: Sequence[Message], tools: str = ""
+    ) -> tuple[list[int], np.ndarray]:
+        """Ids of an answer of several turns after the prompt of ``messages``, and which of them the assistant writes.
+
+        The answer is one suffix, from the first assistant turn to the end of the last one, with the turns of users and
+        tools between them as the template renders them.
+
+        Returns:
+            ids, a list of n; written, [n] bool, True for the assistant's text and the tokens that end its turns.
+
+        Raises:
+            UserError: as for :meth:`encode_prompt` and :meth:`encode_response`; or the template renders an earlier turn
+                differently once others follow, so that no ids hold for both.
+        """
+        prompt = self.encode_prompt(messages, tools)
+        ids: list[int] = []
+        written: list[bool] = []
+        for i, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            before = [*messages, *turns[:i]]
+            if i:
+                so_far, whole = [*prompt, *ids], self.encode_prompt(before, tools)
+                between = whole[self._end_of_special(whole, sum(token in self._special_ids for token in so_far)) :]
+                if self.decode(whole[: len(whole) - len(between)]) != self.decode(so_far):
+                    raise UserError(
+                        f"the chat template of {self.folder} renders an assistant turn differently once others follow: "
+                        "an answer of several turns has no exact ids"
+                    )
+                ids += between
+                written += [False] * len(between)
+            answer = self._encode_call(before, turn, tools) if turn.extra else None
+            answer = answer or self.encode_response(before, turn.content, tools)
+            ids += answer
+            written += [True] * len(answer)
+        return ids, np.array(written, dtype=bool)
+
+    def _encode_call(self, messages: Sequence[Message], turn: Message, tools: str) -> list[int]:
+        """Ids of an assistant turn that calls tools, as the template renders it, up to the token that ends it."""
+        disguise = self._disguise([*messages, turn], tools)
+        prompt = self._rendered_prompt(messages, tools, disguise)
+        whole = self._template.render([*messages, turn], False, tools, disguise)
+        self._completeness.require([*messages, turn], tools, disguise, whole)
+        if not whole.startswith(prompt):
+            raise UserError(
+                f"the chat template of {self.folder} renders a prompt differently once a call of a tool follows: "
+                "no exact boundary between them exists"
+            )
+        ids = self._encode_rendered(whole[len(prompt) :], disguise)
+        ends = [place for place, token in enumerate(ids) if token in self._special_ids]
+        if not ends:
+            raise UserError(f"the chat template of {self.folder} does not end a call of a tool with a special token")
+        return ids[: ends[-1] + 1]
+
+    def _end_of_special(self, ids: Sequence[int], number: int) -> int:
+        """Where special token ``number``, counted from 1, ends."""
+        for place, token in enumerate(ids):
+            number -= token in self._special_ids
+            if not number:
+                return place + 1
+        return len(ids)
 
     def spelled_specials(self, text: str) -> list[str]:
         """Special tokens that are spelled out in a text, each once: a sign that a template has been applied already."""

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from treg_megatron.data.labelled_pairs import LabelledPair
 from treg_megatron.data.pairs import Pair, conversation_text
 from treg_megatron.errors import UserError
@@ -11,15 +13,35 @@ PROMPT_FILLS_CONTEXT = "prompt fills max_length"
 TOO_LONG = "prompt and response do not fit max_length"
 
 
+def prompt_answers(pair: Pair) -> tuple[str, ...]:
+    """The answers that decide where the pair's prompt ends; none where their ids do not come from their texts."""
+    as_text = pair.chosen_ids is None and not pair.chosen_turns and not pair.rejected_turns
+    return (pair.chosen, pair.rejected) if as_text else ()
+
+
+def scored_response(pair: Pair, side: str, tokenizer: ChatTokenizer) -> tuple[list[int], np.ndarray]:
+    """Token ids of one side's response, and which of them are scored, [n] bool: those that the assistant writes.
+
+    Raises:
+        UserError: as for :func:`response_ids`, or the template has no exact ids for an answer of several turns.
+    """
+    if turns := getattr(pair, f"{side}_turns"):
+        return tokenizer.encode_turns(pair.messages, turns, pair.tools)
+    ids = response_ids(pair, side, tokenizer)
+    return ids, np.ones(len(ids), dtype=bool)
+
+
 def response_ids(pair: Pair, side: str, tokenizer: ChatTokenizer) -> list[int]:
     """Token ids of one side's response: the sampled ones if the pair carries them, otherwise those of its text.
 
     Raises:
-        UserError: the ids were sampled with another tokenizer.
+        UserError: the ids were sampled with another tokenizer, or the answer has several turns.
     """
+    if getattr(pair, f"{side}_turns"):
+        raise UserError(f"{side} is an answer of several turns, or a call of a tool, for which this step has no way")
     sampled = getattr(pair, f"{side}_ids")
     if sampled is None:
-        return tokenizer.encode_response(pair.messages, getattr(pair, side))
+        return tokenizer.encode_response(pair.messages, getattr(pair, side), pair.tools, prompt_answers(pair))
     if pair.tokenizer != tokenizer.sha256:
         raise UserError(
             "its response ids were sampled with another tokenizer; label it with the model that sampled "
