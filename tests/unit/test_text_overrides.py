@@ -76,6 +76,32 @@ def test_lists_of_text_hold_text(text):
     assert load_recipe(overrides=["lora.targets=[]"]).lora.targets == []
 
 
+def test_items_of_a_flag_with_several_words_are_text():
+    words = ["a: b", "x,y", "yes", "'q'", "${x}"]
+    arguments = section_parser(None, None, "label").parse_args(
+        [
+            "--model=M",
+            "--pairs=P",
+            "--output=O",
+            "--checkpoint=C",
+            "--ignore",
+            *words,
+            "--columns",
+            "prompt=1e3",
+            "id=a: b",
+        ]
+    )
+    label = parse_section(arguments, "label")
+    assert (label.ignore, label.columns) == (words, {"prompt": "1e3", "id": "a: b"})
+
+
+@pytest.mark.parametrize(
+    "overrides", [["label.columns={prompt: yes, id: 1e3}"], ["label.columns.prompt=yes", "label.columns.id=1e3"]]
+)
+def test_mappings_of_text_hold_text(overrides):
+    assert load_recipe(overrides=overrides).label.columns == {"prompt": "yes", "id": "1e3"}
+
+
 def test_other_values_and_recipe_files_are_yaml(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("defaults: base.yaml\nname: a # b\nrun: runs\nlabel: {output: '${run}/x'}\n")

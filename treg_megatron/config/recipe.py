@@ -8,6 +8,7 @@ type is text is taken as it stands; other values, and recipe files, are YAML.
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ _INSTALLED = Path(__file__).resolve().parents[1] / "recipes"
 RECIPES = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "recipes"
 BASE_RECIPE = RECIPES / "base.yaml"
 COMMAND_LINE = "the command line"
-_TEXT = (str, str | None, list[str])
+_TEXT = (str, str | None, list[str], dict[str, str])
 _LIKE_A_NUMBER = re.compile(r"[-+.\d_eE]+")  # OmegaConf reads 1e3 as a number, PyYAML writes the text without quotes
 
 _CACHED = "training holds no reference model: its log-probs are cached by labelling, and simpo reads none"
@@ -119,7 +120,6 @@ def load_recipe(path: str | Path | RecordedRecipe = BASE_RECIPE, overrides: Sequ
 def trace_recipe(path: str | Path | RecordedRecipe, overrides: Sequence[str] = ()) -> tuple[DictConfig, dict[str, str]]:
     """:func:`load_recipe`, and where each value comes from: a file or the command line, by ``section.key``."""
     config = OmegaConf.structured(Recipe)
-    OmegaConf.set_struct(config, True)
     sources: dict[str, str] = {}
     for where, values in _with_defaults(path):
         _merge(config, values, _short(where), sources)
@@ -197,19 +197,36 @@ def value(recipe: DictConfig, name: str) -> Any:
 
 def _parse_override(name: str, value: str) -> DictConfig:
     """One ``key=value`` of the command line, as a recipe that holds this key only."""
-    section_name, _, key = name.rpartition(".")
-    holder = SECTIONS.get(section_name) if section_name else Recipe
+    parts = name.split(".")
+    holder = SECTIONS.get(parts[0]) if len(parts) > 1 else Recipe
     types = {field.name: field.type for field in dataclasses.fields(holder)} if holder else {}
-    kind = types.get(key)
-    if kind not in _TEXT:
+    kind = types.get(parts[:2][-1])
+    if kind == dict[str, str] and len(parts) == 3:
+        kind = str  # one entry
+    if kind not in _TEXT or len(parts) > 3:
         return OmegaConf.from_dotlist([f"{name}={value}"])
-    text: Any = _escape(value)
+    parsed: Any = _escape(value)
     if kind == list[str]:
-        inside = value[1:-1] if value.startswith("[") and value.endswith("]") else value
-        text = [_escape(item.strip().strip("'\"")) for item in inside.split(",") if item.strip()]
+        parsed = [_escape(item) for item in _items(value)]
+    elif kind == dict[str, str]:
+        parsed = {key: _escape(text) for key, text in yaml.load(value, yaml.BaseLoader).items()}
     elif kind == str | None and value in ("null", ""):
-        text = None
-    return OmegaConf.create({section_name: {key: text}} if section_name else {key: text})
+        parsed = None
+    for part in reversed(parts):
+        parsed = {part: parsed}
+    return OmegaConf.create(parsed)
+
+
+def _items(value: str) -> list[str]:
+    """A list of texts: as JSON, or with commas between them, brackets and quotes being optional."""
+    try:
+        items = json.loads(value)
+    except ValueError:
+        items = None
+    if isinstance(items, list) and all(isinstance(item, str) for item in items):
+        return items
+    inside = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    return [item.strip().strip("'\"") for item in inside.split(",") if item.strip()]
 
 
 def _escape(text: str) -> str:
