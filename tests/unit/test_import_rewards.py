@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treg_megatron.config.recipe import load_recipe, section
-from treg_megatron.data.labelled_pairs import read_labelled
+from treg_megatron.data.labelled_pairs import read_labelled, read_shard_metadata
 from treg_megatron.data.pairs import Pair
 from treg_megatron.data.streams import open_streams
 from treg_megatron.errors import UserError
@@ -21,7 +21,7 @@ ANSWER = "It is two, \U0001f469\u200d\U0001f680!"
 
 
 def rewards(tokenizer, row, answer=ANSWER):
-    ids, values = response_rewards(tokenizer, Pair("a", QUESTION, answer, "x"), "chosen", row)
+    ids, values, _ = response_rewards(tokenizer, Pair("a", QUESTION, answer, "x"), "chosen", row)
     assert len(ids) == len(values) and values.dtype == np.float32
     return values.tolist()
 
@@ -43,7 +43,7 @@ def test_sampled_ids_are_taken_as_they_are(chatml):
     assert ids != chatml.encode_response(QUESTION, "Paris")
     pair = Pair("a", QUESTION, "Paris", "x", chosen_ids=tuple(ids), rejected_ids=(1,), tokenizer=chatml.sha256)
     row = {"chosen_token_ids": ids, "chosen_token_rewards": [0.25] * len(ids)}
-    found, values = response_rewards(chatml, pair, "chosen", row)
+    found, values, _ = response_rewards(chatml, pair, "chosen", row)
     assert found == ids and values.tolist() == [0.25] * len(ids)
 
 
@@ -59,6 +59,49 @@ def test_texts_and_spans_give_each_token_the_value_of_its_characters(chatml, res
     assert rewards(chatml, own(texts, values), response) == expected
     as_spans = [[a, b, v] for a, b, v in zip(edges, edges[1:], values)]
     assert rewards(chatml, {"chosen_spans": as_spans}, response) == expected
+
+
+WORDS = "The  capital is two."
+
+
+def test_a_word_is_covered_with_and_without_the_space_before_it(chatml):
+    """Tokens own the space before a word, people mark the word."""
+    spans = chatml.encode_response_with_spans(QUESTION, WORDS)[1].tolist()
+    assert WORDS[4:12] == " capital" and [4, 12] in spans
+    pair = Pair("a", QUESTION, WORDS, "x")
+    exact, snapped, wide = (
+        response_rewards(chatml, pair, "chosen", {"chosen_spans": [[first, 12, 0.5]]}) for first in (4, 5, 3)
+    )
+    assert exact[1].tolist() == snapped[1].tolist() == [0.5 * ([4, 12] == span) for span in spans] + [0.0]
+    assert (exact[2], snapped[2], wide[2]) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "texts, snapped", [(["The ", " capital", " is two."], 0), (["The  ", "capital ", "is two."], 3)]
+)
+def test_texts_of_words_with_the_space_on_either_side(chatml, texts, snapped):
+    spans = chatml.encode_response_with_spans(QUESTION, WORDS)[1].tolist()
+    row = own(texts, [0.125, 0.25, 0.5])
+    _, values, found = response_rewards(chatml, Pair("a", QUESTION, WORDS, "x"), "chosen", row)
+    assert values.tolist() == [0.125 if e <= 4 else 0.25 if e <= 12 else 0.5 for _, e in spans] + [0.0]
+    assert found == snapped
+
+
+def test_white_space_alone_needs_a_whole_cover(chatml):
+    answer = "a\n\nb"
+    spans = chatml.encode_response_with_spans(QUESTION, answer)[1].tolist()
+    for first, last in ((1, 2), (1, 3)):
+        pair = Pair("a", QUESTION, answer, "x")
+        _, values, snapped = response_rewards(chatml, pair, "chosen", {"chosen_spans": [[first, last, 0.5]]})
+        assert values.tolist() == [0.5 * (first <= s and e <= last) for s, e in spans] + [0.0]
+        assert snapped == any(s < last < e for s, e in spans)
+
+
+@pytest.mark.parametrize("first, last", [(6, 12), (4, 11), (0, 7)])
+def test_a_span_of_a_part_of_a_word_is_refused(chatml, first, last):
+    message = f"' capital' .characters 4 to 12. is one token, but the reward for characters {first} to {last} covers"
+    with pytest.raises(ValueError, match=message):
+        rewards(chatml, {"chosen_spans": [[first, last, 0.1]]}, WORDS)
 
 
 def test_tokens_without_a_span_get_reward_zero(chatml):
@@ -112,6 +155,7 @@ def test_from_a_file_of_rewards_to_streams(tokenizer_folders, chatml, tmp_path):
         "file": f"{tmp_path}/own.parquet",
         "pairs": 3,
         "drops": {},
+        "snapped_spans": 0,
     }
     assert [pair.chosen for pair in read_labelled(tmp_path / "own.parquet")] == ["Paris"] * 3
     index(section(recipe, "index"))
@@ -132,3 +176,18 @@ def test_a_row_without_rewards_is_named(tokenizer_folders, tmp_path):
     with pytest.raises(UserError, match="own.jsonl, pair p7: chosen has no token rewards"):
         import_token_rewards(section(recipe, "label"), scorer=None)
     assert not (tmp_path / "own.parquet").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_snapped_spans_are_counted(tokenizer_folders, tmp_path, workers):
+    row = {"chosen": WORDS, "rejected": "It is", "chosen_spans": [[5, 12, 0.25]], "rejected_spans": [[0, 5, -0.25]]}
+    rows = [{"prompt": f"{i}?", **row} for i in range(70)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = [f"model.hf={tokenizer_folders['chatml']}", f"index.output={tmp_path}/{workers}"]
+    recipe = load_recipe(
+        overrides=[*common, f"label.pairs={tmp_path}/own.jsonl", f"label.output={tmp_path}/own.parquet"]
+    )
+    assert import_token_rewards(section(recipe, "label"), scorer=None)["snapped_spans"] == 70
+    assert read_shard_metadata(tmp_path / "own.parquet")["snapped_spans"] == 70
+    recipe = load_recipe(overrides=[*common, f"index.labelled={tmp_path}/own.jsonl", f"index.workers={workers}"])
+    assert index(section(recipe, "index"))["labels"]["snapped_spans"] == 70

@@ -33,4 +33,5 @@ def run(arguments: argparse.Namespace) -> None:
         scorer = HuggingFaceScorer(section.model, section.dtype, section.device, section.batch_tokens)
     result = import_token_rewards(section, scorer)
     dropped = "; ".join(f"{count} {reason}" for reason, count in result["drops"].items()) or "none"
-    print(f"imported {result['pairs']} pairs to {result['file']} (dropped: {dropped})")
+    snapped = f"; {result['snapped_spans']} spans snapped to words" if result["snapped_spans"] else ""
+    print(f"imported {result['pairs']} pairs to {result['file']} (dropped: {dropped}{snapped})")

@@ -7,8 +7,9 @@ Each record is a preference pair in any supported format, with one of the follow
     SIDE_spans                                    [first character, one after the last, value], ...; 0 elsewhere
 
 Values lie in [-0.5, 0.5]. Texts and spans are mapped to our tokens by character offsets. One text or span may cover
-several of our tokens, which all get its value, but must not cover only part of a token. The end-of-turn token gets 0
-unless it is among the given ids.
+several of our tokens, which all get its value, but must not cover only part of a token. White space at a token's edge
+belongs to no span, since tokens own the space before a word: the span of a word covers the word's token. The
+end-of-turn token gets 0 unless it is among the given ids.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from treg_megatron.config.schema import LabelSection
 from treg_megatron.data.labelled_pairs import SIDES, LabelledPair, write_shard
 from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, Reading, read_pairs_and_rows
 from treg_megatron.data.records import source_identity
-from treg_megatron.data.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, labelled_pair, response_ids
+from treg_megatron.data.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, labelled_pair, prompt_answers, response_ids
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.scoring import Scorer, sequences_of
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
@@ -48,17 +49,19 @@ def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[s
         scorer: computes the reference log-probs. Without one the file has none, which reference-free objectives allow.
 
     Returns:
-        ``file`` (the path written), ``pairs`` (their number) and ``drops`` (counts by reason).
+        ``file`` (the path written), ``pairs`` (their number), ``drops`` (counts by reason) and ``snapped_spans`` (how
+        many texts or spans began or ended in the white space at a token's edge).
 
     Raises:
         UserError: a record has no rewards, or rewards that do not line up with its tokens; or no pair fits.
     """
     tokenizer = load_tokenizer(section.model)
     drops: Counter[str] = Counter()
-    labelled = _fitting(section, tokenizer, drops)
+    counts: dict[str, Any] = {"drops": drops, "snapped_spans": 0}  # filled in while the pairs are written
+    labelled = _fitting(section, tokenizer, drops, counts)
     if scorer is not None:
         # Read everything once before the first forward pass: a broken record must not surface after hours of scoring.
-        for _ in _fitting(section, tokenizer, Counter()):
+        for _ in _fitting(section, tokenizer, Counter(), {"snapped_spans": 0}):
             pass
         labelled = _with_reference(labelled, scorer, section.shard_pairs)
     first = next(labelled, None)
@@ -71,22 +74,31 @@ def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[s
         "reference": {"model": Path(section.model).name, "dtype": section.dtype} if scorer else None,
         "max_length": section.max_length,
     }
+    counts["run"] = run
     output = Path(section.output)
     file = output if output.suffix == ".parquet" else output.with_name(output.name + ".parquet")
     with Lock(file):
-        pairs = write_shard(file, itertools.chain([first], labelled), {"run": run, "drops": drops})
-    return {"file": str(file), "pairs": pairs, "drops": dict(sorted(drops.items()))}
+        pairs = write_shard(file, itertools.chain([first], labelled), counts)
+    return {
+        "file": str(file),
+        "pairs": pairs,
+        "drops": dict(sorted(drops.items())),
+        "snapped_spans": counts["snapped_spans"],
+    }
 
 
-def _fitting(section: LabelSection, tokenizer: ChatTokenizer, drops: Counter[str]) -> Iterator[LabelledPair]:
+def _fitting(
+    section: LabelSection, tokenizer: ChatTokenizer, drops: Counter[str], counts: dict[str, Any]
+) -> Iterator[LabelledPair]:
     for pair, row in read_pairs_and_rows(section.pairs, drops, Reading.of(section)):
         try:
-            labelled, reason = _labelled(pair, row, tokenizer, section.max_length)
+            labelled, reason, snapped = _labelled(pair, row, tokenizer, section.max_length)
         except (ValueError, UserError) as error:
             raise UserError(f"{section.pairs}, pair {pair.pair_id}: {error}") from None
         if labelled is None:
             drops[reason] += 1
         else:
+            counts["snapped_spans"] += snapped
             yield labelled
 
 
@@ -97,18 +109,30 @@ def _with_reference(pairs: Iterator[LabelledPair], scorer: Scorer, at_once: int)
             yield dataclasses.replace(pair, **{f"{side}_ref_logprobs": next(logps) for side in SIDES})
 
 
-def labelled_from_text(source: str | Path, tokenizer: ChatTokenizer, workers: int) -> Iterator[LabelledPair]:
+def labelled_from_text(
+    source: str | Path, tokenizer: ChatTokenizer, workers: int, counts: dict[str, Any]
+) -> Iterator[LabelledPair]:
     """Labelled pairs without reference log-probs from a text file of pairs with token rewards, in file order.
 
     ``workers`` processes tokenise. Only a few batches of pairs are in memory at a time, whatever the size of the file.
+    ``counts["snapped_spans"]`` is counted up meanwhile.
 
     Raises:
         UserError: as for :func:`import_token_rewards`.
     """
+    counts["snapped_spans"] = 0
+    for labelled, snapped in _labelled_batches(source, tokenizer, workers):
+        counts["snapped_spans"] += snapped
+        yield from labelled
+
+
+def _labelled_batches(
+    source: str | Path, tokenizer: ChatTokenizer, workers: int
+) -> Iterator[tuple[list[LabelledPair], int]]:
     batches = _batches(read_pairs_and_rows(source))
     if workers == 1:
         for batch in batches:
-            yield from _labelled_batch(source, tokenizer, batch)
+            yield _labelled_batch(source, tokenizer, batch)
         return
     # Forked: a child inherits the loaded tokenizer and modules, which take seconds to load.
     with multiprocessing.get_context("fork").Pool(workers, _set_worker, (source, tokenizer)) as pool:
@@ -116,9 +140,9 @@ def labelled_from_text(source: str | Path, tokenizer: ChatTokenizer, workers: in
         for batch in batches:
             waiting.append(pool.apply_async(_work, (batch,)))
             if len(waiting) > 4 * workers:
-                yield from waiting.popleft().get()
+                yield waiting.popleft().get()
         while waiting:
-            yield from waiting.popleft().get()
+            yield waiting.popleft().get()
 
 
 def _batches(pairs: Iterator[tuple[Pair, dict]]) -> Iterator[list[tuple[Pair, dict]]]:
@@ -129,16 +153,19 @@ def _batches(pairs: Iterator[tuple[Pair, dict]]) -> Iterator[list[tuple[Pair, di
         yield batch
 
 
-def _labelled_batch(source: str | Path, tokenizer: ChatTokenizer, batch: list[tuple[Pair, dict]]) -> list[LabelledPair]:
-    labelled = []
+def _labelled_batch(
+    source: str | Path, tokenizer: ChatTokenizer, batch: list[tuple[Pair, dict]]
+) -> tuple[list[LabelledPair], int]:
+    labelled, snapped = [], 0
     for pair, row in batch:
         try:
-            one, _ = _labelled(pair, row, tokenizer, sys.maxsize)
+            one, _, more = _labelled(pair, row, tokenizer, sys.maxsize)
         except (ValueError, UserError) as error:
             raise UserError(f"{source}, pair {pair.pair_id}: {error}") from None
         if one is not None:
             labelled.append(one)
-    return labelled
+            snapped += more
+    return labelled, snapped
 
 
 def _set_worker(*state: Any) -> None:
@@ -146,22 +173,22 @@ def _set_worker(*state: Any) -> None:
     _worker = state
 
 
-def _work(batch: list[tuple[Pair, dict]]) -> list[LabelledPair]:
+def _work(batch: list[tuple[Pair, dict]]) -> tuple[list[LabelledPair], int]:
     return _labelled_batch(*_worker, batch)
 
 
-def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict) -> tuple[list[int], np.ndarray]:
-    """Token ids of one side's response, a list of n, and their rewards, [n] fp32.
+def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict) -> tuple[list[int], np.ndarray, int]:
+    """Token ids of one side's response, a list of n; their rewards, [n] fp32; and how many spans were snapped.
 
     Raises:
         ValueError: the rewards are missing, out of range, or do not line up with the ids.
     """
-    response = getattr(pair, side)
+    response, snapped = getattr(pair, side), 0
     values, given, texts = (row.get(f"{side}_{name}") for name in ("token_rewards", "token_ids", "token_texts"))
     ids, spans = (
-        (response_ids(pair, side, tokenizer), None)
+        (response_ids(pair, side, tokenizer, prompt_answers(pair)), None)
         if given is not None
-        else tokenizer.encode_response_with_spans(pair.messages, response)
+        else tokenizer.encode_response_with_spans(pair.messages, response, pair.tools, prompt_answers(pair))
     )
     if given is not None:
         rewards = _by_id(side, given, _numbers(values, f"{side}_token_rewards"), ids)
@@ -174,9 +201,9 @@ def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict)
         if len(values) != len(texts):
             raise ValueError(f"{side}_token_rewards has {len(values)} values for {len(texts)} texts")
         ends = np.cumsum([len(text) for text in texts]).tolist()
-        rewards = _by_span(side, list(zip([0, *ends], ends, values, strict=False)), spans, response)
+        rewards, snapped = _by_span(side, list(zip([0, *ends], ends, values, strict=False)), spans, response)
     elif row.get(f"{side}_spans") is not None:
-        rewards = _by_span(side, _spans(row[f"{side}_spans"], f"{side}_spans", len(response)), spans, response)
+        rewards, snapped = _by_span(side, _spans(row[f"{side}_spans"], f"{side}_spans", len(response)), spans, response)
     else:
         raise ValueError(
             f"{side} has no token rewards: give {side}_token_rewards with {side}_token_ids or "
@@ -185,23 +212,25 @@ def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict)
     rewards = np.asarray(rewards, dtype=np.float32)
     if (wrong := ~(np.abs(rewards) <= _LARGEST)).any():
         raise ValueError(f"{side} has a token reward of {rewards[wrong][0]:g}, outside [-0.5, 0.5]")
-    return ids, rewards
+    return ids, rewards, snapped
 
 
-def _labelled(pair: Pair, row: dict, tokenizer: ChatTokenizer, max_length: int) -> tuple[LabelledPair | None, str]:
-    prompt = tokenizer.encode_prompt(pair.messages)
+def _labelled(pair: Pair, row: dict, tokenizer: ChatTokenizer, max_length: int) -> tuple[LabelledPair | None, str, int]:
+    """The labelled pair, or None and the reason for dropping it; and how many spans were snapped."""
+    prompt, snapped = tokenizer.encode_prompt(pair.messages, pair.tools, prompt_answers(pair)), 0
     if len(prompt) >= max_length:
-        return None, PROMPT_FILLS_CONTEXT
+        return None, PROMPT_FILLS_CONTEXT, 0
     columns: dict[str, Any] = {}
     for side in SIDES:
-        ids, rewards = response_rewards(tokenizer, pair, side, row)
+        ids, rewards, more = response_rewards(tokenizer, pair, side, row)
         if len(prompt) + len(ids) > max_length:
-            return None, TOO_LONG
+            return None, TOO_LONG, 0
+        snapped += more
         columns[f"{side}_tokens"] = np.array([*prompt, *ids], dtype=np.int32)
         columns[f"{side}_token_rewards"] = rewards
     if np.array_equal(columns["chosen_tokens"], columns["rejected_tokens"]):
-        return None, IDENTICAL_RESPONSES
-    return labelled_pair(pair, columns), ""
+        return None, IDENTICAL_RESPONSES, 0
+    return labelled_pair(pair, columns), "", snapped
 
 
 def _by_id(side: str, given: Any, values: list[float], ids: list[int]) -> list[float]:
@@ -219,20 +248,35 @@ def _by_id(side: str, given: Any, values: list[float], ids: list[int]) -> list[f
     return [*values, 0.0][: len(ids)]
 
 
-def _by_span(side: str, valued: list[tuple[int, int, float]], spans: np.ndarray, response: str) -> np.ndarray:
+def _by_span(
+    side: str, valued: list[tuple[int, int, float]], spans: np.ndarray, response: str
+) -> tuple[np.ndarray, int]:
+    """The value of each token, and how many spans begin or end in the white space at a token's edge."""
     beyond = (len(response), sys.maxsize, 0.0)
     firsts, lasts, values = (np.array(column) for column in zip(*valued, beyond, strict=True))
     starts, ends = spans.T
-    at = np.searchsorted(lasts, starts, side="right")  # the first given span that ends after our token begins
-    inside, before = (firsts[at] <= starts) & (ends <= lasts[at]), ends <= firsts[at]
-    if (apart := ~(inside | before)).any():
-        (start, end), theirs = spans[apart.argmax()], at[apart.argmax()]
-        raise ValueError(
-            f"{side}: the rewards do not line up with our tokens: {response[start:end]!r} (characters "
-            f"{start} to {end}) is one token, but the reward for characters {firsts[theirs]} to "
-            f"{lasts[theirs]} covers only part of it"
-        )
-    return np.append(np.where(inside, values[at], 0.0), 0.0)
+    at, inside, before = _covering(firsts, lasts, starts, ends)
+    rewards, snapped = np.where(inside, values[at], 0.0), set()
+    for token in np.flatnonzero(~(inside | before)):
+        start, end = spans[token]
+        words = response[start:end].strip()
+        core = start + response[start:end].index(words)
+        theirs, covered, beside = _covering(firsts, lasts, core, core + len(words))
+        if words and not (covered or beside):
+            raise ValueError(
+                f"{side}: the rewards do not line up with our tokens: {response[start:end]!r} (characters "
+                f"{start} to {end}) is one token, but the reward for characters {firsts[theirs]} to "
+                f"{lasts[theirs]} covers only part of it"
+            )
+        rewards[token] = values[theirs] if words and covered else 0.0
+        snapped |= set(np.flatnonzero((firsts[:-1] < end) & (lasts[:-1] > start)).tolist())
+    return np.append(rewards, 0.0), len(snapped)
+
+
+def _covering(firsts: np.ndarray, lasts: np.ndarray, starts: Any, ends: Any) -> tuple[Any, Any, Any]:
+    """The first given span that ends after a token begins; whether it covers the token; whether it only follows."""
+    at = np.searchsorted(lasts, starts, side="right")
+    return at, (firsts[at] <= starts) & (ends <= lasts[at]), ends <= firsts[at]
 
 
 def _spans(given: Any, name: str, length: int) -> list[tuple[int, int, float]]:

@@ -49,7 +49,9 @@ def index(section: IndexSection) -> dict[str, Any]:
 
     def write(prefix: str | Path) -> dict[str, Any]:
         if from_text:
-            return write_streams(prefix, labelled_from_text(source, tokenizer, section.workers), tokenizer, run)
+            assert run is not None
+            pairs = labelled_from_text(source, tokenizer, section.workers, run)  # which counts into run
+            return write_streams(prefix, pairs, tokenizer, run)
         return _write(prefix, section, tokenizer, run, parts)
 
     with Lock(section.output):
