@@ -123,13 +123,16 @@ class ChatTemplate:
         return [first._replace(content=f"{system.content}\n\n{first.content}"), *others]
 
     def _renders_system(self) -> bool:
+        """Whether a system message is rendered before an answer, and still once the answer follows."""
         texts = []
-        for question, system, _ in PROBES:
+        for question, system, answer in PROBES:
+            asked = [Message("system", system), Message("user", question)]
             try:
-                text = self.render([Message("system", system), Message("user", question)], True)
+                text = self.render(asked, True)
+                whole = self.render([*asked, Message("assistant", answer)], False)
             except UserError:
                 return False
-            if system not in text:
+            if system not in text or system not in whole:
                 return False
             texts.append(text.replace(system, "").replace(question, ""))
         return texts[0] == texts[1]
