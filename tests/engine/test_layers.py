@@ -1,0 +1,106 @@
+"""Transformer Engine's layers of every architecture against the map of parameters and the plain PyTorch layers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.checkpoints import config_of
+from tests.support.engine_ranks import Described, load_and_describe
+from tests.support.forked import run_ranks
+from tests.support.tiny_families import SPECIAL
+from treg_megatron.checkpoint.layout import MODEL_PREFIX
+from treg_megatron.models.families import (
+    checkpoint_key,
+    family_of,
+    model_fields,
+    name_at,
+    parameter_shape,
+    stacked_indices,
+    stacked_shape,
+)
+
+#: Gemma 2 takes plain PyTorch layers everywhere
+ENGINE = tuple(family for family in SPECIAL if family != "Gemma2")
+Both = tuple[Described, Described]
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoints) -> dict[str, Both]:
+    return {family: run_ranks(1, load_and_describe, checkpoints[family], 1)[0] for family in SPECIAL}
+
+
+@pytest.fixture(scope="module")
+def split(checkpoints) -> dict[str, list[Both]]:
+    return {family: run_ranks(2, load_and_describe, checkpoints[family], 2) for family in SPECIAL}
+
+
+def names_of(checkpoint: Path, engine: bool) -> dict[str, tuple[int, ...]]:
+    """Parameter -> shape on one rank, by the map."""
+    config = config_of(checkpoint.parent / "hf")
+    fields = model_fields(config)
+    return {
+        name_at(p.name if engine else p.local_name or p.name, index): parameter_shape(p, fields)
+        for p in family_of(config).parameters(fields)
+        for index in stacked_indices(p.name, fields)
+    }
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_the_layers_are_those_that_training_takes(family, alone):
+    engine, plain = alone[family]
+    assert any("TEDotProductAttention" in name for name in engine.classes) == (family in ENGINE)
+    assert any("transformer_engine" in name for name in engine.classes) == (family in ENGINE)
+    assert not any("transformer_engine" in name for name in plain.classes)
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_names_and_shapes_are_those_of_the_map(family, alone, checkpoints):
+    for layers, engine in zip(alone[family], (family in ENGINE, False), strict=True):
+        found = {name: tuple(parameter.shape) for name, parameter in layers.parameters.items()}
+        assert found == names_of(checkpoints[family], engine)
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_keys_and_shapes_in_a_checkpoint_are_those_of_the_map(family, alone, checkpoints):
+    config = config_of(checkpoints[family].parent / "hf")
+    fields = model_fields(config)
+    expected = {MODEL_PREFIX + p.key: stacked_shape(p, fields) for p in family_of(config).parameters(fields)}
+    for layers in alone[family]:
+        assert layers.keys == expected
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_imports_hold_every_extra_state_that_the_layers_load(family, alone, checkpoints):
+    engine, _ = alone[family]
+    modules = family_of(config_of(checkpoints[family].parent / "hf")).extra_state_modules()
+    assert engine.extra_states <= {f"{MODEL_PREFIX}{checkpoint_key(module)}._extra_state" for module in modules}
+    assert engine.extra_states  # FP8 scales, empty in other precisions
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_an_import_loads_with_the_same_values(family, tensor, alone, split, checkpoints):
+    """Bit for bit what the plain PyTorch layers load, on every tensor-parallel rank."""
+    to_plain = dict(zip(names_of(checkpoints[family], family in ENGINE), names_of(checkpoints[family], False)))
+    for engine, plain in [alone[family]] if tensor == 1 else split[family]:
+        assert {to_plain[name] for name in engine.parameters} == plain.parameters.keys()
+        for name, parameter in engine.parameters.items():
+            assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, plain.parameters[to_plain[name]]), name
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_gradients_are_reduced_alike(family, split, checkpoints):
+    """Megatron reads off each parameter whether tensor-parallel ranks split it, or each sees a part of its tokens."""
+    to_plain = dict(zip(names_of(checkpoints[family], family in ENGINE), names_of(checkpoints[family], False)))
+    for engine, plain in split[family]:
+        assert {to_plain[name]: marks for name, marks in engine.marks.items()} == plain.marks
+        assert all(marks["sequence_parallel"] for name, marks in plain.marks.items() if "norm" in name)
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_preflight_counts_the_same_parameters(family, alone, split, checkpoints):
+    """Preflight builds the plain layers, and speaks of the engine's."""
+    total = sum(torch.Size(shape).numel() for shape in names_of(checkpoints[family], False).values())
+    for engine, plain in [alone[family], *split[family]]:
+        assert engine.count == plain.count == (total, 0)
