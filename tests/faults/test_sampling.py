@@ -121,6 +121,18 @@ def test_hugging_face_samples_and_marks_truncated_responses(settings, chatml):
     assert not chatml.sampled([10, 11]).finished
 
 
+def test_prompts_may_lie_in_several_files(settings, tmp_path):
+    text = (tmp_path / "prompts.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "part-1.jsonl").write_text("".join(text[:2]))
+    (tmp_path / "part-2.jsonl").write_text("".join(text[2:]))
+    sample(settings)
+    sample(dataclasses.replace(settings, prompts=f"{tmp_path}/part-*.jsonl", output=f"{tmp_path}/parts"))
+    written = {path.name: path.read_bytes() for path in Path(settings.output).glob("*.jsonl")}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "parts").glob("*.jsonl")} == written != {}
+    manifest = (tmp_path / "parts" / "manifest.json").read_text()
+    assert json.loads(manifest)["run"]["prompts"]["file"] == "part-*.jsonl"
+
+
 def test_temperature_0_takes_the_likeliest_token(settings, chatml):
     sampler = HuggingFaceSampler(dataclasses.replace(settings, temperature=0.0), chatml)
     first, other = sampler.sample([[5, 6, 7]], 1), sampler.sample([[5, 6, 7]], 2)

@@ -32,7 +32,10 @@ class SampleSection:
     model: str = key(
         "Hugging Face folder of the model to sample from: tokenizer, and weights when it runs in this process"
     )
-    prompts: str = key("prompts to answer, a JSON or JSONL file; preference pairs are accepted for their prompts")
+    prompts: str = key(
+        "prompts to answer: a file, folder, pattern, list with commas, or hub:OWNER/NAME; preference pairs are "
+        "accepted for their prompts"
+    )
     output: str = key("folder for the samples (JSONL) and their manifest")
     engine: str = key(
         "what generates: this process, a server that speaks OpenAI's completions protocol, or vLLM",

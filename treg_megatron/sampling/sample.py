@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from treg_megatron.config.schema import SampleSection
-from treg_megatron.data.records import read_rows
+from treg_megatron.data.records import read_rows, source_identity
 from treg_megatron.errors import UserError
 from treg_megatron.formats.fields import prompt as conversation
 from treg_megatron.sampling import Sampler
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.tokenizer.conversation import Message
-from treg_megatron.utils.files import atomic_write, read_manifest, sha256_of, sha256_of_json, write_manifest
+from treg_megatron.utils.files import atomic_write, read_manifest, sha256_of_json, write_manifest
 from treg_megatron.utils.lock import Lock
 from treg_megatron.utils.progress import Progress
 from treg_megatron.utils.shard_job import ShardJob, require_same_run
@@ -64,7 +64,7 @@ def _sample(section: SampleSection, sampler: Sampler | None) -> dict[str, Any]:
     drops: Counter[str] = Counter()
     prompts = list(read_prompts(section.prompts, drops))
     run = {
-        "prompts": {"file": Path(section.prompts).name, "sha256": sha256_of(section.prompts)},
+        "prompts": source_identity(section.prompts),
         "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256},
         "model": Path(section.model).resolve().name,
         **{
@@ -99,7 +99,7 @@ def _sample(section: SampleSection, sampler: Sampler | None) -> dict[str, Any]:
 
 
 def read_prompts(path: str | Path, drops: Counter[str]) -> Iterator[Prompt]:
-    """Read prompts from a JSON array or JSONL file whose records have ``prompt`` (text or messages) or ``messages``.
+    """Read the prompts of a source (:mod:`treg_megatron.data.records`): its ``prompt`` or ``messages``.
 
     Everything after the last user turn is dropped, so that conversations and preference pairs work as well. The id is
     the record's ``prompt_id``, ``pair_id`` or ``id``, otherwise a hash of the prompt.
