@@ -186,7 +186,7 @@ def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict)
     response, snapped = getattr(pair, side), 0
     values, given, texts = (row.get(f"{side}_{name}") for name in ("token_rewards", "token_ids", "token_texts"))
     ids, spans = (
-        (response_ids(pair, side, tokenizer, prompt_answers(pair)), None)
+        (response_ids(pair, side, tokenizer), None)
         if given is not None
         else tokenizer.encode_response_with_spans(pair.messages, response, pair.tools, prompt_answers(pair))
     )
