@@ -114,6 +114,8 @@ def test_ids_do_not_depend_on_the_day(with_template, monkeypatch):
 def test_a_date_that_the_template_takes_is_recorded(with_template, chatml):
     assert with_template(TODAY).template_inputs == {"strftime_now": "2024-07-26"}
     assert chatml.template_inputs == {}
+    assert with_template(TODAY).identity["template_inputs"] == {"strftime_now": "2024-07-26"}
+    assert chatml.identity == {"sha256": chatml.sha256, "chat_template_sha256": chatml.template_sha256}
     llama = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     tokenizer = with_template(llama + "{{ date_string }}" + CHATML)
     assert tokenizer.template_inputs == {} and text_of(tokenizer, QUESTION).startswith("26 Jul 2024<|im_start|>")

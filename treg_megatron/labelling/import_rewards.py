@@ -70,7 +70,7 @@ def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[s
     run = {
         "pairs": source_identity(section.pairs),
         "token_rewards": "own",
-        "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256},
+        "tokenizer": tokenizer.identity,
         "reference": {"model": Path(section.model).name, "dtype": section.dtype} if scorer else None,
         "max_length": section.max_length,
     }

@@ -65,7 +65,8 @@ class ChatTokenizer:
         self._special = SpecialTokens(tokenizer)
         self._special_ids = set(self._special.ids.values())
         self._puts_space_first = tokenizer.convert_ids_to_tokens(self._encode(_WORD))[0].startswith("\u2581")
-        self.sha256 = tokenizer.sha256 if self._engine is tokenizer else tokenizer_hash(tokenizer)
+        own_hash = isinstance(tokenizer, SentencePieceTokenizer)
+        self.sha256 = tokenizer.sha256 if own_hash else tokenizer_hash(tokenizer)
         self._template = ChatTemplate(template or tokenizer.get_chat_template(), tokenizer.special_tokens_map, folder)
         self.template_sha256, self.template_inputs = self._template.sha256, self._template.inputs
         self.vocab_size = len(tokenizer)
@@ -73,6 +74,12 @@ class ChatTokenizer:
         self._boundary = probe_boundary(self._template)
         self._last_prompt: tuple[Any, str] = (None, "")
         self._ends_of_turn: dict[str, int] = {}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the ids of a conversation, for the record of a run: hashes, and inputs of the template."""
+        inputs = {"template_inputs": self.template_inputs} if self.template_inputs else {}
+        return {"sha256": self.sha256, "chat_template_sha256": self.template_sha256, **inputs}
 
     def encode_prompt(self, messages: Sequence[Message], tools: str = "", answers: Sequence[str] = ()) -> list[int]:
         """Ids of a conversation that ends with a user or tool turn, up to the start of the assistant's text.
