@@ -72,7 +72,7 @@ def test_a_system_message_heads_the_first_turn_whatever_words_the_template_holds
     "dropped, messages",
     [
         ("m.role == 'system' and loop.index > 1", (*QUESTION, Message("assistant", "2"), KIND, *QUESTION)),
-        ("m.role == 'system' and messages | length > 2", (KIND, *QUESTION, Message("assistant", "2"), *QUESTION)),
+        ("m.role == 'system' and messages | length > 3", (KIND, *QUESTION, Message("assistant", "2"), *QUESTION)),
         ("loop.first and messages | length > 2", (*QUESTION, Message("assistant", "2"), *QUESTION)),
         ("m.role == 'assistant' and not loop.last", (*QUESTION, Message("assistant", "is"), *QUESTION)),
         ("m.role == 'tool'", (*QUESTION, Message("assistant", "2"), Message("tool", "user"))),
