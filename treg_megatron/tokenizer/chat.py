@@ -136,7 +136,10 @@ class ChatTokenizer:
                 token; or the response does not continue the prompt, whose ``answers`` were others.
         """
         parts = self._split_response(messages, response, tools, answers)
-        return [*self._encode(parts.by_template), *self._encode(parts.words, special=False), parts.end_of_turn]
+        ids = self._encode(parts.words, special=False)
+        if parts.by_template:
+            ids = [*self._encode(parts.by_template), *ids]
+        return [*ids, parts.end_of_turn]
 
     def encode_response_with_spans(
         self, messages: Sequence[Message], response: str, tools: str = "", answers: Sequence[str] = ()
