@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import pickle
 import tarfile
 import zipfile
@@ -129,6 +130,11 @@ def test_other_files_are_named_for_what_they_are(tmp_path, kind):
         message(path)
 
 
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "cannot be read twice: write it to a file first" in message(tmp_path / "pipe")
+
+
 def test_a_pickle_is_never_loaded(tmp_path):
     class Harmful:
         def __reduce__(self):
@@ -199,6 +205,12 @@ def test_csv_with_line_breaks_quotes_and_separators_in_fields(tmp_path, delimite
     assert list(read_rows(write(tmp_path / name, text))) == list(enumerate(ROWS, start=1))
     assert rows(write(tmp_path / f"{name}.gz", gzip.compress(text.encode()))) == ROWS
     assert len(list(read_pairs(tmp_path / name))) == 3
+
+
+def test_a_space_after_each_separator_belongs_to_no_field(tmp_path):
+    path = write(tmp_path / "p.csv", 'prompt, chosen, rejected\nQ, "a, b",  c\n')
+    assert rows(path) == [{"prompt": "Q", "chosen": "a, b", "rejected": "c"}]
+    assert rows(write(tmp_path / "q.csv", "prompt,chosen\nQ, a\n")) == [{"prompt": "Q", "chosen": " a"}]
 
 
 def test_empty_fields_are_null_and_the_index_of_pandas_is_left_out(tmp_path):

@@ -91,6 +91,21 @@ def test_an_existing_path_is_neither_a_list_nor_a_pattern(tmp_path, name):
     assert source_identity(tmp_path / name)["file"] == name
 
 
+def test_names_that_look_like_patterns_and_lists_are_given_so_that_they_can_be_read(tmp_path):
+    folder = tmp_path / "v[1]"
+    folder.mkdir()
+    for name in ("a,b-train-1.jsonl", "a,b-train-2.jsonl", "c[0]-test.jsonl"):
+        (folder / name).write_bytes(lines(1))
+    given = message(folder).split("'")[1::2]
+    assert [len(numbers(source)) for source in given] == [2, 1]
+
+
+def test_no_source_at_all_and_broken_links(tmp_path):
+    assert message("") == message(" ") == "no pairs are named: the source is empty"
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "absent")
+    assert f"{tmp_path}/a.jsonl cannot be read: No such file" in message(tmp_path)
+
+
 def test_patterns_that_match_nothing_or_folders(tmp_path):
     assert "is a pattern that no file matches" in message(f"{tmp_path}/*.jsonl")
     touch(tmp_path, "b-2/x.jsonl", "b-10/x.jsonl")

@@ -30,7 +30,7 @@ def csv_rows(path: Path, before: int = 0) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(_LONGEST_FIELD)
     local = 0
     with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, delimiter=_delimiter(path), strict=True)
+        reader = csv.reader(stream, strict=True, **_dialect(path))
         try:
             names = _header(next(reader, []), path)
             for fields in reader:
@@ -59,9 +59,10 @@ def _header(names: list[str], path: Path) -> list[str]:
     return names
 
 
-def _delimiter(path: Path) -> str:
-    if path.name.lower().split(".")[-1] == "tsv" or ".tsv." in path.name.lower():
-        return "\t"
+def _dialect(path: Path) -> dict[str, Any]:
+    """How fields are separated, from the header: one of :data:`_DELIMITERS`, perhaps with a space after each."""
     header = text_beginning(path).splitlines()[:1]
     line = header[0].decode("utf-8", "replace") if header else ""
-    return max(_DELIMITERS, key=line.count)  # the first of equals
+    tabs = ".tsv" in path.name.lower()
+    delimiter = "\t" if tabs else max(_DELIMITERS, key=line.count)  # the first of equals
+    return {"delimiter": delimiter, "skipinitialspace": line.count(delimiter) == line.count(f"{delimiter} ")}

@@ -1,5 +1,6 @@
 """The data files of a folder, in natural order."""
 
+import glob
 import itertools
 import json
 import re
@@ -42,7 +43,7 @@ def folder_files(folder: Path) -> list[Path]:
     if (folder / "state.json").is_file():
         return _saved_files(folder)
     try:
-        files = [path for path in folder.iterdir() if path.is_file()]
+        files = [path for path in folder.iterdir() if not path.is_dir()]  # a broken link is an error later
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
     by_kind = _by_kind(files)
@@ -53,13 +54,15 @@ def folder_files(folder: Path) -> list[Path]:
     if len(by_kind) > 1:
         held = ", ".join(f"{len(paths)} {kind} ({paths[0].name})" for kind, paths in sorted(by_kind.items()))
         suffix = next(iter(by_kind.values()))[0].suffix
-        raise UserError(f"{folder} holds files of several kinds: {held}; give one kind, such as '{folder}/*{suffix}'")
+        raise UserError(
+            f"{folder} holds files of several kinds: {held}; give one kind, such as '{_below(folder, f'*{suffix}')}'"
+        )
     (found,) = by_kind.values()
     refuse_several_splits(str(folder), folder, found)
     if missing := missing_shards(path.name for path in found):
         raise UserError(
             f"{folder} lacks {missing[0]}{' and others' if len(missing) > 1 else ''}: download or copy it again; to "
-            f"read what is there, give '{folder}/*{found[0].suffix}'"
+            f"read what is there, give '{_below(folder, '*' + found[0].suffix)}'"
         )
     plain = {path.name for path in found}
     for path in found:
@@ -81,7 +84,7 @@ def refuse_several_splits(given: str, folder: Path, files: Iterable[Path]) -> No
 
 
 def _below(folder: Path, pattern: str) -> str:
-    return ",".join(str(folder / part) for part in pattern.split(","))
+    return ",".join(f"{glob.escape(str(folder))}/{part}" for part in pattern.split(","))
 
 
 def _saved_files(folder: Path) -> list[Path]:
@@ -130,6 +133,6 @@ def _sources_below(folder: Path) -> list[str]:
             continue
         for kind in (kinds := _by_kind(files)).values():
             patterns = patterns_by_split(path.name for path in kind)
-            whole = str(parent) if len(kinds) == 1 else f"{parent}/*{kind[0].suffix}"
+            whole = str(parent) if len(kinds) == 1 else _below(parent, f"*{kind[0].suffix}")
             sources += [_below(parent, pattern) for pattern in patterns.values()] or [whole]
     return sources

@@ -57,6 +57,9 @@ def head_of(path: Path) -> bytes:
     Raises:
         UserError: the file cannot be read.
     """
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or device, which cannot be read twice: write it to a file first"
+        raise UserError(f"{path} is {kind}")
     try:
         with open(path, "rb") as stream:
             return stream.read(16)

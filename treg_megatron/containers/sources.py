@@ -25,6 +25,8 @@ def split_list(source: str | Path) -> list[str]:
         UserError: an item of the list is empty or does not exist.
     """
     text = str(source)
+    if not text.strip():
+        raise UserError("no pairs are named: the source is empty")
     if _SEPARATOR not in text or _exists(text):
         return [text]
     items = [item.strip() for item in text.split(_SEPARATOR)]

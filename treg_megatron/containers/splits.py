@@ -30,20 +30,21 @@ def patterns_by_split(names: Iterable[str]) -> dict[str, str]:
 
 def missing_shards(names: Iterable[str]) -> list[str]:
     """Names of shards that are absent, by their ``-00000-of-00002``."""
-    shards = [(name, shard) for name in names if (shard := _SHARD.match(name))]
-    missing = []
-    for name, shard in shards:
-        for index in range(int(shard["count"])):
-            digits = str(index).zfill(len(shard["index"]))
-            begin = f"{name[: shard.start('index')]}{digits}-of-{shard['count']}"
-            if not any(other.startswith(begin) for other, _ in shards) and begin not in missing:
-                missing.append(begin)
-    return missing
+    present: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        if shard := _SHARD.match(name):
+            present.setdefault((name[: shard.start("index")], shard["count"]), set()).add(int(shard["index"]))
+    return [
+        f"{begin}{index:0{len(count)}}-of-{count}"
+        for (begin, count), indices in present.items()
+        for index in range(int(count))
+        if index not in indices
+    ]
 
 
 def _split_of(name: str) -> str:
     shard = _SHARD.match(name)
-    stem = shard["name"] if shard else name.split(".jsonl")[0].split(".parquet")[0]
+    stem = shard["name"] if shard else name
     words = _words(stem)
     if not words:
         return ""
@@ -64,9 +65,14 @@ def _pattern(names: list[str], everything: list[str]) -> str:
     if shards[0] and all(shard and shard["name"] == shards[0]["name"] for shard in shards):
         trimmed = begin[: shards[0].end("name") + 1]
     elif len(names) == 1:
-        return glob.escape(names[0])
+        return _literal(names[0])
     for first, last in ((trimmed, suffix), (trimmed, end), (begin, end)):
-        pattern = f"{glob.escape(first)}*{glob.escape(last)}"
+        pattern = f"{_literal(first)}*{_literal(last)}"
         if sorted(fnmatch.filter(everything, pattern)) == sorted(names):
             return pattern
-    return ",".join(names)
+    return ",".join(map(_literal, names))
+
+
+def _literal(text: str) -> str:
+    """A pattern that matches ``text``, without commas, which would make a list of it."""
+    return glob.escape(text).replace(",", "?")
