@@ -188,6 +188,14 @@ def test_a_struct_of_lists_becomes_messages(tmp_path):
     assert rows(write(tmp_path / "p", json.dumps(row))) == [{"chosen": turned, "x": row["x"]}]
 
 
+def test_what_to_do_is_said(tmp_path):
+    assert message(write(tmp_path / "p", "{'a': 1}\n")).endswith(
+        "JSON has double quotes only, and json.dumps writes it"
+    )
+    assert message(write(tmp_path / "p", b'{"a": "\xe9"}\n')).endswith("; save it as UTF-8")
+    assert message(write(tmp_path / "p", gzip.compress(LINES)[:-9])).endswith("; copy or download it again")
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_lines_end_in_any_way(tmp_path, end):
     text = ("\ufeff" + LINES.decode() + "\n" + "\ufeff" + LINES.decode()).replace("\n", end)

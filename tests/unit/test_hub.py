@@ -17,6 +17,8 @@ from treg_megatron.errors import UserError
         ("hub:o/n@v1.0", ("o/n", None, "v1.0", "train")),
         ("hub:o/n@v1.0:test", ("o/n", None, "v1.0", "test")),
         ("hub:o/n@refs/pr/1:test", ("o/n", None, "refs/pr/1", "test")),
+        ("hub:o/n/a-b/c", ("o/n", None, None, "train", "a-b/c")),
+        ("hub:o/n/a@v1.0:test", ("o/n", None, "v1.0", "test", "a")),
         ("hub:o/n:conf:test", ("o/n", "conf", None, "test")),
         ("hub:o/n:conf@v1.0", ("o/n", "conf", "v1.0", "train")),
         ("hub:o-x/n.y_z:en.v1-2 b@v1.0:test", ("o-x/n.y_z", "en.v1-2 b", "v1.0", "test")),
@@ -27,7 +29,7 @@ def test_names(source, expected):
 
 
 @pytest.mark.parametrize(
-    "source", ["hub:", "hub:n", "hub:o/n/m", "hub:o/n:", "hub:o/n:a:b:c", "hub:o/n@", "hub:o/n::b"]
+    "source", ["hub:", "hub:n", "hub:o/n/", "hub:o/n//m", "hub:o/n:", "hub:o/n:a:b:c", "hub:o/n@", "hub:o/n::b"]
 )
 def test_other_forms_are_refused(source):
     with pytest.raises(UserError, match="is not of the form hub:OWNER/NAME or hub:OWNER/NAME@REVISION:SPLIT"):
@@ -65,6 +67,15 @@ def test_configurations_are_read_by_name(two_configurations):
         assert (number, row["prompt"], row["chosen"]) == (1, prompt, [{"role": "assistant", "content": "a"}])
         assert source_identity(source)["file"] == source
     assert [number for number, _ in read_rows("hub:owner/name:de:train,hub:owner/name:en.v1:test")] == [1, 2]
+
+
+def test_one_folder_of_a_repository_is_read(two_configurations):
+    (two_configurations / "README.md").unlink()
+    for name in ("harmless", "helpful"):
+        (two_configurations / name).mkdir()
+        (two_configurations / name / "train.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
+    assert [row["prompt"] for _, row in read_rows("hub:owner/name/harmless")] == ["harmless"]
+    assert [row["prompt"] for _, row in read_rows("hub:owner/name/helpful:train")] == ["helpful"]
 
 
 def test_configurations_are_listed_where_none_is_named(two_configurations):

@@ -36,7 +36,8 @@ def arrow_rows(path: Path, before: int = 0) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} after row {number}: text that is not UTF-8 ({error.reason})") from None
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a duplicate column, a date out of range
-        raise UserError(f"{path} cannot be read after row {number}: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read after row {number}: {reason}; copy or make it again") from None
 
 
 def _parquet(path: Path) -> Iterator[Any]:

@@ -29,6 +29,6 @@ def _text_rows(path: Path, before: int) -> Iterator[tuple[int, Any]]:
         for number, row in (csv_rows if is_csv(path) else json_rows)(path, before):
             yield number, with_messages(row)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text after row {number}: {error.reason}") from None
+        raise UserError(f"{path} is not UTF-8 text after row {number}: {error.reason}; save it as UTF-8") from None
     except DAMAGED as error:
-        raise UserError(f"{path} cannot be read after row {number}: {error}") from None
+        raise UserError(f"{path} cannot be read after row {number}: {error}; copy or download it again") from None

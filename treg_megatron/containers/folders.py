@@ -34,7 +34,9 @@ def folder_files(folder: Path) -> list[Path]:
         UserError: the folder holds several splits, several kinds of files, a part of its shards, or no data.
     """
     if (folder / "dataset_dict.json").is_file():
-        splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        splits = sorted(
+            (path.name for path in folder.iterdir() if path.is_dir()), key=lambda name: (name != "train", name)
+        )
         raise UserError(
             f"{folder} holds the splits {', '.join(splits)}: name one of them, such as {folder / splits[0]}"
             if splits

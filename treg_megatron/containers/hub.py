@@ -5,6 +5,7 @@ hub:OWNER/NAME:SPLIT
 hub:OWNER/NAME@REVISION:SPLIT
 hub:OWNER/NAME:CONFIG:SPLIT
 hub:OWNER/NAME:CONFIG@REVISION:SPLIT
+hub:OWNER/NAME/FOLDER                   one folder of the repository; what follows is as above
 """
 
 import re
@@ -16,6 +17,7 @@ from treg_megatron.errors import UserError
 
 _FORM = re.compile(
     r"hub:(?P<name>[\w.-]+/[\w.-]+)"
+    r"(/(?P<folder>[\w.-]+(/[\w.-]+)*))?"
     r"(:(?P<config>[^:@]+)(?=[:@]))?"
     r"(@(?P<revision>[^:]+))?"
     r"(:(?P<split>[\w.-]+))?"
@@ -30,6 +32,7 @@ class HubName(NamedTuple):
     config: str | None
     revision: str | None
     split: str
+    folder: str | None = None
 
 
 def parse_hub_name(source: str) -> HubName:
@@ -44,7 +47,7 @@ def parse_hub_name(source: str) -> HubName:
             f"{source} is not of the form hub:OWNER/NAME or hub:OWNER/NAME@REVISION:SPLIT or "
             "hub:OWNER/NAME:CONFIG@REVISION:SPLIT"
         )
-    return HubName(match["name"], match["config"], match["revision"], match["split"] or "train")
+    return HubName(match["name"], match["config"], match["revision"], match["split"] or "train", match["folder"])
 
 
 def load_from_hub(source: str) -> Any:
@@ -59,8 +62,9 @@ def load_from_hub(source: str) -> Any:
     except ImportError:
         raise UserError(f"{source} needs the package `datasets`: pip install 'datasets<5'") from None
     config = () if asked.config is None else (asked.config,)
+    folder = {} if asked.folder is None else {"data_dir": asked.folder}
     try:
-        return datasets.load_dataset(asked.name, *config, revision=asked.revision, split=asked.split)
+        return datasets.load_dataset(asked.name, *config, revision=asked.revision, split=asked.split, **folder)
     except Exception as error:
         names = _CONFIGS.search(str(error))
         if names and asked.config is None:

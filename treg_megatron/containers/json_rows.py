@@ -55,11 +55,12 @@ def _lines(stream: BinaryIO, path: Path, before: int) -> Iterator[tuple[int, Any
             try:
                 yield before + local, json.loads(text.strip("\ufeff") if text[0] == "\ufeff" else text)
             except (ValueError, RecursionError) as error:
-                raise _does_not_parse(path, local, before, error) from None
+                raise _does_not_parse(path, local, before, error, text) from None
 
 
-def _does_not_parse(path: Path, local: int, before: int, error: Exception) -> UserError:
-    return UserError(f"{path} {row_name(local, before)} does not parse as JSON: {error}")
+def _does_not_parse(path: Path, local: int, before: int, error: Exception, text: str = "") -> UserError:
+    hint = "; JSON has double quotes only, and json.dumps writes it" if text.startswith("{'") else ""
+    return UserError(f"{path} {row_name(local, before)} does not parse as JSON: {error}{hint}")
 
 
 def _array(path: Path, before: int, key: str | None = None) -> Iterator[tuple[int, Any]]:
