@@ -66,6 +66,12 @@ def test_folders_and_patterns_of_shards_are_read_in_natural_order(tmp_path, suff
     assert [number for number, _ in read_rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_digits_that_are_no_numbers_are_sorted_as_text(tmp_path):
+    for n in (10, 2):
+        (tmp_path / f"1²{n}.jsonl").write_bytes(lines(n))
+    assert numbers(tmp_path) == [2, 10]
+
+
 def test_a_bad_row_of_a_shard_is_named_in_the_folder_and_in_its_file(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(1, 2))
     (tmp_path / "b.jsonl").write_bytes(lines(3) + b"{\n")

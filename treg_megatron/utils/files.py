@@ -61,7 +61,7 @@ def sha256_of_json(value: Any) -> str:
 
 def natural_order(path: Path) -> list[tuple[int, int | str]]:
     """Sort key for natural order: part-2 before part-10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"([0-9]+)", path.name)]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"([0-9]+)", path.name)]
 
 
 @contextlib.contextmanager
