@@ -5,9 +5,10 @@ import pytest
 from tests.engine.test_layers import ENGINE
 from tests.support.engine_ranks import adapted
 from tests.support.forked import run_ranks
-from treg_megatron.models.lora import ATTENTION, MLP
 
-TARGETS = {"Mixtral": list(ATTENTION), "Gemma2": ["linear_qkv", "linear_fc1"]}
+ATTENTION, MLP = ["linear_qkv", "linear_proj"], ["linear_fc1", "linear_fc2"]
+
+TARGETS = {"Mixtral": ATTENTION, "Gemma2": ["linear_qkv", "linear_fc1"]}
 
 
 def check(family, checkpoints, tensor, precision, classes):

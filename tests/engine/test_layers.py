@@ -10,6 +10,7 @@ from tests.support.engine_ranks import Described, load_and_describe
 from tests.support.forked import run_ranks
 from tests.support.tiny_families import SPECIAL
 from treg_megatron.checkpoint.layout import MODEL_PREFIX
+from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.models.families import (
     checkpoint_key,
     family_of,
@@ -19,6 +20,7 @@ from treg_megatron.models.families import (
     stacked_indices,
     stacked_shape,
 )
+from treg_megatron.utils.substitute import substituted
 
 #: Gemma 2 takes plain PyTorch layers everywhere
 ENGINE = tuple(family for family in SPECIAL if family != "Gemma2")
@@ -96,6 +98,27 @@ def test_gradients_are_reduced_alike(family, split, checkpoints):
     for engine, plain in split[family]:
         assert {to_plain[name]: marks for name, marks in engine.marks.items()} == plain.marks
         assert all(marks["sequence_parallel"] for name, marks in plain.marks.items() if "norm" in name)
+
+
+@pytest.mark.parametrize("family", ENGINE)
+def test_windows_are_those_of_the_model(family, alone):
+    """transformers counts the token itself; Qwen 2's window begins in the layer that config.json names."""
+    every, sliding = (-1, 0), (SPECIAL["Mistral"]["sliding_window"] - 1, 0)
+    expected = {"Mistral": [sliding] * 4, "Qwen2": [every] * 3 + [sliding]}.get(family, [every] * 4)
+    assert alone[family][0].windows == expected
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("family", SPECIAL)
+def test_rotary_embedding_waits_for_no_gpu(family, precision, checkpoints):
+    """Megatron's own reads the lengths of a packed row in every layer; the plain layers have another."""
+    from treg_megatron.models import build
+
+    recipe = load_recipe(overrides=[f"train.precision={precision}"])
+    config = config_of(checkpoints[family].parent / "hf")
+    with substituted(build, "is_cpu", lambda: False):
+        found = build.policy_config(config, section(recipe, "parallel"), section(recipe, "train"))
+    assert found.apply_rope_fusion == (not found.torch_layers) == (family in ENGINE and precision == "bf16")
 
 
 @pytest.mark.parametrize("family", SPECIAL)

@@ -20,6 +20,7 @@ class Described(NamedTuple):
     extra_states: set[str]  # keys
     count: tuple[int, int]  # preflight's
     classes: set[str]  # of all modules
+    windows: list[tuple[int, int] | None]  # of each layer's attention, if it is Transformer Engine's
 
 
 @contextlib.contextmanager
@@ -88,6 +89,7 @@ def described(policy) -> Described:
         {e.key for e in entries_of(policy.module) if e.key.endswith("_extra_state")},
         parameters_of_the_model([policy]),
         {f"{type(m).__module__}.{type(m).__qualname__}" for m in policy.module.modules()},
+        [getattr(m.self_attention.core_attention, "window_size", None) for m in policy.module.decoder.layers],
     )
 
 

@@ -79,14 +79,17 @@ def policy_config(
         }
     balancing = {"moe_aux_loss_coeff": router_aux_loss} if fields.get("num_moe_experts") else {}
     torch_layers = takes_torch_layers(family.post_layer_norms, train.precision)
-    without_engine = {"apply_rope_fusion": False, "persist_layer_norm": False} if torch_layers else {}
+    if torch_layers:
+        of_layers = {"apply_rope_fusion": False, "persist_layer_norm": False}
+    else:
+        of_layers = {"apply_rope_fusion": True}  # Megatron's own reads a row's lengths from the GPU, twice a layer
     recompute = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[train.recompute]
     return policies.policy_config_class(*family.nemo_classes(hf_config))(
-        **fields | without_engine | (CPU_FIELDS if is_cpu() else {}) | recompute | schedule | balancing,
+        **fields | of_layers | (CPU_FIELDS if is_cpu() else {}) | recompute | schedule | balancing,
         kernels=kernels,
         torch_layers=torch_layers,
         post_layer_norms=family.post_layer_norms,
