@@ -317,10 +317,11 @@ def _described(node: DictConfig, name: str, full_name: str, sources: dict[str, s
     origin = sources.get(full_name, "no value yet")
     try:
         value = OmegaConf.to_container(node[name]) if OmegaConf.is_config(node[name]) else node[name]
+        resolved = True
     except OmegaConfBaseException:
-        value = written
+        value, resolved = written, False
     if isinstance(written, str) and "${" in written:
-        if isinstance(value, str) and "${" in value:
+        if resolved and isinstance(value, str) and "${" in value:
             value = _escape(value)
         else:
             origin = f"{written} in {origin}"
