@@ -1,6 +1,5 @@
 """Fields that many formats share: prompts, answers, scores, choices among several answers."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,7 +94,7 @@ def best_and_worst(values: Sequence[Any], name: str, lowest_is_best: bool = Fals
     if len(values) < 2:
         raise ValueError(f"{name} must be at least two")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
             raise ValueError(f"{name} must hold numbers, got {value!r}")
     low, high = values.index(min(values)), values.index(max(values))
     if values[low] == values[high]:

@@ -1,6 +1,6 @@
 """The Orca DPO pairs: a question with a system column; and Argilla's edition, which calls the question input."""
 
-from treg_megatron.formats.fields import SIDES, answer, prompt, scores
+from treg_megatron.formats.fields import SIDES, answer, prompt, required, scores
 from treg_megatron.formats.pair_format import Answered, NoPreference, PairFormat
 
 
@@ -8,7 +8,7 @@ def _reader(name: str):
     def read(row: dict) -> Answered:
         if row.get("status") == "tie":
             raise NoPreference
-        messages = prompt(row[name], name)
+        messages = prompt(required(row, name), name)
         return Answered(messages, *(answer(row, side, messages) for side in SIDES), *scores(row))
 
     return read
