@@ -36,6 +36,22 @@ R1 = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
 )
 R1_WITHOUT_OPENING = R1.replace("<think>\\n", "")
+# Thoughts are dropped, and nothing is opened or closed after a tool's result.
+_AFTER_TOOLS = (
+    "{% set ns = namespace(tool=false) %}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{% if not ns.tool %}{{ '<|im_start|>assistant\\nHISTORY' }}{% endif %}"
+    "{{ m['content'].split('</think>')[-1] + '<|im_end|>\\n' }}{% set ns.tool = false %}"
+    "{% else %}{% set ns.tool = m['role'] == 'tool' %}" + TURN + "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt and not ns.tool %}{{ '<|im_start|>assistant\\nPROMPT' }}{% endif %}"
+)
+CLOSED = _AFTER_TOOLS.replace("HISTORY", "</think>").replace("PROMPT", "</think>")  # as in DeepSeek-V3.1
+OPENED = _AFTER_TOOLS.replace("HISTORY", "").replace("PROMPT", "<think>\\n")
+# A line break before an empty block and before thoughts, as in GLM-4.5.
+HEADED = R1.replace("assistant\\n<think>\\n' }}{% endif", "assistant' }}{% endif").replace(
+    "{{ '<|im_start|>assistant\\n' + m['content'].split('</think>')[-1]",
+    "{{ '<|im_start|>assistant\\n<think>' + (m['content'].split('</think>')[0].split('<think>')[-1].strip() "
+    "if '</think>' in m['content'] else '') + '</think>\\n' + m['content'].split('</think>')[-1].strip()",
+)
 TEMPLATES = {"qwen3": QWEN3, "qwen3_thinking": QWEN3_THINKING, "r1": R1, "r1_old": R1_WITHOUT_OPENING}
 
 PLAIN = "42"
@@ -149,3 +165,27 @@ def test_special_tokens_spelled_out_within_thoughts_are_text(thinking, name):
     _, (ids, _) = tokenizer.encode_pair(QUESTION, (answer, PLAIN))
     assert tokenizer.decode(ids) == answer + "<|im_end|>"
     assert sum(i in tokenizer._special_ids for i in ids) == 1
+
+
+def test_thoughts_that_the_prompt_has_closed(chatml, tmp_path):
+    """With thoughts, the prompt ends before the place where the template closes them."""
+    tokenizer = ChatTokenizer(chatml._tokenizer, tmp_path, CLOSED)
+    assert texts(tokenizer, "42", "48") == (PROMPT + "</think>", ["42<|im_end|>", "48<|im_end|>"])
+    assert texts(tokenizer, WHOLE, OTHER) == (PROMPT, [WHOLE + "<|im_end|>", OTHER + "<|im_end|>"])
+    assert texts(tokenizer, "42", OTHER) == (PROMPT, ["</think>42<|im_end|>", OTHER + "<|im_end|>"])
+    assert tokenizer.decode(tokenizer.encode_prompt(QUESTION)) == PROMPT + "</think>"
+
+
+@pytest.mark.parametrize("template", [CLOSED, OPENED])
+def test_after_a_tools_result_nothing_is_opened_or_closed(chatml, tmp_path, template):
+    tokenizer = ChatTokenizer(chatml._tokenizer, tmp_path, template)
+    messages = (*QUESTION, Message("assistant", "calling"), Message("tool", "42"))
+    prompt, responses = texts(tokenizer, "It is 42.", "No.", messages=messages)
+    assert prompt.endswith("<|im_start|>tool\n42<|im_end|>\n") and responses == ["It is 42.<|im_end|>", "No.<|im_end|>"]
+
+
+def test_what_stands_before_thoughts_and_block_alike_ends_the_prompt(chatml, tmp_path):
+    tokenizer = ChatTokenizer(chatml._tokenizer, tmp_path, HEADED)
+    assert texts(tokenizer, "42", "48") == (PROMPT + "<think></think>\n", ["42<|im_end|>", "48<|im_end|>"])
+    assert texts(tokenizer, OTHER, WHOLE) == (PROMPT, [OTHER + "<|im_end|>", WHOLE + "<|im_end|>"])
+    assert texts(tokenizer, OTHER, "42") == (PROMPT, [OTHER + "<|im_end|>", "<think></think>\n42<|im_end|>"])

@@ -100,9 +100,8 @@ class ChatTokenizer:
         """
         disguise = self._disguise(messages, tools)
         prompt = self._rendered_prompt(messages, tools, disguise)
-        base = self._boundary.base(prompt)
-        text = base + self._lead(answers, prompt)
-        return self._encode_rendered(text, disguise)
+        boundary = self._boundary.at(prompt)
+        return self._encode_rendered(boundary.base(prompt) + boundary.lead(answers), disguise)
 
     def _encode_rendered(self, text: str, disguise: Mapping[str, str]) -> list[int]:
         """Ids of text that the template rendered from disguised contents."""
@@ -271,21 +270,22 @@ class ChatTokenizer:
         text = self._tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Sampled(text, ids, finished)
 
-    def _lead(self, answers: Sequence[str], prompt: str) -> str:
-        """The text between the prompt's base and the responses; a prompt after a tool's result may open no thoughts."""
-        lead = self._boundary.lead(answers)
-        return "" if lead == self._boundary.opening and not prompt.endswith(lead) else lead
-
     def _split_response(
         self, messages: Sequence[Message], response: str, tools: str, answers: Sequence[str]
     ) -> _Response:
         disguise = self._disguise(messages, tools, response)
         prompt = self._rendered_prompt(messages, tools, disguise)
-        base, lead = self._boundary.base(prompt), self._lead(answers, prompt)
+        boundary = self._boundary.at(prompt)
+        base, lead = boundary.base(prompt), boundary.lead(answers)
         rest = self._rest(messages, response, tools, disguise, base)
-        found = self._as_rendered(response, rest, disguise)
-        if found is None:
-            found = self._with_thoughts(messages, response, tools, disguise, base, rest)
+        found = self._as_rendered(response, rest, disguise, boundary.block)
+        if found is None and boundary.brings_thoughts(response):
+            before, _ = boundary.parts(response)
+            end = rest.removeprefix(before + replaced(response, disguise))
+            if end == rest:  # dropped or rewritten; what ends the turn is seen behind another answer
+                word = PROBES[0][1]
+                end = self._rest(messages, word, tools, disguise, base).partition(word)[2]
+            found = self._with_thoughts(before, response, end)
         if found is None:
             raise UserError(f"the chat template of {self.folder} rewrites the response {_shortened(response)!r}")
         whole = found.by_template + found.words
@@ -310,11 +310,11 @@ class ChatTokenizer:
             )
         return whole[len(base) :]
 
-    def _as_rendered(self, response: str, rest: str, disguise: Mapping[str, str]) -> _Response | None:
+    def _as_rendered(self, response: str, rest: str, disguise: Mapping[str, str], block: str) -> _Response | None:
         """The response behind the block, stripped as the template strips it; None if it is not there."""
-        if not rest.startswith(self._boundary.block):
+        if not rest.startswith(block):
             return None
-        rest = rest[len(self._boundary.block) :]
+        rest = rest[len(block) :]
         for words in (response, response.rstrip(), response.lstrip(), response.strip()):
             space = " " * (_leading_spaces(rest) - _leading_spaces(words))
             rendered = space + replaced(words, disguise)
@@ -322,31 +322,17 @@ class ChatTokenizer:
                 end_of_turn = self._first_special(rest[len(rendered) :])
                 cut = len(response) - len(response.lstrip()) if len(words) < len(response.rstrip()) else 0
                 if self._puts_space_first:
-                    return _Response(self._boundary.block, words, cut, end_of_turn)
-                return _Response(self._boundary.block, space + words, cut - len(space), end_of_turn)
+                    return _Response(block, words, cut, end_of_turn)
+                return _Response(block, space + words, cut - len(space), end_of_turn)
         return None
 
-    def _with_thoughts(
-        self,
-        messages: Sequence[Message],
-        response: str,
-        tools: str,
-        disguise: Mapping[str, str],
-        base: str,
-        rest: str,
-    ) -> _Response | None:
-        """The response with its thoughts as it stands; None if it has none."""
-        if not self._boundary.brings_thoughts(response):
-            return None
+    def _with_thoughts(self, before: str, response: str, end: str) -> _Response:
+        """The response with its thoughts as it stands."""
         if special := self._special.ids.keys() & {BEGIN, END}:
             raise UserError(
                 f"{min(special)} is a special token of {self.folder}, which the text of a response cannot hold"
             )
-        before, words = self._boundary.parts(response)
-        end = rest.removeprefix(before + replaced(words, disguise))
-        if end == rest:  # dropped or rewritten; what ends the turn is seen behind another answer
-            end = self._rest(messages, PROBES[0][1], tools, disguise, base).partition(PROBES[0][1])[2]
-        return _Response(before, words, 0, self._first_special(end))
+        return _Response(before, response, 0, self._first_special(end))
 
     def _rendered_prompt(self, messages: Sequence[Message], tools: str, disguise: Mapping[str, str]) -> str:
         key = (tuple(messages), tools, tuple(disguise.items()))

@@ -4,7 +4,8 @@ Three texts may stand between the part of a prompt that no answer changes, the b
 
     nothing                                         most templates
     the opening, ``<think>\\n``                      the generation prompt ends in it (DeepSeek-R1)
-    the block, ``<think>\\n\\n</think>\\n\\n``           the template adds it to an answer without thoughts (Qwen 3)
+    the block, ``<think>\\n\\n</think>\\n\\n``           the template adds it to an answer without thoughts (Qwen 3), or
+                                                  its generation prompt already ends in it (DeepSeek-V3.1)
 
 A model that thinks generates its thoughts itself, so whatever precedes an answer's text must be what its model would
 have read or written there:
@@ -19,14 +20,14 @@ share their prompt; what is left of it belongs to the responses.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.tokenizer.template import PROBES, ChatTemplate
 
 BEGIN, END = "<think>", "</think>"
-_OPENING = re.compile(re.escape(BEGIN) + r"\s*\Z")
+_TAIL = re.compile(rf"(?:{BEGIN}\s*(?:{END}\s*)?|{END}\s*)\Z")
 
 
 def without_thoughts(text: str) -> str:
@@ -39,41 +40,57 @@ class Boundary:
     """What a template puts around a response. Made by :func:`probe_boundary`.
 
     Attributes:
-        opening: the end of the generation prompt that opens an answer's thoughts; usually empty.
-        block: the text before an answer without thoughts; usually empty.
+        tail: the end of the generation prompt that opens or closes an answer's thoughts; usually empty.
+        block: the text between base and answer, the former being the prompt without its tail; usually empty.
+        head: the part of the block that stands before an answer with thoughts, too.
         usual: what ends the prompt of an unknown answer: the block where the template renders it after its generation
             prompt, otherwise the opening.
         stacks: whether the template puts the block before an answer with thoughts, too.
         end: the text after an answer.
     """
 
-    opening: str
+    tail: str
     block: str
+    head: str
     usual: str
     stacks: bool
     end: str
+
+    @property
+    def opening(self) -> str:
+        """The tail if it opens thoughts."""
+        return "" if END in self.tail else self.tail
+
+    def at(self, prompt: str) -> "Boundary":
+        """The boundary of a prompt that may lack the tail, such as one after a tool's result."""
+        if prompt.endswith(self.tail):
+            return self
+        block, usual = self.block.removeprefix(self.tail), self.usual.removeprefix(self.tail)
+        return replace(self, tail="", block=block, usual=usual)
 
     def lead(self, answers: Sequence[str]) -> str:
         """The text between the base and the responses that ends the prompt common to ``answers``."""
         if not answers:
             return self.usual
         whole = ["".join(self.parts(answer)) for answer in answers]
-        candidates = sorted((self.block, self.opening), key=len, reverse=True)
+        candidates = sorted((self.block, self.opening, self.head), key=len, reverse=True)
         return next((lead for lead in candidates if all(text.startswith(lead) for text in whole)), "")
 
     def parts(self, answer: str) -> tuple[str, str]:
         """The template's text before an answer, counted from the base, and the answer."""
         if not self.brings_thoughts(answer):
             return self.block, answer
-        return ("" if answer.lstrip().startswith(BEGIN) else self.opening), answer
+        if answer.lstrip().startswith(BEGIN):
+            return ("" if answer.startswith(self.head) else self.head), answer
+        return self.opening, answer
 
     def brings_thoughts(self, answer: str) -> bool:
         """Whether an answer holds thoughts for which the template makes room."""
         return END in answer and not self.stacks
 
     def base(self, prompt: str) -> str:
-        """``prompt``, which ends in the generation prompt, without the opening."""
-        return prompt.removesuffix(self.opening)
+        """``prompt``, which ends in the generation prompt, without the tail."""
+        return prompt.removesuffix(self.tail)
 
 
 def probe_boundary(template: ChatTemplate) -> Boundary:
@@ -93,21 +110,25 @@ def probe_boundary(template: ChatTemplate) -> Boundary:
 def _probed(template: ChatTemplate, question: str, answer: str, thought: str) -> Boundary | None:
     asked = [Message("user", question)]
     prompt = template.render(asked, True)
-    found = _OPENING.search(prompt)
-    opening = found[0] if found else ""
-    base = prompt.removesuffix(opening)
+    found = _TAIL.search(prompt)
+    tail = found[0] if found else ""
+    base = prompt.removesuffix(tail)
     whole = template.render([*asked, Message("assistant", answer)], False)
     block, found_answer, end = whole.removeprefix(base).partition(answer)
     if not whole.startswith(base) or not found_answer:
         return None
     block = block if block.strip(" ") else ""
-    usual = block if (base + block).startswith(prompt) else opening
-    stacks = bool(block) and _stacks(template, asked, base + block, f"{BEGIN}\n{thought}\n{END}\n\n{answer}")
-    return Boundary(opening, block, usual, stacks, end)
+    usual = block if (base + block).startswith(prompt) else tail
+    thinking = f"{BEGIN}\n{thought}\n{END}\n\n{answer}"
+    stacks = bool(block) and _renders(template, asked, thinking, base + block + thinking)
+    head = block.partition(BEGIN)[0] if BEGIN in block else ""
+    head = head if head and _renders(template, asked, thinking, base + head + BEGIN) else ""
+    return Boundary(tail, block, head, usual, stacks, end)
 
 
-def _stacks(template: ChatTemplate, asked: list[Message], before: str, answer: str) -> bool:
+def _renders(template: ChatTemplate, asked: list[Message], answer: str, begin: str) -> bool:
+    """Whether the conversation with its answer begins with a text."""
     try:
-        return template.render([*asked, Message("assistant", answer)], False).startswith(before + answer)
+        return template.render([*asked, Message("assistant", answer)], False).startswith(begin)
     except UserError:
         return False
