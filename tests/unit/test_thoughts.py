@@ -45,6 +45,7 @@ _AFTER_TOOLS = (
     "{% if add_generation_prompt and not ns.tool %}{{ '<|im_start|>assistant\\nPROMPT' }}{% endif %}"
 )
 CLOSED = _AFTER_TOOLS.replace("HISTORY", "</think>").replace("PROMPT", "</think>")  # as in DeepSeek-V3.1
+CLOSED_BY_PROMPT = _AFTER_TOOLS.replace("HISTORY", "").replace("PROMPT", "<think></think>")
 OPENED = _AFTER_TOOLS.replace("HISTORY", "").replace("PROMPT", "<think>\\n")
 # A line break before an empty block and before thoughts, as in GLM-4.5.
 HEADED = R1.replace("assistant\\n<think>\\n' }}{% endif", "assistant' }}{% endif").replace(
@@ -176,7 +177,14 @@ def test_thoughts_that_the_prompt_has_closed(chatml, tmp_path):
     assert tokenizer.decode(tokenizer.encode_prompt(QUESTION)) == PROMPT + "</think>"
 
 
-@pytest.mark.parametrize("template", [CLOSED, OPENED])
+def test_thoughts_that_only_the_prompt_has_closed(chatml, tmp_path):
+    """The model has read the tag before an answer, though no earlier answer shows it."""
+    tokenizer = ChatTokenizer(chatml._tokenizer, tmp_path, CLOSED_BY_PROMPT)
+    assert texts(tokenizer, "42", "48") == (PROMPT + "<think></think>", ["42<|im_end|>", "48<|im_end|>"])
+    assert texts(tokenizer, "42", OTHER) == (PROMPT, ["<think></think>42<|im_end|>", OTHER + "<|im_end|>"])
+
+
+@pytest.mark.parametrize("template", [CLOSED, CLOSED_BY_PROMPT, OPENED])
 def test_after_a_tools_result_nothing_is_opened_or_closed(chatml, tmp_path, template):
     tokenizer = ChatTokenizer(chatml._tokenizer, tmp_path, template)
     messages = (*QUESTION, Message("assistant", "calling"), Message("tool", "42"))

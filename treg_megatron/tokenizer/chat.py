@@ -24,7 +24,7 @@ from treg_megatron.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from treg_megatron.tokenizer.special_tokens import SpecialTokens, replaced, texts_in
 from treg_megatron.tokenizer.template import PROBES, ChatTemplate, tools_from
 from treg_megatron.tokenizer.template_files import chosen_template
-from treg_megatron.tokenizer.thoughts import BEGIN, END, probe_boundary
+from treg_megatron.tokenizer.thoughts import BEGIN, END, Boundary, probe_boundary
 from treg_megatron.utils.files import read_json
 from treg_megatron.utils.imports import heavy_imports
 
@@ -278,7 +278,7 @@ class ChatTokenizer:
         boundary = self._boundary.at(prompt)
         base, lead = boundary.base(prompt), boundary.lead(answers)
         rest = self._rest(messages, response, tools, disguise, base)
-        found = self._as_rendered(response, rest, disguise, boundary.block)
+        found = self._as_rendered(response, rest, disguise, boundary)
         if found is None and boundary.brings_thoughts(response):
             before, _ = boundary.parts(response)
             end = rest.removeprefix(before + replaced(response, disguise))
@@ -310,11 +310,11 @@ class ChatTokenizer:
             )
         return whole[len(base) :]
 
-    def _as_rendered(self, response: str, rest: str, disguise: Mapping[str, str], block: str) -> _Response | None:
+    def _as_rendered(self, response: str, rest: str, disguise: Mapping[str, str], at: Boundary) -> _Response | None:
         """The response behind the block, stripped as the template strips it; None if it is not there."""
-        if not rest.startswith(block):
+        if not rest.startswith(at.block):
             return None
-        rest = rest[len(block) :]
+        rest = rest[len(at.block) :]
         for words in (response, response.rstrip(), response.lstrip(), response.strip()):
             space = " " * (_leading_spaces(rest) - _leading_spaces(words))
             rendered = space + replaced(words, disguise)
@@ -322,8 +322,8 @@ class ChatTokenizer:
                 end_of_turn = self._first_special(rest[len(rendered) :])
                 cut = len(response) - len(response.lstrip()) if len(words) < len(response.rstrip()) else 0
                 if self._puts_space_first:
-                    return _Response(block, words, cut, end_of_turn)
-                return _Response(block, space + words, cut - len(space), end_of_turn)
+                    return _Response(at.plain, words, cut, end_of_turn)
+                return _Response(at.plain, space + words, cut - len(space), end_of_turn)
         return None
 
     def _with_thoughts(self, before: str, response: str, end: str) -> _Response:

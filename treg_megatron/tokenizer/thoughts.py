@@ -42,6 +42,8 @@ class Boundary:
     Attributes:
         tail: the end of the generation prompt that opens or closes an answer's thoughts; usually empty.
         block: the text between base and answer, the former being the prompt without its tail; usually empty.
+        plain: what a model has read before it writes an answer without thoughts: the block, or else a tail that closes
+            thoughts.
         head: the part of the block that stands before an answer with thoughts, too.
         usual: what ends the prompt of an unknown answer: the block where the template renders it after its generation
             prompt, otherwise the opening.
@@ -51,6 +53,7 @@ class Boundary:
 
     tail: str
     block: str
+    plain: str
     head: str
     usual: str
     stacks: bool
@@ -65,21 +68,21 @@ class Boundary:
         """The boundary of a prompt that may lack the tail, such as one after a tool's result."""
         if prompt.endswith(self.tail):
             return self
-        block, usual = self.block.removeprefix(self.tail), self.usual.removeprefix(self.tail)
-        return replace(self, tail="", block=block, usual=usual)
+        block, plain, usual = (text.removeprefix(self.tail) for text in (self.block, self.plain, self.usual))
+        return replace(self, tail="", block=block, plain=plain, usual=usual)
 
     def lead(self, answers: Sequence[str]) -> str:
         """The text between the base and the responses that ends the prompt common to ``answers``."""
         if not answers:
             return self.usual
         whole = ["".join(self.parts(answer)) for answer in answers]
-        candidates = sorted((self.block, self.opening, self.head), key=len, reverse=True)
+        candidates = sorted((self.plain, self.opening, self.head), key=len, reverse=True)
         return next((lead for lead in candidates if all(text.startswith(lead) for text in whole)), "")
 
     def parts(self, answer: str) -> tuple[str, str]:
         """The template's text before an answer, counted from the base, and the answer."""
         if not self.brings_thoughts(answer):
-            return self.block, answer
+            return self.plain, answer
         if answer.lstrip().startswith(BEGIN):
             return ("" if answer.startswith(self.head) else self.head), answer
         return self.opening, answer
@@ -123,7 +126,8 @@ def _probed(template: ChatTemplate, question: str, answer: str, thought: str) ->
     stacks = bool(block) and _renders(template, asked, thinking, base + block + thinking)
     head = block.partition(BEGIN)[0] if BEGIN in block else ""
     head = head if head and _renders(template, asked, thinking, base + head + BEGIN) else ""
-    return Boundary(tail, block, head, usual, stacks, end)
+    plain = block or (tail if END in tail else "")
+    return Boundary(tail, block, plain, head, usual, stacks, end)
 
 
 def _renders(template: ChatTemplate, asked: list[Message], answer: str, begin: str) -> bool:
