@@ -42,7 +42,6 @@ CHECKS="${CHECKS-recipe nodes}"
 LOG_NAME="$SLURM_SUBMIT_DIR/$SLURM_JOB_NAME-$SLURM_JOB_ID"
 export PYTHONPATH="$TREG${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"   # since Slurm 22.05 srun does not take it from the job
-export CUDA_DEVICE_MAX_CONNECTIONS=1                    # Megatron's tensor parallelism overlaps by it
 unset SLURM_EXPORT_ENV                                  # of sbatch --export=NONE; srun would drop all of this
 
 # how long before the time limit the scripts' --signal comes, for preflight and training to compare a save with

@@ -15,7 +15,6 @@ import atexit
 import dataclasses
 import logging
 import multiprocessing
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from treg_megatron.checkpoint.layout import CHECKPOINTS, CheckpointMetadata, rea
 from treg_megatron.cli.arguments import add_recipe_arguments, command_parser, parse_recipe
 from treg_megatron.config.recipe import section
 from treg_megatron.config.schema import DataSection, OptimizerSection, ParallelSection, TrainSection
+from treg_megatron.distributed.connections import set_connections
 from treg_megatron.distributed.launch import (
     RankInfo,
     destroy_process_group,
@@ -195,10 +195,7 @@ def set_up_stack(plan: Plan) -> None:
     """
     import torch
 
-    if plan.parallel.tensor > 1 or plan.parallel.context > 1:
-        # the order in which kernels start is then that of their calls, by which Megatron overlaps communication; CUDA
-        # reads it when a device is first used
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    set_connections(plan.parallel)
     require_device(section(plan.recipe, "cluster").device)
     if not torch.cuda.is_available():
         from treg_megatron.distributed.cpu_redirect import use_cpu

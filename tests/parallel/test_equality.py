@@ -34,6 +34,11 @@ LAYOUTS = {
     "TP2+SP": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "DP2": (2, []),
     "DP2 bins": (2, BINS),
+    "DP2 overlap": (2, ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]),
+    "DP2xPP2+VPP2 overlap": (
+        4,
+        [*BINS, "parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.overlap_grad_reduce=true"],
+    ),
     "CP2": (2, ["parallel.context=2"]),
     "CP2xTP2+SP bins": (4, [*BINS, "parallel.context=2", "parallel.tensor=2", "parallel.sequence=true"]),
     "TP2+SP recompute": (2, ["parallel.tensor=2", "parallel.sequence=true", "train.recompute=full"]),

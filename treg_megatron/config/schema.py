@@ -187,6 +187,13 @@ class ParallelSection:
     expert: int = key("expert-parallel size of a mixture-of-experts model")
     virtual_pipeline: int | None = key("interleaved schedule: model chunks per pipeline stage; null: no interleaving")
     context: int = key("context-parallel size: ranks that each sequence is split over; layouts packed and bins")
+    overlap_grad_reduce: bool | None = key(
+        "whether gradients are reduced over the data-parallel ranks while the backward pass still runs; null: on GPUs"
+    )
+    overlap_param_gather: bool | None = key(
+        "whether updated weights are gathered from the data-parallel ranks while the next forward pass runs; only "
+        "together with overlap_grad_reduce, and null: whenever that is on"
+    )
 
 
 @dataclass

@@ -35,7 +35,33 @@ def require_layout(fields: dict[str, Any], parallel: ParallelSection, data: Data
     require_batch(data)
     data_parallel_size(parallel, ranks)
     require_divisible(fields, parallel, data, ranks)
+    require_overlap(parallel)
     require_experts_divide(fields, parallel, ranks)
+
+
+def data_overlap(parallel: ParallelSection, on_gpu: bool) -> tuple[bool, bool]:
+    """Whether gradients are reduced during the backward pass, and weights gathered during the forward pass.
+
+    Args:
+        on_gpu: what null in ``parallel.overlap_grad_reduce`` stands for.
+    """
+    reduce, gather = parallel.overlap_grad_reduce, parallel.overlap_param_gather
+    if reduce is None:
+        reduce = on_gpu or bool(gather)
+    return reduce, reduce if gather is None else gather
+
+
+def require_overlap(parallel: ParallelSection) -> None:
+    """Check that the overlaps can be combined.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if parallel.overlap_param_gather and parallel.overlap_grad_reduce is False:
+        raise UserError(
+            "parallel.overlap_param_gather gathers weights in the buckets that parallel.overlap_grad_reduce makes: set "
+            "both to true, or neither"
+        )
 
 
 def can_share_prompts(fields: dict[str, Any], parallel: ParallelSection, data: DataSection) -> bool:

@@ -76,6 +76,10 @@ class ResponseGPTModel(MegatronGPTModel):
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden_states)
         tied = self.share_embeddings_and_output_weights
+        # the head takes the output layer's weight and never calls the layer: what must happen before that, such as
+        # waiting until the weight is gathered from the data-parallel ranks, must still happen
+        for before in self.output_layer._forward_pre_hooks.values():
+            before(self.output_layer, (hidden,))
         with (self.config.kernels.linear or contextlib.nullcontext)():
             return response_logps(
                 hidden.flatten(0, 1).index_select(0, labels.rows),

@@ -72,7 +72,9 @@ def build_rank(
     Args:
         fused: use the fused operations that only GPUs have.
     """
-    strategy = build.strategy(parallel, train, initial_weights=None)
+    # overlapped communication holds the same memory, and its hooks expect a whole step
+    in_turns = dataclasses.replace(parallel, overlap_grad_reduce=False, overlap_param_gather=False)
+    strategy = build.strategy(in_turns, train, initial_weights=None)
     on_meta = torch.distributed.get_backend() == "fake"
     config = policy_config(hf_config, parallel, train, kernels=planned_kernels(fused, on_meta))
     if fused:

@@ -15,6 +15,7 @@ from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from treg_megatron.config.schema import OptimizerSection, ParallelSection, TrainSection
 from treg_megatron.distributed.cpu_redirect import is_cpu
 from treg_megatron.distributed.launch import RankInfo, device_index
+from treg_megatron.distributed.layout import data_overlap
 from treg_megatron.models.build import DTYPES
 from treg_megatron.training.strategy import PolicyStrategy
 
@@ -46,6 +47,7 @@ def optimizer(section: OptimizerSection, train: TrainSection, steps: int) -> Meg
 
 def strategy(parallel: ParallelSection, train: TrainSection, initial_weights: Path | None) -> PolicyStrategy:
     """Megatron parallelism under Lightning; ``initial_weights`` is the imported checkpoint a new run starts from."""
+    overlap_grad_reduce, overlap_param_gather = data_overlap(parallel, on_gpu=not is_cpu())
     return PolicyStrategy(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -56,7 +58,13 @@ def strategy(parallel: ParallelSection, train: TrainSection, initial_weights: Pa
         pipeline_dtype=DTYPES[train.precision],
         process_group_backend="gloo" if is_cpu() else "nccl",
         ddp=DistributedDataParallelConfig(
-            use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            check_for_nan_in_grad=False,
+            overlap_grad_reduce=overlap_grad_reduce,
+            overlap_param_gather=overlap_param_gather,
+            # chunks of an interleaved schedule run in turns: all gather at the start of a step
+            align_param_gather=overlap_param_gather and bool(parallel.virtual_pipeline),
         ),
         restore_config=RestoreConfig(path=str(initial_weights)) if initial_weights else None,
         ckpt_async_save=train.save_in_background,

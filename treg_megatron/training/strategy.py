@@ -1,5 +1,6 @@
 """NeMo's Megatron strategy, extended to resume with PyTorch's own Adam."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,40 @@ class PolicyStrategy(nl.MegatronStrategy):
                 self.data_sampler.setup(self.cluster_environment.global_rank())
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        # Megatron hard-codes the class, which is correct for a fused Adam
-        own = TorchAdamDistributedOptimizer if issubclass(optimizers.Adam, torch.optim.Adam) else DistributedOptimizer
+        # Megatron hard-codes the class
+        fused = not issubclass(optimizers.Adam, torch.optim.Adam)
+        own = ReshardableOptimizer if fused else TorchAdamDistributedOptimizer
         with substituted(optimizers, "DistributedOptimizer", own), arguments_that_nemo_passes():
             super().setup_optimizers(trainer)
 
 
-class TorchAdamDistributedOptimizer(DistributedOptimizer):
+class ReshardableOptimizer(DistributedOptimizer):
+    """Megatron's distributed optimizer, whose fully reshardable state is right also with several buckets.
+
+    Megatron gathers the state of all buckets without the padding between them, and then cuts each parameter out at its
+    place in the buffer, where the padding counts: every parameter behind a padded bucket would be saved shifted.
+    """
+
+    def sharded_param_state_fully_reshardable(self, *args, **kwargs) -> dict | None:
+        with contextlib.ExitStack() as places:
+            for buffer in self.buffers:
+                places.enter_context(substituted(buffer, "param_index_map", places_without_padding(buffer)))
+            return super().sharded_param_state_fully_reshardable(*args, **kwargs)
+
+
+def places_without_padding(buffer: Any) -> dict[torch.nn.Parameter, tuple[int, int, int]]:
+    """A buffer's ``param_index_map``, (first element, end, bucket) of each parameter, as if no bucket were padded."""
+    before, unpadded = [], 0
+    for bucket in buffer.buckets:
+        before.append(bucket.offset - unpadded)
+        unpadded += bucket.numel_unpadded
+    return {
+        parameter: (start - before[bucket], end - before[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
+
+
+class TorchAdamDistributedOptimizer(ReshardableOptimizer):
     """Megatron's distributed optimizer around ``torch.optim.AdamW``, able to resume.
 
     Megatron assumes a fused Adam, which counts steps in the parameter group. torch's Adam keeps a 0-dim ``step``
