@@ -1,6 +1,7 @@
 """Preflight's arithmetic: micro-batches in flight and FLOPs, by hand and against published counts."""
 
 import dataclasses
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.errors import UserError
 from treg_megatron.models.families import model_fields
-from treg_megatron.preflight import costs
+from treg_megatron.preflight import costs, labelling, report
 from treg_megatron.preflight.schedule import BACKWARD, FORWARD, events
 from treg_megatron.utils.files import read_json
 
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 ARCHITECTURES = Path(__file__).resolve().parents[2] / "treg_megatron" / "models" / "architectures"
 
 
@@ -117,3 +119,48 @@ def test_the_host_memory_of_saving_is_that_of_the_first_data_ranks():
     assert gigabytes([(10**9, 0)] * 2, pipeline=2) == 1  # the first ranks of the stages are on different nodes
     assert gigabytes([(10**9, 0)] * 2, ranks=8, pipeline=2) == 2
     assert gigabytes([(10**9, 3 * 10**9)], tensor=2, expert=4) == 2 * 1 + 8 * 3
+
+
+@pytest.mark.parametrize(
+    "model, parameters, gpus, memory, keys, said",
+    [
+        ("llama3_8b", 8.03e9, 4, 40, [], r"the whole model in each process, about 17.0 of 40 GB per rank$"),
+        (
+            "llama3_70b",
+            70.6e9,
+            4,
+            40,
+            [],
+            "TOO MUCH: label.engine=megatron label.tensor=4 label.pipeline=1, within a node$",
+        ),
+        ("llama3_70b", 70.6e9, 4, 24, [], "TOO MUCH: .* label.tensor=4 label.pipeline=2, over 2 nodes$"),
+        (
+            "llama3_70b",
+            70.6e9,
+            4,
+            40,
+            ["engine=megatron", "tensor=4"],
+            r"^megatron, tensor 4 .* about 3[\d.]* of 40 GB per rank$",
+        ),
+        (
+            "llama3_70b",
+            70.6e9,
+            4,
+            40,
+            ["engine=megatron", "tensor=8"],
+            "label.tensor=8 crosses nodes of 4 ranks: .*tensor=4 ",
+        ),
+        ("llama3_70b", 70.6e9, 4, 0.1, [], "no split over tensor and pipeline fits GPUs of 0.1 GB$"),
+    ],
+)
+def test_whether_labelling_fits_a_node(model, parameters, gpus, memory, keys, said):
+    overrides = [f"cluster.gpus_per_node={gpus}", f"cluster.gpu_memory={memory}", "label.pairs=p", "model.hf=m"]
+    recipe = load_recipe(RECIPES / "tiny.yaml", [*overrides, "label.dtype=bfloat16", *(f"label.{key}" for key in keys)])
+    label, cluster = section(recipe, "label"), section(recipe, "cluster")
+    found = labelling.fit(int(parameters), label, fields_of(model), cluster)
+    assert re.search(said, found) and "\n" not in found, found
+
+
+@pytest.mark.parametrize("memory, said", [(None, "$"), (100, " of 100$"), (50, " of 50 - TOO MUCH: raise ")])
+def test_saving_is_compared_with_the_hosts_memory(memory, said):
+    assert re.match(said, report._of_host(80_000_000_000, memory))

@@ -274,6 +274,7 @@ class ClusterSection:
     nodes: int = key("number of nodes")
     gpus_per_node: int = key("ranks per node: its GPUs, or its processes when device is cpu")
     gpu_memory: float = key("memory per rank, in GB (10^9 bytes)")
+    host_memory: float | None = key("memory of a node's host, in GB, for what saving needs there; null: unknown")
     peak_tflops: float = key(
         "peak throughput per rank in the training precision, in TFLOP/s (10^12 operations per second)"
     )

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from treg_megatron.preflight import costs
+from treg_megatron.preflight import costs, labelling
 from treg_megatron.preflight.plan import Plan, Sections
 from treg_megatron.utils.signals import SIGNAL_SECONDS, advised_seconds, seconds_before_time_limit
 
@@ -118,22 +118,21 @@ def _other_steps(plan: Plan, pairs: int | None) -> Iterator[str]:
         else f"is TOO LATE to be sure of a step and its save: submit with SBATCH_SIGNAL=USR1@{advised}"
     )
     yield (
-        f"saving: up to {plan.saving_host_bytes / GB:,.0f} GB of host memory on a node, and no more GPU memory than "
-        "a step"
+        f"saving: up to {plan.saving_host_bytes / GB:,.0f} GB of host memory on a node"
+        f"{_of_host(plan.saving_host_bytes, cluster.host_memory)}, and no more GPU memory than a step"
     )
     count = pairs or 10_000
-    needs = costs.label_memory(plan.trainable + plan.frozen, label, plan.fields) / GB
-    split = (
-        f"megatron, tensor {label.tensor} x pipeline {label.pipeline}"
-        if label.engine == "megatron"
-        else "huggingface, the whole model in each process"
-    )
     time = costs.hours(costs.label_flops(plan.fields, plan.sections.data, count), plan.sections.ranks, cluster)
-    yield (
-        f"labelling: {split}, about {needs:.1f} of {cluster.gpu_memory:g} GB per rank"
-        f"{'' if needs <= cluster.gpu_memory else ' - TOO MUCH: raise label.tensor'}; {count:,} pairs take about "
-        f"{time:.2g} h on the whole cluster"
-    )
+    fit = labelling.fit(plan.trainable + plan.frozen, label, plan.fields, cluster)
+    yield f"labelling: {fit}; {count:,} pairs take about {time:.2g} h on the whole cluster"
+
+
+def _of_host(nbytes: int, memory: float | None) -> str:
+    """How that compares with a node's memory, if the recipe gives it."""
+    if memory is None:
+        return ""
+    too_much = " - TOO MUCH: raise parallel.pipeline, or take more nodes" if nbytes > memory * GB else ""
+    return f" of {memory:,.0f}{too_much}"
 
 
 def _bandwidth(plan: Plan, kind: str) -> float:
