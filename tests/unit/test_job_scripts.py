@@ -229,3 +229,19 @@ def test_a_job_that_is_refused_cancels_its_successor(job):
     assert job(TRAIN, CHECKS="", CHAIN="1", TRAIN_CODE="2").called("scancel") == ["99"]
     done = job(TRAIN, CHECKS="", CHAIN="1", TRAIN_CODE="2", SLURM_RESTART_COUNT="1")
     assert done.called("scancel") == ["99", "99"] and done.called("sbatch").count("--parsable") == 1
+
+
+# -- seeds
+
+
+def test_each_job_of_an_array_trains_with_its_seed_into_its_own_folder(job, tmp_path):
+    done = job(ROOT / "slurm" / "seeds.sh", "train.seed=99", CHECKS="", SLURM_ARRAY_TASK_ID="3")
+    [call] = [call for call in done.called("srun") if "treg_megatron.train" in call]
+    expected = f"train.seed=99 train.seed=3 data.seed=3 train.output={tmp_path}/run-seed3"
+    assert done.code == 0 and call.strip().endswith(expected)
+
+
+@pytest.mark.parametrize("variables", [{}, {"SLURM_ARRAY_TASK_ID": "3", "CHAIN": "1"}])
+def test_a_job_without_a_seed_is_refused(variables, job):
+    done = job(ROOT / "slurm" / "seeds.sh", **variables)
+    assert done.code == 2 and done.said.startswith("error: slurm/seeds.sh takes its seed") and not done.called("srun")
