@@ -56,11 +56,7 @@ def write_streams(
     token_dtype = np.uint16 if tokenizer.vocab_size < _UINT16_VOCABULARY else np.int32
     with _stream_writers(prefix, token_dtype, first.chosen_ref_logprobs is not None) as (writers, manifest):
         manifest |= _write_pairs(writers, itertools.chain([first], pairs), tokenizer)
-        made_with = {
-            "sha256": tokenizer.sha256,
-            "chat_template_sha256": tokenizer.template_sha256,
-            "vocab_size": tokenizer.vocab_size,
-        }
+        made_with = {**tokenizer.identity, "vocab_size": tokenizer.vocab_size}
         manifest |= _provenance(made_with, labels)
     return streams_manifest(prefix)
 

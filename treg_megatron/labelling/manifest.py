@@ -53,7 +53,7 @@ def fingerprint(section: LabelSection, tokenizer: ChatTokenizer, prompt_pair: Pr
     return {
         "pairs": source_identity(section.pairs),
         "reference": {**model_identity(section.model), "dtype": section.dtype},
-        "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256},
+        "tokenizer": tokenizer.identity,
         "prompt_pair": {"name": prompt_pair.name, "sha256": prompt_pair.sha256},
         "max_length": section.max_length,
         "max_revision_length": section.max_revision_length,

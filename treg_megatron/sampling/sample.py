@@ -65,7 +65,7 @@ def _sample(section: SampleSection, sampler: Sampler | None) -> dict[str, Any]:
     prompts = list(read_prompts(section.prompts, drops))
     run = {
         "prompts": source_identity(section.prompts),
-        "tokenizer": {"sha256": tokenizer.sha256, "chat_template_sha256": tokenizer.template_sha256},
+        "tokenizer": tokenizer.identity,
         "model": Path(section.model).resolve().name,
         **{
             name: getattr(section, name)
