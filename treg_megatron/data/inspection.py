@@ -58,7 +58,7 @@ def inspect_pairs(
     for pair, row in read_pairs_and_rows(source, drops, reading, unusable.append, notes):
         format = format or recognise(row)
         try:
-            texts = _texts(pair, tokenizer)
+            texts = _texts(pair, tokenizer, len(shown) < examples)
         except UserError as error:
             unusable.append(f"row {pair.row}: {error}")
             continue
@@ -146,10 +146,12 @@ def _example(pair: Pair, texts: Sequence[Any], tokenizer: ChatTokenizer | None) 
     return {"pair_id": pair.pair_id, "row": pair.row, **dict(zip(("prompt", "chosen", "rejected"), shown, strict=True))}
 
 
-def _texts(pair: Pair, tokenizer: ChatTokenizer | None) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-    """Prompt, chosen and rejected: token ids, or characters without a tokenizer."""
+def _texts(
+    pair: Pair, tokenizer: ChatTokenizer | None, shown: bool
+) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """Prompt, chosen and rejected: token ids, or characters without a tokenizer (the prompt's only if ``shown``)."""
     if tokenizer is None:
-        return conversation_text(pair.messages), pair.chosen, pair.rejected
+        return conversation_text(pair.messages) if shown else "", pair.chosen, pair.rejected
     prompt = tokenizer.encode_prompt(pair.messages, pair.tools, prompt_answers(pair))
     chosen, rejected = (scored_response(pair, side, tokenizer)[0] for side in SIDES)
     return prompt, chosen, rejected

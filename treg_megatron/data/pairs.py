@@ -147,10 +147,11 @@ def read_pairs_and_rows(
                 raise ValueError(f"expected a JSON object, got {type(row).__name__}")
             format = format or recognise(row)
             try:
-                pair, content = _pair(number, row, format, reading, notes)
+                pair = _pair(number, row, format, reading, notes)
             except ValueError as error:
                 raise ValueError(f"{error} (read as {format.name})") from None
-            identity = pair.pair_id + content
+            answers = (pair.chosen_turns or pair.chosen, pair.rejected_turns or pair.rejected)
+            identity = f"{pair.pair_id} {hash((pair.messages, answers, pair.tools))}"
             if pair.chosen == pair.rejected:
                 drops[IDENTICAL_RESPONSES] += 1
             elif pair.chosen_score is not None and pair.chosen_score == pair.rejected_score:
@@ -198,7 +199,7 @@ def _content(answered: Answered) -> str:
     return json.dumps([*parts, *([answered.tools] if answered.tools else [])], ensure_ascii=False)
 
 
-def _pair(number: int, row: dict, format: PairFormat, reading: Reading, notes: Counter[str]) -> tuple[Pair, str]:
+def _pair(number: int, row: dict, format: PairFormat, reading: Reading, notes: Counter[str]) -> Pair:
     if reading.ignore:
         row = {name: value for name, value in row.items() if name not in reading.ignore}
     answered = format.read(row)
@@ -212,11 +213,10 @@ def _pair(number: int, row: dict, format: PairFormat, reading: Reading, notes: C
         )
     _require_sound(answered)
     named = ColumnsFormat(reading.columns).mapped(row) if reading.columns else row
-    content = _content(answered)
     try:
-        content_hash = hashlib.sha256(content.encode()).hexdigest()[:16]
-        pair_id = _pair_id(named, notes) or content_hash
-        pair_id.encode()
+        pair_id = _pair_id(named, notes) or hashlib.sha256(_content(answered).encode()).hexdigest()[:16]
+        for text in (pair_id, *_texts_of(answered)):
+            text.isascii() or text.encode()
     except UnicodeEncodeError:
         raise ValueError(
             "text with half of a surrogate pair (an escape such as \\ud800), which is not a valid character"
@@ -233,7 +233,18 @@ def _pair(number: int, row: dict, format: PairFormat, reading: Reading, notes: C
         chosen_turns=() if isinstance(answered.chosen, str) else answered.chosen,
         rejected_turns=() if isinstance(answered.rejected, str) else answered.rejected,
         row=number,
-    ), content
+    )
+
+
+def _texts_of(answered: Answered) -> Iterator[str]:
+    """Every text that a pair's content is made of."""
+    yield answered.tools
+    for part in (answered.messages, answered.chosen, answered.rejected):
+        if isinstance(part, str):
+            yield part
+        else:
+            for turn in part:
+                yield from turn
 
 
 def _require_sound(answered: Answered) -> None:

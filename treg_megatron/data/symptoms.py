@@ -39,7 +39,9 @@ class Symptoms:
             self.counts["scored"] += 1
             self.counts["chosen_scored_lower"] += pair.chosen_score < pair.rejected_score
         for answer in (pair.chosen, pair.rejected):
-            self.counts["cut_off"] += len(answer) >= _LONG_ANSWER and _MID_SENTENCE.search(answer) is not None
+            self.counts["cut_off"] += (
+                len(answer) >= _LONG_ANSWER and _MID_SENTENCE.match(answer, len(answer) - 1) is not None
+            )
             self.counts["spelled_end"] += bool(spelled_end(answer))
 
     @property

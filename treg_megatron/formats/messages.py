@@ -144,6 +144,8 @@ def _message(message: Any, name: str) -> Message:
     role = ROLES.get(given.strip().lower()) if isinstance(given, str) else None
     if role is None:
         raise ValueError(f"unknown {role_key} {given!r} in {name}; known: {', '.join(ROLES)}")
+    if len(message) == 2 and isinstance(message[content_key], str):
+        return Message(role, message[content_key])
     for field, value in message.items():
         if value not in (None, "", [], {}) and any(word in field.lower() for word in _NOT_TEXT):
             raise ValueError(f"a message of {name} has {field!r}: only text can be trained on")
