@@ -82,7 +82,7 @@ test-stack: $(INSTALLED) $(STACK_VENV)/.installed  ## tests on the set of a cont
 # Its layers are built, described, saved and loaded; what they compute is compiled, in wheels that need CUDA.
 test-te: $(INSTALLED) $(ENGINES:%=$(VENV)/te-%)  ## tests on Transformer Engine's own Python modules, without a GPU
 	for engine in $(ENGINES); do OMP_NUM_THREADS=1 TREG_ENGINE=$(abspath $(VENV))/te-$$engine \
-		$(BIN)/python -m pytest -n 2 --dist loadfile tests/engine $(ARGS) || exit 1; done
+		$(BIN)/python -m pytest tests/engine $(ARGS) || exit 1; done
 
 # Reference kernels stand for the GPU's: the fast ones would be the same again.
 test-devices: $(INSTALLED)  ## tests on real Megatron ranks, wholly with device labels: what CUDA and NCCL refuse fails

@@ -174,6 +174,7 @@ def seen_by_the_choice(ranks: int, window: tuple[int, int] | None) -> dict[str, 
         attention = TEDotProductAttention(config, 1, AttnMaskType.causal, "self")
         with pytest.raises(Chosen):
             attention(query, key, value, None, AttnMaskType.causal, packed_seq_params=packed_of(batch))
+    dist.barrier()  # the first rank holds the store
     names = (
         *("qkv_layout", "attn_mask_type", "pad_between_seqs", "max_seqlen_q", "max_seqlen_kv"),
         *("batch_size", "window_size", "context_parallel", "num_gqa_groups"),

@@ -96,7 +96,9 @@ def described(policy) -> Described:
 def load_and_describe(checkpoint: Path, tensor: int) -> tuple[Described, Described]:
     """On Transformer Engine's layers, and on PyTorch's."""
     start(tensor)
-    return described(load(checkpoint, tensor, True)), described(load(checkpoint, tensor, False))
+    first, second = (described(load(checkpoint, tensor, engine)) for engine in (True, False))
+    torch.distributed.barrier()  # the first rank holds the store
+    return first, second
 
 
 def resave(checkpoint: Path, weights: Path, engine: bool, tensor: int) -> None:
