@@ -20,6 +20,7 @@ BUCKET = 5000
 LAYOUTS = {
     "DP2": (2, []),
     "DP2xTP2+SP": (4, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "DP2 with adapters": (2, ["lora.rank=4"]),
     "CP2 recompute": (2, ["parallel.context=2", "train.recompute=full"]),
     "DP2xPP2+VPP2": (
         4,
