@@ -63,6 +63,7 @@ SEVERAL_TURNS = ("single", "padded", "TP2", "PP2", "CP2", "DP2 bins", "shared pr
 EXPERTS = {
     "single": (1, []),
     "EP2": (2, ["parallel.expert=2"]),
+    "EP2 overlap": (2, ["parallel.expert=2", "parallel.overlap_grad_reduce=true"]),
 }
 OBJECTIVES = [vars(PLAIN_DPO) | changes for changes in VARIANTS]
 
