@@ -55,16 +55,16 @@ def parse_section(arguments: argparse.Namespace, name: str) -> Any:
     from treg_megatron.config.recipe import section
 
     flags = [
-        f"{k}={v if isinstance(v, str) else json.dumps(_collected(v), ensure_ascii=False)}"
+        f"{k}={v if isinstance(v, str) else json.dumps(_collected(k, v), ensure_ascii=False)}"
         for k, v in vars(arguments).items()
         if k.startswith(name + ".") and v is not None
     ]
     return section(parse_recipe(arguments, flags), name)
 
 
-def _collected(words: Sequence[str]) -> list[str] | dict[str, str]:
-    """Words of a flag that takes several: a mapping where each is ``field=column``, else a list."""
-    return columns_of(words) if all("=" in word for word in words) else list(words)
+def _collected(name: str, words: Sequence[str]) -> list[str] | dict[str, str]:
+    """Words of a flag that takes several: ``field=column`` words as a mapping, others as a list."""
+    return columns_of(words) if name.endswith(".columns") else list(words)
 
 
 def columns_of(words: Sequence[str]) -> dict[str, str]:
