@@ -71,7 +71,7 @@ test-fast: $(INSTALLED)  ## unit tests that are not marked slow
 
 # Two files at a time, each in a process that imports NeMo once: one alone keeps 1.25 cores busy. ARGS="-n 0 --pdb" to look into one.
 test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then real Megatron ranks, end-to-end runs and the wheel
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit $(ARGS)
 	OMP_NUM_THREADS=1 TREG_REAL_MODEL=$(abspath $(TEST_MODEL)) $(BIN)/python -m pytest -n 2 --dist loadfile \
 		tests/parallel tests/pipeline tests/faults tests/packaging tests/gpu $(ARGS)
 

@@ -168,6 +168,37 @@ def test_prompts_of_a_pair_are_shared_whatever_its_answers_bring(families, name)
             assert text.strip().removeprefix("<think>\n\n</think>\n\n") == answer.strip()
 
 
+#: Templates that render an assistant turn differently once others follow: a space, an empty block of thoughts.
+ONE_TURN_ONLY = {"llama2", "qwen3", "deepseek_r1"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_of_an_answer_of_several_turns_the_assistants_text_is_marked(families, name):
+    tokenizer, end = families[name], FAMILIES[name].end
+    turns = (Message("assistant", "Which one?"), Message("user", "The second."), Message("assistant", "Four."))
+    if name in ONE_TURN_ONLY:
+        with pytest.raises(UserError, match="differently once others follow|does not continue its prompt"):
+            tokenizer.encode_turns((ASKED,), turns)
+        return
+    ids, written = tokenizer.encode_turns((ASKED,), turns)
+    prompt = tokenizer.encode_prompt((ASKED, *turns[:2]))
+    answer = tokenizer.encode_response((ASKED, *turns[:2]), "Four.")
+    assert tokenizer.decode([*tokenizer.encode_prompt((ASKED,)), *ids]) == tokenizer.decode([*prompt, *answer])
+    shown = tokenizer.decode([token for token, mine in zip(ids, written, strict=True) if mine])
+    assert "".join(shown.split()) == "".join(f"Which one?{end}Four.{end}".split())
+    assert "The second." in tokenizer.decode([token for token, mine in zip(ids, written, strict=True) if not mine])
+
+
+@pytest.mark.parametrize("name", sorted(KNOW_TOOLS - ONE_TURN_ONLY))
+def test_a_call_of_a_tool_within_an_answer_is_the_assistants(families, name):
+    tokenizer, end = families[name], FAMILIES[name].end
+    ids, written = tokenizer.encode_turns((ASKED,), (*CALLED[1:], Message("assistant", "Two.")), TOOLS)
+    shown = tokenizer.decode([token for token, mine in zip(ids, written, strict=True) if mine])
+    others = tokenizer.decode([token for token, mine in zip(ids, written, strict=True) if not mine])
+    assert "add_up" in shown and shown.count(end) == 2 and "".join(shown.split()).endswith(f"Two.{end}")
+    assert "the sum is 2" in others and "the sum is 2" not in shown and "add_up" not in others.replace("[TOOL_", "")
+
+
 def test_every_template_here_is_tested():
     assert {path.stem for path in FOLDER.glob("*.jinja")} == {f"{name}_like" for name in FAMILIES}
 
