@@ -96,7 +96,12 @@ setup(
     python_requires=">=3.10,<3.13",  # numpy 1.26, which megatron-core 0.15 needs, ends at Python 3.12
     packages=find_packages(include=["treg_megatron", "treg_megatron.*"]),
     package_data={
-        "treg_megatron": ["models/architectures/*.json", "labelling/pages/*.html", "labelling/prompt_pairs/*.yaml"]
+        "treg_megatron": [
+            "data/*.html",
+            "models/architectures/*.json",
+            "labelling/pages/*.html",
+            "labelling/prompt_pairs/*.yaml",
+        ]
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,

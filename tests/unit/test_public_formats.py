@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.pair_formats import BAD, EXAMPLES, GOOD, TURNS, USER
 from treg_megatron.data.inspection import as_text, inspect_pairs
+from treg_megatron.data.inspection_page import write_page
 from treg_megatron.data.pairs import EQUAL_SCORES, NO_ID, NO_SCORE, Reading, read_pairs
 from treg_megatron.errors import UserError
 from treg_megatron.formats import FORMATS, recognise
@@ -311,6 +312,18 @@ def test_the_report_warns_of_what_speaks_of_a_fault(tmp_path):
     assert "warning: chosen is longer than rejected in 95% of the pairs" in text
     assert "warning: 1 answers end with an end-of-turn token spelled out" in text
     assert "\x1b" not in text and "\\x1b[2J" in text
+
+
+def test_the_page_holds_the_report_and_injects_nothing(tmp_path):
+    evil = "<script>alert(1)</script>\x1b[2J"
+    rows = [{"prompt": evil + str(i), "chosen": "Да." * (i + 1), "rejected": evil, "chosen_score": i} for i in range(3)]
+    rows[0]["rejected_score"] = -1
+    read(tmp_path, *rows)
+    write_page(tmp_path / "page.html", "pairs <of> mine", inspect_pairs(tmp_path / "pairs.jsonl", examples=2))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "\x1b" not in page and "&lt;script&gt;alert(1)" in page
+    assert "pairs &lt;of&gt; mine" in page and "3 pairs, read as trl" in page and "cyrillic in 3" in page
+    assert page.count("<article>") == 2 and page.count("<svg") == 5  # four lengths, one score
 
 
 def test_examples_are_what_training_will_see(tmp_path, chatml):

@@ -4,10 +4,10 @@
     treg inspect pairs.csv --columns prompt=question chosen=answer_good rejected=answer_bad
     treg inspect hub:OWNER/NAME --tokenizer MODEL --max-length 2048 --examples 3
 
-Writes nothing. Labelling stops at the first record that cannot be used; this goes on and counts them. With a tokenizer,
-the examples are what training will see: chat template, special tokens and all. A column that carries meaning and that
-the format does not read is refused by name: say what it is (--columns), or leave it out on purpose (--ignore). The
-format is recognised from the first record unless --format names one of these:
+Writes nothing but the page of --html. Labelling stops at the first record that cannot be used; this goes on and counts
+them. With a tokenizer, the examples are what training will see: chat template, special tokens and all. A column that
+carries meaning and that the format does not read is refused by name: say what it is (--columns), or leave it out on
+purpose (--ignore). The format is recognised from the first record unless --format names one of these:
 """
 
 import argparse
@@ -36,6 +36,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", metavar="FOLDER", help="count tokens of this tokenizer instead of characters")
     parser.add_argument("--max-length", type=int, metavar="N", help="count pairs whose prompt and response are longer")
     parser.add_argument("--examples", type=int, default=2, metavar="N", help="first pairs to print (default: 2)")
+    parser.add_argument("--html", metavar="FILE", help="also write the report as a page, with histograms")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     return parser
 
@@ -50,4 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     reading = Reading(arguments.format, columns_of(arguments.columns), tuple(arguments.ignore))
     report = inspect_pairs(arguments.pairs, reading, tokenizer, arguments.max_length, arguments.examples)
     print(json.dumps(report, ensure_ascii=False) if arguments.json else as_text(report))
+    if arguments.html:
+        from treg_megatron.data.inspection_page import write_page
+
+        write_page(arguments.html, arguments.pairs, report)
     require_usable(arguments.pairs, report)

@@ -1,8 +1,9 @@
 """Statistics of a file of preference pairs."""
 
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from treg_megatron.tokenizer.chat import ChatTokenizer
 _SHOWN_ROWS = 5
 _QUANTILES = (0.0, 0.5, 0.95, 1.0)
 _COUNTED = ("scored", "chosen_scored_lower", "contradicting", "cut_off", "spelled_end")
+_BARS = 24
+_LETTER = re.compile(r"[^\W\d_]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -40,7 +43,8 @@ def inspect_pairs(
         first_unusable (messages), turns (pairs by number of turns), system (pairs with a system message),
         repeated_prompts, the counts and warnings of :class:`~treg_megatron.data.symptoms.Symptoms`, chosen_longer
         (share of pairs, None if there are too few), unit, lengths (minimum, median, 95th percentile and maximum of
-        prompt, chosen, rejected, longest), too_long (pairs), examples (the first pairs as tokens decode).
+        prompt, chosen, rejected, longest), too_long (pairs), histograms (by name: low, high, counts), scripts (chosen
+        answers by the writing system of their first letter), examples (the first pairs as tokens decode).
 
     Raises:
         UserError: the file has no usable pair, or its format is not recognised.
@@ -53,6 +57,8 @@ def inspect_pairs(
     lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": [], "longest": []}
     symptoms, system = Symptoms(), 0
     shown: list[dict[str, str]] = []
+    scripts: Counter[str] = Counter()
+    margins: list[float] = []
     reading = reading or Reading()
     format, pairs = reading.chosen_format(), 0
     for pair, row in read_pairs_and_rows(source, drops, reading, unusable.append, notes):
@@ -67,6 +73,9 @@ def inspect_pairs(
         system += pair.messages[0].role == "system"
         prompts.add(hash((pair.messages, pair.tools)))
         symptoms.add(pair)
+        scripts[_script(pair.chosen)] += 1
+        if pair.chosen_score is not None and pair.rejected_score is not None:
+            margins.append(pair.chosen_score - pair.rejected_score)
         sizes = [
             sum(len(m.content) for m in pair.messages) if tokenizer is None else len(texts[0]),
             *map(len, texts[1:]),
@@ -79,6 +88,7 @@ def inspect_pairs(
         raise UserError(f"{source}: no row can be used; the first is {unusable[0]}")
     if not pairs:
         raise UserError(none_left(source, drops))
+    unit = "tokens" if tokenizer else "characters"
     return {
         "format": format.name if format else reading.format,
         "pairs": pairs,
@@ -92,9 +102,14 @@ def inspect_pairs(
         **{name: symptoms.counts[name] for name in _COUNTED},
         "chosen_longer": symptoms.longer_share,
         "warnings": symptoms.warnings(),
-        "unit": "tokens" if tokenizer else "characters",
+        "unit": unit,
         "lengths": {key: _quantiles(values) for key, values in lengths.items() if values},
         "too_long": sum(value > max_length for value in lengths["longest"]) if max_length else None,
+        "histograms": {
+            **{f"{unit} of {key}": _histogram(values) for key, values in lengths.items()},
+            **({"score of chosen minus score of rejected": _histogram(margins)} if margins else {}),
+        },
+        "scripts": dict(scripts.most_common()),
         "examples": shown,
     }
 
@@ -109,8 +124,18 @@ def require_usable(source: str | Path, report: dict[str, Any]) -> None:
         raise UserError(f"{source} {report['first_unusable'][0]}")
 
 
-def as_text(report: dict[str, Any]) -> str:
-    """The report of :func:`inspect_pairs` as text, one statistic per line."""
+def as_text(report: Mapping[str, Any]) -> str:
+    """The report of :func:`inspect_pairs` as text: statistics, warnings, examples."""
+    lines = as_lines(report)
+    lines += [f"warning: {warning}" for warning in report["warnings"]]
+    for example in report["examples"]:
+        lines += ["", f"--- pair {example['pair_id']}, row {example['row']}"]
+        lines += [f"[{name}] {example[name]}" for name in ("prompt", "chosen", "rejected")]
+    return without_control_bytes("\n".join(lines))
+
+
+def as_lines(report: Mapping[str, Any]) -> list[str]:
+    """The statistics of a report, one per line."""
     lines = [f"{report['pairs']} pairs, read as {report['format']}"]
     lines += [f"left out: {count} {reason}" for reason, count in sorted(report["drops"].items())]
     lines += [f"{count} times: {reason}" for reason, count in sorted(report["notes"].items())]
@@ -129,11 +154,7 @@ def as_text(report: dict[str, Any]) -> str:
     ]
     if report["too_long"] is not None:
         lines.append(f"longer than the maximum length: {report['too_long']}")
-    lines += [f"warning: {warning}" for warning in report["warnings"]]
-    for example in report["examples"]:
-        lines += ["", f"--- pair {example['pair_id']}, row {example['row']}"]
-        lines += [f"[{name}] {example[name]}" for name in ("prompt", "chosen", "rejected")]
-    return without_control_bytes("\n".join(lines))
+    return lines
 
 
 def without_control_bytes(text: str) -> str:
@@ -155,6 +176,22 @@ def _texts(
     prompt = tokenizer.encode_prompt(pair.messages, pair.tools, prompt_answers(pair))
     chosen, rejected = (scored_response(pair, side, tokenizer)[0] for side in SIDES)
     return prompt, chosen, rejected
+
+
+def _script(text: str) -> str:
+    """Writing system of a text's first letter, as Unicode names it: LATIN, CJK, CYRILLIC, ..."""
+    letter = _LETTER.search(text)
+    return unicodedata.name(letter[0], "UNKNOWN").partition(" ")[0] if letter else "NO LETTERS"
+
+
+def _histogram(values: Sequence[float]) -> dict[str, Any]:
+    """Counts of values in equal parts of their range."""
+    low, high = min(values), max(values)
+    step = (high - low) / _BARS or 1
+    counts = [0] * _BARS
+    for value in values:
+        counts[min(int((value - low) / step), _BARS - 1)] += 1
+    return {"low": low, "high": high, "counts": counts}
 
 
 def _quantiles(values: list[int]) -> list[int]:
