@@ -1,5 +1,6 @@
 """The token reward page in a real browser without network access: values, colours, sorting and filtering."""
 
+import dataclasses
 import json
 import os
 import re
@@ -191,3 +192,10 @@ def test_the_terminal_shows_values_or_shades():
     assert "-- chosen, the policy's implicit rewards, mean -0.0667\n blue[-0.10]</script>[+0.20].[-0.30]" in plain
     shaded = list(text_report(quality(PAIRS), PAIRS[:1], decode, True))
     assert "\x1b[30;48;2;" in shaded[-1] and "[+" not in shaded[-1]
+
+
+def test_the_terminal_gets_no_control_bytes_of_the_data():
+    evil = [dataclasses.replace(PAIRS[0], prompt="User: \x1b[2J\u202e", pair_id="a\x07")]
+    text = "\n".join(text_report(quality(PAIRS), evil, lambda ids: "\x1b]0;" * len(ids), False))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e]", text)
+    assert "User: \\x1b[2J\\x202e" in text and "== a\\x07" in text and "\\x1b]0;[" in text

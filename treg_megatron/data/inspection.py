@@ -14,13 +14,13 @@ from treg_megatron.data.symptoms import Symptoms
 from treg_megatron.errors import UserError
 from treg_megatron.formats import recognise
 from treg_megatron.tokenizer.chat import ChatTokenizer
+from treg_megatron.utils.terminal import without_control_bytes
 
 _SHOWN_ROWS = 5
 _QUANTILES = (0.0, 0.5, 0.95, 1.0)
 _COUNTED = ("scored", "chosen_scored_lower", "contradicting", "cut_off", "spelled_end")
 _BARS = 24
 _LETTER = re.compile(r"[^\W\d_]")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def inspect_pairs(
@@ -155,11 +155,6 @@ def as_lines(report: Mapping[str, Any]) -> list[str]:
     if report["too_long"] is not None:
         lines.append(f"longer than the maximum length: {report['too_long']}")
     return lines
-
-
-def without_control_bytes(text: str) -> str:
-    """Text for a terminal: control bytes and marks that turn its direction round are escaped."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _example(pair: Pair, texts: Sequence[Any], tokenizer: ChatTokenizer | None) -> dict[str, Any]:

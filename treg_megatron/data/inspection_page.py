@@ -6,8 +6,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from treg_megatron.data.inspection import as_lines, without_control_bytes
+from treg_megatron.data.inspection import as_lines
 from treg_megatron.utils.files import atomic_write
+from treg_megatron.utils.terminal import without_control_bytes
 
 _WIDTH, _HEIGHT = 320, 90  # of a histogram, in CSS pixels
 

@@ -13,6 +13,7 @@ from treg_megatron.data.scored import is_scored
 from treg_megatron.labelling.contrastive import contrastive_rewards
 from treg_megatron.labelling.scoring import Scorer, sequences_of
 from treg_megatron.utils.files import atomic_write
+from treg_megatron.utils.terminal import without_control_bytes
 
 TEMPLATE = Path(__file__).resolve().parent / "pages" / "rewards.html"
 MERE_COPYING = 0.02  # mean |r| below which the reference model does not distinguish better from worse
@@ -157,15 +158,16 @@ def text_report(
     yield from (f"{name:{width}}  {value}" for name, value in summary)
     yield from (f"\nwarning: {warning}" for warning in figures.warnings)
     for number, pair in enumerate(pairs):
-        yield f"\n== {pair.pair_id}"
-        yield (
+        yield f"\n== {without_control_bytes(pair.pair_id)}"
+        yield without_control_bytes(
             pair.prompt
             if pair.prompt is not None
             else decode(pair.chosen_tokens[: -len(pair.chosen_token_rewards)].tolist())
         )
         for side in SIDES:
             rewards = shown_rewards(getattr(pair, f"{side}_token_rewards"))
-            texts = token_texts(getattr(pair, f"{side}_tokens")[-len(rewards) :].tolist(), decode)
+            ids = getattr(pair, f"{side}_tokens")[-len(rewards) :].tolist()
+            texts = [without_control_bytes(text) for text in token_texts(ids, decode)]
             columns = {side: rewards}
             if policy:
                 columns[f"{side}, the policy's implicit rewards"] = policy[number][side]

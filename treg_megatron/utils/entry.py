@@ -11,6 +11,7 @@ from collections.abc import Callable
 from treg_megatron.errors import EXIT_BAD_INPUT, UserError
 from treg_megatron.utils.log import configure_logging, is_verbose, rank_of_environment
 from treg_megatron.utils.signals import end_on_signal
+from treg_megatron.utils.terminal import without_control_bytes
 
 _OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 RANK_ZERO_SECONDS = 20  # how long other ranks wait for rank 0 to report an error before they report it
@@ -39,7 +40,8 @@ def run(main: Callable[[], None]) -> None:
         rank = rank_of_environment()
         if rank:
             _leave_it_to_rank_zero()
-        print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
+        shown = without_control_bytes(message)
+        print(f"error{f' on rank {rank}' if rank else ''}: {shown}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted; rerun the same command to continue", file=sys.stderr)
