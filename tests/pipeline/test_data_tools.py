@@ -69,7 +69,7 @@ def test_imported_rewards_have_the_reference_log_probs_of_the_model(folder, tiny
     for i in range(len(streams)):
         pair = streams[i]
         with torch.no_grad():
-            logps = reference.response_logps(model, pair.chosen_tokens, len(pair.chosen_token_rewards))
+            logps = reference.response_logps(model, pair.chosen_tokens, pair.chosen_token_rewards)
         np.testing.assert_allclose(pair.chosen_ref_logprobs, logps, atol=1e-4)
         assert set(pair.chosen_token_rewards[:-1]) == {np.float32(0.25)} and pair.chosen_token_rewards[-1] == 0
 

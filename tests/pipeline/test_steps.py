@@ -148,9 +148,7 @@ def test_exported_model_has_the_final_log_probs_of_training(run, tiny_hf, traine
     for side in ("chosen", "rejected"):
         with torch.no_grad():
             sums = [
-                reference.response_logps(
-                    model, getattr(pair, f"{side}_tokens"), len(getattr(pair, f"{side}_token_rewards"))
-                )
+                reference.response_logps(model, getattr(pair, f"{side}_tokens"), getattr(pair, f"{side}_token_rewards"))
                 .sum()
                 .item()
                 for pair in (streams[i] for i in range(len(streams)))
