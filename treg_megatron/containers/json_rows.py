@@ -104,13 +104,7 @@ def _values(path: Path, before: int) -> Iterator[tuple[int, Any]]:
         text, local = _Lookahead(stream), 0
         while text.skip_space():
             local += 1
-            try:
-                value = text.decode()
-            except UnicodeDecodeError:
-                raise
-            except (ValueError, RecursionError) as error:
-                raise _does_not_parse(path, local, before, error) from None
-            yield before + local, value
+            yield before + local, _decoded(text, path, local, before)
 
 
 def _elements(text: "_Lookahead", path: Path, before: int) -> Iterator[tuple[int, Any]]:
@@ -122,13 +116,7 @@ def _elements(text: "_Lookahead", path: Path, before: int) -> Iterator[tuple[int
     while after == ",":
         local += 1
         text.skip_space()
-        try:
-            value = text.decode()
-        except UnicodeDecodeError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise _does_not_parse(path, local, before, error) from None
-        yield before + local, value
+        yield before + local, _decoded(text, path, local, before)
         after = text.skip_space()
         text.position += 1
         if after not in ("]", ","):
@@ -136,6 +124,15 @@ def _elements(text: "_Lookahead", path: Path, before: int) -> Iterator[tuple[int
                 f"{path} {row_name(local, before)} is not followed by ',' or ']' but by "
                 f"{repr(after) if after else 'the end of the file: it is cut off'}"
             )
+
+
+def _decoded(text: "_Lookahead", path: Path, local: int, before: int) -> Any:
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _does_not_parse(path, local, before, error) from None
 
 
 class _Lookahead:

@@ -53,7 +53,6 @@ def inspect_pairs(
     notes: Counter[str] = Counter()
     unusable: list[str] = []
     turns: Counter[int] = Counter()
-    prompts: set[int] = set()
     lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": [], "longest": []}
     symptoms, system = Symptoms(), 0
     shown: list[dict[str, str]] = []
@@ -71,7 +70,6 @@ def inspect_pairs(
         pairs += 1
         turns[len(pair.messages)] += 1
         system += pair.messages[0].role == "system"
-        prompts.add(hash((pair.messages, pair.tools)))
         symptoms.add(pair)
         scripts[_script(pair.chosen)] += 1
         if pair.chosen_score is not None and pair.rejected_score is not None:
@@ -98,7 +96,7 @@ def inspect_pairs(
         "first_unusable": unusable[:_SHOWN_ROWS],
         "turns": dict(sorted(turns.items())),
         "system": system,
-        "repeated_prompts": pairs - len(prompts),
+        "repeated_prompts": symptoms.repeated_prompts,
         **{name: symptoms.counts[name] for name in _COUNTED},
         "chosen_longer": symptoms.longer_share,
         "warnings": symptoms.warnings(),

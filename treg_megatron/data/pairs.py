@@ -16,7 +16,7 @@ from treg_megatron.errors import UserError
 from treg_megatron.formats import AUTO, format_named, recognise
 from treg_megatron.formats.audit import unread_columns
 from treg_megatron.formats.beside import with_columns_beside
-from treg_megatron.formats.columns import ColumnsFormat
+from treg_megatron.formats.columns import ColumnsFormat, mapped_row
 from treg_megatron.formats.pair_format import Answer, Answered, NoPreference, PairFormat
 from treg_megatron.formats.templated import beginning_of_template, spelled_end
 from treg_megatron.tokenizer.conversation import Message
@@ -212,7 +212,7 @@ def _pair(number: int, row: dict, format: PairFormat, reading: Reading, notes: C
             f"(--columns), or leave it out on purpose: --ignore {' '.join(unread)}"
         )
     _require_sound(answered)
-    named = ColumnsFormat(reading.columns).mapped(row) if reading.columns else row
+    named = mapped_row(row, reading.columns) if reading.columns else row
     try:
         pair_id = _pair_id(named, notes) or hashlib.sha256(_content(answered).encode()).hexdigest()[:16]
         for text in (pair_id, *_texts_of(answered)):

@@ -49,6 +49,11 @@ class Symptoms:
         """Share of pairs whose chosen answer is the longer one; None where there are too few to tell."""
         return self.counts["chosen_longer"] / self.pairs if self.pairs >= _ENOUGH_FOR_A_SHARE else None
 
+    @property
+    def repeated_prompts(self) -> int:
+        """Pairs whose prompt an earlier one has."""
+        return self.pairs - len({prompt for prompt, _, _ in self._preferences})
+
     def warnings(self) -> list[str]:
         """What speaks of a fault, one sentence each."""
         counts, longer = self.counts, self.longer_share

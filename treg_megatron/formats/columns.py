@@ -11,6 +11,7 @@ from treg_megatron.formats.trl import explicit
 
 _ANSWERS = ("responses", "scores")
 _OPTIONAL = ("system", "history", "tools", "id", "chosen_score", "rejected_score")
+_READS_NOTHING = PairFormat("columns", "", (), explicit)  # a mapped record has all columns beside under their own names
 FIELDS = ("prompt", *SIDES, *_ANSWERS, *_OPTIONAL)
 
 
@@ -45,7 +46,7 @@ class ColumnsFormat:
         )
 
     def _read(self, row: dict) -> Answered:
-        mapped = self.mapped(row)
+        mapped = mapped_row(row, self.columns)
         if "responses" in self.columns:
             answered = self._best_and_worst(mapped)
         else:
@@ -53,11 +54,7 @@ class ColumnsFormat:
                 self._required(mapped, side)
             self._required(mapped, "prompt")
             answered = explicit(mapped)
-        return beside.with_columns_beside(answered, mapped, PairFormat("columns", "", (), explicit))
-
-    def mapped(self, row: dict) -> dict:
-        """The record under the names of :data:`FIELDS`."""
-        return {field: _at(row, column) for field, column in self.columns.items()}
+        return beside.with_columns_beside(answered, mapped, _READS_NOTHING)
 
     def _required(self, mapped: dict, field: str) -> Any:
         if mapped.get(field) is None:
@@ -71,6 +68,11 @@ class ColumnsFormat:
         best, worst = best_and_worst(scores, self.columns["scores"])
         answers = [text(responses[i], self.columns["responses"]) for i in (best, worst)]
         return Answered(prompt(required(mapped, "prompt")), *answers, scores[best], scores[worst])
+
+
+def mapped_row(row: dict, columns: Mapping[str, str]) -> dict:
+    """A record under the names of :data:`FIELDS`."""
+    return {field: _at(row, column) for field, column in columns.items()}
 
 
 def _at(row: dict, column: str) -> Any:

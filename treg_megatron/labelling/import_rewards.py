@@ -13,11 +13,11 @@ end-of-turn token gets 0 unless it is among the given ids.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
-import multiprocessing
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from treg_megatron.errors import UserError
 from treg_megatron.labelling.scoring import Scorer, sequences_of
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.utils.lock import Lock
+from treg_megatron.utils.parallel import batches, in_order
 
 _LARGEST = 0.5
 _PAIRS_AT_ONCE = 64
@@ -103,7 +104,7 @@ def _fitting(
 
 
 def _with_reference(pairs: Iterator[LabelledPair], scorer: Scorer, at_once: int) -> Iterator[LabelledPair]:
-    while batch := list(itertools.islice(pairs, at_once)):
+    for batch in batches(pairs, at_once):
         logps = iter(scorer.score([sequence for pair in batch for sequence in sequences_of(pair)]))
         for pair in batch:
             yield dataclasses.replace(pair, **{f"{side}_ref_logprobs": next(logps) for side in SIDES})
@@ -121,36 +122,17 @@ def labelled_from_text(
         UserError: as for :func:`import_token_rewards`.
     """
     counts["snapped_spans"] = 0
-    for labelled, snapped in _labelled_batches(source, tokenizer, workers):
+    pairs = _with_own_columns(read_pairs_and_rows(source))
+    work = functools.partial(_labelled_batch, source, tokenizer)
+    for labelled, snapped in in_order(work, batches(pairs, _PAIRS_AT_ONCE), workers):
         counts["snapped_spans"] += snapped
         yield from labelled
 
 
-def _labelled_batches(
-    source: str | Path, tokenizer: ChatTokenizer, workers: int
-) -> Iterator[tuple[list[LabelledPair], int]]:
-    batches = _batches(read_pairs_and_rows(source))
-    if workers == 1:
-        for batch in batches:
-            yield _labelled_batch(source, tokenizer, batch)
-        return
-    # Forked: a child inherits the loaded tokenizer and modules, which take seconds to load.
-    with multiprocessing.get_context("fork").Pool(workers, _set_worker, (source, tokenizer)) as pool:
-        waiting: deque = deque()
-        for batch in batches:
-            waiting.append(pool.apply_async(_work, (batch,)))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().get()
-        while waiting:
-            yield waiting.popleft().get()
-
-
-def _batches(pairs: Iterator[tuple[Pair, dict]]) -> Iterator[list[tuple[Pair, dict]]]:
-    while batch := [
-        (pair, {name: row[name] for name in _COLUMNS if name in row})
-        for pair, row in itertools.islice(pairs, _PAIRS_AT_ONCE)
-    ]:
-        yield batch
+def _with_own_columns(pairs: Iterator[tuple[Pair, dict]]) -> Iterator[tuple[Pair, dict]]:
+    """Pairs with those columns of their records that this module reads, which are sent to other processes."""
+    for pair, row in pairs:
+        yield pair, {name: row[name] for name in _COLUMNS if name in row}
 
 
 def _labelled_batch(
@@ -166,15 +148,6 @@ def _labelled_batch(
             labelled.append(one)
             snapped += more
     return labelled, snapped
-
-
-def _set_worker(*state: Any) -> None:
-    global _worker
-    _worker = state
-
-
-def _work(batch: list[tuple[Pair, dict]]) -> tuple[list[LabelledPair], int]:
-    return _labelled_batch(*_worker, batch)
 
 
 def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict) -> tuple[list[int], np.ndarray, int]:
