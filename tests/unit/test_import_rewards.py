@@ -131,6 +131,14 @@ def test_what_does_not_line_up_is_refused(chatml, row, message):
     assert message in str(error.value)
 
 
+def test_answers_of_several_turns_are_refused(chatml):
+    """Their text is for people to read: spans over it would meet other tokens than those that are trained."""
+    turns = (Message("assistant", "Which?"), Message("user", "Any."), Message("assistant", "This."))
+    pair = Pair("p", (Message("user", "Q?"),), "Assistant: Which?", "No.", chosen_turns=turns)
+    with pytest.raises(UserError, match="chosen has several turns or calls a tool"):
+        response_rewards(chatml, pair, "chosen", {"chosen_spans": []})
+
+
 def test_from_a_file_of_rewards_to_streams(tokenizer_folders, chatml, tmp_path):
     rows = [
         {

@@ -31,14 +31,23 @@ def scored_response(pair: Pair, side: str, tokenizer: ChatTokenizer) -> tuple[li
     return ids, np.ones(len(ids), dtype=bool)
 
 
+def require_text(pair: Pair, side: str) -> None:
+    """Require that one side's answer is the text of a single turn.
+
+    Raises:
+        UserError: it has several turns, or calls a tool.
+    """
+    if getattr(pair, f"{side}_turns"):
+        raise UserError(f"{side} has several turns or calls a tool; this step takes answers that are one text")
+
+
 def response_ids(pair: Pair, side: str, tokenizer: ChatTokenizer) -> list[int]:
     """Token ids of one side's response: the sampled ones if the pair carries them, otherwise those of its text.
 
     Raises:
         UserError: the ids were sampled with another tokenizer, or the answer has several turns.
     """
-    if getattr(pair, f"{side}_turns"):
-        raise UserError(f"{side} is an answer of several turns, or a call of a tool, for which this step has no way")
+    require_text(pair, side)
     sampled = getattr(pair, f"{side}_ids")
     if sampled is None:
         return tokenizer.encode_response(pair.messages, getattr(pair, side), pair.tools, prompt_answers(pair))

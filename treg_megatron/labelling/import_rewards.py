@@ -28,7 +28,14 @@ from treg_megatron.config.schema import LabelSection
 from treg_megatron.data.labelled_pairs import SIDES, LabelledPair, write_shard
 from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, Reading, read_pairs_and_rows
 from treg_megatron.data.records import source_identity
-from treg_megatron.data.responses import PROMPT_FILLS_CONTEXT, TOO_LONG, labelled_pair, prompt_answers, response_ids
+from treg_megatron.data.responses import (
+    PROMPT_FILLS_CONTEXT,
+    TOO_LONG,
+    labelled_pair,
+    prompt_answers,
+    require_text,
+    response_ids,
+)
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.scoring import Scorer, sequences_of
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
@@ -156,6 +163,7 @@ def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict)
     Raises:
         ValueError: the rewards are missing, out of range, or do not line up with the ids.
     """
+    require_text(pair, side)
     response, snapped = getattr(pair, side), 0
     values, given, texts = (row.get(f"{side}_{name}") for name in ("token_rewards", "token_ids", "token_texts"))
     ids, spans = (
