@@ -1,4 +1,4 @@
-"""Rows of datasets on the Hugging Face hub, or in the cache of ``datasets`` where there is no network.
+"""Rows of datasets on the Hugging Face hub; without network, from the cache of ``datasets``.
 
 hub:OWNER/NAME                          split train
 hub:OWNER/NAME:SPLIT
