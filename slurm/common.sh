@@ -174,10 +174,15 @@ chain() {
         if [[ -f $LOG_NAME.successor ]]; then SUCCESSOR=$(<"$LOG_NAME.successor"); fi
         return 0
     fi
-    local option value options=()
-    for option in partition=Partition account=Account qos=QOS time=TimeLimit; do
+    local option value options=("--job-name=$SLURM_JOB_NAME")
+    for option in partition=Partition account=Account qos=QOS time=TimeLimit constraint=Features reservation=Reservation \
+        nodelist=ReqNodeList exclude=ExcNodeList licenses=Licenses mem=MinMemoryNode mem-per-cpu=MinMemoryCPU; do
         value=$(job_field "${option#*=}")
         case $value in "" | "(null)" | N/A) ;; *) options+=("--${option%=*}=$value") ;; esac
+    done
+    for option in ntasks-per-node cpus-per-task gpus-per-node gpus-per-task; do
+        value=${option//-/_} value=SLURM_${value^^}     # the job's variable, such as SLURM_GPUS_PER_NODE
+        if [[ -n ${!value:-} ]]; then options+=("--$option=${!value}"); fi
     done
     if SUCCESSOR=$(unset MASTER_PORT && CHAIN=$((CHAIN - 1)) sbatch --parsable --dependency="afternotok:$SLURM_JOB_ID" \
         --kill-on-invalid-dep=yes --nodes="$SLURM_JOB_NUM_NODES" "${options[@]}" "$(script_path)" "${ARGUMENTS[@]}"); then

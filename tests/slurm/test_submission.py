@@ -14,18 +14,20 @@ def test_from_another_folder_with_a_chain_that_keeps_the_options(slurm, files, t
     clone = files.folder / "a clone"
     clone.symlink_to(ROOT)
     script, override = clone / "slurm" / "treg_70b.sh", "model.hf=/nowhere at all"
-    options = ["--nodes=3", "--time=17", "--partition=high"]
+    options = ["--nodes=3", "--time=17", "--partition=high", "--exclude=node1", "--job-name=again"]
+    options.append("--ntasks-per-node=1")
     job = slurm.run(
         "sbatch", "--parsable", *options, script, override, cwd=tmp_path, TREG=str(clone), CHAIN="1", CHECKS=""
     )
     slurm.wait(job, "FAILED")
-    text = (tmp_path / f"treg_70b-{job}.log").read_text()
+    text = (tmp_path / f"again-{job}.log").read_text()
     [error] = [line for line in text.splitlines() if line.startswith("error")]
     assert "recipe" not in error and "runs/llama3_70b" in error, text
     successor = text.split("successor: job ")[1].split()[0]
     slurm.wait(successor, "CANCELLED", seconds=30)
-    found = {name: slurm.field(successor, name) for name in ("NumNodes", "TimeLimit", "Partition")}
-    assert found == {"NumNodes": "3", "TimeLimit": "00:17:00", "Partition": "high"}
+    kept = {"NumNodes": "3", "TimeLimit": "00:17:00", "Partition": "high", "ExcNodeList": "node1", "JobName": "again"}
+    assert {name: slurm.field(successor, name) for name in kept} == kept
+    assert slurm.field(successor, "NtasksPerN:B:S:C") == "1:0:*:*"
     assert f"Command={script} {override}\n" in slurm.run("scontrol", "show", "job", successor)
 
 

@@ -39,7 +39,11 @@ JobId=7 JobName=treg_70b
    Priority=4294901757 Nice=0 Account=vision QOS=N/A
    RunTime=00:00:03 TimeLimit=02:00:00 TimeMin=N/A
    Partition=large AllocNode:Sid=login:1
+   ReqNodeList=(null) ExcNodeList=node[7,9]
    NumNodes=2 NumCPUs=384 NumTasks=16
+   MinCPUsNode=96 MinMemoryNode=0 MinTmpDiskNode=0
+   Features=h100&nvlink DelayBoot=00:00:00
+   OverSubscribe=NO Contiguous=0 Licenses=(null) Network=(null)
    Command={command}
    WorkDir=/somewhere
 """
@@ -210,11 +214,15 @@ def test_the_successor_keeps_the_options_and_a_path_with_a_space(job, tmp_path):
     clone = tmp_path / "a clone"
     clone.symlink_to(ROOT)
     script = clone / "slurm" / "treg_70b.sh"
-    done = job(script, "train.max_steps=5", "model.hf=/a b", CHECKS="", CHAIN="2", MASTER_PORT="29500")
+    variables = {"CHECKS": "", "CHAIN": "2", "MASTER_PORT": "29500", "SLURM_GPUS_PER_NODE": "4"}
+    done = job(script, "train.max_steps=5", "model.hf=/a b", **variables)
     *options, path, first, second = done.called("sbatch")
     assert [path, first, second] == [str(script), "train.max_steps=5", "model.hf=/a b"]
-    assert {"--nodes=2", "--partition=large", "--account=vision", "--time=02:00:00"} <= set(options)
-    assert not [option for option in options if option.startswith("--qos")]
+    assert options == [
+        *("--parsable", "--dependency=afternotok:7", "--kill-on-invalid-dep=yes", "--nodes=2", "--job-name=treg_70b"),
+        *("--partition=large", "--account=vision", "--time=02:00:00", "--constraint=h100&nvlink"),
+        *("--exclude=node[7,9]", "--mem=0", "--ntasks-per-node=8", "--gpus-per-node=4"),
+    ]
     assert done.variable("CHAIN", "sbatch-env") == "1" and done.variable("MASTER_PORT", "sbatch-env") is None
 
 
