@@ -1,4 +1,6 @@
-"""Preference losses with token-level reward regularization: tensors in, loss and metrics out.
+"""Preference losses with a value per token: tensors in, loss and metrics out.
+
+T-REG regularises a preference loss by token rewards; its relatives weigh each token inside the margin by them.
 
 Notation (T-REG, Zhou et al., ACL 2025, arXiv 2412.02685): y_w chosen, y_l rejected response; ``logps`` are
 log pi_theta(y_t), ``ref_logps`` log pi_ref(y_t), ``token_rewards`` r_t in (-0.5, 0.5); sg is stop-gradient.
@@ -8,6 +10,7 @@ Inputs are flat, one float per response token, in the order chosen 0, rejected 0
 depends on how many pairs share a micro-batch: every returned value is a sum over pairs. All reductions run in fp32.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +24,8 @@ from treg_megatron.errors import UserError
 
 LARGEST_ALPHA = 2.0  # beyond it a token's gradient can change sign, since |r_t| <= 0.5
 _UNUSUAL_ALPHA = 1.0  # the paper searched up to 0.5
+#: losses whose gradient with respect to the margin is -sigma(-margin), the dynamic weight of T-REG's regulariser
+_SIGMOID_LOSSES = ("dpo", "dpo_norm", "simpo")
 
 Pair = tuple[Tensor, Tensor]  # [pairs] of the chosen, [pairs] of the rejected responses
 
@@ -67,14 +72,21 @@ class Objective(ObjectiveSection):
             f"objective.gamma belongs to simpo; {self.loss_type} has no target margin: set it to 0",
         )
         refuse(
-            self.label_smoothing > 0 and self.loss_type == "ipo",
-            "objective.label_smoothing has no meaning for ipo, whose loss is a regression: set it to 0",
+            self.label_smoothing > 0 and self.loss_type not in (*_SIGMOID_LOSSES, "robust", "exo", "sft"),
+            f"objective.label_smoothing has no meaning for {self.loss_type}, which knows no flipped pairs: set it to 0",
         )
         refuse(
-            self.alpha > 0 and self.loss_type == "ipo",
-            "objective.alpha: the regulariser's weight is the gradient weight of a sigmoid loss, and ipo has none; "
-            "use dpo, dpo_norm or simpo, or set alpha to 0",
+            self.label_smoothing == 0 and self.loss_type == "exo",
+            "objective.label_smoothing must be positive for exo, whose target distribution it smooths, such as 0.001",
         )
+        if self.token_values == "margin":
+            self._check_margin()
+        else:
+            refuse(
+                self.alpha > 0 and self.loss_type not in _SIGMOID_LOSSES,
+                "objective.alpha: the regulariser's weight is the gradient weight of a sigmoid loss, and "
+                f"{self.loss_type} has none; use dpo, dpo_norm or simpo, or set alpha to 0",
+            )
         refuse(
             self.alpha > 0 and self.token_rewards == "none",
             "objective.alpha is positive but objective.token_rewards is none: set one of the two",
@@ -83,6 +95,36 @@ class Objective(ObjectiveSection):
             self.token_rewards == "implicit" and not self.needs_reference,
             f"objective.token_rewards: implicit is the log-ratio to a reference model, and {self.loss_type} has none",
         )
+
+    def _check_margin(self) -> None:
+        rule, (least, greatest) = self.token_weight, (*self.token_weight_range, 0.0, 0.0)[:2]
+        _refuse_if(
+            self.loss_type in ("ipo", "sft"),
+            f"objective.token_values: {self.loss_type} has no margin that tokens could be weighted in",
+        )
+        _refuse_if(
+            rule in ("select", "decay", "confident") and self.alpha > 0,
+            f"objective.alpha has no meaning for token_weight={rule}, whose weights have no strength: set it to 0",
+        )
+        _refuse_if(
+            rule in ("linear", "importance", "select") and self.token_rewards == "none",
+            f"objective.token_weight={rule} reads token rewards, but objective.token_rewards is none",
+        )
+        _refuse_if(
+            rule == "select" and self.token_rewards == "implicit",
+            "objective.token_weight=select ranks the rewards of the dataset: set objective.token_rewards=contrastive",
+        )
+        _refuse_if(
+            len(self.token_weight_range) != 2 or not 0 < least <= 1 <= greatest,
+            f"objective.token_weight_range is {list(self.token_weight_range)}: two weights, 0 < least <= 1 <= greatest",
+        )
+        _refuse_if(not 0 < self.token_share <= 1, f"objective.token_share is {self.token_share}: it must lie in (0, 1]")
+        _refuse_if(not 0 < self.token_decay <= 1, f"objective.token_decay is {self.token_decay}: it must lie in (0, 1]")
+
+    @property
+    def needs_token_order(self) -> bool:
+        """Whether the loss reads a token's position, or its rank by reward, among the tokens of its response."""
+        return self.token_values == "margin" and self.token_weight in ("select", "decay")
 
     @property
     def needs_reference(self) -> bool:
@@ -97,7 +139,7 @@ class Objective(ObjectiveSection):
     @property
     def warning(self) -> str | None:
         """A warning about settings that are valid but rarely intended, or None."""
-        if self.alpha <= _UNUSUAL_ALPHA:
+        if self.alpha <= _UNUSUAL_ALPHA or (self.token_values, self.token_weight) == ("margin", "importance"):
             return None
         return (
             f"objective.alpha={self.alpha:g} is large: a token's gradient is multiplied by {1 - self.alpha / 2:g} to "
@@ -107,11 +149,20 @@ class Objective(ObjectiveSection):
     @property
     def first_preference_loss(self) -> float | None:
         """The preference loss of a policy that equals its reference, or None if it depends on the data."""
-        if self.loss_type in ("dpo", "dpo_norm"):
-            return 0.6931471805599453  # -log sigma(0), whatever the label smoothing
+        log_2 = 0.6931471805599453  # -log sigma(0)
         if self.loss_type == "ipo":
             return (1 / (2 * self.beta)) ** 2
-        return None
+        if self.loss_type == "exo":
+            return -log_2 - 0.5 * math.log(self.label_smoothing * (1 - self.label_smoothing))
+        return {
+            "dpo": log_2,  # whatever the label smoothing
+            "dpo_norm": log_2,
+            "robust": log_2,
+            "hinge": 1.0,
+            "nca": 2 * log_2,
+            "apo_zero": 1.0,
+            "apo_down": 1.0,
+        }.get(self.loss_type)
 
 
 @dataclass(frozen=True)
@@ -124,6 +175,9 @@ class Responses:
         places: [tokens] int64, its number among this rank's tokens of that response.
         tokens: [2 * pairs] fp32, number of tokens of each whole response.
         context_group: the context-parallel group whose ranks hold the other tokens of the same responses, or None.
+        positions: [tokens] int64, the index of each token in its whole response; None unless the objective reads it.
+        ranks: [tokens] int64, the number of tokens of its whole response that come before it when they are sorted by
+            falling reward, equal ones in order; None unless the objective reads it.
     """
 
     lengths: list[int]
@@ -131,6 +185,8 @@ class Responses:
     places: Tensor
     tokens: Tensor
     context_group: dist.ProcessGroup | None = None
+    positions: Tensor | None = None
+    ranks: Tensor | None = None
 
     @classmethod
     def whole(cls, lengths: list[int]) -> "Responses":
@@ -214,7 +270,8 @@ def preference_loss(
         objective: the loss and its hyper-parameters.
 
     Returns:
-        loss: [] fp32, sum over the pairs. T-REG, section 3: L_pref + alpha * w * (L_reg(y_w) + L_reg(y_l)).
+        loss: [] fp32, sum over the pairs. T-REG, section 3: L_pref + alpha * w * (L_reg(y_w) + L_reg(y_l)); with
+            ``token_values=margin`` L_pref of rewards in which each token has its weight.
         sums: metric name -> [] fp32 without gradient, a sum over pairs (or over tokens for the names in ``COUNTS``).
     """
     logps = logps.float()
@@ -224,23 +281,30 @@ def preference_loss(
         per_token = objective.beta * responses.spread(1.0 / responses.tokens)
     log_ratio = logps - ref_logps if objective.needs_reference else logps
     rewards = _token_rewards(log_ratio, token_rewards, objective)
+    in_margin = objective.token_values == "margin"
+    factor = None if rewards is None else objective.alpha * rewards  # of a token's gradient, less 1
+    if in_margin:
+        weights = _token_weights(logps.detach(), rewards, responses, objective)
+        per_token, factor = per_token * weights, weights - 1
 
     # all sums at once: on GPUs a kernel costs more than these few numbers
     values = {"reward": per_token * log_ratio, "log_ratio": log_ratio, "logps": logps}
-    if rewards is not None:
-        outside = (objective.alpha * rewards.abs() > 0.25).float()  # |factor - 1| > 0.25
-        values |= {"regularization": -per_token * rewards * logps, "token_reward": rewards, "outside": outside}
+    if rewards is not None and factor is not None:
+        outside = (factor.abs() > 0.25).float()
+        values |= {"token_reward": rewards, "outside": outside}
+        if not in_margin:
+            values["regularization"] = -per_token * rewards * logps
     summed = dict(zip(values, responses.sums(*values.values()), strict=True))
     chosen, rejected = summed["reward"]
     margin = chosen - rejected
-    preference = _PREFERENCE[objective.loss_type](margin, summed["log_ratio"], responses, objective)
+    preference = _PREFERENCE[objective.loss_type](summed["reward"], summed["log_ratio"], responses, objective)
     loss = preference
 
     weight = torch.ones_like(margin)
     if objective.weight == "dynamic":
         weight = torch.sigmoid(-(margin - objective.gamma if objective.weight_margin else margin)).detach()
     regularization = torch.zeros_like(margin)
-    if rewards is not None:
+    if "regularization" in summed:
         chosen_reg, rejected_reg = summed["regularization"]
         regularization = weight * (chosen_reg + rejected_reg)
         if objective.alpha > 0:
@@ -283,20 +347,60 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _dpo(margin: Tensor, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
+# -- preference losses: rewards and log-ratios as sums over responses -> [pairs] --------------------------------------
+
+
+def _dpo(rewards: Pair, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
     """-log sigma(margin) (DPO, arXiv 2305.18290, eq. 7); flipped with probability eps in cDPO (its section 3 note).
 
-    For dpo_norm the margin is that of beta/|y| log(pi/pi_ref) (length-normalized DPO of Tulu 3, arXiv 2411.15124).
+    For dpo_norm the margin is that of beta/|y| log(pi/pi_ref) (length-normalized DPO of Tulu 3, arXiv 2411.15124); for
+    simpo that of beta/|y| log pi, less gamma (SimPO, arXiv 2405.14734, eq. 6).
     """
+    margin = rewards[0] - rewards[1]
+    if o.gamma:
+        margin = margin - o.gamma
     return -(1 - o.label_smoothing) * F.logsigmoid(margin) - o.label_smoothing * F.logsigmoid(-margin)
 
 
-def _simpo(margin: Tensor, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
-    """-log sigma(beta/|y_w| log pi(y_w) - beta/|y_l| log pi(y_l) - gamma) (SimPO, arXiv 2405.14734, eq. 6)."""
-    return _dpo(margin - o.gamma, log_ratios, responses, o)
+def _robust(rewards: Pair, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
+    """(-(1 - eps) log sigma(margin) + eps log sigma(-margin)) / (1 - 2 eps): DPO's loss in expectation, if a fraction
+    eps of the pairs is flipped (robust DPO, arXiv 2403.00409)."""
+    margin, eps = rewards[0] - rewards[1], o.label_smoothing
+    return (-(1 - eps) * F.logsigmoid(margin) + eps * F.logsigmoid(-margin)) / (1 - 2 * eps)
 
 
-def _ipo(margin: Tensor, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
+def _hinge(rewards: Pair, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
+    """max(0, 1 - margin) (SLiC-HF's calibration loss on DPO's margin: RSO, arXiv 2309.06657, section 3)."""
+    return torch.relu(1 - (rewards[0] - rewards[1]))
+
+
+def _exo(rewards: Pair, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
+    """sigma(m) (log sigma(m) - log(1 - eps)) + sigma(-m) (log sigma(-m) - log eps): reverse KL divergence of the
+    policy's preference from the smoothed one (EXO for pairs, arXiv 2402.00856, eq. 16)."""
+    margin, eps = rewards[0] - rewards[1], o.label_smoothing
+    return torch.sigmoid(margin) * (F.logsigmoid(margin) - math.log(1 - eps)) + torch.sigmoid(-margin) * (
+        F.logsigmoid(-margin) - math.log(eps)
+    )
+
+
+def _nca(rewards: Pair, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
+    """-log sigma(r_w) - 0.5 log sigma(-r_w) - 0.5 log sigma(-r_l) (NCA for pairs, arXiv 2402.05369)."""
+    chosen, rejected = rewards
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def _apo_zero(rewards: Pair, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
+    """1 - sigma(r_w) + sigma(r_l): raises chosen and lowers rejected responses (APO-zero, arXiv 2408.06266, eq. 7)."""
+    return 1 - torch.sigmoid(rewards[0]) + torch.sigmoid(rewards[1])
+
+
+def _apo_down(rewards: Pair, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
+    """sigma(r_w) + 1 - sigma(r_w - r_l): lowers both, the rejected response more (APO-down, arXiv 2408.06266, eq. 8),
+    for a policy that is better than the chosen responses."""
+    return torch.sigmoid(rewards[0]) + 1 - torch.sigmoid(rewards[0] - rewards[1])
+
+
+def _ipo(rewards: Pair, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
     """(h - 1/(2 beta))^2 (IPO, arXiv 2310.12036, eq. 17), where h is the difference of the log-ratios.
 
     Log-ratios are averaged over the tokens of a response, as in the authors' follow-up and in TRL.
@@ -305,18 +409,72 @@ def _ipo(margin: Tensor, log_ratios: Pair, responses: Responses, o: Objective) -
     return (chosen / tokens[0::2] - rejected / tokens[1::2] - 1 / (2 * o.beta)) ** 2
 
 
-def _sft(margin: Tensor, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
+def _sft(rewards: Pair, log_ratios: Pair, responses: Responses, o: Objective) -> Tensor:
     """-log pi(y_w): maximum likelihood of the chosen responses; the rejected ones only enter the metrics."""
     return -log_ratios[0]
 
 
-_PREFERENCE: dict[str, Callable[..., Tensor]] = {
+_PREFERENCE: dict[str, Callable[[Pair, Pair, Responses, Objective], Tensor]] = {
     "dpo": _dpo,
     "dpo_norm": _dpo,
-    "simpo": _simpo,
+    "simpo": _dpo,
     "ipo": _ipo,
+    "robust": _robust,
+    "hinge": _hinge,
+    "exo": _exo,
+    "nca": _nca,
+    "apo_zero": _apo_zero,
+    "apo_down": _apo_down,
     "sft": _sft,
 }
+
+
+# -- weights of tokens inside the margin -------------------------------------------------------------------------------
+
+
+def _token_weights(logps: Tensor, rewards: Tensor | None, responses: Responses, o: Objective) -> Tensor:
+    """w_t of each token, [tokens] fp32 without gradient: a response's reward is the sum of beta w_t l_t, where l_t is
+    log pi/pi_ref, or log pi of an objective without reference; beta/|y| takes beta's place where it is
+    length-normalised, and |y| is the number of tokens that count where only some do.
+
+    linear      1 + alpha r_t on the chosen, 1 - alpha r_t on the rejected response (TGDPO, arXiv 2506.14574, where r_t
+                is beta log pi_oracle/pi_ref)
+    importance  exp(alpha d_t) on the chosen, exp(-alpha d_t) on the rejected response, clipped, where d_t is
+                log pi_better/pi_worse and r_t = sigma(d_t) - 0.5 (TIS-DPO, arXiv 2410.04350, without its term
+                in the sequential KL divergence, which needs the whole vocabulary)
+    select      1 on the share of highest reward of the chosen, of lowest of the rejected response (SePO,
+                arXiv 2408.13518)
+    decay       gamma^t for token t = 0, 1, ... (D2PO, arXiv 2502.14340)
+    confident   1 where pi(y_t) is below its mean over the response (ConfPO, arXiv 2506.08712); nothing of a response
+                whose tokens are equally probable
+    """
+    sign = 1.0 - 2.0 * (responses.segments % 2)
+    if o.token_weight == "decay":
+        assert responses.positions is not None
+        return o.token_decay ** responses.positions.float()
+    if o.token_weight == "confident":
+        probability = logps.exp()
+        mean = torch.stack(responses.sums(probability)[0], dim=-1).flatten() / responses.tokens
+        return _of_counted((probability < responses.spread(mean)).float(), responses, o)
+    if o.token_weight == "select":
+        assert responses.ranks is not None
+        tokens = responses.spread(responses.tokens)
+        counted = torch.ceil(o.token_share * tokens)
+        from_the_end = torch.where(sign > 0, responses.ranks, tokens - 1 - responses.ranks)
+        return _of_counted((from_the_end < counted).float(), responses, o)
+    assert rewards is not None
+    if o.token_weight == "linear":
+        return 1 + o.alpha * sign * rewards
+    least, greatest = o.token_weight_range
+    return torch.exp(o.alpha * sign * torch.logit(rewards + 0.5)).clamp(least, greatest)
+
+
+def _of_counted(counts: Tensor, responses: Responses, o: Objective) -> Tensor:
+    """Weights of tokens that count (1) or not (0): a length-normalised reward is the mean over those that count."""
+    if not o.is_length_normalized:
+        return counts
+    number = torch.stack(responses.sums(counts)[0], dim=-1).flatten()
+    return counts * responses.spread(responses.tokens / number.clamp(min=1))
 
 
 def _token_rewards(log_ratio: Tensor, token_rewards: Tensor | None, objective: Objective) -> Tensor | None:

@@ -130,7 +130,9 @@ def prepare(recipe: DictConfig) -> Job:
     on_rank_zero(lock.acquire)
     atexit.register(lock.release)
     on_rank_zero(lambda: require_undamaged(plan))
-    pairs = PairData(data, streams[data.train], streams.get(data.validation), plan.parallel)
+    pairs = PairData(
+        data, streams[data.train], streams.get(data.validation), plan.parallel, plan.objective.needs_token_order
+    )
     steps = min(pairs.steps, run.max_steps or pairs.steps)
     resume = on_rank_zero(lambda: checkpoint_to_resume(output))
     if ranks.rank == 0:

@@ -50,6 +50,8 @@ def loss_on_this_rank(objective) -> tuple:
         dict(loss_type="dpo_norm", beta=2.0, alpha=0.5),
         dict(loss_type="ipo"),
         dict(alpha=0.5, token_rewards="implicit"),
+        dict(token_values="margin", token_weight="confident"),
+        dict(token_values="margin", token_weight="confident", loss_type="simpo", beta=2.0),
     ],
     ids=str,
 )

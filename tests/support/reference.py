@@ -45,6 +45,11 @@ def pair_loss(
     weight_margin: bool = True,
     token_rewards: str = "contrastive",
     sft_loss_weight: float = 0.0,
+    token_values: str = "regularizer",
+    token_weight: str = "linear",
+    token_weight_range: list[float] = (0.7, 1.3),
+    token_share: float = 0.3,
+    token_decay: float = 0.98,
 ) -> torch.Tensor:
     """The loss of one pair, in the precision of its log-probs."""
     rewards = (pair.chosen_token_rewards, pair.rejected_token_rewards)
@@ -60,6 +65,24 @@ def pair_loss(
         return (ratios[0].mean() - ratios[1].mean() - 1 / (2 * beta)) ** 2 - sft_loss_weight * logps[0].sum()
     if token_rewards == "implicit":
         rewards = [torch.sigmoid(ratio.detach()) - 0.5 for ratio in ratios]
+    if token_values == "margin" or loss_type not in ("dpo", "dpo_norm", "simpo"):
+        sides = []
+        for sign, lp, ratio, r in zip((1, -1), logps, ratios, rewards):
+            weights = torch.ones_like(lp)
+            if token_values == "margin":
+                weights = {
+                    "linear": lambda: 1 + sign * alpha * r,
+                    "importance": lambda: torch.exp(sign * alpha * torch.log((0.5 + r) / (0.5 - r))).clamp(
+                        *token_weight_range
+                    ),
+                    "select": lambda: best(r, math.ceil(token_share * len(r)), sign),
+                    "decay": lambda: torch.tensor([token_decay**t for t in range(len(lp))]).to(lp),
+                    "confident": lambda: (lp.exp() < lp.exp().mean()).to(lp).detach(),
+                }[token_weight]()
+            counted = weights.sum() if token_weight in ("select", "confident") else len(lp)
+            per_token = beta / max(counted, 1) if loss_type in ("simpo", "dpo_norm") else beta
+            sides.append((per_token * weights * (lp if loss_type == "simpo" else ratio)).sum())
+        return sequence_loss(loss_type, *sides, gamma, label_smoothing) - sft_loss_weight * logps[0].sum()
     if loss_type == "simpo":
         margin = beta * (logps[0].mean() - logps[1].mean())
         regularizer = -beta * sum((r * lp).mean() for r, lp in zip(rewards, logps))
@@ -77,6 +100,29 @@ def pair_loss(
         + alpha * (dynamic if weight == "dynamic" else 1.0) * regularizer
         - sft_loss_weight * logps[0].sum()
     )
+
+
+def best(rewards: torch.Tensor, number: int, sign: int) -> torch.Tensor:
+    """1 for the first of the tokens by falling reward, or the last with ``sign`` -1, and 0 for the others."""
+    order = sorted(range(len(rewards)), key=lambda t: -rewards[t].item())
+    counted = order[:number] if sign == 1 else order[-number:]
+    return torch.tensor([float(t in counted) for t in range(len(rewards))]).to(rewards)
+
+
+def sequence_loss(loss_type: str, chosen, rejected, gamma: float, eps: float) -> torch.Tensor:
+    """The preference loss of a pair's rewards."""
+    margin = chosen - rejected - gamma
+    positive, negative = F.logsigmoid(margin), F.logsigmoid(-margin)
+    p, q = positive.exp(), negative.exp()
+    if loss_type == "exo":
+        return p * (positive - math.log(1 - eps)) + q * (negative - math.log(eps))
+    return {
+        "robust": -((1 - eps) * positive - eps * negative) / (1 - 2 * eps),
+        "hinge": (1 - margin).clamp(min=0),
+        "nca": -(chosen.sigmoid().log() + ((1 - chosen.sigmoid()).log() + (1 - rejected.sigmoid()).log()) / 2),
+        "apo_zero": 1 - chosen.sigmoid() + rejected.sigmoid(),
+        "apo_down": chosen.sigmoid() + 1 - p,
+    }.get(loss_type, -(1 - eps) * positive - eps * negative)
 
 
 def learning_rate(step: int, steps: int, peak: float, lowest: float, warmup: int) -> float:

@@ -127,12 +127,30 @@ class ObjectiveSection:
     loss_type: str = key(
         "preference loss; dpo_norm is DPO with rewards averaged over a response's tokens, sft maximum "
         "likelihood of the chosen responses",
-        choices=("dpo", "dpo_norm", "ipo", "simpo", "sft"),
+        choices=("dpo", "dpo_norm", "simpo", "ipo", "robust", "hinge", "exo", "nca", "apo_zero", "apo_down", "sft"),
     )
     beta: float = key("KL strength of DPO and IPO, reward scale of SimPO; > 0")
     gamma: float = key("SimPO's target margin, in units of the reward (the paper states gamma / beta); >= 0")
-    label_smoothing: float = key("cDPO: fraction of preferences assumed to be flipped, in [0, 0.5)")
-    alpha: float = key("strength of the token-level regulariser, in [0, 2]; 0 is the plain preference loss")
+    label_smoothing: float = key(
+        "fraction of preferences assumed to be flipped, in [0, 0.5): of dpo, dpo_norm and simpo (cDPO), robust and exo"
+    )
+    alpha: float = key("strength of the token rewards, in [0, 2]; 0 is the plain preference loss")
+    token_values: str = key(
+        "what the token rewards do: T-REG's regulariser beside the preference loss, or a weight of each token inside "
+        "the margin",
+        choices=("regularizer", "margin"),
+    )
+    token_weight: str = key(
+        "token_values margin: the weight of a token, by its reward (linear TGDPO, importance TIS-DPO, select SePO), "
+        "its position (decay, D2PO) or the policy's confidence (confident, ConfPO)",
+        choices=("linear", "importance", "select", "decay", "confident"),
+    )
+    token_weight_range: list[float] = key("token_weight importance: least and greatest weight")
+    token_share: float = key(
+        "token_weight select: fraction of the tokens that count, those of highest reward in the chosen and of lowest "
+        "in the rejected response, in (0, 1]"
+    )
+    token_decay: float = key("token_weight decay: weight of a token relative to the one before it, in (0, 1]")
     weight: str = key("weight of the regulariser: sg(sigma(-margin)), or 1", choices=("dynamic", "static"))
     weight_margin: bool = key("SimPO: whether the dynamic weight includes gamma, as SimPO's own gradient weight does")
     token_rewards: str = key(

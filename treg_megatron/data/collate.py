@@ -31,6 +31,7 @@ def collate(
     pad_to_multiple_of: int = 1,
     context: ContextPart = WHOLE,
     share_prompts: bool = False,
+    token_order: bool = False,
 ) -> dict[str, Any]:
     """One micro-batch of 0 or more pairs; without pairs it consists of padding and its loss is 0.
 
@@ -40,6 +41,7 @@ def collate(
             one length.
         context: the part of every sequence that this context-parallel rank holds; only layout packed can be split.
         share_prompts: store the prompt of each pair once; only for layout packed without context parallelism.
+        token_order: whether to return positions and ranks.
 
     Returns:
         tokens, position_ids: [b, s] int64; packed: b = 1.
@@ -51,6 +53,8 @@ def collate(
             rejected 0, chosen 1, ... segments, places: [n] int64, and response_tokens: [2 * pairs] fp32, of whole
             responses: see :class:`~treg_megatron.objective.Responses`.
         token_rewards: [n] fp32. ref_logps: [n] fp32, absent if the dataset has none. pair_ids: list of str.
+        positions, ranks: [n] int64, of each token in its whole response: see
+            :class:`~treg_megatron.objective.Responses`.
     """
     sequences = [tokens for r in records for tokens in (r.chosen_tokens, r.rejected_tokens)]
     rewards = [values for r in records for values in (r.chosen_token_rewards, r.rejected_token_rewards)]
@@ -78,9 +82,20 @@ def collate(
     batch["response_tokens"] = torch.tensor([int(s.sum()) for s in scored], dtype=torch.float32)
     batch["pair_ids"] = [r.pair_id for r in records]
     batch["token_rewards"] = flat(rewards)
+    if token_order:
+        batch["positions"] = flat([np.cumsum(s) - 1 for s in scored], np.int64)
+        batch["ranks"] = flat([_ranks(np.asarray(r), s) for r, s in zip(rewards, scored, strict=True)], np.int64)
     if all(r.chosen_ref_logprobs is not None for r in records):
         batch["ref_logps"] = flat([x for r in records for x in (r.chosen_ref_logprobs, r.rejected_ref_logprobs)])
     return batch
+
+
+def _ranks(rewards: np.ndarray, scored: np.ndarray) -> np.ndarray:
+    """[len] int64: rank of each scored token by falling reward, equal ones in order; other tokens come last."""
+    order = np.argsort(np.where(scored, -rewards, np.inf), kind="stable")
+    ranks = np.empty(len(rewards), dtype=np.int64)
+    ranks[order] = np.arange(len(rewards))
+    return ranks
 
 
 def row_multiple(data: DataSection, parallel: ParallelSection) -> int:

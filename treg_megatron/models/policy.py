@@ -207,6 +207,8 @@ class PreferenceLossReduction(MegatronLossReduction):
             batch["places"],
             batch["response_tokens"],
             parallel_state.get_context_parallel_group() if split else None,
+            batch.get("positions"),
+            batch.get("ranks"),
         )
         loss, sums = preference_loss(
             logps, batch.get("ref_logps"), batch.get("token_rewards"), responses, self.objective

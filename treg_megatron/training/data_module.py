@@ -71,13 +71,19 @@ class PairData(pl.LightningDataModule):
         train: the training dataset, opened and validated.
         validation: the validation dataset, opened and validated, or None.
         parallel: the recipe's section.
+        token_order: whether the objective reads the position and the rank of a token in its response.
     """
 
     def __init__(
-        self, data: DataSection, train: AlignedDataset, validation: AlignedDataset | None, parallel: ParallelSection
+        self,
+        data: DataSection,
+        train: AlignedDataset,
+        validation: AlignedDataset | None,
+        parallel: ParallelSection,
+        token_order: bool = False,
     ):
         super().__init__()
-        self.data, self.train, self.validation = data, train, validation
+        self.data, self.train, self.validation, self.token_order = data, train, validation, token_order
         self.pad_to = row_multiple(data, parallel)
         self.padded_length = ContextPart(0, parallel.context).padded
         self.bins = self.bin_size = None
@@ -154,6 +160,7 @@ class PairData(pl.LightningDataModule):
                     parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
                 ),
                 share_prompts=self.data.share_prompts,
+                token_order=self.token_order,
             ),
         )
 
