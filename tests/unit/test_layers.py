@@ -13,7 +13,7 @@ PACKAGE = "treg_megatron"
 #: lowest first: a module imports from its own folder and from those before it
 LAYERS = (
     *("errors", "utils", "config", "objective", "kernels", "distributed", "tokenizer", "formats", "containers"),
-    *("data", "models", "checkpoint", "sampling", "labelling", "training", "preflight", "accept"),
+    *("data", "models", "checkpoint", "sampling", "labelling", "evaluation", "training", "preflight", "accept"),
     *("cli", "train", "node_check", "__main__"),
 )
 
