@@ -17,11 +17,14 @@ from treg_megatron.data.pairs import read_pairs
 from treg_megatron.errors import UserError
 from treg_megatron.sampling import rank as ranking
 from treg_megatron.sampling import server
+from treg_megatron.sampling.decoding import Decoding
 from treg_megatron.sampling.huggingface import HuggingFaceSampler
 from treg_megatron.sampling.rank import best_and_worst, rank
 from treg_megatron.sampling.sample import sample
 from treg_megatron.tokenizer.chat import load_tokenizer
 from treg_megatron.tokenizer.conversation import Message
+
+DECODING = Decoding(temperature=0.8, top_p=0.95, max_new_tokens=4)
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ class Counting:
     def __init__(self, tokenizer, stop_after=None):
         self.tokenizer, self.calls, self.stop_after = tokenizer, [], stop_after
 
-    def sample(self, prompts, seed):
+    def sample(self, prompts, seed, decoding):
         if len(self.calls) == self.stop_after:
             raise KeyboardInterrupt
         self.calls.append((prompts, seed))
@@ -114,8 +117,8 @@ def test_a_prompt_is_sent_with_one_bos(settings, http, tokenizer_folders):
 def test_hugging_face_samples_and_marks_truncated_responses(settings, chatml):
     sampler = HuggingFaceSampler(settings, chatml)
     prompts = [[5, 6, 7], [8]]
-    first, again = sampler.sample(prompts, 1), sampler.sample(prompts, 1)
-    assert first == again != sampler.sample(prompts, 2)
+    first, again = sampler.sample(prompts, 1, DECODING), sampler.sample(prompts, 1, DECODING)
+    assert first == again != sampler.sample(prompts, 2, DECODING)
     for response in first:
         assert response.finished == (response.ids[-1] == chatml.end_of_turn) and len(response.ids) <= 4
     assert not chatml.sampled([10, 11]).finished
@@ -134,8 +137,8 @@ def test_prompts_may_lie_in_several_files(settings, tmp_path):
 
 
 def test_temperature_0_takes_the_likeliest_token(settings, chatml):
-    sampler = HuggingFaceSampler(dataclasses.replace(settings, temperature=0.0), chatml)
-    first, other = sampler.sample([[5, 6, 7]], 1), sampler.sample([[5, 6, 7]], 2)
+    sampler, greedy = HuggingFaceSampler(settings, chatml), DECODING._replace(temperature=0.0)
+    first, other = sampler.sample([[5, 6, 7]], 1, greedy), sampler.sample([[5, 6, 7]], 2, greedy)
     assert first == other
     with torch.inference_mode():
         logits = sampler._model(torch.tensor([[5, 6, 7, *first[0].ids]])).logits[0, 2:-1]
@@ -310,11 +313,11 @@ def test_a_server_that_goes_down_stops_the_job_which_can_resume(settings, http, 
     )
     real, calls = server.ServerSampler.sample, []
 
-    def goes_down(self, prompts, seed):
+    def goes_down(self, prompts, seed, decoding):
         calls.append(seed)
         if len(calls) == 8:
             http.broken = 1000
-        return real(self, prompts, seed)
+        return real(self, prompts, seed, decoding)
 
     monkeypatch.setattr(server.ServerSampler, "sample", goes_down)
     with pytest.raises(UserError, match="gave no answer in 2 attempts .the last: status 503.*rerun the same command"):

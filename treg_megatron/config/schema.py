@@ -55,6 +55,11 @@ class SampleSection:
     device: str = key("engine huggingface: where the model runs: auto, cpu or cuda")
     shard_prompts: int = key("prompts per output shard: the most work that an interrupted job loses")
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest prompt and its response together."""
+        return self.max_prompt_length + self.max_new_tokens
+
 
 @dataclass
 class RankSection:

@@ -4,7 +4,6 @@ Like labelling, it writes shards atomically, one JSONL file each, and resumes wi
 written first and records which run the folder belongs to.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from treg_megatron.data.records import read_rows, source_identity
 from treg_megatron.errors import UserError
 from treg_megatron.formats.fields import prompt as conversation
 from treg_megatron.sampling import Sampler
+from treg_megatron.sampling.decoding import Decoding, seed_from
+from treg_megatron.sampling.engines import load_sampler
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.utils.files import atomic_write, read_manifest, sha256_of_json, write_manifest
@@ -86,7 +87,7 @@ def _sample(section: SampleSection, sampler: Sampler | None) -> dict[str, Any]:
     job = ShardJob(output, SHARD_PATTERN, len(prompts), section.shard_prompts)
     finished = job.finished()
     if len(finished) < len(job.portions):
-        sampler = sampler or _load_sampler(section, tokenizer)
+        sampler = sampler or load_sampler(section, tokenizer, "sample")
         write_manifest(output / RUN_NAME, FORMAT, VERSION, {"run": run})
         with job.progress("sample", "prompts", finished) as progress:
             for portion, part in job.unfinished(prompts, finished):
@@ -173,14 +174,14 @@ def _sample_part(
     # batch prompts of similar length, to keep padding small
     kept.sort(key=lambda i: len(ids[i]))
     responses: dict[int, list[dict[str, Any]]] = {i: [] for i in kept}
+    decoding = Decoding(section.temperature, section.top_p, section.max_new_tokens)
     for start in range(0, len(kept), section.batch_prompts):
         batch = kept[start : start + section.batch_prompts]
         tokens = 0
         for seed in section.seeds:
             # include the batch in the seed: otherwise similar prompts in different batches get the same random numbers
-            key = f"{seed} {part[batch[0]].prompt_id}".encode()
-            drawn = int.from_bytes(hashlib.sha256(key).digest()[:4], "little") >> 1
-            for i, sampled in zip(batch, sampler.sample([ids[i] for i in batch], drawn), strict=True):
+            drawn = seed_from(f"{seed} {part[batch[0]].prompt_id}")
+            for i, sampled in zip(batch, sampler.sample([ids[i] for i in batch], drawn, decoding), strict=True):
                 responses[i].append({"seed": seed, **sampled._asdict()})
                 tokens += len(sampled.ids or [])
         progress.worked(len(batch), tokens)
@@ -214,13 +215,3 @@ def _finish(job: ShardJob, drops: Counter[str], run: dict) -> dict[str, Any]:
             "shards": [path.name for path in job.paths],
         },
     )
-
-
-def _load_sampler(section: SampleSection, tokenizer: ChatTokenizer) -> Sampler:
-    if section.engine == "server":
-        from treg_megatron.sampling.server import ServerSampler as Engine
-    elif section.engine == "vllm":
-        from treg_megatron.sampling.vllm import VllmSampler as Engine
-    else:
-        from treg_megatron.sampling.huggingface import HuggingFaceSampler as Engine
-    return Engine(section, tokenizer)

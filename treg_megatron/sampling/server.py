@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from treg_megatron.config.schema import SampleSection
 from treg_megatron.errors import UserError
+from treg_megatron.sampling import EngineSettings
+from treg_megatron.sampling.decoding import Decoding
 from treg_megatron.tokenizer.chat import ChatTokenizer
 from treg_megatron.tokenizer.conversation import Sampled
 
@@ -22,36 +23,37 @@ _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
 class ServerSampler:
-    """A :class:`~treg_megatron.sampling.Sampler` for ``section.server_model`` on the server ``section.server``.
+    """A :class:`~treg_megatron.sampling.Sampler` for ``settings.server_model`` on the server at ``address``.
 
     Raises:
-        UserError: no address is given, or the server does not answer.
+        UserError: the server does not answer.
     """
 
-    def __init__(self, section: SampleSection, tokenizer: ChatTokenizer):
-        if not section.server:
-            raise UserError("sample.server has no value; give the server's address, such as http://localhost:8000/v1")
-        self._section, self._tokenizer = section, tokenizer
-        self._address = section.server.rstrip("/")
-        self._model = section.server_model or self._ask("models")["data"][0]["id"]
+    def __init__(self, settings: EngineSettings, address: str, tokenizer: ChatTokenizer):
+        self._settings, self._tokenizer = settings, tokenizer
+        self._address = address.rstrip("/")
+        self._model = settings.server_model or self._ask("models")["data"][0]["id"]
 
-    def sample(self, prompts: Sequence[list[int]], seed: int) -> list[Sampled]:
+    def sample(self, prompts: Sequence[list[int]], seed: int, decoding: Decoding) -> list[Sampled]:
         """See :meth:`treg_megatron.sampling.Sampler.sample`; all prompts are sent concurrently."""
         with ThreadPoolExecutor(max_workers=len(prompts)) as pool:
-            return list(pool.map(lambda prompt: self._sample(prompt, seed), prompts))
+            return list(pool.map(lambda prompt: self._sample(prompt, seed, decoding), prompts))
 
-    def _sample(self, prompt: list[int], seed: int) -> Sampled:
-        section = self._section
+    def _sample(self, prompt: list[int], seed: int, decoding: Decoding) -> Sampled:
+        stops = {"stop": list(decoding.stop_strings)} if decoding.stop_strings else {}
+        if decoding.stop_tokens:  # of vLLM and SGLang; other servers know the model's own only
+            stops["stop_token_ids"] = list(decoding.stop_tokens)
         answer = self._ask(
             "completions",
             {
                 "model": self._model,
                 "prompt": prompt,
                 "seed": seed,
-                "temperature": section.temperature,
-                "top_p": section.top_p,
-                "max_tokens": section.max_new_tokens,
+                "temperature": decoding.temperature,
+                "top_p": decoding.top_p,
+                "max_tokens": decoding.max_new_tokens,
                 "return_token_ids": True,
+                **stops,
             },
         )
         try:
@@ -63,8 +65,10 @@ class ServerSampler:
             ) from None
         if ids is None:
             return Sampled(text, None, finished)
-        end = self._tokenizer.end_of_turn
-        return self._tokenizer.sampled(ids if not finished or ids[-1:] == [end] else [*ids, end])
+        sampled = decoding.response(self._tokenizer, ids)
+        if finished and not sampled.finished:  # the server left out the token that ended the response
+            sampled = decoding.response(self._tokenizer, [*ids, self._tokenizer.end_of_turn])
+        return sampled
 
     def _ask(self, path: str, content: dict[str, Any] | None = None) -> Any:
         request = urllib.request.Request(
@@ -72,11 +76,11 @@ class ServerSampler:
             headers={"Content-Type": "application/json"},
             data=None if content is None else json.dumps(content).encode(),
         )
-        for attempt in range(self._section.max_attempts):
+        for attempt in range(self._settings.max_attempts):
             if attempt:
                 time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1))
             try:
-                with urllib.request.urlopen(request, timeout=self._section.timeout) as answer:
+                with urllib.request.urlopen(request, timeout=self._settings.timeout) as answer:
                     return json.load(answer)
             except urllib.error.HTTPError as error:
                 if error.code not in _RETRIED:
@@ -86,6 +90,6 @@ class ServerSampler:
             except (OSError, ValueError) as error:  # refused, reset, timed out, cut off
                 problem = getattr(error, "reason", error)
         raise UserError(
-            f"{self._address}/{path} gave no answer in {self._section.max_attempts} attempts (the last: {problem}); "
+            f"{self._address}/{path} gave no answer in {self._settings.max_attempts} attempts (the last: {problem}); "
             "what was sampled so far is kept: restore the server and rerun the same command"
         )

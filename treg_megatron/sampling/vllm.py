@@ -2,43 +2,42 @@
 
 from collections.abc import Sequence
 
-from treg_megatron.config.schema import SampleSection
 from treg_megatron.errors import UserError
+from treg_megatron.sampling import EngineSettings
+from treg_megatron.sampling.decoding import Decoding
 from treg_megatron.tokenizer.chat import ChatTokenizer
 from treg_megatron.tokenizer.conversation import Sampled
 
 
 class VllmSampler:
-    """A :class:`~treg_megatron.sampling.Sampler` for the model in the folder ``section.model``.
+    """A :class:`~treg_megatron.sampling.Sampler` for the model in the folder ``settings.model``.
 
     Raises:
         UserError: vLLM is not installed.
     """
 
-    def __init__(self, section: SampleSection, tokenizer: ChatTokenizer):
+    def __init__(self, settings: EngineSettings, tokenizer: ChatTokenizer):
         try:
             import vllm
         except ImportError:
             raise UserError(
-                "sample.engine=vllm needs the package vllm: pip install treg-megatron[sampling], or start "
-                "its server and use sample.engine=server"
+                "the engine vllm needs the package vllm: pip install treg-megatron[sampling], or start "
+                "its server and use the engine server"
             ) from None
-        self._vllm, self._section, self._tokenizer = vllm, section, tokenizer
-        self._model = vllm.LLM(
-            section.model, dtype=section.dtype, max_model_len=section.max_prompt_length + section.max_new_tokens
-        )
+        self._vllm, self._tokenizer = vllm, tokenizer
+        self._model = vllm.LLM(settings.model, dtype=settings.dtype, max_model_len=settings.context_length)
 
-    def sample(self, prompts: Sequence[list[int]], seed: int) -> list[Sampled]:
+    def sample(self, prompts: Sequence[list[int]], seed: int, decoding: Decoding) -> list[Sampled]:
         """See :meth:`treg_megatron.sampling.Sampler.sample`."""
-        section, end = self._section, self._tokenizer.end_of_turn
         parameters = self._vllm.SamplingParams(
             n=1,
             seed=seed,
-            temperature=section.temperature,
-            top_p=section.top_p,
-            max_tokens=section.max_new_tokens,
-            stop_token_ids=[end],
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            max_tokens=decoding.max_new_tokens,
+            stop_token_ids=[self._tokenizer.end_of_turn, *decoding.stop_tokens],
+            stop=list(decoding.stop_strings) or None,
             skip_special_tokens=False,
         )
         answers = self._model.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
-        return [self._tokenizer.sampled(list(answer.outputs[0].token_ids)) for answer in answers]
+        return [decoding.response(self._tokenizer, list(answer.outputs[0].token_ids)) for answer in answers]

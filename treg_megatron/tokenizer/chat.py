@@ -261,11 +261,27 @@ class ChatTokenizer:
         """
         return self._first_special(self._boundary.end)
 
-    def sampled(self, ids: Sequence[int]) -> Sampled:
-        """A response from generated ids, which may have padding after the end-of-turn token."""
+    def special_id(self, text: str) -> int:
+        """The id of a special token.
+
+        Raises:
+            UserError: the tokenizer has no such special token.
+        """
+        if text not in self._special.ids:
+            raise UserError(f"{text!r} is not a special token of the tokenizer of {self.folder}")
+        return self._special.ids[text]
+
+    def sampled(self, ids: Sequence[int], stop_tokens: Sequence[int] = ()) -> Sampled:
+        """A response from generated ids, which may have padding after the token that ended it.
+
+        Args:
+            ids: the generated ids.
+            stop_tokens: what ends a response besides the end-of-turn token.
+        """
         ids = list(ids)
-        finished = self.end_of_turn in ids
-        ids = ids[: ids.index(self.end_of_turn) + 1] if finished else ids
+        end = next((i for i, token in enumerate(ids) if token == self.end_of_turn or token in stop_tokens), None)
+        finished = end is not None
+        ids = ids if end is None else ids[: end + 1]
         words = ids[:-1] if finished else ids
         text = self._tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Sampled(text, ids, finished)
