@@ -98,6 +98,7 @@ setup(
     package_data={
         "treg_megatron": [
             "data/*.html",
+            "evaluation/answering/*.yaml",
             "models/architectures/*.json",
             "labelling/pages/*.html",
             "labelling/prompt_pairs/*.yaml",

@@ -22,6 +22,7 @@ SCRIPTS = {
     "show_rewards.py": "show",
     "show_recipe.py": "recipe",
     "streams.py": "datasets",
+    "generate_answers.py": "answers",
 }
 HEAVY = ("torch", "numpy", "omegaconf", "transformers", "pyarrow")
 

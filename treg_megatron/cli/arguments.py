@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from treg_megatron.config.recipe import RecordedRecipe
 
-_METAVARS: dict[Any, str] = {dict[str, str]: "FIELD=COLUMN", list[str]: "COLUMN"}  # flags that take several words
+# flags that take several words
+_METAVARS: dict[Any, str] = {dict[str, str]: "FIELD=COLUMN", list[str]: "TEXT", list[str] | None: "TEXT"}
 
 
 def command_parser(prog: str | None, description: str | None) -> argparse.ArgumentParser:

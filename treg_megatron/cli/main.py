@@ -40,6 +40,7 @@ COMMANDS = {
     "check-nodes": Command("check_nodes", "check the nodes of a job before it starts", ranks=True),
     "train": Command("train", "train: starts torchrun unless a launcher did", ranks=True),
     "export": Command("export", "Megatron checkpoint to Hugging Face folder"),
+    "answers": Command("answers", "let a model answer the prompts of a benchmark", ranks=True),
     "verify": Command("verify", "compare two models bit for bit, and their log-probs"),
     "completion": Command("completion", "print a completion script for bash, zsh or tcsh"),
 }

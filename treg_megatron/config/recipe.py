@@ -27,7 +27,7 @@ _INSTALLED = Path(__file__).resolve().parents[1] / "recipes"
 RECIPES = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "recipes"
 BASE_RECIPE = RECIPES / "base.yaml"
 COMMAND_LINE = "the command line"
-_TEXT = (str, str | None, list[str], dict[str, str])
+_TEXT = (str, str | None, list[str], list[str] | None, dict[str, str])
 _LIKE_A_NUMBER = re.compile(r"[-+.\d_eE]+")  # OmegaConf reads 1e3 as a number, PyYAML writes the text without quotes
 
 _CACHED = "training holds no reference model: its log-probs are cached by labelling, and simpo reads none"
@@ -206,12 +206,12 @@ def _parse_override(name: str, value: str) -> DictConfig:
     if kind not in _TEXT or len(parts) > 3:
         return OmegaConf.from_dotlist([f"{name}={value}"])
     parsed: Any = _escape(value)
-    if kind == list[str]:
+    if kind in (str | None, list[str] | None) and value in ("null", ""):
+        parsed = None
+    elif kind in (list[str], list[str] | None):
         parsed = [_escape(item) for item in _items(value)]
     elif kind == dict[str, str]:
         parsed = {key: _escape(text) for key, text in yaml.load(value, yaml.BaseLoader).items()}
-    elif kind == str | None and value in ("null", ""):
-        parsed = None
     for part in reversed(parts):
         parsed = {part: parsed}
     return OmegaConf.create(parsed)

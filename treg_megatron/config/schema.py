@@ -289,6 +289,57 @@ class ExportSection:
 
 
 @dataclass
+class EvaluateSection:
+    """Answers of a model to the prompts of a benchmark."""
+
+    model: str = key(
+        "model that answers: a Hugging Face folder, or a run's folder for what it exported; engine server: for its "
+        "tokenizer"
+    )
+    name: str | None = key("the model's name in the benchmark's files; null: the run's, or the folder's")
+    benchmark: str = key(
+        "benchmark that the prompts are of, and in whose form the answers are written; prompts: any others",
+        choices=("alpaca_eval", "arena_hard_v0.1", "arena_hard_v2", "mt_bench", "prompts"),
+    )
+    prompts: str = key(
+        "the benchmark's prompts: AlpacaEval's JSON list, Arena-Hard's or MT-Bench's question.jsonl; or any source of "
+        "prompts, as for treg sample"
+    )
+    output: str = key("folder for the answers and their manifest")
+    preset: str = key(
+        "published settings to take what is null below from: a model family of treg_megatron/evaluation/answering/"
+        "presets.yaml; auto: the one that the model is of"
+    )
+    temperature: float | None = key("sampling temperature; 0 is greedy decoding; null: the preset's")
+    top_p: float | None = key("nucleus sampling: probability mass to sample from, in (0, 1]; null: the preset's")
+    max_new_tokens: int | None = key(
+        "maximum tokens per answer; one cut off there is marked and counted; null: the preset's"
+    )
+    stop_tokens: list[str] | None = key(
+        "special tokens that end an answer besides the end-of-turn token; null: the preset's"
+    )
+    stop_strings: list[str] = key("texts that end an answer, and are no part of it")
+    seed: int = key("random seed of sampled answers")
+    engine: str = key(
+        "what generates: this process, a server that speaks OpenAI's completions protocol, or vLLM",
+        choices=("huggingface", "server", "vllm"),
+    )
+    server: str | None = key("engine server: its base URL, up to and including /v1")
+    server_model: str | None = key("engine server: model name on the server; null takes the first that it lists")
+    timeout: float = key("engine server: request timeout in seconds, after which the request is retried")
+    max_attempts: int = key("engine server: attempts per request, with increasing pauses, before the job stops")
+    batch_prompts: int = key("prompts per generation batch")
+    dtype: str = key("precision of the model", choices=("float32", "bfloat16"))
+    device: str = key("engine huggingface: where the model runs: auto, cpu or cuda")
+    shard_prompts: int = key("prompts per output shard: the most work that an interrupted job loses")
+
+    @property
+    def context_length(self) -> None:
+        """As many tokens of prompt and answer together as the model takes."""
+        return None
+
+
+@dataclass
 class ClusterSection:
     """The cluster that the recipe is meant for. Preflight reads this section; training and the node check require its
     device."""
@@ -326,6 +377,7 @@ class Recipe:
     optimizer: OptimizerSection
     train: TrainSection
     export: ExportSection
+    evaluate: EvaluateSection
     cluster: ClusterSection
 
 

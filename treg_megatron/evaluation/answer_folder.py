@@ -9,7 +9,7 @@ A file in the form of a benchmark's own tools can take the folder's place, such 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,18 +94,13 @@ def read_answers(path: str | Path) -> Answers:
     if not rows:
         raise UserError(f"{path} holds no answers")
     first = rows[0][1] if isinstance(rows[0][1], dict) else {}
-    for key, benchmark, of_file in (
-        ("instruction", "alpaca_eval", _of_alpaca_eval),
-        ("uid", "", _of_arena_hard),
-        ("question_id", "mt_bench", _of_mt_bench),
-    ):
-        if key in first:
-            break
-    else:
+    form = next((form for key, form in _FORMS.items() if key in first), None)
+    if form is None:
         raise UserError(
             f"{path} holds no answers of a form that can be read: AlpacaEval's objects have the keys instruction and "
             "output, Arena-Hard's uid, model and messages, MT-Bench's question_id, model_id and choices"
         )
+    benchmark, of_file = form
     questions = _questions(path) if benchmark == "mt_bench" else {}
     read: list[dict[str, Any]] = []
     names = set()
@@ -209,3 +204,11 @@ def _require_distinct(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _answers(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     return (answer for row in rows for answer in row["answers"])
+
+
+# by a key that only the answers of one benchmark have; Arena-Hard's version is told by its ids
+_FORMS: dict[str, tuple[str, Callable[[Any, dict], tuple[str, dict[str, Any]]]]] = {
+    "instruction": ("alpaca_eval", _of_alpaca_eval),
+    "uid": ("", _of_arena_hard),
+    "question_id": ("mt_bench", _of_mt_bench),
+}
