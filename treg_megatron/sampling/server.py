@@ -40,7 +40,7 @@ class ServerSampler:
             return list(pool.map(lambda prompt: self._sample(prompt, seed, decoding), prompts))
 
     def _sample(self, prompt: list[int], seed: int, decoding: Decoding) -> Sampled:
-        stops = {"stop": list(decoding.stop_strings)} if decoding.stop_strings else {}
+        stops: dict[str, Any] = {"stop": list(decoding.stop_strings)} if decoding.stop_strings else {}
         if decoding.stop_tokens:  # of vLLM and SGLang; other servers know the model's own only
             stops["stop_token_ids"] = list(decoding.stop_tokens)
         answer = self._ask(
