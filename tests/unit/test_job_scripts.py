@@ -170,6 +170,43 @@ def test_the_pipeline_finds_its_repository_from_anywhere(job, tmp_path):
     assert done.variable("TREG", "sbatch-env") == f"{tmp_path}/a clone"
 
 
+def test_the_pipeline_ends_with_an_evaluation_where_that_is_wanted(job):
+    done = job(f"env -u TREG EVALUATE=yes bash {ROOT}/slurm/pipeline_70b.sh evaluate.prompts=p.json; :")
+    submitted = done.called("sbatch")
+    assert submitted[-2:] == [f"{ROOT}/slurm/evaluate.sh", "evaluate.prompts=p.json"]
+    assert submitted[-4:-2] == ["--dependency=afterok:99", "--kill-on-invalid-dep=yes"]
+    assert done.said.endswith(", export 99, evaluate 99\n")
+
+
+# -- evaluation
+
+EVALUATE = ROOT / "slurm" / "evaluate.sh"
+
+
+def steps(done: Done) -> list[list[str]]:
+    """Words of the steps that ran a tool other than those that look up a setting."""
+    calls = [shlex.split(call) for call in done.called("srun")]
+    return [call for call in calls if "tools/" in " ".join(call) and not any("show_recipe" in word for word in call)]
+
+
+def test_an_evaluation_answers_on_all_ranks(job):
+    done = job(EVALUATE, "evaluate.prompts=p.json")
+    [answers] = steps(done)
+    assert done.code == 0 and {"--nodes=2", "--ntasks=16"} <= set(answers)
+    expected = [f"{ROOT}/tools/generate_answers.py", "--recipe", "llama3_8b", "evaluate.prompts=p.json"]
+    assert answers[-4:] == expected
+
+
+def test_an_evaluation_judges_and_compares_with_one_task(job, tmp_path):
+    done = job(EVALUATE, "judge.baseline=b", JUDGE="yes", COMPARE="runs/b runs/c")
+    answers, judge, compare = steps(done)
+    assert "--ntasks=16" in answers and {"--nodes=1", "--ntasks=1"} <= set(judge) & set(compare)
+    assert judge[-4:] == [f"{ROOT}/tools/judge_answers.py", "--recipe", "llama3_8b", "judge.baseline=b"]
+    run = f"{tmp_path}/run"
+    expected = [f"{ROOT}/tools/compare_arms.py", run, "runs/b", "runs/c", "--output", f"{run}/evaluate/comparison"]
+    assert compare[-6:] == expected
+
+
 # -- signals
 
 
