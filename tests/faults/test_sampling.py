@@ -23,6 +23,7 @@ from treg_megatron.sampling.rank import best_and_worst, rank
 from treg_megatron.sampling.sample import sample
 from treg_megatron.tokenizer.chat import load_tokenizer
 from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.utils import http as http_requests
 
 DECODING = Decoding(temperature=0.8, top_p=0.95, max_new_tokens=4)
 
@@ -296,7 +297,7 @@ def http(chatml):
 
 
 def test_a_server_gets_ids_and_failed_requests_are_repeated(settings, http, monkeypatch, chatml):
-    monkeypatch.setattr(server, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(http_requests, "FIRST_PAUSE", 0.01)
     served = dataclasses.replace(settings, engine="server", server=f"http://127.0.0.1:{http.server_port}/v1")
     http.broken = 1
     assert sample(served)["responses"] == 15
@@ -307,7 +308,7 @@ def test_a_server_gets_ids_and_failed_requests_are_repeated(settings, http, monk
 
 
 def test_a_server_that_goes_down_stops_the_job_which_can_resume(settings, http, monkeypatch):
-    monkeypatch.setattr(server, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(http_requests, "FIRST_PAUSE", 0.01)
     served = dataclasses.replace(
         settings, engine="server", server=f"http://127.0.0.1:{http.server_port}/v1", batch_prompts=1
     )
@@ -328,7 +329,7 @@ def test_a_server_that_goes_down_stops_the_job_which_can_resume(settings, http, 
 
 
 def test_a_silent_or_missing_server_is_reported(settings, http, monkeypatch):
-    monkeypatch.setattr(server, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(http_requests, "FIRST_PAUSE", 0.01)
     address = f"http://127.0.0.1:{http.server_port}/v1"
     served = dataclasses.replace(settings, engine="server", server=address, timeout=0.1)
     http.pause = 0.5

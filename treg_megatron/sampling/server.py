@@ -5,9 +5,6 @@ tokenises.
 """
 
 import json
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,9 +14,7 @@ from treg_megatron.sampling import EngineSettings
 from treg_megatron.sampling.decoding import Decoding
 from treg_megatron.tokenizer.chat import ChatTokenizer
 from treg_megatron.tokenizer.conversation import Sampled
-
-_FIRST_PAUSE = 1.0  # seconds; doubles with each retry
-_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+from treg_megatron.utils.http import ask_json
 
 
 class ServerSampler:
@@ -71,25 +66,10 @@ class ServerSampler:
         return sampled
 
     def _ask(self, path: str, content: dict[str, Any] | None = None) -> Any:
-        request = urllib.request.Request(
+        return ask_json(
             f"{self._address}/{path}",
-            headers={"Content-Type": "application/json"},
-            data=None if content is None else json.dumps(content).encode(),
-        )
-        for attempt in range(self._settings.max_attempts):
-            if attempt:
-                time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1))
-            try:
-                with urllib.request.urlopen(request, timeout=self._settings.timeout) as answer:
-                    return json.load(answer)
-            except urllib.error.HTTPError as error:
-                if error.code not in _RETRIED:
-                    said = error.read(300).decode(errors="replace")
-                    raise UserError(f"{self._address}/{path} returned status {error.code}: {said}") from None
-                problem: Any = f"status {error.code}"
-            except (OSError, ValueError) as error:  # refused, reset, timed out, cut off
-                problem = getattr(error, "reason", error)
-        raise UserError(
-            f"{self._address}/{path} gave no answer in {self._settings.max_attempts} attempts (the last: {problem}); "
-            "what was sampled so far is kept: restore the server and rerun the same command"
+            content,
+            timeout=self._settings.timeout,
+            max_attempts=self._settings.max_attempts,
+            advice="what was sampled so far is kept: restore the server and rerun the same command",
         )
