@@ -4,11 +4,8 @@ The paper does not say how to break ties. Here the shortest of the best response
 closest to it in length is rejected.
 """
 
-import importlib
 import json
 import math
-import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +16,7 @@ from treg_megatron.data.pairs import IDENTICAL_RESPONSES
 from treg_megatron.data.records import read_rows
 from treg_megatron.errors import UserError
 from treg_megatron.sampling.sample import FORMAT, VERSION
+from treg_megatron.sampling.scores import RewardModel, imported_function
 from treg_megatron.utils.files import atomic_write, read_manifest
 from treg_megatron.utils.lock import Lock
 from treg_megatron.utils.progress import Progress
@@ -29,9 +27,6 @@ TOO_FEW = "fewer than two usable responses"
 EMPTY_RESPONSE = "empty response"
 TRUNCATED = "truncated response"
 REPEATED_RESPONSE = "repeats a response to the same prompt"
-
-#: (messages, response texts) -> one score per response
-ScoreFunction = Callable[[list[dict[str, str]], list[str]], Sequence[float]]
 
 
 class Ranked(NamedTuple):
@@ -148,7 +143,7 @@ def _score_function(section: RankSection) -> Callable[[dict, list[dict]], Sequen
         raise UserError(f"rank.scores is {name}, but rank.{name} has no value")
     if name == "column":
         return lambda row, kept: [_column(row, response, section.column) for response in kept]
-    function = _imported(section.function) if name == "function" else RewardModel(section)
+    function = imported_function(section.function) if name == "function" else RewardModel(section)
     return lambda row, kept: function(row["messages"], [response["text"] for response in kept])
 
 
@@ -156,75 +151,3 @@ def _column(row: dict, response: dict, column: str) -> float:
     if response.get(column) is None:
         raise UserError(f"prompt {row['prompt_id']!r}: a response has no key {column!r}; it has {', '.join(response)}")
     return response[column]
-
-
-def _imported(name: str) -> ScoreFunction:
-    module, separator, attribute = name.partition(":")
-    sys.path.insert(0, os.getcwd())  # as python -m does
-    try:
-        function = getattr(importlib.import_module(module), attribute) if separator else None
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"rank.function={name} cannot be imported: {error}") from None
-    finally:
-        sys.path.pop(0)
-    if not callable(function):
-        raise UserError(f"rank.function={name} must name a function as MODULE:NAME")
-    return function
-
-
-class RewardModel:
-    """A Hugging Face sequence-classification model whose first output is the score of a conversation.
-
-    Code in its folder (such as ArmoRM's) is executed only if ``allow_remote_code`` is set.
-
-    Raises:
-        UserError: the model does not load, has no chat template, or has code of its own that is not allowed.
-    """
-
-    def __init__(self, section: RankSection):
-        import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        from treg_megatron.models.huggingface import device_of, dtype_option, transformers_config
-        from treg_megatron.tokenizer.model_folder import model_folder
-
-        folder = model_folder(section.reward_model)
-        if (
-            "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            and not section.allow_remote_code
-        ):
-            raise UserError(
-                f"{folder} contains Python code of its own; review it and allow it with "
-                "rank.allow_remote_code=true, or use another reward model"
-            )
-        options = {"local_files_only": True, "trust_remote_code": section.allow_remote_code}
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                config=transformers_config(folder, **options),
-                **dtype_option(getattr(torch, section.dtype)),
-                **options,
-            )
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"the reward model in {folder} does not load: {error}") from None
-        if not self._tokenizer.chat_template:
-            raise UserError(
-                f"the tokenizer of {folder} has no chat template; the reward model needs the one it was trained with"
-            )
-        self._torch, self._model = torch, model.to(device_of(section.device)).eval()
-
-    def __call__(self, messages: list[dict[str, str]], responses: list[str]) -> list[float]:
-        """One score per response, computed one at a time: architectures differ in the padding they expect."""
-        scores = []
-        for response in responses:
-            ids = self._tokenizer.apply_chat_template(
-                [*messages, {"role": "assistant", "content": response}], return_tensors="pt"
-            ).to(self._model.device)
-            with self._torch.inference_mode():
-                output = self._model(ids)
-            score = output.score if hasattr(output, "score") else output.logits
-            scores.append(float(score.flatten()[0]))
-        return scores
