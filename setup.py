@@ -53,6 +53,8 @@ EXTRAS = {
     # vLLM pins a torch of its own: give it an environment of its own, without constraints.txt.
     "sampling": ["vllm>=0.11,<0.12"],  # the last line that accepts transformers 4 and numpy 1
     # gguf: the demo's model comes as a GGUF file
+    # AlpacaEval's annotators; an environment of its own will do, too
+    "evaluation": ["alpaca-eval==0.6.6"],
     "dev": [
         "codespell",
         "gguf",
@@ -99,6 +101,7 @@ setup(
         "treg_megatron": [
             "data/*.html",
             "evaluation/answering/*.yaml",
+            "evaluation/judges/*.yaml",
             "models/architectures/*.json",
             "labelling/pages/*.html",
             "labelling/prompt_pairs/*.yaml",

@@ -23,6 +23,7 @@ SCRIPTS = {
     "show_recipe.py": "recipe",
     "streams.py": "datasets",
     "generate_answers.py": "answers",
+    "judge_answers.py": "judge",
 }
 HEAVY = ("torch", "numpy", "omegaconf", "transformers", "pyarrow")
 

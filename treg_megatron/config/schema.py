@@ -340,6 +340,47 @@ class EvaluateSection:
 
 
 @dataclass
+class JudgeSection:
+    """A judge's preferences between the answers of an arm (the model under evaluation) and of a baseline."""
+
+    arm: str = key("answers to judge: a folder that treg answers wrote, or a file in the benchmark's own format")
+    baseline: str = key("answers to the same prompts that they are compared with, in either form")
+    output: str = key("folder for the judgments (JSONL) and their manifest")
+    kind: str = key(
+        "what judges: a reward model, your own function, a chat server by one of alpaca_eval's annotators or by "
+        "Arena-Hard's prompt; files: nothing here, print the commands that judge the files elsewhere",
+        choices=("reward_model", "function", "alpaca_eval", "arena_hard", "files"),
+    )
+    reward_model: str | None = key("kind reward_model: Hugging Face folder of a sequence-classification model")
+    allow_remote_code: bool = key("kind reward_model: whether code in its folder may be executed (ArmoRM needs it)")
+    dtype: str = key("kind reward_model: its precision", choices=("float32", "bfloat16"))
+    device: str = key("kind reward_model: where it runs: auto, cpu or cuda")
+    function: str | None = key("kind function: MODULE:NAME of a function (messages, responses) -> scores")
+    server: str | None = key("base URL of a server that speaks OpenAI's chat protocol, up to and including /v1")
+    model: str | None = key("name of the judge on the server; every result depends on it, so there is no default")
+    api_key_env: str | None = key("name of the environment variable that holds the server's API key; null: no key")
+    annotator: str = key(
+        "kind alpaca_eval: name of its annotator, whose prompt and parser are used with the judge above; those called "
+        "weighted_* need a server that returns log-probs"
+    )
+    alpaca_eval_python: str | None = key(
+        "kind alpaca_eval: Python of the environment with the package alpaca_eval; null: the one that runs this"
+    )
+    orders: str = key(
+        "kind alpaca_eval: judge each pair in both orders, or in one that the prompt decides, as its leaderboard does",
+        choices=("both", "one"),
+    )
+    temperature: float = key("kind arena_hard: sampling temperature of the judge")
+    max_tokens: int | None = key("kind arena_hard: maximum tokens of a judgment; null: as many as the benchmark allows")
+    verdict_attempts: int = key("replies that are asked for until one holds a verdict; after that the judge has failed")
+    concurrency: int = key("requests to the server at the same time")
+    timeout: float = key("request timeout in seconds, after which the request is retried")
+    max_attempts: int = key("attempts per request, with increasing pauses, before the job stops")
+    cache: str = key("folder of the server's replies, each on disk before it counts: no reply is paid for twice")
+    shard_prompts: int = key("prompts per output shard: the most work that a reward model or function loses")
+
+
+@dataclass
 class ClusterSection:
     """The cluster that the recipe is meant for. Preflight reads this section; training and the node check require its
     device."""
@@ -378,6 +419,7 @@ class Recipe:
     train: TrainSection
     export: ExportSection
     evaluate: EvaluateSection
+    judge: JudgeSection
     cluster: ClusterSection
 
 

@@ -5,7 +5,6 @@ closest to it in length is rejected.
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from treg_megatron.data.pairs import IDENTICAL_RESPONSES
 from treg_megatron.data.records import read_rows
 from treg_megatron.errors import UserError
 from treg_megatron.sampling.sample import FORMAT, VERSION
-from treg_megatron.sampling.scores import RewardModel, imported_function
+from treg_megatron.sampling.scores import RewardModel, finite_scores, imported_function
 from treg_megatron.utils.files import atomic_write, read_manifest
 from treg_megatron.utils.lock import Lock
 from treg_megatron.utils.progress import Progress
@@ -60,7 +59,7 @@ def _rank(section: RankSection) -> Ranked:
                 prompts[IDENTICAL_RESPONSES if len({r["text"] for r in row["responses"]}) == 1 else TOO_FEW] += 1
                 progress.skipped(1)
                 continue
-            scores = _scores(score, row, kept)
+            scores = finite_scores(row["prompt_id"], score(row, kept), len(kept))
             best, worst = best_and_worst(scores, [_length(response) for response in kept])
             if scores[best] == scores[worst]:
                 prompts[EQUAL_SCORES] += 1
@@ -108,18 +107,6 @@ def _length(response: dict[str, Any]) -> int:
     return len(response["ids"] or response["text"])
 
 
-def _scores(score: Callable[[dict, list[dict]], Sequence[float]], row: dict, kept: list[dict]) -> list[float]:
-    try:
-        scores = [float(value) for value in score(row, kept)]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"prompt {row['prompt_id']!r}: its scores are not numbers: {error}") from None
-    if len(scores) != len(kept) or not all(map(math.isfinite, scores)):
-        raise UserError(
-            f"prompt {row['prompt_id']!r}: {len(kept)} responses got the scores {scores}; each needs one finite score"
-        )
-    return scores
-
-
 def _pair(row: dict, chosen: dict, rejected: dict, chosen_score: float, rejected_score: float) -> dict[str, Any]:
     pair = {
         "pair_id": row["prompt_id"],
@@ -143,7 +130,10 @@ def _score_function(section: RankSection) -> Callable[[dict, list[dict]], Sequen
         raise UserError(f"rank.scores is {name}, but rank.{name} has no value")
     if name == "column":
         return lambda row, kept: [_column(row, response, section.column) for response in kept]
-    function = imported_function(section.function) if name == "function" else RewardModel(section)
+    if name == "function":
+        function = imported_function(section.function, "rank.function")
+    else:
+        function = RewardModel(section, "rank")
     return lambda row, kept: function(row["messages"], [response["text"] for response in kept])
 
 

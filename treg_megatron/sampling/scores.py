@@ -2,28 +2,50 @@
 
 import importlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from treg_megatron.config.schema import RankSection
+from treg_megatron.config.schema import JudgeSection, RankSection
 from treg_megatron.errors import UserError
 
 #: (messages, response texts) -> one score per response
 ScoreFunction = Callable[[list[dict[str, str]], list[str]], Sequence[float]]
 
 
-def imported_function(name: str) -> ScoreFunction:
+def finite_scores(prompt_id: str, scores: Any, count: int) -> list[float]:
+    """``scores`` of ``count`` responses to a prompt as floats.
+
+    Raises:
+        UserError: they are not numbers, not finite, too few or too many.
+    """
+    try:
+        values = [float(score) for score in scores]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"prompt {prompt_id!r}: its scores are not numbers: {error}") from None
+    if len(values) != count or not all(map(math.isfinite, values)):
+        raise UserError(f"prompt {prompt_id!r}: {count} responses got the scores {values}; each needs one finite score")
+    return values
+
+
+def imported_function(name: str, key: str) -> ScoreFunction:
+    """The function that a recipe's ``key`` names as MODULE:NAME; the working directory is searched first.
+
+    Raises:
+        UserError: it cannot be imported, or is not a function.
+    """
     module, separator, attribute = name.partition(":")
     sys.path.insert(0, os.getcwd())  # as python -m does
     try:
         function = getattr(importlib.import_module(module), attribute) if separator else None
     except (ImportError, AttributeError) as error:
-        raise UserError(f"rank.function={name} cannot be imported: {error}") from None
+        raise UserError(f"{key}={name} cannot be imported: {error}") from None
     finally:
         sys.path.pop(0)
     if not callable(function):
-        raise UserError(f"rank.function={name} must name a function as MODULE:NAME")
+        raise UserError(f"{key}={name} must name a function as MODULE:NAME")
     return function
 
 
@@ -32,11 +54,15 @@ class RewardModel:
 
     Code in its folder (such as ArmoRM's) is executed only if ``allow_remote_code`` is set.
 
+    Args:
+        section: of the recipe, with the model's folder, precision and device.
+        name: of that section.
+
     Raises:
         UserError: the model does not load, has no chat template, or has code of its own that is not allowed.
     """
 
-    def __init__(self, section: RankSection):
+    def __init__(self, section: RankSection | JudgeSection, name: str):
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -50,7 +76,7 @@ class RewardModel:
         ):
             raise UserError(
                 f"{folder} contains Python code of its own; review it and allow it with "
-                "rank.allow_remote_code=true, or use another reward model"
+                f"{name}.allow_remote_code=true, or use another reward model"
             )
         options = {"local_files_only": True, "trust_remote_code": section.allow_remote_code}
         try:
