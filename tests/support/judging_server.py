@@ -15,7 +15,8 @@ ARENA_HARD = re.compile(
     re.DOTALL,
 )
 ALPACA_EVAL = re.compile(
-    r'"model_identifier": "m",\s+"output": """(.*)"""\s+\},\s+\{\s+"model_identifier": "M",\s+"output": """(.*)"""',
+    r'"model(?:_identifier)?": "m",\s+"output": """(.*)"""\s+\},\s+\{\s+'
+    r'"model(?:_identifier)?": "M",\s+"output": """(.*)"""',
     re.DOTALL,
 )
 
@@ -53,9 +54,15 @@ def completion(request: dict) -> dict:
         top = [{**token, "bytes": None} for token in tokens]
         choice["logprobs"] = {"content": [{**content, "bytes": None, "top_logprobs": top}], "refusal": None}
         text = content["token"]
+    elif request.get("tools"):
+        text = None
+        better, worse = "mM" if probability(first, second) > 0.5 else "Mm"
+        ordered = [{"model": better, "rank": 1}, {"model": worse, "rank": 2}]
+        function = {"name": "make_partial_leaderboard", "arguments": json.dumps({"ordered_models": ordered})}
+        calls = [{"id": "call", "type": "function", "function": function}]
     else:
         text = f"My own answer would be short.\n\nMy final verdict is: [[{verdict(first, second)}]]."
-    choice["message"] = {"role": "assistant", "content": text}
+    choice["message"] = {"role": "assistant", "content": text, **({"tool_calls": calls} if text is None else {})}
     return {
         "id": "x",
         "object": "chat.completion",
