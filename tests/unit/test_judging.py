@@ -204,6 +204,7 @@ def test_the_file_that_arena_hard_reads(settings):
     assert [line["uid"] for line in lines] == [row["prompt_id"] for row in rows]
     for line, row in zip(lines, rows, strict=True):
         assert (line["model"], line["baseline"], line["judge"]) == ("arm", "base", "org/judge")
+        assert line["category"] == "arena-hard-v0.1"
         assert [game["score"] for game in line["games"]] == [order["verdict"] for order in row["orders"]]
         assert "base" in line["games"][0]["prompt"][1]["content"].partition("<|The End of Assistant A")[0]
 

@@ -49,8 +49,8 @@ class Progress:
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = self._worked / seconds
         left = (self._bar.total - self._bar.n - count) / rate if rate else float("inf")
-        tokens = f"{self._tokens / seconds:,.0f} tokens/s, " if self._tokens else ""  # a server need not tell them
-        self._bar.set_postfix_str(f"{rate:,.2f} {self._unit}/s, {tokens}{_duration(left)} left", refresh=False)
+        throughput = f"{self._tokens / seconds:,.0f} tokens/s, " if self._tokens else ""  # a server need not tell
+        self._bar.set_postfix_str(f"{rate:,.2f} {self._unit}/s, {throughput}{_duration(left)} left", refresh=False)
         self._bar.update(count)
 
 

@@ -103,7 +103,7 @@ class ArenaHardJudge:
             lines.append(
                 {
                     "uid": pair.prompt_id,
-                    "category": pair.category,
+                    "category": self._category(pair),
                     "judge": self._section.model,
                     "model": self._arm,
                     "baseline": self._baseline,
@@ -138,20 +138,20 @@ class ArenaHardJudge:
     def _messages(self, pair: Pair, arm_first: bool) -> list[dict[str, str]]:
         answers = (pair.arm[0], pair.baseline[0]) if arm_first else (pair.baseline[0], pair.arm[0])
         user = self._prompts["prompt_template"].format(QUESTION=pair.question, ANSWER_A=answers[0], ANSWER_B=answers[1])
-        return [{"role": "system", "content": self._system_prompt(pair)}, {"role": "user", "content": user}]
+        system = self._prompts["system_prompts"][self._settings["categories"][self._category(pair)]]
+        return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
-    def _system_prompt(self, pair: Pair) -> str:
-        by_category = self._settings["categories"]
-        if len(by_category) == 1:
-            name = next(iter(by_category.values()))
-        elif pair.category in by_category:
-            name = by_category[pair.category]
-        else:
+    def _category(self, pair: Pair) -> str:
+        """The category that decides a prompt's system prompt; v0.1 has one only, which answer files do not name."""
+        known = self._settings["categories"]
+        if len(known) == 1:
+            return next(iter(known))
+        if pair.category not in known:
             raise UserError(
                 f"prompt {pair.prompt_id} has the category {pair.category}, and the judge's prompt depends on it "
-                f"({', '.join(by_category)}); judge answers that treg answers wrote: they name it"
+                f"({', '.join(known)}); judge answers that treg answers wrote: they name it"
             )
-        return self._prompts["system_prompts"][name]
+        return pair.category
 
 
 @functools.cache

@@ -75,7 +75,7 @@ git clone https://github.com/lm-sys/FastChat && cd FastChat/fastchat/llm_judge
 mkdir -p data/mt_bench/model_answer
 cp {_file(arm)} data/mt_bench/model_answer/{shlex.quote(arm.name)}.jsonl
 cp {_file(baseline)} data/mt_bench/model_answer/{shlex.quote(baseline.name)}.jsonl
-python gen_judgment.py --mode pairwise-baseline --baseline-model {shlex.quote(baseline.name)} \\
+echo | python gen_judgment.py --mode pairwise-baseline --baseline-model {shlex.quote(baseline.name)} \\
     --model-list {shlex.quote(arm.name)} --judge-model {judge} --parallel {section.concurrency}
 python show_result.py --mode pairwise-baseline --baseline-model {shlex.quote(baseline.name)} --judge-model {judge}
 """
