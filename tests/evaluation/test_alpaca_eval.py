@@ -154,7 +154,7 @@ def test_a_server_without_log_probs_is_found_out_early(settings, server):
         return 200, reply
 
     server.answer = plain
-    with pytest.raises(UserError, match="gave no verdict on any of 3 prompts"):
+    with pytest.raises(UserError, match="gave no verdict on any of the first 3 prompts"):
         judge(dataclasses.replace(settings, shard_prompts=3))
     assert not list(Path(settings.output).glob("judgments-*"))
 

@@ -186,9 +186,20 @@ def test_a_request_that_the_server_turns_down_is_a_failure_of_that_pair(settings
 
 def test_a_judge_that_gives_no_verdict_at_all_stops_the_job(settings, server):
     server.answer = lambda request: (400, {"error": {"message": "no such model"}})
-    with pytest.raises(UserError, match="no verdict on any of 2 prompts from .* it said: .*no such model"):
+    with pytest.raises(UserError, match="no verdict on any of the first 2 prompts; to .* it said: .*no such model"):
         judge(settings)
     assert not list(Path(settings.output).glob("judgments-*"))
+
+
+def test_a_shard_without_a_verdict_is_no_reason_to_stop_a_judge_that_gave_some(settings, server):
+    def strict(request):
+        if shown(request)[0].startswith(("arm2", "arm3")):
+            return 200, {"error": {"message": "against our rules"}}
+        return 200, completion(request)
+
+    server.answer = strict
+    assert judge(settings)["failed"] == 2
+    assert "against our rules" in read_judgments(settings.output).rows[3]["orders"][1]["reply"]
 
 
 def test_a_wrong_key_stops_the_job(settings, server):

@@ -53,13 +53,16 @@ def _judge(section: JudgeSection) -> dict[str, Any]:
     if len(finished) < len(job.portions):
         write_manifest(output / RUN_NAME, FORMAT, VERSION, {"run": run})
         tokens = _tokens_by_prompt(arm, baseline)
+        proven = any(_holds_a_verdict(read_shard(job.path(portion))) for portion in finished)
         with chosen, job.progress("judge", "prompts", finished) as progress:
             for portion, part in job.unfinished(pairs, finished):
                 rows = []
                 for row in chosen.judgments(part):
                     rows.append(row)
                     progress.worked(1, tokens[row["prompt_id"]])
-                _require_a_verdict(rows)
+                proven = proven or _holds_a_verdict(rows)
+                if not proven:
+                    _refuse_without_a_verdict(rows)
                 with atomic_write(job.path(portion)) as partial:
                     partial.write_text(
                         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
@@ -184,11 +187,14 @@ def _require_same_run(output: Path, run: dict[str, Any]) -> None:
         raise UserError(f"{output} is not empty and has no {RUN_NAME}; name another judge.output")
 
 
-def _require_a_verdict(rows: list[dict[str, Any]]) -> None:
-    """Stop a judge that has failed on a whole shard, before more is paid for replies that cannot be read."""
-    if len(rows) > 1 and all(row["preference"] is None for row in rows):
-        replies = [order["reply"] for order in rows[0]["orders"] if order["preference"] is None]
-        raise UserError(
-            f"the judge gave no verdict on any of {len(rows)} prompts from {rows[0]['prompt_id']} on; to the first it "
-            f"said: {' '.join(str(replies[0]).split())[:200] or 'nothing that can be read'}"
-        )
+def _holds_a_verdict(rows: list[dict[str, Any]]) -> bool:
+    return any(row["preference"] is not None for row in rows)
+
+
+def _refuse_without_a_verdict(rows: list[dict[str, Any]]) -> None:
+    """Stop a judge that has failed on its first shard, before more is paid for replies that cannot be read."""
+    replies = [order["reply"] for order in rows[0]["orders"] if order["preference"] is None]
+    raise UserError(
+        f"the judge gave no verdict on any of the first {len(rows)} prompts; to {rows[0]['prompt_id']} it said: "
+        f"{' '.join(replies[0].split())[:200] or 'nothing that can be read'}"
+    )

@@ -146,7 +146,7 @@ class ArenaHardJudge:
         known = self._settings["categories"]
         if len(known) == 1:
             return next(iter(known))
-        if pair.category not in known:
+        if pair.category is None or pair.category not in known:
             raise UserError(
                 f"prompt {pair.prompt_id} has the category {pair.category}, and the judge's prompt depends on it "
                 f"({', '.join(known)}); judge answers that treg answers wrote: they name it"

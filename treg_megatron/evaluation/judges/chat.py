@@ -1,5 +1,6 @@
 """A chat server as judge: every request is asked at most once, and its reply kept."""
 
+import json
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 from treg_megatron.config.schema import JudgeSection
 from treg_megatron.errors import UserError
 from treg_megatron.evaluation.judges.reply_cache import ReplyCache, request_key
-from treg_megatron.utils.http import ask_json, key_from_environment
+from treg_megatron.utils.http import Refused, ask_json, key_from_environment
 
-#: statuses by which a server turns one request down: too long, or against its rules
-UNACCEPTABLE = {400, 413, 422}
+#: statuses by which a server turns one request down: too long, or against its rules; 200 with an error as its answer
+UNACCEPTABLE = {200, 400, 413, 422}
 
 
 class ChatServer:
@@ -84,7 +85,8 @@ class ChatServer:
             api_key=self._api_key,
         )
         if not isinstance(reply, dict) or not isinstance(reply.get("choices"), list) or not reply["choices"]:
-            raise UserError(f"{address} answered with something else than a chat completion: {str(reply)[:200]}")
+            said = json.dumps(reply)[:200]
+            raise Refused(f"{address} answered with something else than a chat completion: {said}", status=200)
         return reply
 
 
