@@ -16,6 +16,7 @@ from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.config.schema import JudgeSection
 from treg_megatron.errors import UserError
 from treg_megatron.evaluation.judge import judge
+from treg_megatron.evaluation.judges import reply_cache
 from treg_megatron.evaluation.judges.alpaca_eval import read_annotation
 from treg_megatron.evaluation.judges.arena_hard import VERDICTS, read_prompts, read_verdict
 from treg_megatron.evaluation.judges.chat import ChatServer
@@ -303,9 +304,20 @@ def test_two_processes_write_files_of_their_own_and_read_each_others(tmp_path):
         assert third.find("a") == {"from": "one"} and third.find("b") == {"from": "two"} and len(third) == 2
 
 
-def test_a_reply_that_cannot_be_written_leaves_a_sound_file(tmp_path, monkeypatch):
-    from treg_megatron.evaluation.judges import reply_cache
+def test_a_reply_counts_when_it_is_on_disk(tmp_path, monkeypatch):
+    file, real, seen = tmp_path / "cache" / "replies-00000.jsonl", reply_cache.os.fsync, []
 
+    def fsync(handle):
+        seen.append((file.read_text().count("\n"), cache.find("a")))
+        real(handle)
+
+    with ReplyCache(tmp_path / "cache") as cache:
+        monkeypatch.setattr(reply_cache.os, "fsync", fsync)
+        cache.add("a", {}, 0, {"n": 1})
+        assert seen == [(1, None)] and cache.find("a") == {"n": 1}
+
+
+def test_a_reply_that_cannot_be_written_leaves_a_sound_file(tmp_path, monkeypatch):
     with ReplyCache(tmp_path / "cache") as cache:
         cache.add("a", {}, 0, {"n": 1})
 
