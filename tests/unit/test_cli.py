@@ -24,6 +24,7 @@ SCRIPTS = {
     "streams.py": "datasets",
     "generate_answers.py": "answers",
     "judge_answers.py": "judge",
+    "preference_accuracy.py": "accuracy",
 }
 HEAVY = ("torch", "numpy", "omegaconf", "transformers", "pyarrow")
 

@@ -381,6 +381,33 @@ class JudgeSection:
 
 
 @dataclass
+class AccuracySection:
+    """Preference accuracy of a policy, and its divergence from the reference, without a judge."""
+
+    model: str = key("Hugging Face folder of the policy, such as a run's export")
+    reference: str = key(
+        "Hugging Face folder of the reference model; not needed for labelled pairs, which hold its log-probs"
+    )
+    pairs: str = key(
+        "preference pairs: a file, folder, pattern, list with commas, or hub:OWNER/NAME; or labelled pairs, whose "
+        "reference log-probs are taken"
+    )
+    format: str = key("preference format; auto detects it, treg inspect --help lists the names")
+    columns: dict[str, str] = key("which column of your records is what, instead of a format, as for treg label")
+    ignore: list[str] = key("columns that carry meaning and are left out on purpose; id: pairs are named by content")
+    subset: str | None = key("column that names the subset of a pair, where the records have it; null: no subsets")
+    answers: str | None = key("folder of answers that the policy sampled, for the KL divergence; null: none")
+    output: str = key("folder for the figures, accuracy.json, and for the policy's log-probs")
+    reference_cache: str = key("folder for the reference's log-probs; policies on the same pairs may share it")
+    beta: float = key("beta of the implicit reward; > 0")
+    max_length: int = key("maximum tokens of prompt + response; longer pairs are dropped and counted")
+    batch_tokens: int = key("tokens per forward pass")
+    dtype: str = key("precision of both models", choices=("float32", "bfloat16"))
+    device: str = key("where the models run: auto, cpu or cuda")
+    shard_pairs: int = key("pairs, or prompts, per shard of log-probs: the most work that an interrupted job loses")
+
+
+@dataclass
 class ClusterSection:
     """The cluster that the recipe is meant for. Preflight reads this section; training and the node check require its
     device."""
@@ -420,6 +447,7 @@ class Recipe:
     export: ExportSection
     evaluate: EvaluateSection
     judge: JudgeSection
+    accuracy: AccuracySection
     cluster: ClusterSection
 
 
