@@ -103,6 +103,7 @@ setup(
             "evaluation/answering/*.yaml",
             "evaluation/judges/*.yaml",
             "models/architectures/*.json",
+            "evaluation/pages/*.html",
             "labelling/pages/*.html",
             "labelling/prompt_pairs/*.yaml",
         ]

@@ -20,6 +20,7 @@ KEYS = {
     "down": Keys.ARROW_DOWN,
     "up": Keys.ARROW_UP,
     "tab": Keys.TAB,
+    "end": Keys.END,
 }
 OPTIONS = [
     "--headless",
