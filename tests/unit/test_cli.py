@@ -25,6 +25,7 @@ SCRIPTS = {
     "generate_answers.py": "answers",
     "judge_answers.py": "judge",
     "preference_accuracy.py": "accuracy",
+    "compare_arms.py": "compare",
 }
 HEAVY = ("torch", "numpy", "omegaconf", "transformers", "pyarrow")
 

@@ -42,6 +42,7 @@ COMMANDS = {
     "export": Command("export", "Megatron checkpoint to Hugging Face folder"),
     "answers": Command("answers", "let a model answer the prompts of a benchmark", ranks=True),
     "judge": Command("judge", "judge a model's answers against a baseline's: reward model, chat server, function"),
+    "compare": Command("compare", "win rates of judged arms with intervals, and their differences"),
     "accuracy": Command("accuracy", "preference accuracy of a policy, and its KL from the reference", ranks=True),
     "verify": Command("verify", "compare two models bit for bit, and their log-probs"),
     "completion": Command("completion", "print a completion script for bash, zsh or tcsh"),
