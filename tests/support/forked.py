@@ -69,12 +69,20 @@ def run_ranks(
         if meanwhile is not None:
             meanwhile()
         return _collect(pipes, processes)
+    except AssertionError as error:
+        raise AssertionError(f"{error}{_ends_of_logs(log, size)}") from None
     finally:
         for process in processes:
             process.kill()  # it may not lead a process group yet
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # Megatron's checkpoint writer leaves child processes
             process.join()
+
+
+def _ends_of_logs(log: Path | None, size: int) -> str:
+    """What each rank printed last: a rank that ends its process itself leaves no traceback."""
+    texts = [Path(f"{log}.{rank}").read_text(errors="replace") for rank in range(size)] if log else []
+    return "".join(f"\n-- rank {rank}:\n{text[-3000:]}" for rank, text in enumerate(texts) if text)
 
 
 def _collect(pipes: list, processes: list) -> list[Any]:
