@@ -1,4 +1,4 @@
-"""Report of the demo: training metrics, token rewards, and one answer of the model before and after training."""
+"""Report of the demo: training metrics, token rewards, and the model's answers before and after training."""
 
 import json
 import math
@@ -10,10 +10,10 @@ import numpy as np
 from treg_megatron.config.recipe import section
 from treg_megatron.config.schema import Recipe
 from treg_megatron.data.labelled_pairs import read_labelled
+from treg_megatron.evaluation.answer_folder import read_answers
 from treg_megatron.utils.files import atomic_write
 
 SAMPLE_PAIR = "unit-cm"
-SAMPLE_TOKENS = 48
 
 
 def write_report(recipe: Recipe, root: Path, seconds: dict[str, float]) -> str:
@@ -23,24 +23,26 @@ def write_report(recipe: Recipe, root: Path, seconds: dict[str, float]) -> str:
         root: the folder that the recipe's relative paths start from.
         seconds: duration of each step.
     """
-    label, data, train, export = (section(recipe, name) for name in ("label", "data", "train", "export"))
+    label, train, export = (section(recipe, name) for name in ("label", "train", "export"))
+    evaluate, judge = (section(recipe, name) for name in ("evaluate", "judge"))
     records = [json.loads(line) for line in (root / train.output / "metrics.jsonl").read_text().splitlines()]
     first_step = next(r for r in records if r["step"] == 1 and "loss/preference" in r)
     validations = [r for r in records if "validation/rewards/margins" in r]
     labelled = {split: root / Path(label.output).with_name(split) for split in ("train", "heldout")}
-    conversation = sample_conversation(root / "demo" / "pairs" / "heldout.jsonl")
+    comparison = Path(judge.output).with_name("comparison")
     text = "\n".join(
         [
             *training_section(first_step, validations[0], validations[-1]),
             "",
             *token_reward_section(labelled),
             "",
-            *sample_section(conversation, root / label.model, root / export.output),
+            *evaluation_section(root / comparison, root / judge.baseline, root / evaluate.output),
             "",
             *step_section(seconds),
             "",
             f"The aligned model: {export.output} (transformers loads it with AutoModelForCausalLM.from_pretrained)",
             f"TensorBoard:       {train.output}/tensorboard",
+            f"All answers:       {comparison}/report.html (opens in a browser)",
             "",
         ]
     )
@@ -86,31 +88,35 @@ def mean_token_reward(folder: Path, side: str) -> float:
     return float(np.concatenate([getattr(pair, f"{side}_token_rewards") for pair in read_labelled(folder)]).mean())
 
 
-def sample_conversation(pairs: Path) -> list[dict[str, str]]:
-    """The prompt of the pair SAMPLE_PAIR, as a list of messages."""
-    records = (json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines())
-    return next(record["prompt"] for record in records if record["pair_id"] == SAMPLE_PAIR)
+def evaluation_section(comparison: Path, before: Path, after: Path) -> Iterator[str]:
+    """How often the demo's rule prefers the aligned model's answer, and one answer of both models.
 
-
-def sample_section(conversation: list[dict[str, str]], original: Path, aligned: Path) -> Iterator[str]:
-    """The greedy answers of both models to one held-out prompt."""
-    yield f"One held-out prompt, picked because its answer changed (many do not): {conversation[-1]['content']}"
-    yield ""
-    yield f"* before: {greedy_answer(conversation, original)}"
-    yield f"* after: {greedy_answer(conversation, aligned)}"
-
-
-def greedy_answer(conversation: list[dict[str, str]], folder: Path) -> str:
-    """Up to SAMPLE_TOKENS greedily decoded tokens of a Hugging Face model, as one line."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    prompt = tokenizer.apply_chat_template(
-        conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    Args:
+        comparison: folder of ``treg compare``.
+        before, after: answers of the model before and after training.
+    """
+    found = json.loads((comparison / "comparison.json").read_text(encoding="utf-8"))
+    [arm] = found["arms"]
+    low, high = arm["win_rate_interval"]
+    yield (
+        f"Greedy answers to the {found['prompts']} held-out prompts: a rule that counts words (demo/judge.py) prefers "
+        f"those of the aligned model to those of the original one at a rate of {arm['win_rate']:.0f} % (95 % interval "
+        f"{low:.0f} to {high:.0f}; ties count half). So few prompts and so simple a rule say little about the model: "
+        "they show how `treg answers`, `treg judge` and `treg compare` work."
     )
-    output = model.generate(**prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
-    return " ".join(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).split())
+    yield ""
+    prompt, *answers = answers_to(SAMPLE_PAIR, before, after)
+    yield f"One of the prompts, picked because its answer changed (many do not): {prompt}"
+    yield ""
+    for name, answer in zip(("before", "after"), answers, strict=True):
+        yield f"* {name}: {answer}"
+
+
+def answers_to(prompt_id: str, *folders: Path) -> list[str]:
+    """The prompt, and the answer to it in each folder, as one line each."""
+    rows = [next(row for row in read_answers(folder).rows if row["prompt_id"] == prompt_id) for folder in folders]
+    texts = [rows[0]["messages"][-1]["content"], *(row["answers"][-1]["text"] for row in rows)]
+    return [" ".join(text.split()) for text in texts]
 
 
 def step_section(seconds: dict[str, float]) -> Iterator[str]:

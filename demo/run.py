@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def steps(recipe: Recipe) -> list[Step]:
     """The demo's commands, in order."""
-    model, train, export = (section(recipe, name) for name in ("model", "train", "export"))
+    model, export, evaluate = (section(recipe, name) for name in ("model", "export", "evaluate"))
+    judge, accuracy = section(recipe, "judge"), section(recipe, "accuracy")
+    comparison = str(Path(judge.output).with_name("comparison"))
     labelled = {split: str(Path(section(recipe, "label").output).with_name(split)) for split in PAIRS}
     streams = {"train": section(recipe, "data").train, "heldout": section(recipe, "data").validation}
     from_recipe = ["--recipe", RECIPE]
@@ -98,6 +100,27 @@ def steps(recipe: Recipe) -> list[Step]:
             RANKS,
         ),
         Step("export", ["tools/convert_checkpoint.py", "export", *from_recipe], Path(export.output)),
+        Step(
+            "accuracy",
+            ["tools/preference_accuracy.py", *from_recipe],
+            Path(accuracy.output, "accuracy.json"),
+        ),
+        Step(
+            "answers before",
+            [
+                "tools/generate_answers.py",
+                *from_recipe,
+                *("--model", model.hf, "--name", "reference", "--output", judge.baseline),
+            ],
+            Path(judge.baseline, "manifest.json"),
+        ),
+        Step("answers after", ["tools/generate_answers.py", *from_recipe], Path(evaluate.output, "manifest.json")),
+        Step("judge", ["tools/judge_answers.py", *from_recipe], Path(judge.output, "manifest.json")),
+        Step(
+            "compare",
+            ["tools/compare_arms.py", recipe.run, "--output", comparison],
+            Path(comparison, "report.html"),
+        ),
     ]
 
 
