@@ -17,7 +17,7 @@ from tests.support import reference
 from tests.support.forked import run_ranks
 from tests.support.gradients import steps_on_this_rank
 from tests.support.objectives import PLAIN_DPO, VARIANTS, WITH_REGULARIZER
-from tests.support.tiny import tiny_llama, tiny_tokenizer
+from tests.support.tiny import perturb, tiny_llama, tiny_tokenizer
 from tests.support.tiny_families import tiny_family
 from tests.support.training import RECIPE, write_pairs
 
@@ -98,20 +98,6 @@ def prepare(folder: Path, make: Callable[..., object], write: Callable[[Path, in
     index(section(recipe, "index"))
     import_checkpoint(folder / "hf", folder / "megatron")
     return overrides
-
-
-def perturb(hf: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    file, generator = hf / "model.safetensors", torch.Generator().manual_seed(3)
-    save_file(
-        {
-            name: weight + 0.01 * torch.randn(weight.shape, generator=generator)
-            for name, weight in load_file(file).items()
-        },
-        file,
-        metadata={"format": "pt"},
-    )
 
 
 def expected_steps(folder: Path, overrides: list[str], objectives: list[dict] = OBJECTIVES) -> list[dict]:

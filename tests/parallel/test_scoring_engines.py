@@ -1,13 +1,14 @@
 """The reference model's log-probs from Hugging Face and from Megatron agree, however the model is split."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.support.forked import run_ranks
-from tests.support.tiny import tiny_llama
+from tests.support.tiny import perturb, tiny_llama
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.config.schema import LabelSection
@@ -114,6 +115,30 @@ def test_a_copy_without_work_left_still_starts_with_the_others(tied_run, job, tm
     (tmp_path / "shard-00001.parquet").unlink()
     assert any(run_ranks(4, label, job))
     assert_labels_of_hugging_face(tied_run, tmp_path)
+
+
+@pytest.mark.parametrize("tensor, pipeline", [(2, 1), (1, 2)], ids=["TP2", "PP2"])
+def test_the_log_ratio_of_two_split_models(tied_run, job, tensor, pipeline, tmp_path):
+    """Both models are split over the same ranks; the labels equal Hugging Face's."""
+    shutil.copytree(tied_run.hf, tmp_path / "better")
+    perturb(tmp_path / "better")
+    import_checkpoint(tmp_path / "better", tmp_path / "megatron")
+    job = dataclasses.replace(
+        job,
+        source="model_ratio",
+        better_model=str(tmp_path / "better"),
+        better_checkpoint=str(tmp_path / "megatron"),
+        tensor=tensor,
+        pipeline=pipeline,
+        output=str(tmp_path / "split"),
+    )
+    assert any(run_ranks(2, label, job))
+    label(dataclasses.replace(job, engine="huggingface", output=str(tmp_path / "whole")))
+    for ours, theirs in zip(read_labelled(job.output), read_labelled(tmp_path / "whole"), strict=True):
+        for side in SIDES:
+            assert np.abs(getattr(theirs, f"{side}_token_rewards")).max() > 1e-3
+            for values in (f"{side}_ref_logprobs", f"{side}_token_rewards"):
+                np.testing.assert_allclose(getattr(ours, values), getattr(theirs, values), atol=1e-4)
 
 
 def assert_labels_of_hugging_face(tied_run, folder: Path) -> None:

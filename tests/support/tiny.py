@@ -111,3 +111,19 @@ def tiny_pair(number: int, name: str) -> dict[str, str]:
     """A preference pair whose three texts have 1 to 7 words and differ for each number."""
     say = [" ".join(WORDS[(number * k + j) % len(WORDS)] for j in range(1 + (number * k) % 7)) for k in (1, 5, 3)]
     return {"pair_id": name, "prompt": f"{number}: say {say[0]}", "chosen": say[1], "rejected": say[2] + " no"}
+
+
+def perturb(hf: Path) -> None:
+    """Move every weight of a Hugging Face folder a little."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file, generator = hf / "model.safetensors", torch.Generator().manual_seed(3)
+    save_file(
+        {
+            name: weight + 0.01 * torch.randn(weight.shape, generator=generator)
+            for name, weight in load_file(file).items()
+        },
+        file,
+        metadata={"format": "pt"},
+    )

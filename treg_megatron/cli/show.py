@@ -63,6 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
             print(line)
         return
     made_by = [f"{key.replace('_', ' ')} {run[key]['name']}" for key in ("reference", "prompt_pair") if key in run]
+    if models := run.get("source"):
+        made_by.append(f"log-ratio of {models['better']['name']} to {models.get('worse', run['reference'])['name']}")
     source = ", ".join([str(arguments.labelled), *made_by])
     if len(shown) < len(pairs):
         source += f"; the first {len(shown)} of {len(pairs)} pairs are shown, the figures on the left cover all"

@@ -93,7 +93,23 @@ class LabelSection:
     )
     ignore: list[str] = key("columns that carry meaning and are left out on purpose; id: pairs are named by content")
     output: str = key("folder for the labelled pairs (Parquet) and their manifest")
+    source: str = key(
+        "where token rewards come from: the reference model after a better and a worse prompt, or the log-ratio of two "
+        "models",
+        choices=("contrastive_prompts", "model_ratio"),
+    )
     prompt_pair: str = key("name of a built-in better/worse prompt pair, or the path of your own YAML file")
+    better_model: str | None = key(
+        "source model_ratio: Hugging Face folder of the model whose log-probs count in favour of a token, such as one "
+        "trained by DPO"
+    )
+    worse_model: str | None = key("source model_ratio: the model whose log-probs count against it; null: the reference")
+    ratio_scale: float = key("source model_ratio: factor of the log-ratio before it is squashed, such as DPO's beta")
+    squash: str = key(
+        "how values become token rewards in [-0.5, 0.5]; auto: sigmoid for a log-ratio, while imported ones must lie "
+        "there",
+        choices=("auto", "sigmoid", "tanh", "clip", "rank"),
+    )
     max_length: int = key("maximum tokens of prompt + response, the sequence that training sees")
     max_revision_length: int | None = key(
         "maximum tokens of a better or worse prompt + response; null: the reference model's maximum sequence length"
@@ -103,6 +119,8 @@ class LabelSection:
         choices=("huggingface", "megatron"),
     )
     checkpoint: str = key("engine megatron: Megatron checkpoint of the reference model")
+    better_checkpoint: str | None = key("engine megatron and source model_ratio: checkpoint of better_model")
+    worse_checkpoint: str | None = key("engine megatron and source model_ratio: checkpoint of worse_model")
     tensor: int = key("engine megatron: tensor-parallel size")
     pipeline: int = key("engine megatron: pipeline-parallel size")
     batch_tokens: int = key("tokens per forward pass of the reference model")

@@ -2,12 +2,13 @@
 
 import numpy as np
 
+from treg_megatron.labelling.squash import SIGMOID, squashed
+
 
 def contrastive_rewards(logps_better: np.ndarray, logps_worse: np.ndarray) -> np.ndarray:
     """Token rewards sigma(better - worse) - 0.5 of one response (T-REG, equation for r_t in section 3.2).
 
-    Computed as tanh(difference / 2) / 2 in fp64, which is the same function and exactly odd: swapping the arguments
-    flips the sign and changes nothing else.
+    Computed in fp64 and exactly odd: swapping the arguments flips the sign and changes nothing else.
 
     Args:
         logps_better: [n] floating point, nats; log pi_ref(y_t | x_better, y_<t) for response token t.
@@ -16,5 +17,4 @@ def contrastive_rewards(logps_better: np.ndarray, logps_worse: np.ndarray) -> np
     Returns:
         [n] fp32 in (-0.5, 0.5).
     """
-    difference = logps_better.astype(np.float64) - logps_worse.astype(np.float64)
-    return (np.tanh(difference / 2) / 2).astype(np.float32)
+    return squashed(logps_better.astype(np.float64) - logps_worse.astype(np.float64), SIGMOID)

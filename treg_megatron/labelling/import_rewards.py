@@ -6,7 +6,8 @@ Each record is a preference pair in any supported format, with one of the follow
     SIDE_token_rewards  with  SIDE_token_texts    one value per text; the texts, concatenated, are the response
     SIDE_spans                                    [first character, one after the last, value], ...; 0 elsewhere
 
-Values lie in [-0.5, 0.5]. Texts and spans are mapped to our tokens by character offsets. One text or span may cover
+Values lie in [-0.5, 0.5], or label.squash names a function that brings them there, applied to those of one response
+as they are given. Texts and spans are mapped to our tokens by character offsets. One text or span may cover
 several of our tokens, which all get its value, but must not cover only part of a token. White space at a token's edge
 belongs to no span, since tokens own the space before a word: the span of a word covers the word's token. The
 end-of-turn token gets 0 unless it is among the given ids.
@@ -38,10 +39,12 @@ from treg_megatron.data.responses import (
 )
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.scoring import Scorer, sequences_of
+from treg_megatron.labelling.squash import squashed
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.utils.lock import Lock
 from treg_megatron.utils.parallel import batches, in_order
 
+AS_GIVEN = "auto"  # of label.squash
 _LARGEST = 0.5
 _PAIRS_AT_ONCE = 64
 _COLUMNS = tuple(f"{side}_{name}" for side in SIDES for name in ("token_rewards", "token_ids", "token_texts", "spans"))
@@ -81,6 +84,7 @@ def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[s
         "tokenizer": tokenizer.identity,
         "reference": {"model": Path(section.model).name, "dtype": section.dtype} if scorer else None,
         "max_length": section.max_length,
+        **({} if section.squash == AS_GIVEN else {"squash": section.squash}),
     }
     counts["run"] = run
     output = Path(section.output)
@@ -100,7 +104,7 @@ def _fitting(
 ) -> Iterator[LabelledPair]:
     for pair, row in read_pairs_and_rows(section.pairs, drops, Reading.of(section)):
         try:
-            labelled, reason, snapped = _labelled(pair, row, tokenizer, section.max_length)
+            labelled, reason, snapped = _labelled(pair, row, tokenizer, section.max_length, section.squash)
         except (ValueError, UserError) as error:
             raise UserError(f"{section.pairs}, pair {pair.pair_id}: {error}") from None
         if labelled is None:
@@ -157,8 +161,13 @@ def _labelled_batch(
     return labelled, snapped
 
 
-def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict) -> tuple[list[int], np.ndarray, int]:
+def response_rewards(
+    tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict, squash: str = AS_GIVEN
+) -> tuple[list[int], np.ndarray, int]:
     """Token ids of one side's response, a list of n; their rewards, [n] fp32; and how many spans were snapped.
+
+    Args:
+        squash: function of :mod:`treg_megatron.labelling.squash` for the values, or :data:`AS_GIVEN`.
 
     Raises:
         ValueError: the rewards are missing, out of range, or do not line up with the ids.
@@ -172,19 +181,22 @@ def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict)
         else tokenizer.encode_response_with_spans(pair.messages, response, pair.tools, prompt_answers(pair))
     )
     if given is not None:
-        rewards = _by_id(side, given, _numbers(values, f"{side}_token_rewards"), ids)
+        rewards = _by_id(side, given, _squashed(_numbers(values, f"{side}_token_rewards"), squash), ids)
     elif texts is not None:
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{side}_token_texts must be a list of texts")
         if "".join(texts) != response:
             raise ValueError(f"{side}_token_texts, concatenated, are not the {side} response")
-        values = _numbers(values, f"{side}_token_rewards")
+        values = _squashed(_numbers(values, f"{side}_token_rewards"), squash)
         if len(values) != len(texts):
             raise ValueError(f"{side}_token_rewards has {len(values)} values for {len(texts)} texts")
         ends = np.cumsum([len(text) for text in texts]).tolist()
         rewards, snapped = _by_span(side, list(zip([0, *ends], ends, values, strict=False)), spans, response)
     elif row.get(f"{side}_spans") is not None:
-        rewards, snapped = _by_span(side, _spans(row[f"{side}_spans"], f"{side}_spans", len(response)), spans, response)
+        valued = _spans(row[f"{side}_spans"], f"{side}_spans", len(response))
+        rewards_of_spans = _squashed([value for *_, value in valued], squash)
+        valued = [(first, last, value) for (first, last, _), value in zip(valued, rewards_of_spans, strict=True)]
+        rewards, snapped = _by_span(side, valued, spans, response)
     else:
         raise ValueError(
             f"{side} has no token rewards: give {side}_token_rewards with {side}_token_ids or "
@@ -192,18 +204,23 @@ def response_rewards(tokenizer: ChatTokenizer, pair: Pair, side: str, row: dict)
         )
     rewards = np.asarray(rewards, dtype=np.float32)
     if (wrong := ~(np.abs(rewards) <= _LARGEST)).any():
-        raise ValueError(f"{side} has a token reward of {rewards[wrong][0]:g}, outside [-0.5, 0.5]")
+        raise ValueError(
+            f"{side} has a token reward of {rewards[wrong][0]:g}, outside [-0.5, 0.5]: name a function that brings "
+            "such values there, as in label.squash=sigmoid of import-rewards"
+        )
     return ids, rewards, snapped
 
 
-def _labelled(pair: Pair, row: dict, tokenizer: ChatTokenizer, max_length: int) -> tuple[LabelledPair | None, str, int]:
+def _labelled(
+    pair: Pair, row: dict, tokenizer: ChatTokenizer, max_length: int, squash: str = AS_GIVEN
+) -> tuple[LabelledPair | None, str, int]:
     """The labelled pair, or None and the reason for dropping it; and how many spans were snapped."""
     prompt, snapped = tokenizer.encode_prompt(pair.messages, pair.tools, prompt_answers(pair)), 0
     if len(prompt) >= max_length:
         return None, PROMPT_FILLS_CONTEXT, 0
     columns: dict[str, Any] = {}
     for side in SIDES:
-        ids, rewards, more = response_rewards(tokenizer, pair, side, row)
+        ids, rewards, more = response_rewards(tokenizer, pair, side, row, squash)
         if len(prompt) + len(ids) > max_length:
             return None, TOO_LONG, 0
         snapped += more
@@ -212,6 +229,10 @@ def _labelled(pair: Pair, row: dict, tokenizer: ChatTokenizer, max_length: int) 
     if np.array_equal(columns["chosen_tokens"], columns["rejected_tokens"]):
         return None, IDENTICAL_RESPONSES, 0
     return labelled_pair(pair, columns), "", snapped
+
+
+def _squashed(values: list[float], squash: str) -> list[float]:
+    return values if squash == AS_GIVEN or not values else squashed(np.array(values), squash).tolist()
 
 
 def _by_id(side: str, given: Any, values: list[float], ids: list[int]) -> list[float]:

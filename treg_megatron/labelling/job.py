@@ -5,7 +5,8 @@ that training needs, and after the prompts x_better and x_worse, for the token r
 
     r_t = sigma( log pi_ref(y_t | x_better, y_<t) - log pi_ref(y_t | x_worse, y_<t) ) - 0.5
 
-(Zhou et al., "T-REG", ACL 2025, section 3.2).
+(Zhou et al., "T-REG", ACL 2025, section 3.2). Other sources of token rewards score them by other models
+(:mod:`treg_megatron.labelling.source`).
 
 Every ``shard_pairs`` input pairs become one Parquet file, which carries the fingerprint of its run, so that files of
 different runs never mix (:mod:`treg_megatron.utils.shard_job`).
@@ -40,10 +41,9 @@ from treg_megatron.data.responses import (
 from treg_megatron.data.scored import NOT_SCORED
 from treg_megatron.distributed.launch import rank_info
 from treg_megatron.errors import UserError
-from treg_megatron.labelling.contrastive import contrastive_rewards
 from treg_megatron.labelling.manifest import SHARD_PATTERN, Portions, Shards, fingerprint, finish, require_own_output
-from treg_megatron.labelling.prompt_pair import PromptPair, load_prompt_pair
 from treg_megatron.labelling.scoring import ScoredSequence, Scorer
+from treg_megatron.labelling.source import REFERENCE, Model, Source, source_of
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.tokenizer.model_folder import require_embeddings
 from treg_megatron.utils.files import read_manifest
@@ -59,12 +59,10 @@ logger = logging.getLogger(__name__)
 _PAIRS_AT_ONCE = 64
 _PAIRS_WORTH_A_PROCESS = 256
 
-_PASSES = ("reference", "better", "worse")
-
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A pair as token ids: the sequence to score for each side and pass. A side's three passes share its response."""
+    """A pair as token ids: the sequence to score for each side and pass. A side's passes share its response."""
 
     pair: Pair
     sequences: dict[str, dict[str, ScoredSequence]]
@@ -92,8 +90,8 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
             raise UserError(f"label.{name}={getattr(section, name)} must be at least 1")
     output = Path(section.output)
     tokenizer = load_tokenizer(section.model)
-    prompt_pair = load_prompt_pair(section.prompt_pair)
-    run = fingerprint(section, tokenizer, prompt_pair)
+    source = source_of(section)
+    run = fingerprint(section, tokenizer, source)
     share = _share(section)
     if (output / MANIFEST_NAME).exists():
         manifest = read_manifest(output / MANIFEST_NAME, MANIFEST_FORMAT, MANIFEST_VERSION)
@@ -115,16 +113,15 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
         if rank_info().rank == 0:
             for warning in portions.warnings:
                 logger.warning("%s: %s", section.pairs, warning)
-        _require_renderable(section, job, finished, tokenizer, prompt_pair)
-        scorer = scorer or _load_scorer(section)
-        _require_fitting_model(section, scorer, tokenizer)
+        _require_renderable(section, job, finished, tokenizer, source)
+        scorers = _load_scorers(section, source, tokenizer, scorer)
         with job.progress("label", "pairs", finished) as progress:
             for portion, pairs in job.unfinished(read_pairs(section.pairs, reading=reading), finished):
-                labelled_drops, labelled = _label_portion(pairs, section, tokenizer, prompt_pair, scorer, progress)
+                labelled_drops, labelled = _label_portion(pairs, section, tokenizer, source, scorers, progress)
                 if share.writes:
                     write_shard(job.path(portion), labelled, shards.metadata(portion, labelled_drops))
         if section.engine == "megatron":
-            scorer.close()
+            scorers[REFERENCE].close()
     if not share.writes or len(job.finished()) < len(job.portions):
         return None
     return finish(job, drops, run, section)
@@ -135,7 +132,7 @@ def _require_renderable(
     job: ShardJob,
     finished: set[int],
     tokenizer: ChatTokenizer,
-    prompt_pair: PromptPair,
+    source: Source,
 ) -> None:
     """Put every pair that this process will label through the chat template, so that a refusal comes first.
 
@@ -146,7 +143,7 @@ def _require_renderable(
 
     def check(pairs: list[Pair]) -> int:
         for pair in pairs:
-            _checked_prepare(pair, section, sys.maxsize, tokenizer, prompt_pair)
+            _checked_prepare(pair, section, sys.maxsize, tokenizer, source)
         return len(pairs)
 
     def due() -> Iterator[Pair]:
@@ -164,10 +161,10 @@ def _require_renderable(
 
 
 def _checked_prepare(
-    pair: Pair, section: LabelSection, max_revision_length: int, tokenizer: ChatTokenizer, prompt_pair: PromptPair
+    pair: Pair, section: LabelSection, max_revision_length: int, tokenizer: ChatTokenizer, source: Source
 ) -> tuple["_Prepared | None", str]:
     try:
-        return _prepare(pair, section.max_length, max_revision_length, tokenizer, prompt_pair)
+        return _prepare(pair, section.max_length, max_revision_length, tokenizer, source)
     except UserError as error:
         raise UserError(f"{section.pairs} row {pair.row}, pair {pair.pair_id}: {error}") from None
 
@@ -176,23 +173,22 @@ def _label_portion(
     pairs: list[Pair],
     section: LabelSection,
     tokenizer: ChatTokenizer,
-    prompt_pair: PromptPair,
-    scorer: Scorer,
+    source: Source,
+    scorers: dict[str, Scorer],
     progress: Progress,
 ) -> tuple[dict[str, int], list[LabelledPair]]:
     """Counts of dropped pairs by reason, and the records of a shard."""
-    revision_length = section.max_revision_length or scorer.max_length
+    revision_length = section.max_revision_length or scorers[REFERENCE].max_length
     drops: Counter[str] = Counter()
     prepared = []
     for pair in pairs:
-        fitting, reason = _checked_prepare(pair, section, revision_length, tokenizer, prompt_pair)
+        fitting, reason = _checked_prepare(pair, section, revision_length, tokenizer, source)
         if fitting is None:
             drops[reason] += 1
         else:
             prepared.append(fitting)
     progress.skipped(drops.total())
-    sequences = [p.sequences[side][name] for p in prepared for side in SIDES for name in _PASSES]
-    passes = len(SIDES) * len(_PASSES)
+    passes = len(SIDES) * len(scorers)
     done = 0
 
     def scored(count: int, tokens: int) -> None:
@@ -200,15 +196,19 @@ def _label_portion(
         progress.worked((done + count) // passes - done // passes, tokens)
         done += count
 
-    logps = iter(scorer.score(sequences, scored))
-    labelled = [
-        _labelled(p, {side: {name: next(logps) for name in _PASSES} for side in SIDES}, section) for p in prepared
-    ]
+    logps = [{side: {} for side in SIDES} for _ in prepared]
+    for scorer in dict.fromkeys(scorers.values()):  # each model scores all of its passes together
+        names = [name for name, its in scorers.items() if its is scorer]
+        places = [(i, side, name) for i in range(len(prepared)) for side in SIDES for name in names]
+        found = scorer.score([prepared[i].sequences[side][name] for i, side, name in places], scored)
+        for (i, side, name), values in zip(places, found, strict=True):
+            logps[i][side][name] = values
+    labelled = [_labelled(one, its, section, source) for one, its in zip(prepared, logps, strict=True)]
     return dict(drops), labelled
 
 
 def _prepare(
-    pair: Pair, max_length: int, max_revision_length: int, tokenizer: ChatTokenizer, prompt_pair: PromptPair
+    pair: Pair, max_length: int, max_revision_length: int, tokenizer: ChatTokenizer, source: Source
 ) -> tuple[_Prepared | None, str]:
     """The sequences of a pair, or None and the reason for dropping it."""
     answers = prompt_answers(pair)
@@ -220,20 +220,19 @@ def _prepare(
         ids, scored[side] = scored_response(pair, side, tokenizer)
         if len(prompt_ids) + len(ids) > max_length:
             return None, TOO_LONG
-        prompts = {
-            "reference": prompt_ids,
-            "better": tokenizer.encode_prompt(prompt_pair.better(pair.messages, response), pair.tools, answers),
-            "worse": tokenizer.encode_prompt(prompt_pair.worse(pair.messages, response), pair.tools, answers),
-        }
-        sequences[side] = {name: ScoredSequence(prompts[name], ids) for name in _PASSES}
-        if max(sequences[side]["better"].length, sequences[side]["worse"].length) > max_revision_length:
+        prompts = {REFERENCE: prompt_ids, **source.prompts(pair, response, prompt_ids, tokenizer)}
+        sequences[side] = {name: ScoredSequence(prompt, ids) for name, prompt in prompts.items()}
+        revisions = [len(prompt) for prompt in prompts.values() if prompt is not prompt_ids]
+        if max(revisions, default=0) + len(ids) > max_revision_length:
             return None, REVISION_TOO_LONG
-    if sequences["chosen"]["reference"] == sequences["rejected"]["reference"]:
+    if sequences["chosen"][REFERENCE] == sequences["rejected"][REFERENCE]:
         return None, IDENTICAL_RESPONSES  # they differed only in white space that the template strips
     return _Prepared(pair, sequences, scored), ""
 
 
-def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], section: LabelSection) -> LabelledPair:
+def _labelled(
+    prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], section: LabelSection, source: Source
+) -> LabelledPair:
     pair, columns = prepared.pair, {}
     for side in SIDES:
         if not all(np.isfinite(values).all() for values in logps[side].values()):
@@ -241,9 +240,9 @@ def _labelled(prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], sect
                 f"the reference model gives non-finite log-probs for pair {pair.pair_id} "
                 f"({side}); its weights are damaged, or it needs --dtype float32"
             )
-        sequence = prepared.sequences[side]["reference"]
-        rewards = contrastive_rewards(logps[side]["better"], logps[side]["worse"])
-        reference, scored = logps[side]["reference"], prepared.scored[side]
+        sequence = prepared.sequences[side][REFERENCE]
+        rewards = source.rewards(logps[side])
+        reference, scored = logps[side][REFERENCE], prepared.scored[side]
         if not section.reward_eot:
             rewards[_ends(scored)] = 0.0
         if not scored.all():
@@ -270,25 +269,41 @@ def _share(section: LabelSection) -> Share:
     return Share(index, count, first)
 
 
-def _load_scorer(section: LabelSection) -> Scorer:
+def _load_scorers(
+    section: LabelSection, source: Source, tokenizer: ChatTokenizer, reference: Scorer | None
+) -> dict[str, Scorer]:
+    """The model of each pass, each loaded once."""
+    own = Model(section.model, section.checkpoint)
+    loaded = {own: reference or _load_scorer(section, own)}
+    for model in source.models.values():
+        if model not in loaded:
+            if load_tokenizer(model.folder).sha256 != tokenizer.sha256:
+                raise UserError(
+                    f"{model.folder} has another tokenizer than {section.model}: their log-probs cannot be compared"
+                )
+            loaded[model] = _load_scorer(section, model)
+    for model, scorer in loaded.items():
+        _require_fitting_model(section, model, scorer, tokenizer)
+    return {REFERENCE: loaded[own], **{name: loaded[source.models[name]] for name in source.passes}}
+
+
+def _load_scorer(section: LabelSection, model: Model) -> Scorer:
     if section.engine == "megatron":
         from treg_megatron.labelling.scoring.megatron import MegatronScorer
 
-        scorer = MegatronScorer(
-            section.checkpoint, section.tensor, section.pipeline, section.dtype, section.batch_tokens
-        )
-        scorer.require_weights_of(section.model)
+        scorer = MegatronScorer(model.checkpoint, section.tensor, section.pipeline, section.dtype, section.batch_tokens)
+        scorer.require_weights_of(model.folder)
         return scorer
     from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
 
-    return HuggingFaceScorer(section.model, section.dtype, section.device, section.batch_tokens)
+    return HuggingFaceScorer(model.folder, section.dtype, section.device, section.batch_tokens)
 
 
-def _require_fitting_model(section: LabelSection, scorer: Scorer, tokenizer: ChatTokenizer) -> None:
+def _require_fitting_model(section: LabelSection, model: Model, scorer: Scorer, tokenizer: ChatTokenizer) -> None:
     for name in ("max_length", "max_revision_length"):
         if (getattr(section, name) or 0) > scorer.max_length:
             raise UserError(
                 f"label.{name}={getattr(section, name)} exceeds the {scorer.max_length} positions of "
-                f"{section.model}; lower it"
+                f"{model.folder}; lower it"
             )
-    require_embeddings(tokenizer.vocab_size, scorer.vocab_size, section.model)
+    require_embeddings(tokenizer.vocab_size, scorer.vocab_size, model.folder)

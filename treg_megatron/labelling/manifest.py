@@ -23,7 +23,7 @@ from treg_megatron.data.scored import is_scored
 from treg_megatron.data.symptoms import Symptoms
 from treg_megatron.errors import UserError
 from treg_megatron.formats import AUTO
-from treg_megatron.labelling.prompt_pair import PromptPair
+from treg_megatron.labelling.source import Source
 from treg_megatron.tokenizer.chat import ChatTokenizer
 from treg_megatron.utils.parallel import batches
 from treg_megatron.utils.shard_job import ShardJob, require_same_run
@@ -46,7 +46,7 @@ def require_own_output(found: dict[str, Any] | None, run: dict[str, Any], path: 
     require_same_run(found, run, f"{path} is a run", "label.output")
 
 
-def fingerprint(section: LabelSection, tokenizer: ChatTokenizer, prompt_pair: PromptPair) -> dict[str, Any]:
+def fingerprint(section: LabelSection, tokenizer: ChatTokenizer, source: Source) -> dict[str, Any]:
     """Everything that determines the labels. Batch size and device are left out: they only change rounding."""
     from treg_megatron.models.huggingface import model_identity  # imports torch
 
@@ -54,7 +54,7 @@ def fingerprint(section: LabelSection, tokenizer: ChatTokenizer, prompt_pair: Pr
         "pairs": source_identity(section.pairs),
         "reference": {**model_identity(section.model), "dtype": section.dtype},
         "tokenizer": tokenizer.identity,
-        "prompt_pair": {"name": prompt_pair.name, "sha256": prompt_pair.sha256},
+        **source.identity(),
         "max_length": section.max_length,
         "max_revision_length": section.max_revision_length,
         "reward_eot": section.reward_eot,

@@ -142,8 +142,10 @@ def saving_host_bytes(elements: list[tuple[int, int]], parallel: ParallelSection
 
 
 def label_memory(parameters: int, label: LabelSection, fields: dict[str, Any]) -> float:
-    """Memory of a labelling rank in bytes: its weights and one layer's activations in a forward pass."""
+    """Memory of a labelling rank in bytes: its weights, of every model that scores, and one layer's activations in a
+    forward pass."""
     element = {"float32": 4, "bfloat16": 2}[label.dtype]
     split = label.tensor * label.pipeline if label.engine == "megatron" else 1
     token = 4 * fields["hidden_size"] + 3 * fields["ffn_hidden_size"] // label.tensor
-    return parameters * element / split + label.batch_tokens * token * element
+    models = 1 + sum(model is not None for model in (label.better_model, label.worse_model))
+    return models * parameters * element / split + label.batch_tokens * token * element
