@@ -2,9 +2,7 @@
 
 import numpy as np
 
-RESAMPLES = 2000
-_SEED = 0  # the same data gives the same interval
-_COUNTS_AT_ONCE = 1 << 22
+from treg_megatron.evaluation.intervals import resampled_sums
 
 
 def ratio_intervals(
@@ -27,15 +25,7 @@ def ratio_intervals(
     count, k = int(prompt_of.max()) + 1, numerators.shape[1]
     sums = np.zeros((count, 2 * k))
     np.add.at(sums, prompt_of, np.concatenate([numerators, denominators], axis=1))
-    random = np.random.default_rng(_SEED)
-    drawn = []
-    remaining, at_once = RESAMPLES, max(1, _COUNTS_AT_ONCE // count)
-    while remaining:
-        size = min(at_once, remaining)
-        times = random.multinomial(count, np.full(count, 1 / count), size=size)  # how often each prompt is drawn
-        totals = times @ sums
-        drawn.append(totals[:, :k] / totals[:, k:])
-        remaining -= size
+    totals = resampled_sums(sums)
     tail = (1 - confidence) / 2
-    ends = np.quantile(np.concatenate(drawn), [tail, 1 - tail], axis=0).T
+    ends = np.quantile(totals[:, :k] / totals[:, k:], [tail, 1 - tail], axis=0).T
     return numerators.sum(axis=0) / denominators.sum(axis=0), ends
