@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from treg_megatron.evaluation.accuracy.job import accuracy
 from treg_megatron.evaluation.accuracy.reward_bench import SECTIONS, section_averages
 from treg_megatron.labelling.job import label
 from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
+from treg_megatron.models.huggingface import model_identity
 from treg_megatron.objective import Objective, Responses, means, preference_loss
 from treg_megatron.tokenizer.chat import load_tokenizer
 from treg_megatron.tokenizer.conversation import Message
@@ -299,7 +301,7 @@ def test_of_several_turns_only_the_assistant_is_scored(section, tiny_folder, pol
 # -- KL -------------------------------------------------------------------------------------------------------------
 
 
-def write_answers(folder: Path, rows: list[dict], **settings) -> str:
+def write_answers(folder: Path, rows: list[dict], model: dict | None = None, **settings) -> str:
     """An answers folder as `treg answers` writes it."""
     folder.mkdir(parents=True)
     (folder / "answers-00000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -312,7 +314,7 @@ def write_answers(folder: Path, rows: list[dict], **settings) -> str:
         "settings": {"temperature": 1.0, "top_p": 1.0, **settings},
         "shards": ["answers-00000.jsonl"],
         "files": [],
-        "run": {},
+        "run": {"model": model},
     }
     write_manifest(folder / "manifest.json", "treg-megatron answers", 1, content)
     return str(folder)
@@ -401,12 +403,37 @@ def test_a_second_turn_is_scored_after_the_first(section, tiny_folder, policy_fo
     assert kl["nats_per_answer"] == pytest.approx((np.exp(-ratio) - 1 + ratio).sum() / 2, rel=1e-3)
 
 
-def test_answers_without_ids_are_refused(section, tmp_path):
+def test_answers_without_ids_or_of_another_model_are_refused(section, tiny_folder, policy_folder, tmp_path):
     answer = {"text": "yes", "ids": None, "finished": True, "tokens": None}
     row = {"prompt_id": "a", "messages": [{"role": "user", "content": "Q?"}], "answers": [answer]}
     section.answers = write_answers(tmp_path / "answers", [row])
     with pytest.raises(UserError, match="the answer to a has no sampled ids"):
         accuracy(section)
+    section.answers = write_answers(tmp_path / "others", [row], model_identity(tiny_folder))
+    with pytest.raises(UserError, match="others holds answers of another model than .*policy"):
+        accuracy(section)
+    section.answers = write_answers(tmp_path / "own", [row], model_identity(policy_folder))
+    with pytest.raises(UserError, match="no sampled ids"):
+        accuracy(section)
+
+
+def test_an_empty_answer_is_left_out(section, policy_folder, tmp_path):
+    """As where the prompt left no position for one."""
+    rows = []
+    for number, ids in enumerate(([5, 6, 7], [])):
+        answer = {"text": "x" if ids else "", "ids": ids, "finished": False, "tokens": len(ids)}
+        messages = [{"role": "user", "content": f"Q{number}?"}]
+        rows.append({"prompt_id": str(number), "messages": messages, "answers": [answer], "category": None})
+    section.answers = write_answers(tmp_path / "answers", rows)
+    kl = accuracy(section)["kl"]
+    assert (kl["prompts"], kl["tokens"]) == (1, 3)
+
+
+def test_a_run_is_measured_by_its_export(section, policy_folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copytree(policy_folder, tmp_path / "run" / "hf")
+    section.model = str(tmp_path / "run")
+    assert accuracy(section)["model"]["name"] == "hf"
 
 
 # -- RewardBench and intervals ---------------------------------------------------------------------------------------

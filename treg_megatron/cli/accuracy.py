@@ -1,7 +1,7 @@
 """Measure a policy without a judge: does it prefer what people prefer, and how far has it moved from its reference?
 
     treg accuracy --recipe llama3_8b --pairs test.jsonl
-    treg accuracy --model RUN/hf --reference MODEL --pairs hub:allenai/reward-bench:filtered --output accuracy
+    treg accuracy --model RUN --reference MODEL --pairs hub:allenai/reward-bench:filtered --output accuracy
     treg accuracy --recipe llama3_8b --pairs RUN/labelled/test          # the labels hold the reference's log-probs
     treg accuracy --recipe llama3_8b --pairs test.jsonl --answers RUN/evaluate/answers
     torchrun --nproc-per-node 8 tools/preference_accuracy.py --recipe llama3_8b --pairs test.jsonl

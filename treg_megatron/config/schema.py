@@ -402,7 +402,7 @@ class JudgeSection:
 class AccuracySection:
     """Preference accuracy of a policy, and its divergence from the reference, without a judge."""
 
-    model: str = key("Hugging Face folder of the policy, such as a run's export")
+    model: str = key("the policy: a Hugging Face folder, or a run's folder for what it exported")
     reference: str = key(
         "Hugging Face folder of the reference model; not needed for labelled pairs, which hold its log-probs"
     )

@@ -14,6 +14,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from treg_megatron.evaluation.accuracy.log_probs import Item, LogProbShards
 from treg_megatron.evaluation.accuracy.pair_items import PairItems, is_labelled, pair_items
 from treg_megatron.evaluation.accuracy.reward_bench import section_averages
 from treg_megatron.evaluation.answer_folder import Answers, read_answers
+from treg_megatron.evaluation.arm import hugging_face_folder
 from treg_megatron.labelling.scoring import Scorer
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.tokenizer.model_folder import require_embeddings
@@ -70,6 +72,7 @@ def accuracy(section: AccuracySection) -> dict[str, Any] | None:
             raise UserError(f"accuracy.{name}={getattr(section, name)} must be at least 1")
     if not section.beta > 0:
         raise UserError(f"accuracy.beta is {section.beta}: it must be positive")
+    section = replace(section, model=str(hugging_face_folder(section.model)))
     tokenizer = load_tokenizer(section.model)
     answers = read_answers(section.answers) if section.answers else None
     run = _fingerprint(section, tokenizer, answers)
@@ -98,6 +101,9 @@ def _fingerprint(section: AccuracySection, tokenizer: ChatTokenizer, answers: An
     from treg_megatron.models.huggingface import model_identity  # imports torch
 
     precision = {"dtype": section.dtype}
+    model = model_identity(section.model)
+    if answers:
+        _require_own(answers, model, section)
     labels = (labelling_run(section.pairs) or {}).get("reference") if is_labelled(section.pairs) else None
     if labels and not answers:
         reference = labels  # the reference model itself need not be there
@@ -106,7 +112,7 @@ def _fingerprint(section: AccuracySection, tokenizer: ChatTokenizer, answers: An
         if labels and labels["sha256"] != reference["sha256"]:
             raise UserError(f"{section.pairs} was labelled by another reference model than {section.reference}")
     return {
-        "model": {**model_identity(section.model), **precision},
+        "model": {**model, **precision},
         "reference": reference,
         "tokenizer": tokenizer.identity,
         "pairs": source_identity(section.pairs),
@@ -117,6 +123,20 @@ def _fingerprint(section: AccuracySection, tokenizer: ChatTokenizer, answers: An
         "max_length": section.max_length,
         "shard_pairs": section.shard_pairs,
     }
+
+
+def _require_own(answers: Answers, model: dict[str, str], section: AccuracySection) -> None:
+    """Check that the policy itself gave the answers, where their manifest tells what did.
+
+    Raises:
+        UserError: it did not.
+    """
+    answered_by = ((answers.manifest or {}).get("run") or {}).get("model") or {}
+    if answered_by.get("sha256", model["sha256"]) != model["sha256"]:
+        raise UserError(
+            f"{section.answers} holds answers of another model than {section.model}: the KL is measured on the "
+            "policy's own samples"
+        )
 
 
 def _steps(
