@@ -147,6 +147,30 @@ def test_marked_words_are_those_that_changed(window, tmp_path):
         window.press("j")
 
 
+@pytest.mark.parametrize(
+    "base, arm, only_base, only_arm",
+    [
+        ("One two three four.", "One two three four.", "", ""),
+        ("a b c d e f", "a b c X d e f", "", "X"),
+        ("a b c d e f", "d e f", "a b c", ""),
+        ("a b c d e f g h i", "a b c X d Y e f g h i", "d", "X d Y"),  # one common word between changes is chance
+        ("\u6cb3\u6c34\u5f88\u6e05\u6f88", "\u6cb3\u6c34\u5f88\u6d51\u6d4a", "\u6e05 \u6f88", "\u6d51 \u6d4a"),
+        ("line\n" * 5000, "line\n" * 4999 + "end", "line", "end"),  # longer than what is compared by words
+    ],
+)
+def test_words_of_one_side_alone(window, page, base, arm, only_base, only_arm):
+    window.open(page)
+    alone = "parts(%s, %s).map(([pieces, kept]) => pieces.filter((_, k) => !kept[k]).map(p => p.trim()).join(' '))"
+    assert window.evaluate(alone % (json.dumps(base), json.dumps(arm))) == [only_base, only_arm]
+
+
+def test_answers_without_a_word_in_common_are_not_marked(window, page):
+    window.open(page)
+    assert window.evaluate("parts('one two three four nine five', 'six seven eight five')") is None
+    window.evaluate("(data.prompts[0].answers[1].texts[0] = 'Nothing like it.', drawPair())")
+    assert "hardly a word in common" in text(window, "#pair") and not texts(window, "#pair ins, #pair del")
+
+
 def test_hostile_texts_are_only_shown(window, tmp_path):
     window.open(page_of(tmp_path, 10, hostile=True))
     for number in range(10):

@@ -69,7 +69,10 @@ def test_the_markdown_says_the_same(written):
     ):
         assert f"\n## {heading}\n" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert "| alpha 0.25 | dpo | 0.25 | 50.0 \\[47.5, 52.4\\] | 270 | 1,140 |" in text
+    assert (
+        "\n| arm | loss_type | alpha |" in text
+        and "| alpha 0.25 | dpo | 0.25 | 50.0 [47.5, 52.4] | 270 | 1,140 |" in text
+    )
     assert "[recipe](<../run-0.25/train/recipe.yaml>)" in text
     for before, line in zip(rows, rows[1:]):
         if set(line) <= set("|- "):
@@ -81,12 +84,14 @@ def test_the_markdown_says_the_same(written):
 def test_hostile_texts_stay_data(tmp_path):
     comparison = evaluation(tmp_path, 10, hostile=True)
     comparison["arms"][0]["name"] = "<b>arm</b> | `code` __DATA__ \x1b[2J"
+    comparison["arms"][1]["name"] = "[link](address) a_b _c_ [d]: e"
     page, text = (path.read_text(encoding="utf-8") for path in write_report(comparison, tmp_path / "comparison"))
     assert page.count("</script>") == 2 and "<b>arm" not in page and "<img" not in page.partition("<script")[0]
     assert data_of(page)["models"][1] == "<b>arm</b> | `code` __DATA__ \\x1b[2J"
     assert HOSTILE[0] in data_of(page)["prompts"][0]["turns"][0]
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e\ud800-\udfff]", page + text)
     assert "\\<b\\>arm\\</b\\> \\| \\`code\\` \\_\\_DATA\\_\\_" in text
+    assert "[link\\](address) a_b \\_c\\_ [d\\]: e" in text
     fence = ""  # outside of fenced blocks no text of the data stands unescaped
     for line in text.splitlines():
         if mark := re.match(r"(`{3,})(text)?$", line):

@@ -14,6 +14,8 @@ from treg_megatron.evaluation.reporting.tables import Table, arm_table, differen
 
 _EXAMPLES = 2  # answers of each arm that the judge liked most, and least
 _SHOWN_CHARACTERS = 1200
+# an underscore inside a word is none, nor a bracket that begins neither a link nor what one refers to
+_MARKUP = re.compile(r"[\\`*{}<>|#&]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])")
 _METRICS = ("loss", "rewards/margins", "rewards/accuracies", "validation/loss", "validation/rewards/accuracies")
 
 
@@ -124,7 +126,7 @@ def _cell(text: str) -> str:
 
 def _inline(text: str) -> str:
     """Text without meaning to Markdown or HTML, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|#&])", r"\\\1", " ".join(shown(text).split()))
+    return _MARKUP.sub(r"\\\g<0>", " ".join(shown(text).split()))
 
 
 def _block(text: str) -> str:
