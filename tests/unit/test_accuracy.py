@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.file_operations import contents
 from tests.support.tiny import tiny_llama, tiny_pair, tiny_tokenizer
+from treg_megatron.cli.accuracy import lines
 from treg_megatron.config.schema import AccuracySection, LabelSection
 from treg_megatron.errors import UserError
 from treg_megatron.evaluation.accuracy.cluster_bootstrap import ratio_intervals
@@ -427,6 +429,7 @@ def test_an_empty_answer_is_left_out(section, policy_folder, tmp_path):
     section.answers = write_answers(tmp_path / "answers", rows)
     kl = accuracy(section)["kl"]
     assert (kl["prompts"], kl["tokens"]) == (1, 3)
+    assert f"KL from the reference on 1 prompts: {kl['nats_per_token']:.4f} [" in "\n".join(lines(accuracy(section)))
 
 
 def test_a_run_is_measured_by_its_export(section, policy_folder, tmp_path):
@@ -470,6 +473,9 @@ def test_a_file_in_the_form_of_reward_bench(section):
     expected = pytest.approx((984 * math + 164 * rust) / 1148)
     assert found["sections"]["implicit_reward"] == {"Reasoning": expected}
     assert set(found["sections"]) == set(REWARDS)
+    text = "\n".join(lines(found))
+    assert re.search(r"^math-prm +3 +\d+\.\d% \[\d+\.\d%, \d+\.\d%\]", text, re.MULTILINE)
+    assert "RewardBench Reasoning: " in text and text.endswith("dropped: none")
 
 
 def test_intervals_of_means_are_those_of_the_normal_law_and_count_prompts():
