@@ -91,9 +91,10 @@ def test_annotations_and_a_folder_of_the_same_prompts_have_the_same_ids_and_hash
     assert list(arm.judged) == list(other.judged) and arm.prompts_sha256 == other.prompts_sha256
 
 
-def test_arena_hards_judgments(tmp_path):
+@pytest.mark.parametrize("named", [{}, {"category": "arena-hard-v0.1", "baseline": "gpt-4-0314"}], ids=["first", "now"])
+def test_arena_hards_judgments(tmp_path, named):
     """The baseline is A in the first game and B in the second; a pair that lacks a verdict is not judged."""
-    rows = arena_hard("good", [("B>>A", "A>B"), ("A>B", "B>>A"), ("A=B", "A=B"), ("A>B", None)])
+    rows = arena_hard("good", [("B>>A", "A>B"), ("A>B", "B>>A"), ("A=B", "A=B"), ("A>B", None)], **named)
     arm = read_arm(as_jsonl(rows, tmp_path / "good.jsonl"))
     games = [one.games for one in arm.judged.values()]
     assert games[:2] == [(Game(1.0, 3), Game(1.0, 1)), (Game(0.0, 1), Game(0.0, 3))]
@@ -136,6 +137,12 @@ def test_a_run_tells_its_recipe_objective_accuracy_and_divergence(tmp_path):
     assert arm["recipe"] == str(run / "train" / "recipe.yaml") and arm["objective"]["alpha"] == 0.5
     assert arm["accuracy"] == {"implicit_reward": 0.75, "log_prob": 0.5, "pairs": 40, "interval": [0.6, 0.9]}
     assert arm["kl"] == {"nats_per_token": 0.02, "interval": [0.01, 0.03]}
+
+
+def test_the_run_of_judgments_elsewhere_is_that_of_the_answers(tmp_path):
+    answers = tmp_path / "run" / "evaluate" / "answers"
+    arm = read_arm(judgments_folder(tmp_path / "by_another_judge", "good", GOOD, answers=answers))
+    assert arm.folders["run"] == tmp_path / "run"
 
 
 def test_arms_of_one_name_are_told_apart_by_their_paths(tmp_path):
@@ -245,6 +252,7 @@ def test_arena_hards_scores_weigh_clear_verdicts(tmp_path):
     assert bad["score"] == pytest.approx(100 * (0 + 1 + 0.5 + 0.5) / 6)
     assert good["win_rate"] == pytest.approx(100 * (1 + 0.25) / 2)  # a prompt counts once
     assert good["score_interval"][0] < good["score"] < good["score_interval"][1]
+    assert "resampling single games" in as_text(found)
     (difference,) = found["differences"]
     assert difference["score"] == pytest.approx(good["score"] - bad["score"])
     low, high = difference["score_interval"]
@@ -321,6 +329,7 @@ def test_the_tables_show_what_arms_differ_in(two):
     found["arms"][0]["name"] = "good\x1b[2J"
     text = as_text(found)
     heading, first, second = text.splitlines()[:3]
+    assert heading.index("alpha") + len("alpha") == first.index(" 0.5") + len(" 0.5") == second.index("0.25") + 4
     assert heading.split()[:4] == ["arm", "loss_type", "alpha", "gamma"] and "beta" not in heading
     assert "\x1b" not in text and first.split()[:4] == ["good\\x1b[2J", "dpo", "0.5", "0.5"]
     assert "66.0 [" in first and "44.0 [" in second and "Arena-Hard" not in text and "KL" not in text

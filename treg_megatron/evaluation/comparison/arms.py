@@ -111,8 +111,9 @@ def read_arm(path: str | Path, category: str | None = None) -> Arm:
 def _of_folder(judgments: Judgments) -> Arm:
     side, baseline = judgments.arm, judgments.baseline
     folders = {"judgments": judgments.folder}
-    if judgments.folder.parts[-2:] == JUDGMENTS.parts:
-        folders["run"] = judgments.folder.parents[1]
+    for folder in (judgments.folder, Path(side["answers"])):
+        if folder.absolute().parent.name == JUDGMENTS.parts[0]:
+            folders.setdefault("run", folder.absolute().parents[1])
     texts: dict[str, Texts] = {}
     if Path(side["answers"]).exists() and Path(baseline["answers"]).exists():
         folders |= {"answers": Path(side["answers"]), "baseline_answers": Path(baseline["answers"])}

@@ -13,6 +13,11 @@ def notes(comparison: dict[str, Any]) -> list[str]:
         f"judged by {name}{kind}. In brackets: {percent} % intervals, resampling prompts. A difference between two "
         "arms is measured on the same prompts, so its interval may exclude 0 where those of the arms overlap."
     ]
+    if any(arm["score"] is not None for arm in comparison["arms"]):
+        found.append(
+            "An arm's Arena-Hard score has the interval that Arena-Hard computes, resampling single games as if they "
+            "were independent: it is narrower than one that resamples prompts, as that of a difference does."
+        )
     if left_out := comparison.get("left_out"):
         found.append(f"{left_out} prompts are left out: the judge failed on them.")
     if note := (comparison.get("length_control") or {}).get("note"):
