@@ -169,9 +169,11 @@ def test_files_that_hold_no_judgments_are_refused(tmp_path, rows, message):
         read_arm(path)
 
 
-def test_a_run_without_judgments_is_told_what_to_do(tmp_path):
+def test_a_path_without_judgments_is_told_what_to_do(tmp_path):
     with pytest.raises(UserError, match="holds no judgments: .*run `treg judge` first"):
         read_arm(tmp_path)
+    with pytest.raises(UserError, match="nothing does not exist"):
+        read_arm(tmp_path / "nothing")
 
 
 # --- what is refused
@@ -301,7 +303,15 @@ def test_without_alpaca_eval_or_answers_the_length_control_is_absent_and_says_wh
     assert "the answers of good or of its baseline are not at hand" in found["length_control"]["note"]
 
 
+def test_a_length_control_that_was_asked_for_and_cannot_be_had_is_an_error(two):
+    with pytest.raises(UserError, match="cannot be computed: the answers of good or of its baseline are not at hand"):
+        compare(two, alpaca_eval_python=sys.executable)
+
+
 def test_difficulties_belong_to_alpaca_evals_own_prompts(two, tmp_path):
+    with pytest.raises(UserError, match="df_gamed.csv does not exist"):
+        compare(two, gamed=tmp_path / "df_gamed.csv")
+    (tmp_path / "df_gamed.csv").touch()
     with pytest.raises(UserError, match="is about the 805 prompts of AlpacaEval in order; good has others"):
         compare(two, gamed=tmp_path / "df_gamed.csv")
 

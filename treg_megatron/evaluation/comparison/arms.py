@@ -93,6 +93,8 @@ def read_arm(path: str | Path, category: str | None = None) -> Arm:
                 f"{path} holds no judgments: neither here nor in {path / JUDGMENTS}; run `treg judge` first"
             )
         return _of_folder(read_judgments(folder))
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a run, a folder of judgments, or a file of judgments")
     rows = [row for _, row in read_rows(path)]
     first = rows[0] if rows and isinstance(rows[0], dict) else {}
     if {"preference", "generator_1", "generator_2"} <= first.keys():

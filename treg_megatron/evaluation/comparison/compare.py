@@ -152,6 +152,8 @@ def _length_controlled(
 ) -> tuple[_Figures | None, dict[str, str]]:
     """The length-controlled win rates, if they can be had, and which form they are of or why there are none."""
     order = list(arms[0].judged)
+    if gamed and not gamed.is_file():
+        raise UserError(f"--df-gamed {gamed} does not exist")
     if gamed and sha256_of_json(order) != ALPACA_EVAL_PROMPTS:
         raise UserError(
             f"--df-gamed {gamed} is about the 805 prompts of AlpacaEval in order; {arms[0].name} has others"
@@ -161,6 +163,8 @@ def _length_controlled(
     try:
         found = length_control([_annotations(arm, prompts) for arm in arms], positions, alpaca_eval_python, gamed)
     except Unavailable as reason:
+        if gamed or alpaca_eval_python:
+            raise UserError(f"the length-controlled win rate cannot be computed: {reason}") from None
         return None, {"form": "none", "note": f"no length-controlled win rate: {reason}"}
     figures = _Figures(np.array(found.length_controlled), found.resampled.T)
     return figures, {"form": found.form, "note": _note(found)}
