@@ -171,6 +171,28 @@ def test_exported_model_has_the_final_log_probs_of_training(run, tiny_hf, traine
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False).tolist() == [greedy]
 
 
+def test_preference_accuracy_is_what_the_last_validation_measured(run, tiny_hf, trained):
+    """On the same pairs, by two processes: from the labels, and from the pairs with the reference scored anew."""
+    command = train_command(run, tiny_hf, run / "measured")
+    ok(*command, f"data.validation={run}/streams/train", ranks=2)
+    records = map(json.loads, (run / "measured" / "metrics.jsonl").read_text().splitlines())
+    last = [record for record in records if "validation/loss" in record][-1]
+    exported = run / "measured" / "hf"
+    common = ["--recipe", "recipes/tiny.yaml", f"run={run}", f"model.hf={tiny_hf}"]
+    export = [f"train.output={run}/measured", f"export.output={exported}"]
+    ok("tools/convert_checkpoint.py", "export", *common, *export)
+    for name, pairs in (("labels", run / "labelled" / "train"), ("pairs", run / "pairs.jsonl")):
+        output = run / "accuracy" / name
+        given = ["--model", exported, "--pairs", pairs, "--output", output, "--shard-pairs", "2"]
+        assert "wrote " in ok("tools/preference_accuracy.py", *common, *given, ranks=2)
+        figures = json.loads((output / "accuracy.json").read_text())["subsets"]["all"]
+        assert figures["pairs"] == len(PAIRS)
+        assert figures["implicit_reward_accuracy"] == last["validation/rewards/accuracies"]
+        assert figures["implicit_reward_margin"] == pytest.approx(last["validation/rewards/margins"], abs=1e-4)
+        logps = [last[f"validation/logps/{side}"] for side in ("chosen", "rejected")]
+        assert figures["log_prob_margin"] == pytest.approx(logps[0] - logps[1], abs=1e-3)
+
+
 def test_show_prints_the_trained_policy_next_to_the_labels(run, tiny_hf, trained):
     """The trained run is scored by Megatron; the untrained model, with implicit rewards 0, by Hugging Face."""
     show = ["tools/show_rewards.py", "--labelled", run / "labelled" / "train", "--tokenizer", tiny_hf, "--text"]
