@@ -47,22 +47,28 @@ def test_what_is_computed_does_not_depend_on_the_other_arms(arms, alpaca_eval_py
     assert both.resampled[1].tolist() == alone.resampled[0].tolist()
 
 
-def test_the_full_form_takes_difficulties_by_position(arms, alpaca_eval_python, tmp_path):
-    """Of prompts 1 to 120 here; that of prompt 0 is never looked up."""
-    table = tmp_path / "df_gamed.csv"
+def write_difficulties(path, prompts_before):
+    """df_gamed.csv of 120 prompts and of others before them, on which the two regularising models were not judged."""
     generator = np.random.default_rng(1)
-    with open(table, "w", newline="") as stream:
+    columns = ["preference", "index", "std_delta_len", "instruction_difficulty", "model", "not_gamed_baseline"]
+    with open(path, "w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(
-            ["preference", "index", "std_delta_len", "instruction_difficulty", "model", "not_gamed_baseline"]
-        )
+        writer.writerow(columns)
         for name in ("concise", "verbose"):
-            for index in range(121):
-                difficulty = 1e6 if index == 0 else 0.2 * (index % 5)
-                writer.writerow([generator.random(), index, generator.normal(), difficulty, name, False])
-    found = length_control(arms, range(1, 121), alpaca_eval_python, gamed=table)
-    assert found.form == "full" and 0 < found.length_controlled[0] < 100
-    assert found.length_controlled != length_control(arms, range(1, 121), alpaca_eval_python).length_controlled
+            for before in range(prompts_before):
+                writer.writerow(["", before, 0.0, 1000.0, name, False])
+            for number in range(120):
+                preference, length, difficulty = generator.random(), generator.normal(), 0.2 * (number % 5)
+                writer.writerow([preference, prompts_before + number, length, difficulty, name, False])
+    return path
+
+
+def test_the_full_form_takes_difficulties_by_position(arms, alpaca_eval_python, tmp_path):
+    found = length_control(arms, range(120), alpaca_eval_python, write_difficulties(tmp_path / "all.csv", 0))
+    later = length_control(arms, range(3, 123), alpaca_eval_python, write_difficulties(tmp_path / "more.csv", 3))
+    assert found.form == "full" and found.length_controlled == pytest.approx(later.length_controlled, abs=1e-6)
+    minimal = length_control(arms, range(120), alpaca_eval_python)
+    assert abs(found.length_controlled[1] - minimal.length_controlled[1]) > 0.1
 
 
 def test_a_failure_is_one_line(arms, alpaca_eval_python, tmp_path):

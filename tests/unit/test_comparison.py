@@ -345,6 +345,21 @@ def test_the_tables_show_what_arms_differ_in(two):
     assert "66.0 [" in first and "44.0 [" in second and "Arena-Hard" not in text and "KL" not in text
 
 
+def test_runs_of_several_alphas_make_one_table(tmp_path):
+    runs = []
+    for alpha in (0.0, 0.1, 0.25, 0.5):
+        runs.append(tmp_path / f"alpha{alpha}")
+        judgments_folder(runs[-1] / "evaluate" / "judgments", runs[-1].name, GOOD)
+        (runs[-1] / "train").mkdir()
+        recipe = load_recipe("recipes/tiny.yaml", [f"objective.alpha={alpha}"])
+        OmegaConf.save(recipe, runs[-1] / "train" / "recipe.yaml")
+    found = compare(runs)
+    lines = [line.split() for line in as_text(found).splitlines()[:5]]
+    assert lines[0][:3] == ["arm", "loss_type", "alpha"]
+    assert [line[:3] for line in lines[1:]] == [[run.name, "dpo", run.name[len("alpha") :]] for run in runs]
+    assert len(found["differences"]) == 6
+
+
 def test_the_command_prints_and_writes(tmp_path, two, monkeypatch, capsys):
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["treg", "compare", *map(str, two), "--output", str(out)])
