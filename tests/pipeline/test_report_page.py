@@ -136,6 +136,20 @@ def test_preferences_are_in_order_and_a_link_shows_what_its_sender_saw(window, p
     assert prompt_shown(window) == "prompt 22" and "prompt=prompt+22" in window.evaluate("location.hash")
 
 
+def test_two_arms_stand_side_by_side(window, page):
+    window.open(page)
+    window.evaluate("dispatchEvent(new MouseEvent('mousedown'))")  # which the driver leaves out when it opens a list
+    window.click("#against option[value='1']")
+    window.press("3")  # the list has given the keys back
+    assert texts(window, "#pair .sides h3") == ["alpha 0", "alpha 0.25"]
+    lengths = [
+        int(re.search(r"([\d,]+) char", line)[1].replace(",", "")) for line in texts(window, "#pair .sides .about")
+    ]
+    change = re.search(r"([+\u2212]\d+) char", texts(window, ".row[aria-selected=true] .about")[0])[1]
+    assert int(change.replace("\u2212", "-")) == lengths[1] - lengths[0] != 0
+    assert "against=1" in window.evaluate("location.hash")
+
+
 def test_marked_words_are_those_that_changed(window, tmp_path):
     """Marks off, both texts are whole; marks on, without them the sides are equal."""
     window.open(page_of(tmp_path, 12))
@@ -164,11 +178,11 @@ def test_words_of_one_side_alone(window, page, base, arm, only_base, only_arm):
     assert window.evaluate(alone % (json.dumps(base), json.dumps(arm))) == [only_base, only_arm]
 
 
-def test_answers_without_a_word_in_common_are_not_marked(window, page):
+def test_answers_that_share_nothing_are_not_marked(window, page):
     window.open(page)
     assert window.evaluate("parts('one two three four nine five', 'six seven eight five')") is None
     window.evaluate("(data.prompts[0].answers[1].texts[0] = 'Nothing like it.', drawPair())")
-    assert "hardly a word in common" in text(window, "#pair") and not texts(window, "#pair ins, #pair del")
+    assert "share hardly a passage" in text(window, "#pair") and not texts(window, "#pair ins, #pair del")
 
 
 def test_hostile_texts_are_only_shown(window, tmp_path):

@@ -10,7 +10,7 @@ from treg_megatron.evaluation.reporting.shown import shown
 COLOURS = 8  # of a page's style sheet: s0 to s7
 
 _WIDTH, _HEIGHT = 460, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 10, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 20, 10, 38
 _BINS = 30
 _TICKS = 5
 
