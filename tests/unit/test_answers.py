@@ -127,7 +127,7 @@ def test_temperature_follows_the_category_and_the_second_turn_the_first_answer(m
         ):
             decoding, sampled = by_prompt[tuple(chatml.encode_prompt(messages))]
             assert decoding.temperature == temperatures[row["category"]]
-            assert answer == {**sampled._asdict(), "tokens": len(sampled.ids)}
+            assert answer == {**sampled._asdict(), "text": sampled.text.strip(), "tokens": len(sampled.ids)}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -190,7 +190,7 @@ def test_stop_tokens_and_stop_strings_end_an_answer(alpaca_eval, tmp_path):
     answers(stopped)
     (row,) = [row for row in rows_of(stopped) if row["prompt_id"] == chosen["prompt_id"]]
     (answer,) = row["answers"]
-    assert answer["text"] == text[: text.index(stop)] and answer["finished"]
+    assert answer["text"] == text[: text.index(stop)].strip() and answer["finished"]
     ids = chosen["answers"][0]["ids"]
     assert answer["ids"] == ids[: len(answer["ids"])] and len(answer["ids"]) < len(ids)
     tokenizer = load_tokenizer(plain.model)
@@ -241,7 +241,7 @@ def test_a_server_answers_with_one_bos_and_the_stops(tokenizer_folders, tmp_path
     prompts = write_rows(tmp_path / "prompts.json", ALPACA_EVAL)
     section = evaluate_section(folder, prompts, tmp_path / "answers", "evaluate.engine=server")
     section = dataclasses.replace(section, stop_tokens=["<|start_header|>"], stop_strings=["END"])
-    with serving(lambda asked: {"text": "It is so.", "finish_reason": "stop"}) as server:
+    with serving(lambda asked: {"text": " It is so.\n", "finish_reason": "stop"}) as server:
         manifest = answers(dataclasses.replace(section, server=server.address))
     assert len(server.asked) == len(ALPACA_EVAL)
     for asked in server.asked:
@@ -271,7 +271,8 @@ def test_ids_of_a_server_end_with_what_ended_them(choice, expected, alpaca_eval,
     ids, finished = [named.get(token, token) for token in expected[0]], expected[1]
     for row in rows_of(section):
         assert (row["answers"][0]["ids"], row["answers"][0]["finished"]) == (ids, finished)
-        assert row["answers"][0]["text"] == chatml.decode([token for token in ids if token not in named.values()])
+        words = chatml.decode([token for token in ids if token not in named.values()])
+        assert row["answers"][0]["text"] == words.strip()
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ class Answers:
         name: of the model, as the benchmark's tools show it.
         benchmark: one of :data:`BENCHMARKS`.
         rows: per prompt ``prompt_id``, ``messages`` (the user's turns), ``answers``, ``category`` and ``dataset``. Each
-            answer has ``text``, ``ids``, ``finished`` and ``tokens``, which are None where nothing tells them.
+            answer has ``text``, without white space around it, ``ids``, ``finished`` and ``tokens``. What nothing
+            tells is None.
         settings: sampling settings and what else decides the answers; None for a file of a benchmark's tools.
         prompts_sha256: :func:`prompts_hash` of the rows.
         folder: where they were read from; a file, for the form of a benchmark's tools.

@@ -209,7 +209,8 @@ def _answer_portion(
             # include the batch in the seed: otherwise similar prompts in different batches get the same random numbers
             seed = seed_from(f"{arm.seed} {turn} {part[batch[0].position].prompt_id}")
             for due, sampled in zip(batch, _sample(sampler, batch, seed), strict=True):
-                answered[due.position].append(sampled)
+                # alpaca_eval and FastChat, too, keep no white space around an answer
+                answered[due.position].append(sampled._replace(text=sampled.text.strip()))
             ended = [due for due in batch if turn + 1 == len(part[due.position].turns)]
             progress.worked(len(ended), sum(len(answered[due.position][-1].ids or ()) for due in batch))
     return [_row(prompt, sampled) for prompt, sampled in zip(part, answered, strict=True)]
