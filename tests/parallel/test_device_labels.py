@@ -98,6 +98,8 @@ def check_syncs() -> None:
         lambda: torch.tensor([1.0], device="cuda"),
         lambda: torch.zeros(3).cuda(),
         lambda: torch.repeat_interleave(cuda, torch.ones(4, dtype=torch.int64, device="cuda")),
+        lambda: torch.cuda.synchronize(),
+        lambda: torch.cuda.current_stream().synchronize(),
     ]
     no_syncs = [
         lambda: torch.zeros(3).cuda(non_blocking=True),

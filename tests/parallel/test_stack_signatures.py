@@ -130,6 +130,7 @@ def test_the_optimizer_of_every_version_takes_what_we_pass_on():
 def overrides() -> list:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
     from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from nemo import lightning as nl
@@ -137,6 +138,7 @@ def overrides() -> list:
     from nemo.lightning.megatron_parallel import MegatronLossReduction
     from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
+    from treg_megatron.distributed import stage_shapes
     from treg_megatron.kernels import core_attention
     from treg_megatron.models import layers, lora
     from treg_megatron.models import policy as model
@@ -149,7 +151,8 @@ def overrides() -> list:
         (MegatronLossReduction, model.PreferenceLossReduction, ["forward", "reduce"]),
         (DotProductAttention, core_attention.SdpaAttention, ["__init__", "forward", "sharded_state_dict"]),
         (SelfAttention, layers.RotatedSelfAttention, ["forward"]),
-        (MegatronDataSampler, data.PairSampler, ["transform_dataloader"]),
+        (MegatronDataSampler, data.PairSampler, ["transform_dataloader", "on_megatron_step_start"]),
+        (P2PCommunicator, stage_shapes.KnownShapes, ["_communicate_shapes"]),
         (llm.peft.LoRA, lora.PolicyLoRA, ["transform"]),
         (nl.MegatronStrategy, strategy.PolicyStrategy, ["setup_optimizers"]),
         (

@@ -7,8 +7,8 @@ labels what was asked for on CUDA, turns moves between devices into copies, and 
 the label. The other sees every operator: it passes labels on and refuses what CUDA and NCCL would refuse, with
 :class:`DeviceFault`. The error names the place in the code.
 
-Host syncs (``item``, ``tolist``, ``nonzero``, a boolean index, blocking copies) are refused only between the start of a
-micro-batch's forward pass and the end of its backward pass, where the GPU would run dry.
+Host syncs (``item``, ``tolist``, ``nonzero``, a boolean index, blocking copies, ``synchronize``) are refused only
+between the start of a micro-batch's forward pass and the end of its backward pass, where the GPU would run dry.
 """
 
 import contextlib
@@ -34,7 +34,6 @@ CUDA = torch.device("cuda", 0)
 KNOWN_FAULTS = {
     ("treg_megatron/kernels/rms_norm.py", "forward"): "LoRA validates at step 0 before NeMo moves frozen weights",
     ("megatron/core/transformer/moe/moe_utils.py", "permute"): "masked_select of tokens by expert, without TE",
-    ("megatron/core/pipeline_parallel/p2p_communication.py", "_communicate_shapes"): "variable_seq_lengths needs it",
 }
 
 
@@ -336,6 +335,8 @@ def _label_libraries(labels: DeviceLabels) -> None:
     from torch.distributed import distributed_c10d
 
     torch.Tensor.record_stream = lambda self, stream: None  # there are no streams
+    torch.cuda.synchronize = lambda device=None: labels.host_sync("torch.cuda.synchronize")
+    torch.cuda.Stream.synchronize = lambda self: labels.host_sync("synchronize of a stream or an event")
     CPUAccelerator.get_parallel_devices = staticmethod(lambda devices: [CUDA] * devices)
     CPUAccelerator.setup_device = lambda self, device: None
     megatron_strategy.CPUAccelerator = type("NoCPU", (), {})  # NeMo moves the model to CUDA unless it is on a CPU

@@ -66,11 +66,14 @@ def policy_config(
     if kernels is None:
         kernels = cpu_kernels() if uses_cpu_kernels() else Kernels.gpu()
     vocabulary, activation = fields.pop("vocab_size"), ACTIVATIONS[fields.pop("activation")]
-    schedule = {"variable_seq_lengths": True}
+    schedule = {
+        "variable_seq_lengths": True,
+        "batch_p2p_sync": False,  # against a race of torch's before 1.13 (its pull request 82450)
+    }
     if parallel.virtual_pipeline:
-        # all rows have the same length (see PairData): with two stages, the previous and the next stage are the same
-        # rank, and Megatron would mix up the lengths received from them. Two stages also need overlapped, unbatched
-        # P2P communication. gloo sends asynchronously from memory that only CUDA's allocator would keep alive
+        # all rows have the same length (see PairData), as this schedule wants it. With two stages, the previous and the
+        # next one are the same rank, which needs overlapped, unbatched P2P communication. gloo sends asynchronously
+        # from memory that only CUDA's allocator would keep alive
         schedule = {
             "variable_seq_lengths": False,
             "overlap_p2p_comm": True,

@@ -6,6 +6,7 @@ import math
 import lightning.pytorch as pl
 import numpy as np
 from megatron.core import parallel_state
+from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from nemo.utils import AppState
 from torch.utils.data import DataLoader, Dataset
@@ -16,6 +17,7 @@ from treg_megatron.data.aligned import AlignedDataset, PairRecord
 from treg_megatron.data.collate import collate, row_multiple
 from treg_megatron.data.sampler import MicrobatchOrder
 from treg_megatron.distributed.context_parallel import ContextPart
+from treg_megatron.distributed.stage_shapes import with_known_shapes
 
 
 class PairDataset(Dataset):
@@ -38,7 +40,7 @@ class PairSampler(MegatronDataSampler):
         data: the recipe's section.
         bins: for the layout ``bins``, the largest number of bins in a step; NeMo then counts bins as samples.
         bin_size: tokens per bin, or None for the other layouts. The interleaved schedule exchanges tensors of exactly
-            this length between pipeline stages; the 1F1B schedule communicates each length.
+            this length between pipeline stages; in the 1F1B schedule each stage takes the length from the row.
         group: the number of micro-batches per step is a multiple of this; the remaining ones are empty.
     """
 
@@ -57,6 +59,11 @@ class PairSampler(MegatronDataSampler):
             ranks = AppState().data_parallel_size
             self.global_batch_size = packing.micro_batches(self.bins, ranks, self.group) * ranks
         super().setup(global_rank)
+
+    def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
+        step = super().on_megatron_step_start(step)
+        step.forward_backward_func = with_known_shapes(step.forward_backward_func)
+        return step
 
     def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
         """The loaders of :class:`PairData` are already split over ranks."""
@@ -91,8 +98,8 @@ class PairData(pl.LightningDataModule):
         if data.layout == "bins":
             self.bin_size = data.tokens_of_a_bin
             if parallel.virtual_pipeline:
-                # the interleaved schedule does not communicate lengths between stages, and it runs micro-batches in
-                # groups of one per stage
+                # the interleaved schedule takes one length for all tensors between stages, and it runs micro-batches
+                # in groups of one per stage
                 self.pad_to = self.bin_size = math.ceil(self.bin_size / self.pad_to) * self.pad_to
                 self.group = parallel.pipeline
             held_out = (

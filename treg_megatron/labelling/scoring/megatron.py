@@ -119,8 +119,10 @@ class MegatronScorer:
         from megatron.core import parallel_state
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
+        from treg_megatron.distributed.stage_shapes import with_known_shapes
+
         batch = _packed(members)
-        outputs = get_forward_backward_func()(
+        outputs = with_known_shapes(get_forward_backward_func())(
             forward_step_func=self._forward,
             data_iterator=iter([batch]),
             model=[self._policy.module],
