@@ -34,6 +34,7 @@ CUDA = torch.device("cuda", 0)
 KNOWN_FAULTS = {
     ("treg_megatron/kernels/rms_norm.py", "forward"): "LoRA validates at step 0 before NeMo moves frozen weights",
     ("megatron/core/transformer/moe/moe_utils.py", "permute"): "masked_select of tokens by expert, without TE",
+    ("megatron/core/transformer/moe/token_dispatcher.py", "_maybe_dtoh_and_synchronize"): "counts of the all-to-all",
 }
 
 
@@ -334,7 +335,11 @@ def _label_libraries(labels: DeviceLabels) -> None:
     from nemo.lightning.pytorch.strategies import megatron_strategy
     from torch.distributed import distributed_c10d
 
+    from treg_megatron.distributed.micro_batches import watch_micro_batches
+    from treg_megatron.kernels import varlen_attention
+
     torch.Tensor.record_stream = lambda self, stream: None  # there are no streams
+    varlen_attention.has_kernel = lambda query: False  # it is compiled for CUDA alone
     torch.cuda.synchronize = lambda device=None: labels.host_sync("torch.cuda.synchronize")
     torch.cuda.Stream.synchronize = lambda self: labels.host_sync("synchronize of a stream or an event")
     CPUAccelerator.get_parallel_devices = staticmethod(lambda devices: [CUDA] * devices)
@@ -372,29 +377,11 @@ def _label_libraries(labels: DeviceLabels) -> None:
     distributed_c10d._get_object_coll_device = object_device_of
     dist.batch_isend_irecv = without_answers(dist.batch_isend_irecv)  # it looks up a backend by the tensor's device
 
-    forward_step, backward_step = schedules.forward_step, schedules.backward_step
+    backward_step = schedules.backward_step
 
-    @contextlib.contextmanager
-    def no_micro_batch_after_an_error():
-        try:
-            yield
-        except BaseException:
-            labels.in_flight = 0
-            raise
-
-    @no_micro_batch_after_an_error()
-    def forward_of_a_micro_batch(*args, **kwargs):
-        labels.in_flight += 1
-        result = forward_step(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            labels.in_flight -= 1  # no backward pass follows
-        return result
-
-    @no_micro_batch_after_an_error()
-    def backward_of_a_micro_batch(*args, **kwargs):
+    def backward_on_the_device(*args, **kwargs):
         with labels.set(inherits=True):
-            result = backward_step(*args, **kwargs)
-        labels.in_flight -= 1
-        return result
+            return backward_step(*args, **kwargs)
 
-    schedules.forward_step, schedules.backward_step = forward_of_a_micro_batch, backward_of_a_micro_batch
+    schedules.backward_step = backward_on_the_device
+    watch_micro_batches(lambda in_flight: setattr(labels, "in_flight", in_flight))
