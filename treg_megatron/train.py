@@ -214,13 +214,14 @@ def build_job(plan: Plan, pairs: "PairData", steps: int, resume: Path | None, lo
     """The policy, the trainer and its callbacks."""
     from treg_megatron.distributed.layout import data_parallel_size
     from treg_megatron.models import lora
-    from treg_megatron.models.build import build_policy, policy_config
+    from treg_megatron.models.build import build_policy, policy_config, require_overlapping_layers
     from treg_megatron.training import build
     from treg_megatron.training.callbacks.checkpoints import SaveEvery
     from treg_megatron.training.callbacks.heartbeat import Heartbeat
     from treg_megatron.training.callbacks.metrics import RunMetrics
     from treg_megatron.training.callbacks.pair_record import PairRecord
     from treg_megatron.training.callbacks.preemption import StopOnSignal
+    from treg_megatron.training.callbacks.tensor_overlap import OverlapBuffers
     from treg_megatron.training.callbacks.validation import ValidateEvery
 
     ranks, run, objective, output = plan.ranks, plan.run, plan.objective, Path(plan.run.output)
@@ -247,6 +248,9 @@ def build_job(plan: Plan, pairs: "PairData", steps: int, resume: Path | None, lo
     data_ranks = data_parallel_size(plan.parallel, ranks.size)
     router_aux_loss = plan.optimizer.router_aux_loss * pairs.pairs_per_micro_batch(data_ranks)
     config = policy_config(plan.identity.hf_config, plan.parallel, run, router_aux_loss)
+    require_overlapping_layers(config, plan.parallel)
+    if plan.parallel.tensor_overlap:
+        callbacks.append(OverlapBuffers(pairs.bin_size // plan.parallel.context, config.hidden_size))
     adapters = lora.adapters(section(plan.recipe, "lora"), config)
     if adapters is not None:
         callbacks.append(adapters)

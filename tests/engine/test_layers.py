@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.checkpoints import config_of
-from tests.support.engine_ranks import Described, load_and_describe
+from tests.support.engine_ranks import Described, load_and_describe, make_overlap_buffers, overlapping_layers
 from tests.support.forked import run_ranks
 from tests.support.tiny_families import SPECIAL
 from treg_megatron.checkpoint.layout import MODEL_PREFIX
@@ -127,3 +127,14 @@ def test_preflight_counts_the_same_parameters(family, alone, split, checkpoints)
     total = sum(torch.Size(shape).numel() for shape in names_of(checkpoints[family], False).values())
     for engine, plain in [alone[family], *split[family]]:
         assert engine.count == plain.count == (total, 0)
+
+
+def test_tensor_parallel_communication_overlaps_in_every_buffer(checkpoints):
+    gather, scatter = (True, False), (False, True)
+    expected = {"qkv": gather, "proj": scatter, "fc1": gather, "fc2": scatter}
+    assert run_ranks(2, overlapping_layers, checkpoints["Llama"]) == [expected] * 2
+
+
+def test_the_call_that_makes_the_buffers_reaches_what_is_compiled():
+    for found in run_ranks(2, make_overlap_buffers):
+        assert "device_supports_multicast" in found

@@ -147,3 +147,41 @@ def _adapted(checkpoint: Path, tensor: int, targets: list[str], precision: str, 
         {name: m.adapter.input_is_parallel for name, m in modules.items()},
         all(p.requires_grad == (".adapter." in name) for name, p in parameters.items()),
     )
+
+
+def overlapping_layers(checkpoint: Path) -> dict[str, tuple[bool, bool]]:
+    """Whether the layers of a buffer gather or scatter their tokens while they multiply, by the name of the buffer."""
+    from treg_megatron.checkpoint.layout import read_metadata
+    from treg_megatron.config.recipe import load_recipe, section
+    from treg_megatron.models.build import build_policy, policy_config
+    from treg_megatron.objective import Objective
+
+    start(2)
+    keys = ("tensor=2", "sequence=true", "tensor_overlap=true")
+    recipe = load_recipe(overrides=[f"parallel.{key}" for key in keys])
+    with layers(engine=True):
+        config = policy_config(
+            read_metadata(checkpoint).hf_config, section(recipe, "parallel"), section(recipe, "train")
+        )
+        config.tensor_model_parallel_size = config.expert_tensor_parallel_size = 2
+        config.sequence_parallel = True
+        policy = build_policy(config, Objective.of(section(recipe, "objective")))
+        policy.configure_model()
+    return {
+        module.ub_name: (module.ub_overlap_ag_fprop, module.ub_overlap_rs_fprop)
+        for module in policy.module.modules()
+        if getattr(module, "ub_name", None)
+    }
+
+
+def make_overlap_buffers() -> str:
+    """What in the compiled part Transformer Engine asks first for its buffers."""
+    from tests.support.engine import NotCompiledError
+    from treg_megatron.training.callbacks.tensor_overlap import OverlapBuffers
+
+    start(2)
+    try:
+        OverlapBuffers(180, 64).on_fit_start(None, None)
+    except NotCompiledError as error:
+        return str(error)
+    return ""

@@ -235,6 +235,10 @@ class ParallelSection:
         "whether updated weights are gathered from the data-parallel ranks while the next forward pass runs; only "
         "together with overlap_grad_reduce, and null: whenever that is on"
     )
+    tensor_overlap: bool = key(
+        "whether the communication of sequence parallelism overlaps with the matrix products beside it; with "
+        "Transformer Engine's layers and data.layout=bins, whose rows are then all padded to the bin's size"
+    )
 
 
 @dataclass

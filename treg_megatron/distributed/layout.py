@@ -36,6 +36,7 @@ def require_layout(fields: dict[str, Any], parallel: ParallelSection, data: Data
     data_parallel_size(parallel, ranks)
     require_divisible(fields, parallel, data, ranks)
     require_overlap(parallel)
+    require_tensor_overlap(parallel, data)
     require_experts_divide(fields, parallel, ranks)
 
 
@@ -61,6 +62,27 @@ def require_overlap(parallel: ParallelSection) -> None:
         raise UserError(
             "parallel.overlap_param_gather gathers weights in the buckets that parallel.overlap_grad_reduce makes: set "
             "both to true, or neither"
+        )
+
+
+def rows_of_one_length(parallel: ParallelSection) -> bool:
+    """Whether every row must be padded to the size of a bin."""
+    return bool(parallel.virtual_pipeline or parallel.tensor_overlap)
+
+
+def require_tensor_overlap(parallel: ParallelSection, data: DataSection) -> None:
+    """Check that there is communication to overlap, and that it fits buffers of one size.
+
+    Raises:
+        UserError: ``parallel.tensor_overlap`` cannot be combined with the layout.
+    """
+    if parallel.tensor_overlap and not parallel.sequence:
+        raise UserError(
+            "parallel.tensor_overlap overlaps what sequence parallelism communicates: it needs parallel.sequence=true"
+        )
+    if parallel.tensor_overlap and data.layout != "bins":
+        raise UserError(
+            f"parallel.tensor_overlap needs rows of one length, for its buffers: data.layout=bins, not {data.layout}"
         )
 
 

@@ -85,7 +85,10 @@ def policy_config(
     if torch_layers:
         of_layers = {"apply_rope_fusion": False, "persist_layer_norm": False}
     else:
-        of_layers = {"apply_rope_fusion": True}  # Megatron's own reads a row's lengths from the GPU, twice a layer
+        of_layers = {
+            "apply_rope_fusion": True,  # Megatron's own reads a row's lengths from the GPU, twice a layer
+            "tp_comm_overlap": parallel.tensor_overlap,
+        }
     recompute = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
@@ -118,6 +121,17 @@ def takes_torch_layers(post_layer_norms: bool, precision: str) -> bool:
     has it in the even ones.
     """
     return not policies.HAVE_TE or precision == "fp32" or post_layer_norms
+
+
+def require_overlapping_layers(config: policies.PolicyConfig, parallel: ParallelSection) -> None:
+    """Require that the layers can do what ``parallel.tensor_overlap`` asks for.
+
+    Raises:
+        UserError: they are plain PyTorch.
+    """
+    if parallel.tensor_overlap and config.torch_layers:
+        why = "it is not installed" if not policies.HAVE_TE else "fp32 and Gemma 2 take PyTorch's"
+        raise UserError(f"parallel.tensor_overlap needs Transformer Engine's layers, and {why}: set it to false")
 
 
 def shares_prompts(fields: dict[str, Any], parallel: ParallelSection, data: DataSection) -> bool:

@@ -29,6 +29,9 @@ from treg_megatron.preflight.world import fake_world, group_names, rank_of_stage
 
 #: allowance for NCCL's buffers per process group; not measured
 NCCL_BYTES_PER_GROUP = 256 << 20
+#: buffers for overlapped tensor-parallel communication, each for a whole row, as Transformer Engine 2.9 to 2.12 make
+#: them; not measured
+OVERLAP_BUFFERS = 12
 #: allowance for fragmentation of the caching allocator, as a share of a step's peak; not measured
 FRAGMENTATION = 0.08
 
@@ -208,6 +211,7 @@ def _build_stage(sections: Sections, stage: int, micro_batches: int, data_ranks:
     )
     at_rest, names = bytes_at_rest(rank.wrapped, rank.optimizer), group_names(bool(rank.config.num_moe_experts))
     groups = len(names) + (parallel.pipeline > 1) + (data_ranks > 1)
+    overlapped = OVERLAP_BUFFERS * hidden * parallel.tensor if parallel.tensor_overlap else 0
     moved = costs.moved_in_a_step(
         passes,
         names,
@@ -221,7 +225,7 @@ def _build_stage(sections: Sections, stage: int, micro_batches: int, data_ranks:
     return Stage(
         at_rest,
         peak,
-        communication=NCCL_BYTES_PER_GROUP * groups if on_gpu else 0,
+        communication=(NCCL_BYTES_PER_GROUP * groups if on_gpu else 0) + overlapped,
         fragmentation=round(FRAGMENTATION * peak.total),
         trained=trained_elements(rank.wrapped),
         moved=moved,

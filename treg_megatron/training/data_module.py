@@ -17,6 +17,7 @@ from treg_megatron.data.aligned import AlignedDataset, PairRecord
 from treg_megatron.data.collate import collate, row_multiple
 from treg_megatron.data.sampler import MicrobatchOrder
 from treg_megatron.distributed.context_parallel import ContextPart
+from treg_megatron.distributed.layout import rows_of_one_length
 from treg_megatron.distributed.stage_shapes import with_known_shapes
 
 
@@ -97,11 +98,10 @@ class PairData(pl.LightningDataModule):
         self.group = 1
         if data.layout == "bins":
             self.bin_size = data.tokens_of_a_bin
-            if parallel.virtual_pipeline:
-                # the interleaved schedule takes one length for all tensors between stages, and it runs micro-batches
-                # in groups of one per stage
+            if rows_of_one_length(parallel):
                 self.pad_to = self.bin_size = math.ceil(self.bin_size / self.pad_to) * self.pad_to
-                self.group = parallel.pipeline
+            if parallel.virtual_pipeline:
+                self.group = parallel.pipeline  # the interleaved schedule runs them in groups of one per stage
             held_out = (
                 []
                 if validation is None
