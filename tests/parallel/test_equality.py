@@ -20,6 +20,7 @@ from tests.support.objectives import PLAIN_DPO, VARIANTS, WITH_REGULARIZER
 from tests.support.tiny import perturb, tiny_llama, tiny_tokenizer
 from tests.support.tiny_families import tiny_family
 from tests.support.training import RECIPE, write_pairs
+from treg_megatron.distributed import device_labels
 
 PAIRS = 8
 BINS = ["data.layout=bins", "data.bin_size=180"]
@@ -255,6 +256,17 @@ def test_dense_model(layout, kernels, dense, tmp_path):
     objectives = ALL_OBJECTIVES if kernels == "fast" and layout in EVERY_OBJECTIVE else OBJECTIVES
     found = run_layout(tmp_path, overrides, *LAYOUTS[layout], objectives)
     assert_equal_steps(found, expected[: len(objectives)])
+
+
+def labelled_steps(*args) -> list[dict] | None:
+    device_labels.install()  # by its device, the optimizer tells the host's part from the GPU's
+    return steps_on_this_rank(*args)
+
+
+def test_optimizer_on_the_host(dense, tmp_path):
+    overrides, expected = dense
+    overrides = [*overrides, f"train.output={tmp_path}/out", "optimizer.offload=0.5"]
+    assert_equal_steps(run_ranks(2, labelled_steps, RECIPE, overrides, OBJECTIVES, log=tmp_path / "log")[0], expected)
 
 
 @pytest.mark.parametrize("layout", SEVERAL_TURNS)

@@ -93,6 +93,20 @@ def test_a_save_fits_between_the_signal_and_the_time_limit_or_not(bandwidth, sai
     assert re.search(said, preflight("llama3_8b", f"cluster.storage_bandwidth={bandwidth}").printed)
 
 
+def test_the_host_takes_a_part_of_the_optimizer():
+    """Of half of 8B, GPUs hold neither fp32 copies nor moments; the host holds 16 bytes per parameter."""
+
+    def stage(printed: str) -> list[float]:
+        return [float(value) for value in re.search(r"^ +0((?: +[\d.]+)+)$", printed, re.MULTILINE)[1].split()]
+
+    plain, half = preflight("llama3_8b").printed, preflight("llama3_8b", "optimizer.offload=0.5").printed
+    (*same, main, optim), (*unchanged, half_main, half_optim) = stage(plain)[:4], stage(half)[:4]
+    assert same == unchanged and main > 2
+    assert (half_main, half_optim) == (pytest.approx(main / 2, abs=0.01), pytest.approx(optim / 2, abs=0.01))
+    assert "offload:" not in plain
+    assert re.search(r"^offload: 64 GB of host memory on a node for the optimizer; with saving \d+", half, re.MULTILINE)
+
+
 def test_tiny_runs_with_any_model(tied_run):
     done = preflight("tiny", *tied_run.overrides)
     assert done.code == 0

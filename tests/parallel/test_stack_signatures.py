@@ -129,6 +129,7 @@ def test_the_optimizer_of_every_version_takes_what_we_pass_on():
 
 def overrides() -> list:
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
     from megatron.core.transformer.attention import SelfAttention
@@ -143,7 +144,7 @@ def overrides() -> list:
     from treg_megatron.models import layers, lora
     from treg_megatron.models import policy as model
     from treg_megatron.training import data_module as data
-    from treg_megatron.training import strategy
+    from treg_megatron.training import offload, strategy
 
     return [
         (GPTModel, model.ResponseGPTModel, ["_postprocess"]),
@@ -159,6 +160,16 @@ def overrides() -> list:
             DistributedOptimizer,
             strategy.TorchAdamDistributedOptimizer,
             ["sharded_state_dict", "load_state_dict", "_set_main_param_and_optimizer_states"],
+        ),
+        (
+            DistributedOptimizer,
+            strategy.OffloadingDistributedOptimizer,
+            ["state_dict", "sharded_state_dict", "load_state_dict", "_build_model_and_main_param_groups"],
+        ),
+        (
+            HybridDeviceOptimizer,
+            offload.OffloadedAdam,
+            ["update_fp32_param_by_new_param", "_update_fp32_params_by_new_state", "_set_sub_optimizer_grads"],
         ),
     ]
 

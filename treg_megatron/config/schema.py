@@ -267,6 +267,10 @@ class OptimizerSection:
         "(the preference loss is averaged over pairs); 0 disables it"
     )
     clip_grad: float = key("maximum global gradient norm; 0 disables clipping")
+    offload: float = key(
+        "fraction of the parameters whose fp32 copies and moments the host holds and updates, 0 to 1; saves memory of "
+        "the GPU for time"
+    )
 
 
 @dataclass

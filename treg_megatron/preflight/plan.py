@@ -26,9 +26,12 @@ from treg_megatron.objective import Objective
 from treg_megatron.preflight import activations, costs, schedule
 from treg_megatron.preflight.ranks import AtRest, build_rank, bytes_at_rest, parameters_of_the_model, trained_elements
 from treg_megatron.preflight.world import fake_world, group_names, rank_of_stage
+from treg_megatron.training.offload import require_fraction
 
 #: allowance for NCCL's buffers per process group; not measured
 NCCL_BYTES_PER_GROUP = 256 << 20
+#: of an element of Adam's two moments; and on the host also its fp32 copy and gradient
+BYTES_OF_MOMENTS, BYTES_ON_HOST = 8, 16
 #: buffers for overlapped tensor-parallel communication, each for a whole row, as Transformer Engine 2.9 to 2.12 make
 #: them; not measured
 OVERLAP_BUFFERS = 12
@@ -71,6 +74,7 @@ class Stage:
     fragmentation: int
     trained: tuple[int, int]  # see ranks.trained_elements
     moved: dict[str, int]  # bytes that a rank passes to collectives per step, by kind of group
+    on_host: int  # bytes of the optimizer in the host's memory
 
     @property
     def parts(self) -> dict[str, int]:
@@ -126,6 +130,11 @@ class Plan:
         sections = self.sections
         elements = [self.stages[stage].trained for stage in sorted(self.stages)]
         return costs.saving_host_bytes(elements, sections.parallel, sections.ranks, sections.cluster.gpus_per_node)
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Host memory that the optimizer takes on a node whose ranks all hold the fullest stage."""
+        return self.sections.cluster.gpus_per_node * max(stage.on_host for stage in self.stages.values())
 
     @property
     def bubble(self) -> float:
@@ -194,12 +203,13 @@ def make_plan(sections: Sections, stages: list[int] | None = None) -> Plan:
 
 def _build_stage(sections: Sections, stage: int, micro_batches: int, data_ranks: int) -> tuple[Stage, tuple[int, int]]:
     parallel, on_gpu = sections.parallel, sections.cluster.device == "gpu"
+    fraction = require_fraction(sections.optimizer.offload)
     rank = build_rank(
         hf_config_of(sections.model),
         parallel,
         sections.train,
         sections.objective,
-        sections.optimizer,
+        dataclasses.replace(sections.optimizer, offload=0.0),
         sections.lora,
         fused=on_gpu,
     )
@@ -223,10 +233,11 @@ def _build_stage(sections: Sections, stage: int, micro_batches: int, data_ranks:
         data_ranks,
     )
     return Stage(
-        at_rest,
+        at_rest.offloaded(fraction),
         peak,
         communication=(NCCL_BYTES_PER_GROUP * groups if on_gpu else 0) + overlapped,
         fragmentation=round(FRAGMENTATION * peak.total),
         trained=trained_elements(rank.wrapped),
         moved=moved,
+        on_host=round(fraction * at_rest.optimizer_state / BYTES_OF_MOMENTS * BYTES_ON_HOST),
     ), parameters_of_the_model(rank.policies)

@@ -28,6 +28,13 @@ class AtRest(NamedTuple):
     main_parameters: int  # under bf16: this rank's shard of the fp32 copies
     optimizer_state: int
 
+    def offloaded(self, fraction: float) -> "AtRest":
+        """With a fraction of the parameters updated on the host."""
+        return self._replace(
+            main_parameters=round((1 - fraction) * self.main_parameters),
+            optimizer_state=round((1 - fraction) * self.optimizer_state),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Rank:

@@ -121,6 +121,12 @@ def _other_steps(plan: Plan, pairs: int | None) -> Iterator[str]:
         f"saving: up to {plan.saving_host_bytes / GB:,.0f} GB of host memory on a node"
         f"{_of_host(plan.saving_host_bytes, cluster.host_memory)}, and no more GPU memory than a step"
     )
+    if plan.offloaded_bytes:
+        both = plan.offloaded_bytes + plan.saving_host_bytes
+        yield (
+            f"offload: {plan.offloaded_bytes / GB:,.0f} GB of host memory on a node for the optimizer; with saving "
+            f"{both / GB:,.0f}{_of_host(both, cluster.host_memory)}"
+        )
     count = pairs or 10_000
     time = costs.hours(costs.label_flops(plan.fields, plan.sections.data, count), plan.sections.ranks, cluster)
     fit = labelling.fit(plan.trainable + plan.frozen, label, plan.fields, cluster)

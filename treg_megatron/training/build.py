@@ -17,25 +17,28 @@ from treg_megatron.distributed.cpu_redirect import is_cpu
 from treg_megatron.distributed.launch import RankInfo, device_index
 from treg_megatron.distributed.layout import data_overlap
 from treg_megatron.models.build import DTYPES
+from treg_megatron.training.offload import offload
 from treg_megatron.training.strategy import PolicyStrategy
 
 
 def optimizer(section: OptimizerSection, train: TrainSection, steps: int) -> MegatronOptimizerModule:
     """AdamW in Megatron's distributed optimizer: linear warm-up, cosine decay to ``min_lr`` at step ``steps``."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.beta1,
+        adam_beta2=section.beta2,
+        adam_eps=section.eps,
+        clip_grad=section.clip_grad,
+        use_distributed_optimizer=True,
+        bf16=train.precision == "bf16",
+        params_dtype=DTYPES[train.precision],
+    )
+    offload(config, section.offload)
     return MegatronOptimizerModule(
-        config=OptimizerConfig(
-            optimizer="adam",
-            lr=section.lr,
-            min_lr=section.min_lr,
-            weight_decay=section.weight_decay,
-            adam_beta1=section.beta1,
-            adam_beta2=section.beta2,
-            adam_eps=section.eps,
-            clip_grad=section.clip_grad,
-            use_distributed_optimizer=True,
-            bf16=train.precision == "bf16",
-            params_dtype=DTYPES[train.precision],
-        ),
+        config=config,
         lr_scheduler=CosineAnnealingScheduler(
             max_steps=steps,
             warmup_steps=round(section.warmup_fraction * steps),

@@ -15,6 +15,7 @@ from nemo.lightning.pytorch.strategies.utils import init_model_parallel
 from treg_megatron.checkpoint.policy import without_missing_extra_states
 from treg_megatron.distributed.cpu_redirect import uses_cpu_kernels
 from treg_megatron.distributed.megatron_versions import arguments_that_nemo_passes, complete_nemos_background_saves
+from treg_megatron.training.offload import SETTINGS, offloaded_adam, state_stays_on_its_device
 from treg_megatron.utils.substitute import substituted
 
 
@@ -52,12 +53,27 @@ class PolicyStrategy(nl.MegatronStrategy):
             if self.data_sampler:
                 self.data_sampler.setup(self.cluster_environment.global_rank())
 
+    @property
+    def offloads(self) -> bool:
+        """Whether a part of the parameters is updated on the host."""
+        return self.lightning_module.optim.config.optimizer_cpu_offload
+
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         # Megatron hard-codes the class
         fused = not issubclass(optimizers.Adam, torch.optim.Adam)
         own = ReshardableOptimizer if fused else TorchAdamDistributedOptimizer
-        with substituted(optimizers, "DistributedOptimizer", own), arguments_that_nemo_passes():
+        if self.offloads:
+            own = OffloadingDistributedOptimizer
+        with (
+            substituted(optimizers, "DistributedOptimizer", own),
+            offloaded_adam() if self.offloads else contextlib.nullcontext(),
+            arguments_that_nemo_passes(),
+        ):
             super().setup_optimizers(trainer)
+
+    def load_optimizer_state_dict(self, *args, **kwargs) -> None:
+        with state_stays_on_its_device() if self.offloads else contextlib.nullcontext():
+            super().load_optimizer_state_dict(*args, **kwargs)
 
 
 class ReshardableOptimizer(DistributedOptimizer):
@@ -128,3 +144,36 @@ class TorchAdamDistributedOptimizer(ReshardableOptimizer):
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
+
+
+class OffloadingDistributedOptimizer(ReshardableOptimizer):
+    """Megatron's distributed optimizer around :class:`~treg_megatron.training.offload.OffloadedAdam`."""
+
+    @classmethod
+    def _build_model_and_main_param_groups(cls, gbuf_ranges, param_gbuf_map, opt_group_ranges, config) -> tuple:
+        """Megatron's, with shards of fp32 parameters that are leaves, as those of others are: torch takes no other."""
+        groups = super()._build_model_and_main_param_groups(gbuf_ranges, param_gbuf_map, opt_group_ranges, config)
+        _, _, _, shard_fp32_groups, _ = groups
+        for group, shards in zip(opt_group_ranges, shard_fp32_groups, strict=True):
+            for i, shard in enumerate(shards):
+                shards[i] = shard.detach()
+                vars(shards[i]).update(vars(shard))
+            group["orig_group"]["params"][: len(shards)] = shards
+        return groups
+
+    def state_dict(self) -> dict:
+        """What any run can load, with or without offload."""
+        state = super().state_dict()
+        for group in state["optimizer"]["param_groups"]:
+            for name in SETTINGS:
+                group.pop(name, None)
+        return state
+
+    def sharded_state_dict(self, model_sharded_state_dict: dict, is_loading: bool = False, *args, **kwargs) -> dict:
+        if is_loading:
+            self.optimizer.allocate()
+        return super().sharded_state_dict(model_sharded_state_dict, is_loading, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.optimizer.after_loading()
