@@ -85,11 +85,11 @@ def _model(section: LabelSection, name: str) -> Model:
 class ContrastivePrompts:
     """The reference model after a better and a worse prompt (T-REG, arXiv 2412.02685, section 3.2)."""
 
-    passes = (BETTER, WORSE)
+    passes: tuple[str, ...] = (BETTER, WORSE)
 
     def __init__(self, prompt_pair: PromptPair, reference: Model):
         self._pair = prompt_pair
-        self.models = dict.fromkeys(self.passes, reference)
+        self.models: Mapping[str, Model] = dict.fromkeys(self.passes, reference)
 
     def prompts(self, pair: Pair, response: str, prompt_ids: list[int], tokenizer: ChatTokenizer) -> dict[str, list]:
         """See :class:`Source`."""
@@ -122,7 +122,8 @@ class ModelRatio:
     """
 
     def __init__(self, models: Mapping[str, Model], scale: float, squash: str):
-        self.models, self.passes = models, tuple(models)
+        self.models = models
+        self.passes: tuple[str, ...] = tuple(models)
         self._scale, self._squash = scale, squash
 
     def prompts(self, pair: Pair, response: str, prompt_ids: list[int], tokenizer: ChatTokenizer) -> dict[str, list]:
