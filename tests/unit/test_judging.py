@@ -17,7 +17,7 @@ from treg_megatron.config.schema import JudgeSection
 from treg_megatron.errors import UserError
 from treg_megatron.evaluation.judge import judge
 from treg_megatron.evaluation.judges import reply_cache
-from treg_megatron.evaluation.judges.alpaca_eval import read_annotation
+from treg_megatron.evaluation.judges.alpaca_eval import PACKAGE, read_annotation
 from treg_megatron.evaluation.judges.arena_hard import VERDICTS, read_prompts, read_verdict
 from treg_megatron.evaluation.judges.chat import ChatServer
 from treg_megatron.evaluation.judges.chat_proxy import ChatProxy
@@ -449,6 +449,12 @@ def test_a_python_without_alpaca_eval_is_told_what_to_install(settings, tmp_path
     empty.chmod(0o755)
     with pytest.raises(UserError, match="alpaca_eval is not installed for .*pip install alpaca-eval==0.6.6"):
         judge(dataclasses.replace(settings, kind="alpaca_eval", alpaca_eval_python=str(empty)))
+
+
+def test_one_release_of_alpaca_eval_is_named_everywhere():
+    root = Path(__file__).resolve().parents[2]
+    for name in ("setup.py", "Makefile"):
+        assert PACKAGE in (root / name).read_text(), name
 
 
 def test_other_prompts_are_named(settings, server, tmp_path):
