@@ -197,7 +197,10 @@ class Storm:
             rank_alive = [pid for pid, is_rank in victims.items() if is_rank]
             pid = chance.choice(rank_alive if chance.random() < 0.7 and rank_alive else list(victims))
             while_saving = any((folder / "train" / "checkpoints").glob("*-unfinished"))
-            os.kill(pid, signal.SIGKILL)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                return  # it has just finished
             self.counts["kills"] += 1
             self.counts["of ranks" if victims[pid] else "of helpers"] += 1
             self.counts[f"while {'saving' if while_saving and command == 'train' else command + 'ing'}"] += 1

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import treg_megatron
 
-#: the extra ``sampling``: vLLM pins a torch of its own and needs another environment
-OPTIONAL = {"vllm"}
+#: of the extras: vLLM pins a torch of its own and needs another environment; alpaca_eval runs in a process of its own
+OPTIONAL = {"vllm", "alpaca_eval"}
 
 
 def third_party_modules(package: Path) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.file_operations import contents
+from tests.support.objectives import PLAIN_DPO
 from tests.support.tiny import tiny_llama, tiny_pair, tiny_tokenizer
 from treg_megatron.cli.accuracy import lines
 from treg_megatron.config.schema import AccuracySection, LabelSection
@@ -24,7 +25,7 @@ from treg_megatron.evaluation.accuracy.reward_bench import SECTIONS, section_ave
 from treg_megatron.labelling.job import label
 from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
 from treg_megatron.models.huggingface import model_identity
-from treg_megatron.objective import Objective, Responses, means, preference_loss
+from treg_megatron.objective import Responses, means, preference_loss
 from treg_megatron.tokenizer.chat import load_tokenizer
 from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.utils.files import sha256_of_json, write_manifest
@@ -116,17 +117,7 @@ def test_figures_are_the_metrics_of_training(loss_type, reward):
     random, beta, pairs = np.random.default_rng(3), 0.3, 50
     lengths = random.integers(1, 9, 2 * pairs).tolist()
     policy, reference = (-torch.from_numpy(random.exponential(2, sum(lengths))) for _ in range(2))
-    objective = Objective(
-        loss_type=loss_type,
-        beta=beta,
-        gamma=0.0,
-        label_smoothing=0.0,
-        alpha=0.0,
-        weight="dynamic",
-        weight_margin=True,
-        token_rewards="none",
-        sft_loss_weight=0.0,
-    )
+    objective = dataclasses.replace(PLAIN_DPO, loss_type=loss_type, beta=beta, token_rewards="none")
     _, sums = preference_loss(policy.float(), reference.float(), None, Responses.whole(lengths), objective)
     expected = means({name: float(value) for name, value in sums.items()})
 
