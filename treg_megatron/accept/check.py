@@ -28,7 +28,15 @@ class Machine(NamedTuple):
 
 
 class NotRun(Exception):
-    """The machine lacks what a check needs; the message says what."""
+    """The machine lacks what a check needs; the message says what.
+
+    Args:
+        figures: what can be said nevertheless, as :attr:`Check.run` returns it.
+    """
+
+    def __init__(self, message: str, figures: Sequence[tuple[str, float, str]] = ()):
+        super().__init__(message)
+        self.figures = figures
 
 
 class Failed(Exception):
@@ -140,5 +148,7 @@ def _error_in(log: str) -> str:
     """The line of a log that says what went wrong: an error of ours, or the last exception."""
     lines = [line.strip() for line in log.splitlines()]
     ours = [line for line in lines if line.startswith("error: ")]
-    raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt)\b", line)]
-    return (ours or raised or [line for line in lines if line] or [""])[0 if ours else -1][:300]
+    raised = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt|Fault)\b", line)]
+    # torchrun's own, and those of ranks whose neighbour has ended
+    causes = [line for line in raised if "ChildFailedError" not in line and "closed by peer" not in line]
+    return (ours or causes or raised or [line for line in lines if line] or [""])[0 if ours else -1][:300]

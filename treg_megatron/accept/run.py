@@ -10,6 +10,7 @@ from pathlib import Path
 from treg_megatron.accept.card import write_card
 from treg_megatron.accept.check import FAIL, NOT_RUN, PASS, Check, Failed, Machine, NotRun, Result
 from treg_megatron.accept.checks import CHECKS
+from treg_megatron.distributed.cpu_redirect import DEVICES_VARIABLE
 from treg_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -97,11 +98,12 @@ def _answer(name: str, folder: Path, machine: Machine, sender: Connection) -> No
     signal.signal(signal.SIGTERM, stop)
     if not machine.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.setdefault(DEVICES_VARIABLE, "labelled")  # the ranks then refuse much of what GPUs would
     check = next(check for check in CHECKS if check.name == name)
     try:
         answer = (PASS, "", list(check.run(folder, machine)))
     except NotRun as reason:
-        answer = (NOT_RUN, str(reason), [])
+        answer = (NOT_RUN, str(reason), list(reason.figures))
     except Failed as reason:
         answer = (FAIL, str(reason), [])
     except Exception as error:

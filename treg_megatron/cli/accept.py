@@ -5,7 +5,11 @@
     treg accept --cpu                 # CPU ranks: shows that the checks themselves work
 
 Needs no network, model or data. Runs NCCL's collectives, the log-prob head against float64, tiny trainings in every
-layout that the GPUs allow against losses computed on a CPU, a kill with resume and export, and labels of both engines.
+layout that the GPUs allow against losses computed on a CPU, a kill with resume and export, labels of both engines, and
+counts the waits of the host inside a micro-batch. Trains a model of few layers as wide as an 8B one: its memory against
+preflight's prediction, and its rate with and without overlapped communication. CPU ranks run all of it with device
+labels, and a tiny model where the wide one would say nothing.
+
 Writes acceptance.md and acceptance.json, after every check. A failure hides none of the others; each has a log beside
 the card. Exit code 1 means that a check failed. Please send the card: docs/HARDWARE.md collects them.
 """
