@@ -4,17 +4,21 @@
 
 Both files are written to a temporary folder, hold the same pairs, and are removed at the end. A pair has an id, a
 prompt of one to five turns, two answers and two scores; the lengths of the texts are spread as those of chat data are.
-Each file is read in a process of its own. The time for a hundred pairs is subtracted as start-up time. The CPU rate,
-over seconds of processor time, does not depend on other load on the machine; the figure is over wall-clock time.
+Each file is read by a command of its own, which starts as many processes as there are cores. The time for a hundred
+pairs is subtracted as start-up time. The CPU rate, over seconds of processor time, depends little on other load on the
+machine; the figure is over wall-clock time. The peak is that of all processes of the command together; what they share
+counts once.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +26,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = 100
+_SAMPLED_EVERY = 0.5  # seconds
 WORDS = (
     "the of and to a in is that it you for on with as are this be or from can your an which has at by not will more "
     "however therefore because answer question example function returns value number result – naïve café 例えば 数字"
@@ -108,10 +113,38 @@ def inspect(path: Path) -> Measured:
     start = time.perf_counter()
     command = [sys.executable, "-m", "treg_megatron", "inspect", str(path)]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    peak, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_SAMPLED_EVERY):
+            peak[0] = max(peak[0], sum(map(memory, [child.pid, *children(child.pid)])))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     _, status, used = os.wait4(child.pid, 0)
+    ended.set()
+    watcher.join()
     if status:
         raise SystemExit(f"{' '.join(command)} failed: {os.waitstatus_to_exitcode(status)}")
-    return Measured(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9)
+    peak_gb = max(peak[0], used.ru_maxrss * 1024) / 1e9
+    return Measured(time.perf_counter() - start, used.ru_utime + used.ru_stime, peak_gb)
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process started."""
+    try:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def memory(process: int) -> int:
+    """Bytes in memory, of what several processes share this one's part; 0 if it has ended."""
+    try:
+        found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def test_arrays_are_read_the_same_whatever_the_chunks(tmp_path_factory, contents
 def test_a_bad_row_is_found_without_reading_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "_CHUNK", 64)
     path = write(tmp_path / "p.json", f"[{GOOD}, {{'prompt'" + " " * 100_000 + "]")
-    with pytest.raises(UserError, match="row 2"), open(path) as stream:
+    with pytest.raises(UserError, match="row 2"), open(path, "rb") as stream:
         stream.read(1)
         try:
             list(rows._elements(rows._Lookahead(stream), path, 0))

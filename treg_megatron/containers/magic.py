@@ -88,6 +88,11 @@ def open_bytes(path: Path) -> BinaryIO:
     return io.BufferedReader(raw, _BUFFER)
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether :func:`open_bytes` undoes a compression of the file."""
+    return head_of(path).startswith((_GZIP, _BZ2, _XZ, _ZSTD))
+
+
 def text_beginning(path: Path) -> bytes:
     """The beginning of a text file, without byte-order mark and white space before it; empty if nothing else is there.
 

@@ -20,7 +20,7 @@ from treg_megatron.formats.columns import ColumnsFormat, mapped_row
 from treg_megatron.formats.pair_format import Answer, Answered, NoPreference, PairFormat
 from treg_megatron.formats.templated import beginning_of_template, spelled_end
 from treg_megatron.tokenizer.conversation import Message
-from treg_megatron.utils.string_set import StringSet
+from treg_megatron.utils.string_set import HashSet
 
 IDENTICAL_RESPONSES = "identical responses"
 REPEATED_PAIR = "repeats an earlier pair"
@@ -135,46 +135,106 @@ def read_pairs_and_rows(
 ) -> Iterator[tuple[Pair, dict]]:
     """Like :func:`read_pairs`, with the record that each pair was read from."""
     drops = Counter() if drops is None else drops
-    notes = Counter() if notes is None else notes
-    reading = reading or Reading()
-    format = reading.chosen_format()
-    seen_ids, seen_pairs = StringSet(), StringSet()
+    reader, repeats = PairReader(reading, notes), Repeats()
     empty = True
     for number, row in read_rows(source):
         empty = False
         try:
-            if not isinstance(row, dict):
-                raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-            format = format or recognise(row)
-            try:
-                pair = _pair(number, row, format, reading, notes)
-            except ValueError as error:
-                raise ValueError(f"{error} (read as {format.name})") from None
-            answers = (pair.chosen_turns or pair.chosen, pair.rejected_turns or pair.rejected)
-            identity = f"{pair.pair_id} {hash((pair.messages, answers, pair.tools))}"
-            if pair.chosen == pair.rejected:
-                drops[IDENTICAL_RESPONSES] += 1
-            elif pair.chosen_score is not None and pair.chosen_score == pair.rejected_score:
-                drops[EQUAL_SCORES] += 1
-            elif identity in seen_pairs:
-                drops[REPEATED_PAIR] += 1
-            elif pair.pair_id in seen_ids:
-                raise ValueError(
-                    f"pair_id {pair.pair_id!r} already belongs to an earlier row with different content; give "
-                    "every pair a unique id, or none; --ignore id reads them without"
-                )
-            else:
-                seen_ids.add(pair.pair_id)
-                seen_pairs.add(identity)
-                yield pair, row
+            pair = reader.pair(number, row)
+            reason = without_signal(pair) or repeats.reason(pair.pair_id, *identity_hashes(pair))
         except NoPreference:
             drops[EQUAL_SCORES] += 1
         except ValueError as error:
             if unusable is None:
                 raise UserError(f"{source} row {number}: {error}") from None
             unusable(f"row {number}: {error}")
+        else:
+            if reason:
+                drops[reason] += 1
+            else:
+                yield pair, row
     if empty:
-        raise UserError(f"{source} holds no pairs")
+        raise no_pairs(source)
+
+
+class PairReader:
+    """Reads records as pairs: all in the format of the first record that is in a known one, unless one is named.
+
+    Attributes:
+        format: the format; None before it is known.
+        notes: counts of scores and ids that cannot be used and are read as none.
+    """
+
+    def __init__(self, reading: Reading | None = None, notes: Counter[str] | None = None):
+        self.reading = reading or Reading()
+        self.format = self.reading.chosen_format()
+        self.notes: Counter[str] = Counter() if notes is None else notes
+
+    def pair(self, number: int, row: Any) -> Pair:
+        """The pair of a record.
+
+        Raises:
+            ValueError: it cannot be used.
+            NoPreference: its answers have equal ranks or scores.
+        """
+        if not isinstance(row, dict):
+            raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+        self.format = self.format or recognise(row)
+        try:
+            return _pair(number, row, self.format, self.reading, self.notes)
+        except ValueError as error:
+            raise ValueError(f"{error} (read as {self.format.name})") from None
+
+
+def without_signal(pair: Pair) -> str:
+    """Why nothing can be learnt from a pair by itself; empty if something can."""
+    if pair.chosen == pair.rejected:
+        return IDENTICAL_RESPONSES
+    return EQUAL_SCORES if pair.chosen_score is not None and pair.chosen_score == pair.rejected_score else ""
+
+
+def identity_hashes(pair: Pair) -> tuple[int, int]:
+    """Hashes of a pair's id and of all that it is, equal in this process and those that it forks."""
+    answers = (pair.chosen_turns or pair.chosen, pair.rejected_turns or pair.rejected)
+    return hash(pair.pair_id), hash((pair.pair_id, pair.messages, answers, pair.tools))
+
+
+class Repeats:
+    """The pairs of a source so far."""
+
+    def __init__(self) -> None:
+        self._ids, self._pairs = HashSet(), HashSet()
+
+    def reason(self, pair_id: str, id_hash: int, pair_hash: int) -> str:
+        """Why one more pair is dropped; empty if it is not.
+
+        Raises:
+            ValueError: an earlier pair has the same id and other content.
+        """
+        if pair_hash in self._pairs:
+            return REPEATED_PAIR
+        if id_hash in self._ids:
+            raise ValueError(
+                f"pair_id {pair_id!r} already belongs to an earlier row with different content; give "
+                "every pair a unique id, or none; --ignore id reads them without"
+            )
+        self._ids.add(id_hash)
+        self._pairs.add(pair_hash)
+        return ""
+
+    def are_new(self, id_hashes: list[int], pair_hashes: list[int]) -> bool:
+        """Whether no pair of many repeats another; if so, they count as seen from now on."""
+        for hashes, seen in ((id_hashes, self._ids), (pair_hashes, self._pairs)):
+            if len(set(hashes)) < len(hashes) or not seen.isdisjoint(hashes):
+                return False
+        self._ids.add(*id_hashes)
+        self._pairs.add(*pair_hashes)
+        return True
+
+
+def no_pairs(source: str | Path) -> UserError:
+    """The refusal of a source without records."""
+    return UserError(f"{source} holds no pairs")
 
 
 def none_left(source: str | Path, drops: Counter[str]) -> str:
@@ -237,14 +297,15 @@ def _pair(number: int, row: dict, format: PairFormat, reading: Reading, notes: C
 
 
 def _texts_of(answered: Answered) -> Iterator[str]:
-    """Every text that a pair's content is made of."""
+    """Every text that a pair's content is made of, but for the roles."""
     yield answered.tools
     for part in (answered.messages, answered.chosen, answered.rejected):
         if isinstance(part, str):
             yield part
         else:
             for turn in part:
-                yield from turn
+                yield turn.content
+                yield turn.extra
 
 
 def _require_sound(answered: Answered) -> None:

@@ -137,6 +137,10 @@ def _is_message(value: Any) -> bool:
 
 
 def _message(message: Any, name: str) -> Message:
+    if isinstance(message, dict) and len(message) == 2:  # as most are
+        role, content = message.get("role"), message.get("content")
+        if isinstance(content, str) and isinstance(role, str) and role in ROLES:
+            return Message(ROLES[role], content)
     role_key, content_key = _NOTATIONS[isinstance(message, dict) and "from" in message and "value" in message]
     if not isinstance(message, dict) or role_key not in message or content_key not in message:
         raise ValueError(f"each message of {name} must be an object with 'role' and 'content', or 'from' and 'value'")

@@ -7,9 +7,10 @@ _HEAD = re.compile(
     r"|<｜begin▁of▁sentence｜>|<｜User｜>|(?:<s>\s*)?\[INST\]|<bos>|<start_of_turn>|<\|user\|>|<\|system\|>"
     r"|<\|start_of_role\|>|<\|START_OF_TURN_TOKEN\|>|<extra_id_\d+>)"
 )
+_LONGEST_END = 64  # characters, with white space behind it
 _END = re.compile(
     r"(<\|im_end\|>|<\|eot_id\|>|<\|eot\|>|<\|end_of_text\|>|<\|endoftext\|>|<\|end\|>|<｜end▁of▁sentence｜>|<end_of_turn>"
-    r"|<eos>|</s>|<\|END_OF_TURN_TOKEN\|>)\s*\Z"
+    r"|<eos>|</s>|<\|END_OF_TURN_TOKEN\|>)\Z"
 )
 
 
@@ -21,5 +22,6 @@ def beginning_of_template(text: str) -> str:
 
 def spelled_end(text: str) -> str:
     """The end-of-turn token that a text ends with, spelled out; empty if there is none."""
-    found = _END.search(text, max(len(text) - 64, 0))
+    end = text[-_LONGEST_END:].rstrip()
+    found = _END.search(end) if end.endswith(">") else None  # as all of them do
     return found[1] if found else ""

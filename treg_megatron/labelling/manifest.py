@@ -20,7 +20,7 @@ from treg_megatron.data.labelled_pairs import (
 from treg_megatron.data.pairs import Pair, none_left
 from treg_megatron.data.records import source_identity
 from treg_megatron.data.scored import is_scored
-from treg_megatron.data.symptoms import Symptoms
+from treg_megatron.data.symptoms import Symptoms, signs_of
 from treg_megatron.errors import UserError
 from treg_megatron.formats import AUTO
 from treg_megatron.labelling.source import Source
@@ -83,12 +83,12 @@ class Portions:
         symptoms = Symptoms()
         for portion in batches(pairs, size):
             self.total += len(portion)
+            symptoms.add([signs_of(pair) for pair in portion])
             digest = hashlib.sha256()
             for pair in portion:
                 sampled = [pair.chosen_ids, pair.rejected_ids, pair.tokenizer]
                 identity = json.dumps([pair.pair_id, pair.content, pair.chosen_score, pair.rejected_score, sampled])
                 digest.update(identity.encode())
-                symptoms.add(pair)
             self.sha256.append(digest.hexdigest())
         self.warnings = symptoms.warnings()
 

@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -48,6 +49,7 @@ def in_order(work: Callable[[Batch], Result], batches: Iterable[Batch], workers:
 
 def _set_work(work: Callable[[Any], Any]) -> None:
     global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
     _work = work
 
 
