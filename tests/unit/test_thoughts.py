@@ -184,6 +184,14 @@ def test_thoughts_that_only_the_prompt_has_closed(chatml, tmp_path):
     assert texts(tokenizer, "42", OTHER) == (PROMPT, ["<think></think>42<|im_end|>", OTHER + "<|im_end|>"])
 
 
+def test_kept_thoughts_do_not_follow_thoughts_that_the_prompt_has_closed(chatml, tmp_path):
+    kept = R1.replace(".split('</think>')[-1]", "").replace("<think>\\n' }}", "<think>\\n</think>' }}")
+    tokenizer = ChatTokenizer(chatml._tokenizer, tmp_path, kept)
+    assert texts(tokenizer, WHOLE, OTHER) == (PROMPT, [WHOLE + "<|im_end|>", OTHER + "<|im_end|>"])
+    closed = "<think>\n</think>42<|im_end|>"
+    assert texts(tokenizer, WHOLE, PLAIN) == (PROMPT, [WHOLE + "<|im_end|>", closed])
+
+
 @pytest.mark.parametrize("template", [CLOSED, CLOSED_BY_PROMPT, OPENED])
 def test_after_a_tools_result_nothing_is_opened_or_closed(chatml, tmp_path, template):
     tokenizer = ChatTokenizer(chatml._tokenizer, tmp_path, template)

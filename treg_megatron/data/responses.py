@@ -8,15 +8,19 @@ from treg_megatron.data.labelled_pairs import LabelledPair
 from treg_megatron.data.pairs import Pair, conversation_text
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.chat import ChatTokenizer
+from treg_megatron.tokenizer.conversation import FirstTurn
 
 PROMPT_FILLS_CONTEXT = "prompt fills max_length"
 TOO_LONG = "prompt and response do not fit max_length"
 
 
 def prompt_answers(pair: Pair) -> tuple[str, ...]:
-    """The answers that decide where the pair's prompt ends; none where their ids do not come from their texts."""
-    as_text = pair.chosen_ids is None and not pair.chosen_turns and not pair.rejected_turns
-    return (pair.chosen, pair.rejected) if as_text else ()
+    """The answers that decide where the pair's prompt ends; none where ids are sampled, or an answer calls a tool."""
+    sides = ((pair.chosen, pair.chosen_turns), (pair.rejected, pair.rejected_turns))
+    calls = any(turn.extra for _, turns in sides for turn in turns if turn.role == "assistant")
+    if pair.chosen_ids is not None or calls:
+        return ()
+    return tuple(FirstTurn(turns[0].content) if turns else text for text, turns in sides)
 
 
 def scored_response(pair: Pair, side: str, tokenizer: ChatTokenizer) -> tuple[list[int], np.ndarray]:
@@ -26,7 +30,7 @@ def scored_response(pair: Pair, side: str, tokenizer: ChatTokenizer) -> tuple[li
         UserError: as for :func:`response_ids`, or the template has no exact ids for an answer of several turns.
     """
     if turns := getattr(pair, f"{side}_turns"):
-        return tokenizer.encode_turns(pair.messages, turns, pair.tools)
+        return tokenizer.encode_turns(pair.messages, turns, pair.tools, prompt_answers(pair))
     ids = response_ids(pair, side, tokenizer)
     return ids, np.ones(len(ids), dtype=bool)
 

@@ -169,20 +169,89 @@ class ChatTokenizer:
         return prompt, [self.encode_response(messages, answer, tools, answers) for answer in answers]
 
     def encode_turns(
-        self, messages: Sequence[Message], turns: Sequence[Message], tools: str = ""
+        self, messages: Sequence[Message], turns: Sequence[Message], tools: str = "", answers: Sequence[str] = ()
     ) -> tuple[list[int], np.ndarray]:
         """Ids of an answer of several turns after the prompt of ``messages``, and which of them the assistant writes.
 
         The answer is one suffix, from the first assistant turn to the end of the last one, with the turns of users and
-        tools between them as the template renders them.
+        tools between them, all as the template renders the whole conversation.
+
+        Args:
+            messages: the conversation.
+            turns: the answer's turns, of which the first and the last are the assistant's.
+            tools: as for :meth:`encode_prompt`.
+            answers: as for :meth:`encode_prompt`, and the same as there: a
+                :class:`~treg_megatron.tokenizer.conversation.FirstTurn` for an answer of several turns.
 
         Returns:
             ids, a list of n; written, [n] bool, True for the assistant's text and the tokens that end its turns.
 
         Raises:
-            UserError: as for :meth:`encode_prompt` and :meth:`encode_response`; or the template renders an earlier turn
+            UserError: as for :meth:`encode_prompt` and :meth:`encode_response`; or the template renders a turn
                 differently once others follow, so that no ids hold for both.
         """
+        if any(turn.extra for turn in turns if turn.role == "assistant"):
+            return self._encode_turn_by_turn(messages, turns, tools)
+        conversation = [*messages, *turns]
+        disguise = self._disguise(conversation, tools)
+        prompt = self._rendered_prompt(messages, tools, disguise)
+        boundary = self._boundary.at(prompt)
+        base = boundary.base(prompt)
+        lead = boundary.lead(answers)
+        whole = self._template.render(conversation, False, tools, disguise)
+        if not whole.startswith(base + lead):
+            raise self._differs_once_others_follow()
+        self._completeness.require(conversation, tools, disguise, whole)
+        ids: list[int] = []
+        written: list[bool] = []
+        place, end_of_last = len(base + lead), ""
+        for i, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            start, end = self._place_of(conversation, len(messages) + i, tools, disguise, whole)
+            words = replaced(whole[start:end], {hidden: shown for shown, hidden in disguise.items()})
+            before = self._rendered_prompt(conversation[: len(messages) + i], tools, disguise)
+            own_spaces = _trailing_spaces(whole[:start]) - _trailing_spaces(before) if not boundary.plain else 0
+            start -= max(own_spaces, 0)
+            between = self._encode_rendered(end_of_last + whole[place:start], disguise)
+            between = between[self._end_of_special(between, 1) :] if end_of_last else between
+            ids += between
+            written += [not i] * len(between)  # before the first turn stands what an answer without others has, too
+            special = self._special.place.match(whole, end)
+            if special is None or words not in _strippings(turn.content):
+                raise self._differs_once_others_follow()
+            space = "" if self._puts_space_first else whole[start:][: max(own_spaces, 0)]
+            answer = [*self._encode(space + words, special=False), self._first_special(special[0])]
+            ids += answer
+            written += [True] * len(answer)
+            place, end_of_last = special.end(), special[0]
+        return ids, np.array(written, dtype=bool)
+
+    def _place_of(
+        self, conversation: Sequence[Message], i: int, tools: str, disguise: Mapping[str, str], whole: str
+    ) -> tuple[int, int]:
+        """Where the text of turn ``i`` begins and ends in the whole: where other words stand if they take its place."""
+        places = []
+        for _, word, _ in PROBES:
+            others = [*conversation[:i], conversation[i]._replace(content=word), *conversation[i + 1 :]]
+            before, found, after = self._template.render(others, False, tools, disguise).partition(word)
+            places.append((len(before), len(whole) - len(after)))
+            if not (found and whole.startswith(before) and whole.endswith(after)):
+                raise self._differs_once_others_follow()
+        if places[0] != places[1] or places[0][0] > places[0][1]:
+            raise self._differs_once_others_follow()
+        return places[0]
+
+    def _differs_once_others_follow(self) -> UserError:
+        return UserError(
+            f"the chat template of {self.folder} renders an assistant turn differently once others follow: "
+            "an answer of several turns has no exact ids"
+        )
+
+    def _encode_turn_by_turn(
+        self, messages: Sequence[Message], turns: Sequence[Message], tools: str
+    ) -> tuple[list[int], np.ndarray]:
+        """Ids of an answer that calls tools: each turn as if it were the last, where all agree on those before."""
         prompt = self.encode_prompt(messages, tools)
         ids: list[int] = []
         written: list[bool] = []
@@ -194,10 +263,7 @@ class ChatTokenizer:
                 so_far, whole = [*prompt, *ids], self.encode_prompt(before, tools)
                 between = whole[self._end_of_special(whole, sum(token in self._special_ids for token in so_far)) :]
                 if self.decode(whole[: len(whole) - len(between)]) != self.decode(so_far):
-                    raise UserError(
-                        f"the chat template of {self.folder} renders an assistant turn differently once others follow: "
-                        "an answer of several turns has no exact ids"
-                    )
+                    raise self._differs_once_others_follow()
                 ids += between
                 written += [False] * len(between)
             answer = self._encode_call(before, turn, tools) if turn.extra else None
@@ -210,6 +276,8 @@ class ChatTokenizer:
         """Ids of an assistant turn that calls tools, as the template renders it, up to the token that ends it."""
         disguise = self._disguise([*messages, turn], tools)
         prompt = self._rendered_prompt(messages, tools, disguise)
+        boundary = self._boundary.at(prompt)
+        prompt = boundary.base(prompt) + boundary.lead(())
         whole = self._template.render([*messages, turn], False, tools, disguise)
         self._completeness.require([*messages, turn], tools, disguise, whole)
         if not whole.startswith(prompt):
@@ -331,15 +399,16 @@ class ChatTokenizer:
         if not rest.startswith(at.block):
             return None
         rest = rest[len(at.block) :]
-        for words in (response, response.rstrip(), response.lstrip(), response.strip()):
+        for words in _strippings(response):
             space = " " * (_leading_spaces(rest) - _leading_spaces(words))
             rendered = space + replaced(words, disguise)
             if rest.startswith(rendered):
                 end_of_turn = self._first_special(rest[len(rendered) :])
                 cut = len(response) - len(response.lstrip()) if len(words) < len(response.rstrip()) else 0
+                before, _ = at.parts(response)
                 if self._puts_space_first:
-                    return _Response(at.plain, words, cut, end_of_turn)
-                return _Response(at.plain, space + words, cut - len(space), end_of_turn)
+                    return _Response(before, words, cut, end_of_turn)
+                return _Response(before, space + words, cut - len(space), end_of_turn)
         return None
 
     def _with_thoughts(self, before: str, response: str, end: str) -> _Response:
@@ -442,6 +511,15 @@ def _texts(messages: Sequence[Message], tools: str) -> Iterator[str]:
 
 def _leading_spaces(text: str) -> int:
     return len(text) - len(text.lstrip(" "))
+
+
+def _strippings(text: str) -> tuple[str, ...]:
+    """A text as templates may render it: whole, or without white space at its ends."""
+    return text, text.rstrip(), text.lstrip(), text.strip()
+
+
+def _trailing_spaces(text: str) -> int:
+    return len(text) - len(text.rstrip(" "))
 
 
 def _shortened(text: str) -> str:

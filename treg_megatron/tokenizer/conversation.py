@@ -27,6 +27,10 @@ class Message(NamedTuple):
         return [*self[:2], *([self.extra] if self.extra else [])]
 
 
+class FirstTurn(str):
+    """The text of the first assistant turn of an answer of several, which other turns follow."""
+
+
 class Sampled(NamedTuple):
     """A response sampled from a model.
 

@@ -15,7 +15,8 @@ have read or written there:
     an answer that holds ``</think>`` alone continues the opening.
 
 The prompt's end is the longest of the three texts with which all responses to it begin, so that the two sides of a pair
-share their prompt; what is left of it belongs to the responses.
+share their prompt; what is left of it belongs to the responses. An answer of several turns begins as a template renders
+an earlier turn, which may be without a block.
 """
 
 import re
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from treg_megatron.errors import UserError
-from treg_megatron.tokenizer.conversation import Message
+from treg_megatron.tokenizer.conversation import FirstTurn, Message
 from treg_megatron.tokenizer.template import PROBES, ChatTemplate
 
 BEGIN, END = "<think>", "</think>"
@@ -45,6 +46,7 @@ class Boundary:
         plain: what a model has read before it writes an answer without thoughts: the block, or else a tail that closes
             thoughts.
         head: the part of the block that stands before an answer with thoughts, too.
+        followed: the text between base and an answer that further turns follow.
         usual: what ends the prompt of an unknown answer: the block where the template renders it after its generation
             prompt, otherwise the opening.
         stacks: whether the template puts the block before an answer with thoughts, too.
@@ -55,6 +57,7 @@ class Boundary:
     block: str
     plain: str
     head: str
+    followed: str
     usual: str
     stacks: bool
     end: str
@@ -68,8 +71,8 @@ class Boundary:
         """The boundary of a prompt that may lack the tail, such as one after a tool's result."""
         if prompt.endswith(self.tail):
             return self
-        block, plain, usual = (text.removeprefix(self.tail) for text in (self.block, self.plain, self.usual))
-        return replace(self, tail="", block=block, plain=plain, usual=usual)
+        names = ("block", "plain", "followed", "usual")
+        return replace(self, tail="", **{name: getattr(self, name).removeprefix(self.tail) for name in names})
 
     def lead(self, answers: Sequence[str]) -> str:
         """The text between the base and the responses that ends the prompt common to ``answers``."""
@@ -81,6 +84,8 @@ class Boundary:
 
     def parts(self, answer: str) -> tuple[str, str]:
         """The template's text before an answer, counted from the base, and the answer."""
+        if isinstance(answer, FirstTurn):
+            return self.followed, answer
         if not self.brings_thoughts(answer):
             return self.plain, answer
         if answer.lstrip().startswith(BEGIN):
@@ -127,7 +132,18 @@ def _probed(template: ChatTemplate, question: str, answer: str, thought: str) ->
     head = block.partition(BEGIN)[0] if BEGIN in block else ""
     head = head if head and _renders(template, asked, thinking, base + head + BEGIN) else ""
     plain = block or (tail if END in tail else "")
-    return Boundary(tail, block, plain, head, usual, stacks, end)
+    followed = _followed(template, [*asked, Message("assistant", answer)], base, answer, usual)
+    return Boundary(tail, block, plain, head, followed, usual, stacks, end)
+
+
+def _followed(template: ChatTemplate, answered: list[Message], base: str, answer: str, usual: str) -> str:
+    """The text between base and an answer that further turns follow; ``usual`` where the template takes none."""
+    try:
+        longer = template.render([*answered, answered[0], answered[1]], False)
+    except UserError:
+        return usual
+    before, found, _ = longer.removeprefix(base).partition(answer)
+    return (before if before.strip(" ") else "") if longer.startswith(base) and found else usual
 
 
 def _renders(template: ChatTemplate, asked: list[Message], answer: str, begin: str) -> bool:
