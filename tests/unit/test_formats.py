@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -207,13 +208,20 @@ def test_hub_datasets_are_loaded_by_name_revision_and_split(monkeypatch):
     class Loaded(list):
         _fingerprint = "f00d"
 
-    def load_dataset(name, revision, split):
-        asked.append((name, revision, split))
-        if split == "absent":
-            raise ValueError("Unknown split\n'absent'")
-        return Loaded([{"prompt": "Q", "chosen": "a", "rejected": "b"}])
+    class Builder(NamedTuple):
+        name: str
+        revision: str | None
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+        def download_and_prepare(self):
+            pass
+
+        def as_dataset(self, split):
+            asked.append((*self, split))
+            if split == "absent":
+                raise ValueError("Unknown split\n'absent'")
+            return Loaded([{"prompt": "Q", "chosen": "a", "rejected": "b"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset_builder=Builder))
     assert len(list(read_pairs("hub:o/n"))) == len(list(read_pairs("hub:o/n@v1.0:test"))) == 1
     assert asked == [("o/n", None, "train"), ("o/n", "v1.0", "test")]
     assert source_identity("hub:o/n") == {"file": "hub:o/n", "sha256": "f00d"}

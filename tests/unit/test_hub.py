@@ -1,6 +1,9 @@
-"""Names of hub datasets, and configurations, read by ``datasets`` from a folder that declares them."""
+"""Hub datasets: names, configurations as a folder declares them, and the cache of ``datasets`` without a network."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -100,3 +103,71 @@ def test_pictures_are_refused_by_column(tmp_path, monkeypatch):
     monkeypatch.setattr("treg_megatron.containers.hub.load_from_hub", lambda source: dataset)
     with pytest.raises(UserError, match="hub:o/n row 1: column 'x' holds bytes that are not text"):
         list(read_rows("hub:o/n"))
+
+
+# -- without a network -------------------------------------------------------------------------------------------------
+
+OLD, NEW = "a" * 40, "b" * 40
+
+
+@pytest.fixture()
+def cached(tmp_path, monkeypatch):
+    """A cache that ``datasets`` itself writes, as it does for two commits of owner/name, of which v1 is the older."""
+    import datasets
+    import huggingface_hub.constants
+    from datasets.data_files import DataFilesDict
+    from datasets.load import configure_builder_class
+    from datasets.packaged_modules.json.json import Json, JsonConfig
+
+    for commit, config in ((OLD, "en"), (NEW, "en"), (NEW, "de")):
+        path = tmp_path / f"{config}-{commit[0]}.jsonl"
+        path.write_text(json.dumps({"prompt": f"{config} {commit[0]}", "chosen": "x", "rejected": "y"}) + "\n")
+        files = DataFilesDict.from_patterns({"train": [str(path)]})
+        builder = configure_builder_class(Json, [JsonConfig(name=config, data_files=files)], None, "name")
+        place = {"cache_dir": str(tmp_path / "cache"), "dataset_name": "name", "repo_id": "owner/name"}
+        builder(**place, config_name=config, hash=commit).download_and_prepare()
+    references = tmp_path / "hub" / "datasets--owner--name" / "refs"
+    references.mkdir(parents=True)
+    (references / "v1").write_text(OLD)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "source, prompt",
+    [
+        ("hub:owner/name:de:train", "de b"),
+        ("hub:owner/name:en:train", "en b"),
+        (f"hub:owner/name:en@{OLD}:train", "en a"),
+        (f"hub:owner/name:en@{NEW}:train", "en b"),
+        ("hub:owner/name:en@v1:train", "en a"),
+    ],
+)
+def test_the_cache_gives_the_revision_that_is_asked_for(cached, source, prompt):
+    assert [row["prompt"] for _, row in read_rows(source)] == [prompt]
+    assert source_identity(source) == source_identity(source)
+    assert source_identity(f"hub:owner/name:en@{OLD}")["sha256"] != source_identity("hub:owner/name:en:train")["sha256"]
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("hub:owner/name:en@v2", f"does not hold revision v2, but the commits {OLD}, {NEW}: name one of these"),
+        ("hub:owner/name:de@v1", f"does not hold revision v1, but the commits {NEW}: name one"),
+        ("hub:owner/name", "has several configurations (de, en): name one"),
+        ("hub:owner/other", "is not in the cache of `datasets`, and the hub cannot be reached: load it once where"),
+    ],
+)
+def test_what_the_cache_does_not_hold_is_refused(cached, source, expected):
+    with pytest.raises(UserError) as error:
+        list(read_rows(source))
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_reads_the_cache_offline(cached):
+    places = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cached / "cache"), "HF_HUB_CACHE": str(cached / "hub")}
+    command = [sys.executable, "-m", "treg_megatron", "inspect", "hub:owner/name:en@v1"]
+    done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, check=True)
+    assert "1 pairs, read as trl" in done.stdout and "en a" in done.stdout
