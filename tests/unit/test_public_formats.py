@@ -4,9 +4,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.pair_formats import BAD, EXAMPLES, GOOD, TURNS, USER
+from treg_megatron.data import inspection
 from treg_megatron.data.inspection import as_text, inspect_pairs
 from treg_megatron.data.inspection_page import write_page
 from treg_megatron.data.pairs import EQUAL_SCORES, NO_ID, NO_SCORE, Reading, read_pairs
@@ -288,6 +290,20 @@ def test_any_other_columns_by_their_names(tmp_path, row, columns):
     assert named.pair_id == "k1" and named.messages == (Message("system", "Be brief."), *BIRD)
 
 
+def test_sampled_ids_of_several_turns_are_refused(tmp_path):
+    turns = [{"role": "assistant", "content": "Which?"}, {"role": "user", "content": "Any."}]
+    several = [*turns, {"role": "assistant", "content": "Robin."}]
+    row = {"prompt": "Name a bird.", "chosen": several, "rejected": "Bat.", "chosen_ids": [1], "rejected_ids": [2]}
+    for ids in ({"tokenizer": "t"}, {"tokenizer": "t", "chosen": "Robin.", "rejected": several}):
+        side = "rejected" if "rejected" in ids else "chosen"
+        with pytest.raises(
+            UserError, match=f"row 1: {side} has several turns .*: take out chosen_ids and rejected_ids"
+        ):
+            read(tmp_path, {**row, **ids})
+    (pair,) = read(tmp_path, {**row, "chosen_ids": None, "rejected_ids": None})
+    assert pair.chosen_ids is None and len(pair.chosen_turns) == 3
+
+
 def test_columns_that_make_no_format_are_refused(tmp_path):
     for columns, message in (
         ({"prompt": "q"}, "names no column for chosen, rejected"),
@@ -322,7 +338,8 @@ def test_the_page_holds_the_report_and_injects_nothing(tmp_path):
     write_page(tmp_path / "page.html", "pairs <of> mine", inspect_pairs(tmp_path / "pairs.jsonl", examples=2))
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in page and "\x1b" not in page and "&lt;script&gt;alert(1)" in page
-    assert "pairs &lt;of&gt; mine" in page and "3 pairs, read as trl" in page and "cyrillic in 3" in page
+    assert "pairs &lt;of&gt; mine" in page and "3 pairs, read as trl" in page
+    assert "<th>cyrillic</th><td>3</td>" in page and "100.0%" in page
     assert page.count("<article>") == 2 and page.count("<svg") == 5  # four lengths, one score
 
 
@@ -333,3 +350,12 @@ def test_examples_are_what_training_will_see(tmp_path, chatml):
     assert example["prompt"] == chatml.decode(chatml.encode_prompt(pair.messages))
     assert example["chosen"] == chatml.decode(chatml.encode_response(pair.messages, "Robin."))
     assert "Be brief." in example["prompt"] and example["prompt"].endswith("assistant\n")
+
+
+def test_few_equidistant_values_have_a_bar_each_and_others_share():
+    few = inspection._histogram(np.array([1.5, 0.0, 0.5, 0.5]))
+    assert few["counts"] == [1, 2, 0, 1] and few["median"] == 0.5 and few["median_at"] == 1.5 / 4
+    many = inspection._histogram(np.arange(100))
+    assert len(many["counts"]) == 24 and sum(many["counts"]) == 100 and max(many["counts"]) == 5
+    assert many["median"] in (49, 50) and abs(many["median_at"] - 0.5) < 0.01
+    assert inspection._histogram(np.array([7, 7]))["counts"] == [2]

@@ -36,8 +36,10 @@ from treg_megatron.utils.terminal import without_control_bytes
 _SHOWN_ROWS = 5
 _QUANTILES = (0.0, 0.5, 0.95, 1.0)
 _COUNTED = ("scored", "chosen_scored_lower", "contradicting", "cut_off", "spelled_end")
-_BARS = 24
+_BARS, _MOST_BARS = 24, 40  # of a histogram; more than the first only for values of which each has one
 _LARGEST = 1e300  # of a difference of scores that a histogram shows
+#: What the lengths in a report are of.
+LENGTHS = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "longest": "prompt and longer answer"}
 _LETTER = re.compile(r"[^\W\d_]")
 
 
@@ -63,8 +65,9 @@ def inspect_pairs(
         first_unusable (messages), turns (pairs by number of turns), system (pairs with a system message),
         repeated_prompts, the counts and warnings of :class:`~treg_megatron.data.symptoms.Symptoms`, chosen_longer
         (share of pairs, None if there are too few), unit, lengths (minimum, median, 95th percentile and maximum of
-        prompt, chosen, rejected, longest), too_long (pairs), histograms (by name: low, high, counts), scripts (chosen
-        answers by the writing system of their first letter), examples (the first pairs as tokens decode).
+        prompt, chosen, rejected, longest), too_long (pairs), histograms (by name: low, high, counts, median, and its
+        place from 0 to 1), scripts (chosen answers by the writing system of their first letter), examples (the first
+        pairs as tokens decode).
 
     Raises:
         UserError: the file has no usable pair, or its format is not recognised.
@@ -270,7 +273,7 @@ class _Survey:
             "lengths": {key: _quantiles(values) for key, values in lengths.items()},
             "too_long": int((lengths["longest"] > max_length).sum()) if max_length else None,
             "histograms": {
-                **{f"{unit} of {key}": _histogram(values) for key, values in lengths.items()},
+                **{f"{unit} of {LENGTHS[key]}": _histogram(values) for key, values in lengths.items()},
                 **(
                     {"score of chosen minus score of rejected": _histogram(np.asarray(self.margins))}
                     if self.margins
@@ -317,7 +320,7 @@ def as_lines(report: Mapping[str, Any]) -> list[str]:
     if report["scored"]:
         lines.append(f"scored: {report['scored']}, chosen has the lower score in {report['chosen_scored_lower']}")
     lines += [
-        f"{report['unit']} of {key}: minimum {low}, median {middle}, 95th percentile {high}, maximum {top}"
+        f"{report['unit']} of {LENGTHS[key]}: minimum {low}, median {middle}, 95th percentile {high}, maximum {top}"
         for key, (low, middle, high, top) in report["lengths"].items()
     ]
     if report["too_long"] is not None:
@@ -332,11 +335,24 @@ def _script(text: str) -> str:
 
 
 def _histogram(values: np.ndarray) -> dict[str, Any]:
-    """Counts of values in equal parts of their range."""
+    """Counts of values in equal parts of their range; few equidistant values have one part each."""
     low, high = values.min().item(), values.max().item()
-    step = (high - low) / _BARS or 1
-    places = np.minimum(((values - low) / step).astype(np.int64), _BARS - 1)
-    return {"low": low, "high": high, "counts": np.bincount(places, minlength=_BARS).tolist()}
+    distinct = np.unique(values)
+    gap = np.diff(distinct).min() if len(distinct) > 1 else 1
+    if (high - low) / gap < _MOST_BARS:
+        at = np.rint((values - low) / gap) + 0.5
+        bars = int(at.max() + 0.5)
+    else:
+        at, bars = (values - low) / ((high - low) / _BARS), _BARS
+    counts = np.bincount(np.minimum(at.astype(np.int64), bars - 1), minlength=bars).tolist()
+    middle = np.argsort(values, kind="stable")[round(0.5 * (len(values) - 1))]
+    return {
+        "low": low,
+        "high": high,
+        "counts": counts,
+        "median": values[middle].item(),
+        "median_at": at[middle].item() / bars,
+    }
 
 
 def _quantiles(values: np.ndarray) -> list[int]:

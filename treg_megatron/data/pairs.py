@@ -288,7 +288,7 @@ def _pair(number: int, row: dict, format: PairFormat, reading: Reading, notes: C
         _shown(answered.rejected),
         _score(answered.chosen_score, notes),
         _score(answered.rejected_score, notes),
-        *_sampled_ids(row),
+        *_sampled_ids(row, answered),
         tools=answered.tools,
         chosen_turns=() if isinstance(answered.chosen, str) else answered.chosen,
         rejected_turns=() if isinstance(answered.rejected, str) else answered.rejected,
@@ -337,12 +337,18 @@ def _shown(answer: Answer) -> str:
     return answer if isinstance(answer, str) else conversation_text(answer)
 
 
-def _sampled_ids(row: dict) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None, str | None]:
+def _sampled_ids(row: dict, answered: Answered) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None, str | None]:
     names = ("chosen_ids", "rejected_ids", "tokenizer")
     if all(row.get(name) is None for name in names[:2]):
         return None, None, None
     if any(row.get(name) is None for name in names):
         raise ValueError(f"{', '.join(names)} go together: give all three, or none")
+    for side, answer in (("chosen", answered.chosen), ("rejected", answered.rejected)):
+        if not isinstance(answer, str):
+            raise ValueError(
+                f"{side} has several turns or calls a tool, and sampled ids are those of one text: take out chosen_ids "
+                "and rejected_ids to have it tokenised"
+            )
     for name in names[:2]:
         ids = row[name]
         if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
