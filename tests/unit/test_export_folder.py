@@ -1,5 +1,6 @@
 """What an export carries besides the weights, and in which precision."""
 
+import dataclasses
 import json
 import logging
 
@@ -10,8 +11,10 @@ from safetensors.torch import save_file
 from tests.support.hf_folder import CONFIG, hf_folder, read_tensors
 from treg_megatron.checkpoint.buffers import copy_within_range
 from treg_megatron.checkpoint.from_hf import import_checkpoint
+from treg_megatron.checkpoint.layout import read_metadata, write_metadata
 from treg_megatron.checkpoint.to_hf import export_checkpoint
 from treg_megatron.errors import UserError
+from treg_megatron.tokenizer.chat import load_tokenizer
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -30,6 +33,21 @@ def test_export_carries_what_the_model_needs(tmp_path, caplog):
     for name in extras:
         assert (tmp_path / "back" / name).read_bytes() == (hf / name).read_bytes(), name
     assert not (tmp_path / "back" / "training_args.bin").exists()
+
+
+def test_the_chat_template_that_a_run_trained_with_becomes_the_default(chatml, tmp_path):
+    hf = hf_folder(tmp_path / "hf", CONFIG | {"vocab_size": chatml.vocab_size})
+    chatml._tokenizer.save_pretrained(hf)
+    (hf / "additional_chat_templates").mkdir()
+    (hf / "additional_chat_templates" / "owl.jinja").write_text("Owl: " + chatml.template)
+    import_checkpoint(hf, tmp_path / "checkpoint")
+    identity = read_metadata(tmp_path / "checkpoint")
+    for name, expected in (("owl", "Owl: " + chatml.template), (None, chatml.template)):
+        run = {"data": {"tokenizer": {"chat_template": name} if name else {}}}
+        write_metadata(tmp_path / "checkpoint", dataclasses.replace(identity, run=run))
+        export_checkpoint(tmp_path / "checkpoint", hf, tmp_path / f"back {name}")
+        assert load_tokenizer(tmp_path / f"back {name}").template == expected
+        assert load_tokenizer(tmp_path / f"back {name}", "owl").template == "Owl: " + chatml.template
 
 
 def test_code_that_no_auto_map_names_stays(tmp_path):

@@ -63,6 +63,7 @@ class ArithmeticScorer:
 def section(tiny_folder, tmp_path):
     return LabelSection(
         model=str(tiny_folder),
+        template=None,
         pairs=str(jsonl(tmp_path / "pairs.jsonl", ROWS)),
         format="auto",
         columns={},
@@ -443,6 +444,25 @@ def test_bad_input_is_one_line_and_exit_code_2(section, tmp_path, monkeypatch, c
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_named_template_is_used_and_recorded_from_labels_to_dataset(section, chatml, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(section.model, folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "owl.jinja").write_text("Owl: " + chatml.template)
+    named = dataclasses.replace(section, model=str(folder), template="owl")
+    manifest = label(named, ArithmeticScorer())
+    assert manifest["run"]["tokenizer"]["chat_template"] == "owl"
+    assert all(chatml.decode(pair.chosen_tokens).startswith("Owl: ") for pair in read_labelled(named.output))
+    with pytest.raises(UserError, match="labelled"):  # it is another run
+        label(dataclasses.replace(named, template=None), ArithmeticScorer())
+    made = index(IndexSection(named.output, str(tmp_path / "train"), str(folder), 1, 0))["tokenizer"]
+    assert made["chat_template"] == "owl" and made["chat_template_sha256"] != chatml.template_sha256
+    with pytest.raises(UserError, match="has no chat template named owl"):
+        index(IndexSection(named.output, str(tmp_path / "other"), section.model, 1, 0))
+    label(dataclasses.replace(section, output=str(tmp_path / "plain"), template="default"), ArithmeticScorer())
+    assert "chat_template" not in labelling_run(tmp_path / "plain")["tokenizer"]
 
 
 def test_unfinished_labels_are_not_indexed(section, tmp_path):

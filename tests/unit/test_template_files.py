@@ -41,6 +41,8 @@ def test_named_templates(folder, chatml, put):
     assert load_tokenizer(folder, template="default").template_sha256 == chatml.template_sha256
     rag = load_tokenizer(folder, template="rag")
     assert rag.decode(rag.encode_prompt(QUESTION)).startswith("rag: <|im_start|>user\n")
+    assert (rag.identity["chat_template"], rag.template) == ("rag", OTHER)
+    assert "chat_template" not in load_tokenizer(folder, template="default").identity
     with pytest.raises(UserError, match="has no chat template named tool_use, only default, rag"):
         load_tokenizer(folder, template="tool_use")
 
@@ -48,7 +50,7 @@ def test_named_templates(folder, chatml, put):
 @pytest.mark.parametrize("put", [in_config, in_files])
 def test_named_templates_without_a_default_are_named(folder, chatml, put):
     put(folder, {"tool_use": CHATML, "rag": OTHER})
-    with pytest.raises(UserError, match="several chat templates and none is the default: rag, tool_use; save the one"):
+    with pytest.raises(UserError, match="several chat templates and none is the default: rag, tool_use; name one"):
         load_tokenizer(folder)
     assert load_tokenizer(folder, template="tool_use").template_sha256 == chatml.template_sha256
     (folder / "chat_template.jinja").write_text(CHATML)  # what the message says

@@ -47,6 +47,7 @@ from treg_megatron.models.families import (
     source_shape,
     stacked_shape,
 )
+from treg_megatron.tokenizer.chat import load_tokenizer
 from treg_megatron.tokenizer.model_folder import model_folder, require_embeddings, tokens_in_folder
 from treg_megatron.utils.files import atomic_folder, read_json, refuse_existing
 
@@ -147,6 +148,7 @@ def export_checkpoint(
             _write_json(folder / INDEX_FILE, index_of(shards))
         _write_json(folder / "config.json", _with_dtype(base_config, target_dtype))
         _copy_companions(base, folder)
+        _make_default(_trained_template(identity), base, folder)
         (folder / "README.md").write_text(model_card(identity, identity.run if run is None else run), encoding="utf-8")
         certify_export(folder)
     return Exported(checkpoint, str(target_dtype).removeprefix("torch."), nbytes, len(shards))
@@ -287,6 +289,17 @@ def _copy_companions(base: Path, folder: Path) -> None:
             shutil.copytree(path, folder / path.name)
         else:
             shutil.copyfile(path, folder / path.name)
+
+
+def _trained_template(identity: CheckpointMetadata) -> str:
+    """Name of the chat template that a run's data was made with, where it is not the default one; otherwise empty."""
+    return ((identity.run.get("data") or {}).get("tokenizer") or {}).get("chat_template", "")
+
+
+def _make_default(template: str, base: Path, folder: Path) -> None:
+    """Make one of a tokenizer's chat templates the one that is used if none is named."""
+    if template:
+        (folder / "chat_template.jinja").write_text(load_tokenizer(base, template).template, encoding="utf-8")
 
 
 def _own_code(base: Path) -> list[Path]:

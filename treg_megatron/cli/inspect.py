@@ -34,6 +34,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--ignore", nargs="+", default=[], metavar="COLUMN", help="columns to leave out on purpose")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="count tokens of this tokenizer instead of characters")
+    parser.add_argument("--template", metavar="NAME", default="", help="its chat template, where it has several")
     parser.add_argument("--max-length", type=int, metavar="N", help="count pairs whose prompt and response are longer")
     parser.add_argument("--examples", type=int, default=2, metavar="N", help="first pairs to print (default: 2)")
     parser.add_argument("--html", metavar="FILE", help="also write the report as a page, with histograms")
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     from treg_megatron.data.pairs import Reading
     from treg_megatron.tokenizer.chat import load_tokenizer
 
-    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
+    tokenizer = load_tokenizer(arguments.tokenizer, arguments.template) if arguments.tokenizer else None
     reading = Reading(arguments.format, columns_of(arguments.columns), tuple(arguments.ignore))
     report = inspect_pairs(arguments.pairs, reading, tokenizer, arguments.max_length, arguments.examples)
     print(json.dumps(report, ensure_ascii=False) if arguments.json else as_text(report))

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         from treg_megatron.data.pairs import Reading
         from treg_megatron.tokenizer.chat import load_tokenizer
 
-        tokenizer = load_tokenizer(section.model)
+        tokenizer = load_tokenizer(section.model, section.template or "")
         report = inspect_pairs(section.pairs, Reading.of(section), tokenizer, section.max_length, examples=2)
         print(as_text(report))
         require_usable(section.pairs, report)

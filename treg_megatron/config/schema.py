@@ -32,6 +32,7 @@ class SampleSection:
     model: str = key(
         "Hugging Face folder of the model to sample from: tokenizer, and weights when it runs in this process"
     )
+    template: str | None = key("name of the chat template, for a tokenizer with several; null: the one named default")
     prompts: str = key(
         "prompts to answer: a file, folder, pattern, list with commas, or hub:OWNER/NAME; preference pairs are "
         "accepted for their prompts"
@@ -85,6 +86,7 @@ class LabelSection:
     """Token rewards by contrastive prompting, and reference log-probs (offline, no training)."""
 
     model: str = key("Hugging Face folder of the reference model")
+    template: str | None = key("name of the chat template, for a tokenizer with several; null: the one named default")
     pairs: str = key("preference pairs to label: a file, folder, pattern, list with commas, or hub:OWNER/NAME")
     format: str = key("preference format; auto detects it, treg inspect --help lists the names")
     columns: dict[str, str] = key(

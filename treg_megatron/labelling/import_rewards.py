@@ -66,7 +66,7 @@ def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[s
     Raises:
         UserError: a record has no rewards, or rewards that do not line up with its tokens; or no pair fits.
     """
-    tokenizer = load_tokenizer(section.model)
+    tokenizer = load_tokenizer(section.model, section.template or "")
     drops: Counter[str] = Counter()
     counts: dict[str, Any] = {"drops": drops, "snapped_spans": 0}  # filled in while the pairs are written
     labelled = _fitting(section, tokenizer, drops, counts)

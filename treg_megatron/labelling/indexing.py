@@ -35,12 +35,12 @@ def index(section: IndexSection) -> dict[str, Any]:
             f"index.workers={section.workers} must be at least 1, index.validation_fraction="
             f"{section.validation_fraction:g} in [0, 1)"
         )
-    tokenizer = load_tokenizer(section.tokenizer)
     source = Path(section.labelled)
     from_text = source.is_file() and not is_parquet(source)
     run = {"pairs": source_identity(source), "token_rewards": "own"} if from_text else labelling_run(source)
-    made_with = ((run or {}).get("tokenizer") or {}).get("sha256", tokenizer.sha256)
-    if made_with != tokenizer.sha256:
+    labelled_with = (run or {}).get("tokenizer") or {}
+    tokenizer = load_tokenizer(section.tokenizer, labelled_with.get("chat_template", ""))
+    if labelled_with.get("sha256", tokenizer.sha256) != tokenizer.sha256:
         raise UserError(
             f"{section.labelled} was made with another tokenizer than that of {section.tokenizer}: "
             "label with the tokenizer of the model to be trained, or set index.tokenizer to the one used for labelling"

@@ -89,7 +89,7 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
         if getattr(section, name) < 1:
             raise UserError(f"label.{name}={getattr(section, name)} must be at least 1")
     output = Path(section.output)
-    tokenizer = load_tokenizer(section.model)
+    tokenizer = load_tokenizer(section.model, section.template or "")
     source = source_of(section)
     run = fingerprint(section, tokenizer, source)
     share = _share(section)

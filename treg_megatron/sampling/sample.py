@@ -61,7 +61,7 @@ def sample(section: SampleSection, sampler: Sampler | None = None) -> dict[str, 
 
 def _sample(section: SampleSection, sampler: Sampler | None) -> dict[str, Any]:
     output = Path(section.output)
-    tokenizer = load_tokenizer(section.model)
+    tokenizer = load_tokenizer(section.model, section.template or "")
     drops: Counter[str] = Counter()
     prompts = list(read_prompts(section.prompts, drops))
     run = {

@@ -23,7 +23,7 @@ from treg_megatron.tokenizer.model_folder import existing_folder, require_embedd
 from treg_megatron.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from treg_megatron.tokenizer.special_tokens import SpecialTokens, replaced, texts_in
 from treg_megatron.tokenizer.template import PROBES, ChatTemplate, tools_from
-from treg_megatron.tokenizer.template_files import chosen_template
+from treg_megatron.tokenizer.template_files import DEFAULT, chosen_template
 from treg_megatron.tokenizer.thoughts import BEGIN, END, Boundary, probe_boundary
 from treg_megatron.utils.files import read_json
 from treg_megatron.utils.imports import heavy_imports
@@ -52,14 +52,15 @@ class ChatTokenizer:
         sha256: hash of everything that determines the ids of a text: vocabulary, merges, normalisation,
             pre-tokenization and added tokens. Saving and loading, padding, truncation and automatic BOS/EOS do not
             change it.
+        template_name: name of the chat template, where it is not the default one; otherwise empty.
         template_sha256: hash of the chat template's text.
         template_inputs: what the chat template takes from outside and gets a fixed value for, such as today's date;
             empty for most templates.
         vocab_size: number of ids, added tokens included.
     """
 
-    def __init__(self, tokenizer: Any, folder: Path, template: str = ""):
-        self.folder = folder
+    def __init__(self, tokenizer: Any, folder: Path, template: str = "", template_name: str = ""):
+        self.folder, self.template_name = folder, template_name
         self._tokenizer = tokenizer
         self._engine = tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else FastEngine(tokenizer)
         self._special = SpecialTokens(tokenizer)
@@ -76,10 +77,16 @@ class ChatTokenizer:
         self._ends_of_turn: dict[str, int] = {}
 
     @property
+    def template(self) -> str:
+        """Text of the chat template."""
+        return self._template.text
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What determines the ids of a conversation, for the record of a run: hashes, and inputs of the template."""
         inputs = {"template_inputs": self.template_inputs} if self.template_inputs else {}
-        return {"sha256": self.sha256, "chat_template_sha256": self.template_sha256, **inputs}
+        name = {"chat_template": self.template_name} if self.template_name else {}
+        return {"sha256": self.sha256, "chat_template_sha256": self.template_sha256, **name, **inputs}
 
     def encode_prompt(self, messages: Sequence[Message], tools: str = "", answers: Sequence[str] = ()) -> list[int]:
         """Ids of a conversation that ends with a user or tool turn, up to the start of the assistant's text.
@@ -462,7 +469,7 @@ def load_tokenizer(folder: str | Path, template: str = "") -> ChatTokenizer:
     Args:
         folder: a Hugging Face folder with a fast tokenizer; or a SentencePiece ``.model`` file, or a folder with
             ``tokenizer.model`` and no Hugging Face tokenizer, with ``chat_template.jinja`` in the same folder.
-        template: name of the chat template, for a tokenizer with several; by default the one named ``default``.
+        template: name of the chat template, for a tokenizer with several; empty: the one named ``default``.
 
     Raises:
         UserError: the folder is missing, has no such tokenizer or no such chat template, or its config.json is of a
@@ -472,7 +479,7 @@ def load_tokenizer(folder: str | Path, template: str = "") -> ChatTokenizer:
     folder = folder if folder.is_file() else existing_folder(folder, "tokenizer folder")
     tokenizer = _loaded(folder)
     chosen = chosen_template(tokenizer.chat_template, folder, template)
-    loaded = ChatTokenizer(tokenizer, folder, chosen)
+    loaded = ChatTokenizer(tokenizer, folder, chosen, "" if template == DEFAULT else template)
     beside = folder / "config.json"
     vocabulary = read_json(beside).get("vocab_size") if beside.is_file() else None
     if isinstance(vocabulary, int):

@@ -33,7 +33,7 @@ def chosen_template(found: str | Mapping[str, str] | None, folder: Path, name: s
         raise UserError(f"the tokenizer of {folder} has no chat template named {name}, only {names}")
     raise UserError(
         f"the tokenizer of {folder} has several chat templates and none is the default: {names}; "
-        "save the one to use as chat_template.jinja in that folder"
+        "name one (label.template, --template), or save it as chat_template.jinja in that folder"
     )
 
 
