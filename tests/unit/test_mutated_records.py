@@ -11,7 +11,7 @@ from tests.support.pair_formats import EXAMPLES
 from treg_megatron.data.pairs import Reading, read_pairs
 from treg_megatron.errors import UserError
 
-MUTATIONS = 400  # of each of 25 formats
+MUTATIONS = 400  # of each of 25 formats and three further records
 ODD = (
     *(
         None,
@@ -83,19 +83,32 @@ def mutated(record: dict, chance: random.Random) -> dict:
     return record
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+_TURNS = [{"role": role, "content": role} for role in ("assistant", "user", "assistant")]
+_IDS = {"chosen_ids": [1, 2], "rejected_ids": [3], "tokenizer": "f00d"}
+_TEXTS = {"prompt": "Name a bird.", "chosen": "Robin.", "rejected": "Bat.", "score_chosen": 2, "score_rejected": 1}
+RECORDS = {
+    **{name: (name, record) for name, (record, _) in EXAMPLES.items()},
+    "several turns": ("trl", {**_TEXTS, "chosen": _TURNS}),
+    "sampled ids": ("trl", {**_TEXTS, **_IDS}),
+    "several turns and sampled ids": ("trl", {**_TEXTS, "rejected": _TURNS, **_IDS}),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
 def test_no_harmed_record_is_lost_or_ends_in_a_traceback(tmp_path, name):
     chance = random.Random(name)
     path = tmp_path / "pairs.jsonl"
-    records = [mutated(EXAMPLES[name][0], chance) for _ in range(MUTATIONS)]
+    format, record = RECORDS[name]
+    records = [mutated(record, chance) for _ in range(MUTATIONS)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     drops, unusable = Counter(), []
     try:
-        pairs = list(read_pairs(path, drops, Reading(name), unusable.append))
+        pairs = list(read_pairs(path, drops, Reading(format), unusable.append))
     except UserError:
         pytest.fail("a record was refused without the chance to go on")
     assert len(pairs) + drops.total() + len(unusable) == MUTATIONS
     assert all(message.startswith("row ") and "\n" not in message for message in unusable)
     assert pairs and unusable
+    assert all(pair.chosen_ids is None or not (pair.chosen_turns or pair.rejected_turns) for pair in pairs)
     for pair in pairs:
         assert pair.chosen.strip() and pair.rejected.strip() and pair.messages
