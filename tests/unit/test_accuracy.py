@@ -145,6 +145,7 @@ def test_labelled_pairs_bring_the_reference(section, tiny_folder, tmp_path):
     whole = accuracy(section)
     labels = LabelSection(
         model=str(tiny_folder),
+        template=None,
         pairs=section.pairs,
         format="auto",
         columns={},

@@ -30,9 +30,10 @@ def run(arguments: argparse.Namespace) -> None:
     if manifest is None:
         return  # other processes are still answering; the last one prints the summary
     tokens = "" if manifest["mean_tokens"] is None else f"{manifest['mean_tokens']:.1f} tokens, "
+    of = "" if manifest["benchmark"] == "prompts" else f" of {manifest['benchmark']}"
     files = ", ".join(manifest["files"]) or "no file of a benchmark"
     print(
-        f"{manifest['name']} answered {manifest['prompts']} prompts of {manifest['benchmark']} into {section.output} "
+        f"{manifest['name']} answered {manifest['prompts']} prompts{of} into {section.output} "
         f"({files}); on average {tokens}{manifest['mean_characters']:.0f} characters; {manifest['truncated']} answers "
         "were cut off"
     )

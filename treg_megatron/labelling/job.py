@@ -277,7 +277,7 @@ def _load_scorers(
     loaded = {own: reference or _load_scorer(section, own)}
     for model in source.models.values():
         if model not in loaded:
-            if load_tokenizer(model.folder).sha256 != tokenizer.sha256:
+            if load_tokenizer(model.folder, section.template or "").sha256 != tokenizer.sha256:
                 raise UserError(
                     f"{model.folder} has another tokenizer than {section.model}: their log-probs cannot be compared"
                 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from treg_megatron.evaluation.reporting.links import arm_links
 from treg_megatron.evaluation.reporting.material import BASELINE, Answered, Material, PromptAnswers, values_over_steps
-from treg_megatron.evaluation.reporting.notes import notes
+from treg_megatron.evaluation.reporting.notes import notes, of_benchmark
 from treg_megatron.evaluation.reporting.shown import shown
 from treg_megatron.evaluation.reporting.tables import Table, arm_table, difference_table, kl_of, measured
 
@@ -21,7 +21,7 @@ _METRICS = ("loss", "rewards/margins", "rewards/accuracies", "validation/loss", 
 
 def as_markdown(comparison: dict[str, Any], material: Material, folder: Path) -> str:
     """The report of a comparison; its links are relative to ``folder``."""
-    parts = [f"# Evaluation on {_inline(comparison['benchmark'])}", *map(_inline, notes(comparison))]
+    parts = [f"# Evaluation{_inline(of_benchmark(comparison, 'on'))}", *map(_inline, notes(comparison))]
     parts += ["## Arms", _table(arm_table(comparison)), *_links(comparison, folder)]
     if comparison["differences"]:
         parts += ["## Differences", _table(difference_table(comparison))]

@@ -3,13 +3,19 @@
 from typing import Any
 
 
+def of_benchmark(comparison: dict[str, Any], preposition: str = "of") -> str:
+    """`` of BENCHMARK``; nothing for prompts that are of none."""
+    name = comparison["benchmark"]
+    return "" if name == "prompts" else f" {preposition} {name}"
+
+
 def notes(comparison: dict[str, Any]) -> list[str]:
     """One paragraph each, as plain text."""
     judge, percent = comparison["judge"], round(100 * comparison["confidence"])
     name = judge.get("name", "unknown") if isinstance(judge, dict) else str(judge)
     kind = f" ({judge['kind'].replace('_', ' ')})" if isinstance(judge, dict) and judge.get("kind") else ""
     found = [
-        f"{comparison['prompts']} prompts of {comparison['benchmark']}, each arm against {comparison['baseline']}, "
+        f"{comparison['prompts']} prompts{of_benchmark(comparison)}, each arm against {comparison['baseline']}, "
         f"judged by {name}{kind}. In brackets: {percent} % intervals, resampling prompts. A difference between two "
         "arms is measured on the same prompts, so its interval may exclude 0 where those of the arms overlap."
     ]

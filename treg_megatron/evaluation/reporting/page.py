@@ -10,7 +10,7 @@ from treg_megatron.evaluation.reporting.charts import colour
 from treg_megatron.evaluation.reporting.figures import figures
 from treg_megatron.evaluation.reporting.links import arm_links
 from treg_megatron.evaluation.reporting.material import Answered, Material
-from treg_megatron.evaluation.reporting.notes import notes
+from treg_megatron.evaluation.reporting.notes import notes, of_benchmark
 from treg_megatron.evaluation.reporting.shown import shown
 from treg_megatron.evaluation.reporting.tables import Table, arm_table, difference_table
 
@@ -22,7 +22,7 @@ def as_page(comparison: dict[str, Any], material: Material, folder: Path) -> str
     """The page of a comparison; its links are relative to ``folder``."""
     links = [arm_links(arm, folder) for arm in comparison["arms"]]
     parts = dict(
-        title=_html(f"Evaluation on {comparison['benchmark']}"),
+        title=_html(f"Evaluation{of_benchmark(comparison, 'on')}"),
         notes="".join(f"<p>{_html(note)}</p>" for note in notes(comparison)),
         arms=_table(arm_table(comparison), links, first_number=1),
         differences=_table(difference_table(comparison)) if comparison["differences"] else "",
