@@ -65,8 +65,8 @@ REFUSED = {
         for case in ("called", "tools_called")
     },
 }
-#: Templates whose calls within an answer have no ids that hold for a call that ends an answer, too.
-CALLS_ONE_BY_ONE = {"qwen3", "qwq", "gpt-oss"}
+#: Templates that render calls in a message of another kind than text.
+NO_CALLS_IN_ANSWERS = {"gpt-oss"}
 
 
 @pytest.fixture(scope="module")
@@ -145,26 +145,30 @@ def test_an_answer_of_several_turns_is_what_the_template_renders(families, name)
     assert "The second." in tokenizer.decode([token for token, mine in zip(ids, written, strict=True) if not mine])
 
 
+@pytest.mark.parametrize("turns", [(*CALLED[1:], Message("assistant", "Two.")), CALLED[1:2]])
 @pytest.mark.parametrize("name", sorted(KNOW_TOOLS))
-def test_calls_within_an_answer_are_exact_or_refused(families, name):
+def test_calls_of_tools_in_an_answer_are_exact_or_refused(families, name, turns):
     tokenizer = families[name]
-    turns = (*CALLED[1:], Message("assistant", "Two."))
-    if name in CALLS_ONE_BY_ONE:
-        with pytest.raises(UserError, match="differently once (others follow|a call of a tool follows)"):
-            tokenizer.encode_turns((ASKED,), turns, TOOLS)
+    answers = [FirstTurn("") if len(turns) > 1 else ""]
+    if name in NO_CALLS_IN_ANSWERS:
+        with pytest.raises(UserError, match="renders a prompt differently once a call of a tool follows"):
+            tokenizer.encode_turns((ASKED,), turns, TOOLS, answers)
         return
-    prompt = tokenizer.encode_prompt((ASKED,), TOOLS)
-    ids, _ = tokenizer.encode_turns((ASKED,), turns, TOOLS)
-    assert tokenizer._template.render([ASKED, *turns], False, TOOLS).startswith(tokenizer.decode([*prompt, *ids]))
-
-
-@pytest.mark.parametrize("name", sorted(KNOW_TOOLS - {"qwq", "gpt-oss"}))
-def test_a_call_that_ends_an_answer_follows_its_prompt(families, name):
-    tokenizer = families[name]
-    prompt = tokenizer.encode_prompt((ASKED,), TOOLS)
-    ids, _ = tokenizer.encode_turns((ASKED,), CALLED[1:2], TOOLS)
-    whole = tokenizer._template.render([ASKED, CALLED[1]], False, TOOLS)
+    prompt = tokenizer.encode_prompt((ASKED,), TOOLS, answers)
+    ids, written = tokenizer.encode_turns((ASKED,), turns, TOOLS, answers)
+    whole = tokenizer._template.render([ASKED, *turns], False, TOOLS)
     assert whole.startswith(tokenizer.decode([*prompt, *ids]))
+    mine = tokenizer.decode([token for token, by_it in zip(ids, written, strict=True) if by_it])
+    others = tokenizer.decode([token for token, by_it in zip(ids, written, strict=True) if not by_it])
+    assert "add_up" in mine and mine.count(FAMILIES[name].eos) == (len(turns) + 1) // 2
+    assert ("the sum is 2" in others) == (len(turns) > 1) and "the sum is 2" not in mine
+
+
+def test_turns_one_by_one_continue_no_other_prompt_than_that_of_one_turn(families):
+    tokenizer = families["qwen3"]
+    tokenizer._encode_turn_by_turn((ASKED,), CALLED[1:2], TOOLS, [""])
+    with pytest.raises(UserError, match="differently once others follow"):
+        tokenizer._encode_turn_by_turn((ASKED,), CALLED[1:2], TOOLS, [FirstTurn("")])
 
 
 @pytest.mark.parametrize("name", ["qwen3", "deepseek-r1"])
@@ -184,3 +188,12 @@ def test_one_turn_and_several_share_their_prompt(families, name):
     template = tokenizer._template
     assert template.render([ASKED, *turns], False).startswith(prompt + several)
     assert template.render([ASKED, Message("assistant", "Two.")], False).startswith(prompt + single)
+
+
+def test_a_call_and_a_text_share_the_prompt_of_answers_without_thoughts(families):
+    tokenizer = families["qwen3"]
+    pair = Pair("p", (ASKED,), "", "Two.", tools=TOOLS, chosen_turns=CALLED[1:2])
+    prompt = tokenizer.decode(tokenizer.encode_prompt(pair.messages, TOOLS, prompt_answers(pair)))
+    call, text = (tokenizer.decode(scored_response(pair, side, tokenizer)[0]) for side in SIDES)
+    assert prompt.endswith("<think>\n\n</think>\n\n") and text == "Two.<|im_end|>" and "<think>" not in call
+    assert tokenizer._template.render([ASKED, CALLED[1]], False, TOOLS).startswith(prompt + call)

@@ -170,8 +170,6 @@ def test_prompts_of_a_pair_are_shared_whatever_its_answers_bring(families, name)
 
 #: Templates that put a space between an answer and its end, which a model does not generate.
 ONE_TURN_ONLY = {"llama2"}
-#: Templates that render a call differently once others follow.
-CALLS_ONE_BY_ONE = {"qwen3"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -191,10 +189,11 @@ def test_of_an_answer_of_several_turns_the_assistants_text_is_marked(families, n
     assert "The second." in tokenizer.decode([token for token, mine in zip(ids, written, strict=True) if not mine])
 
 
-@pytest.mark.parametrize("name", sorted(KNOW_TOOLS - CALLS_ONE_BY_ONE))
+@pytest.mark.parametrize("name", sorted(KNOW_TOOLS))
 def test_a_call_of_a_tool_within_an_answer_is_the_assistants(families, name):
     tokenizer, end = families[name], FAMILIES[name].end
-    ids, written = tokenizer.encode_turns((ASKED,), (*CALLED[1:], Message("assistant", "Two.")), TOOLS)
+    turns = (*CALLED[1:], Message("assistant", "Two."))
+    ids, written = tokenizer.encode_turns((ASKED,), turns, TOOLS, [FirstTurn("")])
     shown = tokenizer.decode([token for token, mine in zip(ids, written, strict=True) if mine])
     others = tokenizer.decode([token for token, mine in zip(ids, written, strict=True) if not mine])
     assert "add_up" in shown and shown.count(end) == 2 and "".join(shown.split()).endswith(f"Two.{end}")

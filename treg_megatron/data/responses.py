@@ -8,19 +8,22 @@ from treg_megatron.data.labelled_pairs import LabelledPair
 from treg_megatron.data.pairs import Pair, conversation_text
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.chat import ChatTokenizer
-from treg_megatron.tokenizer.conversation import FirstTurn
+from treg_megatron.tokenizer.conversation import FirstTurn, Message
 
 PROMPT_FILLS_CONTEXT = "prompt fills max_length"
 TOO_LONG = "prompt and response do not fit max_length"
 
 
 def prompt_answers(pair: Pair) -> tuple[str, ...]:
-    """The answers that decide where the pair's prompt ends; none where ids are sampled, or an answer calls a tool."""
-    sides = ((pair.chosen, pair.chosen_turns), (pair.rejected, pair.rejected_turns))
-    calls = any(turn.extra for _, turns in sides for turn in turns if turn.role == "assistant")
-    if pair.chosen_ids is not None or calls:
+    """The answers that decide where the pair's prompt ends; none where their ids are sampled."""
+    if pair.chosen_ids is not None:
         return ()
-    return tuple(FirstTurn(turns[0].content) if turns else text for text, turns in sides)
+    sides = ((pair.chosen, pair.chosen_turns), (pair.rejected, pair.rejected_turns))
+    return tuple(_beginning(turns) if turns else text for text, turns in sides)
+
+
+def _beginning(turns: tuple[Message, ...]) -> str:
+    return FirstTurn(turns[0].content) if len(turns) > 1 else turns[0].content
 
 
 def scored_response(pair: Pair, side: str, tokenizer: ChatTokenizer) -> tuple[list[int], np.ndarray]:

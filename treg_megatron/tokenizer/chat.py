@@ -197,8 +197,16 @@ class ChatTokenizer:
             UserError: as for :meth:`encode_prompt` and :meth:`encode_response`; or the template renders a turn
                 differently once others follow, so that no ids hold for both.
         """
-        if any(turn.extra for turn in turns if turn.role == "assistant"):
-            return self._encode_turn_by_turn(messages, turns, tools)
+        try:
+            return self._encode_where_they_stand(messages, turns, tools, answers)
+        except UserError:
+            if not any(turn.extra for turn in turns if turn.role == "assistant"):
+                raise
+        return self._encode_turn_by_turn(messages, turns, tools, answers)
+
+    def _encode_where_they_stand(
+        self, messages: Sequence[Message], turns: Sequence[Message], tools: str, answers: Sequence[str]
+    ) -> tuple[list[int], np.ndarray]:
         conversation = [*messages, *turns]
         disguise = self._disguise(conversation, tools)
         prompt = self._rendered_prompt(messages, tools, disguise)
@@ -225,10 +233,15 @@ class ChatTokenizer:
             ids += between
             written += [not i] * len(between)  # before the first turn stands what an answer without others has, too
             special = self._special.place.match(whole, end)
-            if special is None or words not in _strippings(turn.content):
+            found = turn.content in words if turn.extra else words in _strippings(turn.content)
+            if special is None or not found:
                 raise self._differs_once_others_follow()
-            space = "" if self._puts_space_first else whole[start:][: max(own_spaces, 0)]
-            answer = [*self._encode(space + words, special=False), self._first_special(special[0])]
+            if turn.extra:
+                answer = self._encode_rendered(whole[start:end], disguise)
+            else:
+                space = "" if self._puts_space_first else whole[start:][: max(own_spaces, 0)]
+                answer = self._encode(space + words, special=False)
+            answer = [*answer, self._first_special(special[0])]
             ids += answer
             written += [True] * len(answer)
             place, end_of_last = special.end(), special[0]
@@ -237,10 +250,10 @@ class ChatTokenizer:
     def _place_of(
         self, conversation: Sequence[Message], i: int, tools: str, disguise: Mapping[str, str], whole: str
     ) -> tuple[int, int]:
-        """Where the text of turn ``i`` begins and ends in the whole: where other words stand if they take its place."""
+        """Where turn ``i`` begins and ends in the whole: where other words stand if it says nothing else."""
         places = []
         for _, word, _ in PROBES:
-            others = [*conversation[:i], conversation[i]._replace(content=word), *conversation[i + 1 :]]
+            others = [*conversation[:i], Message("assistant", word), *conversation[i + 1 :]]
             before, found, after = self._template.render(others, False, tools, disguise).partition(word)
             places.append((len(before), len(whole) - len(after)))
             if not (found and whole.startswith(before) and whole.endswith(after)):
@@ -256,10 +269,12 @@ class ChatTokenizer:
         )
 
     def _encode_turn_by_turn(
-        self, messages: Sequence[Message], turns: Sequence[Message], tools: str
+        self, messages: Sequence[Message], turns: Sequence[Message], tools: str, answers: Sequence[str]
     ) -> tuple[list[int], np.ndarray]:
         """Ids of an answer that calls tools: each turn as if it were the last, where all agree on those before."""
-        prompt = self.encode_prompt(messages, tools)
+        prompt = self.encode_prompt(messages, tools, answers)
+        if prompt != self.encode_prompt(messages, tools):
+            raise self._differs_once_others_follow()
         ids: list[int] = []
         written: list[bool] = []
         for i, turn in enumerate(turns):
