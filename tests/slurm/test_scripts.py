@@ -1,5 +1,6 @@
 """The scripts as they are: accepted on nodes of eight H100, clean, and run to the end by two CPU ranks on two nodes."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.conftest import ROOT, SCRIPTS, assert_complete, log
+from tests.support.benchmarks import ALPACA_EVAL, write_rows
+from treg_megatron.evaluation.answer_folder import read_answers
 
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # of the dev extra
 
@@ -125,6 +128,27 @@ def test_sample_8b_runs_to_its_end(slurm, files):
     )
     slurm.wait(job, "COMPLETED")
     assert (files.folder / "sampled" / "pairs.jsonl").read_text().count("\n") > 10
+
+
+def test_evaluate_answers_by_two_ranks(slurm, files):
+    prompts = write_rows(files.folder / "alpaca_eval.json", ALPACA_EVAL)
+    output = files.folder / "answered"
+    job = slurm.submit(
+        ROOT / "slurm" / "evaluate.sh",
+        f"evaluate.model={files.folder}/hf",
+        f"evaluate.prompts={prompts}",
+        f"evaluate.output={output}",
+        *("evaluate.dtype=float32", "evaluate.max_new_tokens=4", "evaluate.shard_prompts=1"),
+        cwd=files.folder,
+        RECIPE=str(files.run("evaluated").recipe),
+        NODES="1",
+        RANKS="2",
+    )
+    slurm.wait(job, "COMPLETED")
+    assert (
+        len(read_answers(output).rows) == len(ALPACA_EVAL) == len(json.loads((output / "alpaca_eval.json").read_text()))
+    )
+    assert "answered 7 prompts of alpaca_eval" in log(files, job)
 
 
 def test_convert_imports(slurm, files):

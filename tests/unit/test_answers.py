@@ -15,6 +15,7 @@ from treg_megatron.errors import UserError
 from treg_megatron.evaluation.answer_folder import prompts_hash, read_answers
 from treg_megatron.evaluation.answering.job import answers
 from treg_megatron.sampling.huggingface import HuggingFaceSampler
+from treg_megatron.sampling.vllm import own_gpu
 from treg_megatron.tokenizer.chat import load_tokenizer
 from treg_megatron.tokenizer.conversation import Message
 
@@ -330,3 +331,12 @@ def test_answers_of_changed_weights_are_another_runs(alpaca_eval, tiny_folder, t
     weights.write_bytes(bytes(changed))
     with pytest.raises(UserError, match="holds answers with another model"):
         answers(section)
+
+
+@pytest.mark.parametrize(
+    "visible, ranks, expected",
+    [("", 2, ["0", "1"]), ("2, 5", 2, ["2", "5"]), ("GPU-a", 2, ["GPU-a"] * 2), ("4,5", 3, ["4", "5", "4"])],
+)
+def test_each_process_of_vllm_has_a_gpu_of_its_own(visible, ranks, expected):
+    """Where Slurm binds one GPU to each task, it is the only one that is visible."""
+    assert [own_gpu(visible, rank) for rank in range(ranks)] == expected

@@ -1,7 +1,9 @@
 """Sampling with vLLM on the local GPUs (the extra ``sampling``, installed in its own environment)."""
 
+import os
 from collections.abc import Sequence
 
+from treg_megatron.distributed.launch import rank_info
 from treg_megatron.errors import UserError
 from treg_megatron.sampling import EngineSettings
 from treg_megatron.sampling.decoding import Decoding
@@ -12,11 +14,16 @@ from treg_megatron.tokenizer.conversation import Sampled
 class VllmSampler:
     """A :class:`~treg_megatron.sampling.Sampler` for the model in the folder ``settings.model``.
 
+    Of several processes on a machine, each gets a GPU of its own.
+
     Raises:
         UserError: vLLM is not installed.
     """
 
     def __init__(self, settings: EngineSettings, tokenizer: ChatTokenizer):
+        if (here := rank_info()).local_size > 1:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(visible, here.local_rank)
         try:
             import vllm
         except ImportError:
@@ -41,3 +48,9 @@ class VllmSampler:
         )
         answers = self._model.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
         return [decoding.response(self._tokenizer, list(answer.outputs[0].token_ids)) for answer in answers]
+
+
+def own_gpu(visible: str, local_rank: int) -> str:
+    """The one of the GPUs in ``visible``, a value of CUDA_VISIBLE_DEVICES, that a process takes; "" there: all are."""
+    devices = [device.strip() for device in visible.split(",") if device.strip()]
+    return devices[local_rank % len(devices)] if devices else str(local_rank)
