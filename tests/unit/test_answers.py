@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.support.benchmarks import ALPACA_EVAL, MT_BENCH, evaluate_section, write_rows
 from tests.support.completions import serving
 from tests.support.file_operations import contents
+from treg_megatron.cli import answers as command
 from treg_megatron.errors import UserError
 from treg_megatron.evaluation.answer_folder import prompts_hash, read_answers
 from treg_megatron.evaluation.answering.job import answers
@@ -105,6 +106,19 @@ def test_what_a_folder_holds(alpaca_eval):
     assert manifest["mean_characters"] == sum(len(answer["text"]) for answer in given) / len(given)
     assert manifest["shards"] == sorted(shards(alpaca_eval.output)) and len(manifest["shards"]) == 4
     assert answers(alpaca_eval) == manifest  # again: nothing to do
+
+
+def test_the_command_says_what_it_wrote(alpaca_eval, capsys):
+    words = ["--model", alpaca_eval.model, "--prompts", alpaca_eval.prompts, "--output", alpaca_eval.output]
+    words += ["--name", "arm", "--max-new-tokens", "2", "--stop-strings", "a b", "c", "--dtype", "float32"]
+    command.run(command.parser("treg answers").parse_args(words))
+    manifest = read_answers(alpaca_eval.output).manifest
+    assert manifest["settings"]["stop_strings"] == ["a b", "c"]
+    said = capsys.readouterr().out
+    assert said.startswith(
+        f"arm answered 7 prompts of alpaca_eval into {alpaca_eval.output} (alpaca_eval.json); on average"
+    )
+    assert said.endswith(f"characters; {manifest['truncated']} answers were cut off\n")
 
 
 def test_temperature_follows_the_category_and_the_second_turn_the_first_answer(mt_bench, chatml):

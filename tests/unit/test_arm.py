@@ -43,7 +43,9 @@ def test_a_run_may_export_elsewhere(tmp_path):
 def test_a_run_that_is_not_exported_is_refused(tmp_path):
     run = trained(tmp_path / "run")
     for named in (run, run / "train"):
-        with pytest.raises(UserError, match=f"run .* is not exported yet .{run}/hf does not exist.: treg export"):
+        with pytest.raises(
+            UserError, match=f"run .* is not exported yet .{run}/hf does not exist.: treg export --recipe {run}/train$"
+        ):
             hugging_face_folder(named)
 
 

@@ -63,6 +63,14 @@ def test_a_wrong_override_names_the_right_one(override, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "text, value",
+    [("null", None), ("[]", []), ("<|eot_id|>,</s>", ["<|eot_id|>", "</s>"]), ('["a, b"]', ["a, b"])],
+)
+def test_a_list_of_texts_that_may_be_null(text, value):
+    assert load_recipe(ROOT / "recipes" / "tiny.yaml", [f"evaluate.stop_tokens={text}"]).evaluate.stop_tokens == value
+
+
 def test_a_wrong_key_names_its_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(f"defaults: {ROOT}/recipes/tiny.yaml\nname: mine\nobjective:\n  alfa: 1\n")

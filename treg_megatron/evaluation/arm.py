@@ -61,5 +61,5 @@ def _exported_by_run(path: Path) -> Path:
     exported = Path(value(load_recipe(RecordedRecipe(run, recorded)), "export.output")) if recorded else None
     if exported is None or not exported.is_dir():
         missing = f" ({exported} does not exist)" if exported else ""
-        raise UserError(f"the run {path} is not exported yet{missing}: treg export --checkpoint {run} ...")
+        raise UserError(f"the run {path} is not exported yet{missing}: treg export --recipe {run}")
     return exported
