@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -57,19 +58,21 @@ def storm(section) -> int:
 
     Two kills of three come at a random moment after the start, the others when the job has just got further.
     """
-    moments, kills = random.Random(0), 0
+    moments, kills, manifest = random.Random(0), 0, Path(section.output) / "manifest.json"
     while True:
+        left_alone = kills == KILLS or manifest.exists()
         processes, before = [start(section, rank) for rank in range(PROCESSES)], len(shards(section))
-        if kills < KILLS:
+        if not left_alone:
             time.sleep(moments.uniform(0, 0.2))
             while kills % 3 == 2 and len(shards(section)) == before and any(p.is_alive() for p in processes):
                 time.sleep(0.002)
-            kills += any(p.is_alive() for p in processes) and not (Path(section.output) / "manifest.json").exists()
+            kills += any(p.is_alive() for p in processes) and not manifest.exists()
             for process in processes:
                 process.kill()
         for process in processes:
-            process.join(60)
-        if all(process.exitcode == 0 for process in processes):
+            process.join(120)
+        assert {process.exitcode for process in processes} <= {0, -signal.SIGKILL}
+        if left_alone:
             return kills
 
 
