@@ -59,7 +59,8 @@ From preference pairs to an aligned model, each step reading its section of one 
     treg train  --recipe smollm2_135m        the same command resumes an interrupted run
     treg export --recipe smollm2_135m        the trained model as a Hugging Face folder
 
-Without pairs, begin with `treg sample` and `treg rank`. `treg COMMAND --help` explains each command.
+Without pairs, begin with `treg sample` and `treg rank`. Whether it has helped, `treg answers`, `treg judge` and
+`treg compare` tell. `treg COMMAND --help` explains each command.
 """
 
 
