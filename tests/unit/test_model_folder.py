@@ -80,7 +80,9 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused_by_every_step(crow
         import_checkpoint(crowded, tmp_path / "out")
     with pytest.raises(UserError, match=CROWDED):
         load_tokenizer(crowded)
-    settings = [f"index.tokenizer={crowded}", "index.labelled=none", f"index.output={tmp_path / 'out'}"]
+    labelled = tmp_path / "pairs.jsonl"
+    labelled.write_text("{}\n", encoding="utf-8")
+    settings = [f"index.tokenizer={crowded}", f"index.labelled={labelled}", f"index.output={tmp_path / 'out'}"]
     with pytest.raises(UserError, match=CROWDED):
         index(section(load_recipe(overrides=settings), "index"))
     fitting = tmp_path / "fitting"
