@@ -47,6 +47,20 @@ def test_label_statistics_by_hand():
     assert figures.warnings == []
 
 
+def test_where_the_mass_lies_and_what_alpha_moves():
+    figures = quality([labelled("by hand", [0.1, -0.3, 0.3], [-0.4, 0.0, 0.05])])
+    assert figures.half_of_mass == pytest.approx(2 / 6)  # 0.4 and 0.3 of 1.15
+    favoured = [0.1, -0.3, 0.3, 0.4, 0.0, -0.05]  # a rejected token's gradient grows as its reward falls
+    assert [factors.alpha for factors in figures.factors] == [0.1, 0.25, 0.5]
+    low, high = np.quantile(favoured, [0.05, 0.95])
+    for factors, beyond in zip(figures.factors, (0, 0, 3), strict=True):
+        assert factors.low == pytest.approx(1 + factors.alpha * low)
+        assert factors.high == pytest.approx(1 + factors.alpha * high)
+        if factors.alpha != 0.25:  # where 0.4 lies on the edge
+            assert factors.beyond_tenth == beyond / 6
+    assert ("share that holds half of their total size", "33.3%") in figures.lines()
+
+
 def test_rewards_near_zero_or_contrary_give_a_warning():
     (warning,) = quality(PAIRS[2:]).warnings
     assert "near 0 (mean size 0.0125)" in warning

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from treg_megatron.utils.files import atomic_write
 from treg_megatron.utils.terminal import without_control_bytes
 
 TEMPLATE = Path(__file__).resolve().parent / "pages" / "rewards.html"
+ALPHAS = (0.1, 0.25, 0.5)  # the paper's search
 MERE_COPYING = 0.02  # mean |r| below which the reference model does not distinguish better from worse
 NEAR_ZERO = 0.01
 
@@ -31,6 +32,21 @@ _CONTRARY_WARNING = (
 )
 
 
+class Factors(NamedTuple):
+    """How alpha distributes the gradient: factors 1 + alpha r_t of chosen tokens, 1 - alpha r_t of rejected ones.
+
+    Attributes:
+        alpha: objective.alpha.
+        low, high: 5th and 95th percentile of the factors.
+        beyond_tenth: fraction of the tokens whose factor is more than 0.1 away from 1.
+    """
+
+    alpha: float
+    low: float
+    high: float
+    beyond_tenth: float
+
+
 @dataclass(frozen=True)
 class Quality:
     """Statistics over all response tokens of labelled pairs. A correlation with a constant column is nan."""
@@ -39,12 +55,14 @@ class Quality:
     tokens: int
     mean_abs: float
     near_zero: float
+    half_of_mass: float  # smallest fraction of the tokens that holds half of the rewards' total size
     chosen_mean: float
     rejected_mean: float
     chosen_above: float  # fraction of pairs whose chosen response has the higher mean reward
     with_surprisal: float  # Pearson's correlation of a token's reward with its surprisal under x
     with_position: float  # with its position in the response
     with_length: float  # between a response's mean reward and its length
+    factors: tuple[Factors, ...]  # for each of ALPHAS
 
     @property
     def warnings(self) -> list[str]:
@@ -63,12 +81,21 @@ class Quality:
             ("response tokens", f"{self.tokens:,}"),
             ("mean size of a reward", f"{self.mean_abs:.4f}"),
             (f"share within ±{NEAR_ZERO}", f"{self.near_zero:.1%}"),
+            ("share that holds half of their total size", _share(self.half_of_mass)),
             ("mean reward, chosen", f"{self.chosen_mean:+.4f}"),
             ("mean reward, rejected", f"{self.rejected_mean:+.4f}"),
             ("pairs whose chosen response has the higher mean", f"{self.chosen_above:.1%}"),
             ("correlation with surprisal", _shown(self.with_surprisal)),
             ("correlation with position", _shown(self.with_position)),
             ("correlation of a response's mean with its length", _shown(self.with_length)),
+            *(
+                (
+                    f"a token's gradient at alpha {factors.alpha:g}",
+                    f"90 % of the factors in {factors.low:.3f} to {factors.high:.3f}, {factors.beyond_tenth:.1%} of "
+                    "them more than 0.1 from 1",
+                )
+                for factors in self.factors
+            ),
         ]
 
 
@@ -91,11 +118,27 @@ def quality(pairs: Sequence[LabelledPair]) -> Quality:
         len(flat),
         float(np.abs(flat).mean()),
         float((np.abs(flat) < NEAR_ZERO).mean()),
+        _half_of_mass(np.abs(flat)),
         *(float(np.concatenate(rewards[side]).mean(dtype=np.float64)) for side in SIDES),
         float((means["chosen"] > means["rejected"]).mean()),
         _correlation(flat, -np.concatenate(surprisal)) if known else float("nan"),
         _correlation(flat, np.concatenate([np.flatnonzero(s) for side in SIDES for s in scored[side]])),
         _correlation(np.concatenate([means["chosen"], means["rejected"]]), np.array([len(r) for r in responses])),
+        _factors(np.concatenate([*rewards["chosen"], *(-values for values in rewards["rejected"])]).astype(np.float64)),
+    )
+
+
+def _half_of_mass(sizes: np.ndarray) -> float:
+    mass = np.cumsum(np.sort(sizes)[::-1])
+    return float((np.searchsorted(mass, mass[-1] / 2) + 1) / len(sizes)) if mass[-1] else float("nan")
+
+
+def _factors(favoured: np.ndarray) -> tuple[Factors, ...]:
+    """For rewards with the sign by which they strengthen a token's gradient: r_t chosen, -r_t rejected."""
+    low, high = np.quantile(favoured, [0.05, 0.95])
+    return tuple(
+        Factors(alpha, float(1 + alpha * low), float(1 + alpha * high), float((alpha * np.abs(favoured) > 0.1).mean()))
+        for alpha in ALPHAS
     )
 
 
@@ -244,6 +287,10 @@ def _correlation(first: np.ndarray, second: np.ndarray) -> float:
     if first.std() == 0 or second.std() == 0:
         return float("nan")
     return float(np.corrcoef(first, second)[0, 1])
+
+
+def _share(fraction: float) -> str:
+    return "unknown" if np.isnan(fraction) else f"{fraction:.1%}"
 
 
 def _shown(correlation: float) -> str:
