@@ -25,7 +25,7 @@ from treg_megatron.tokenizer.conversation import Message
 KILLS, PROCESSES = 20, 3
 QUESTIONS = [
     {"question_id": i, "category": ("writing", "math")[i % 2], "turns": [f"Begin {i}.", f"Go on with {i}."]}
-    for i in range(48)
+    for i in range(160)  # more than the processes get through between twenty kills
 ]
 FORK = multiprocessing.get_context("fork")
 

@@ -266,7 +266,8 @@ def labelled_steps(*args) -> list[dict] | None:
 def test_optimizer_on_the_host(dense, tmp_path):
     overrides, expected = dense
     overrides = [*overrides, f"train.output={tmp_path}/out", "optimizer.offload=0.5"]
-    assert_equal_steps(run_ranks(2, labelled_steps, RECIPE, overrides, OBJECTIVES, log=tmp_path / "log")[0], expected)
+    found = run_ranks(2, labelled_steps, RECIPE, overrides, OBJECTIVES, log=tmp_path / "log")[0]
+    assert_equal_steps(found, expected[: len(OBJECTIVES)])
 
 
 @pytest.mark.parametrize("layout", SEVERAL_TURNS)

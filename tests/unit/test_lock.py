@@ -15,7 +15,7 @@ import pytest
 
 from treg_megatron.errors import UserError
 from treg_megatron.utils import lock as lock_module
-from treg_megatron.utils.lock import Lock, _read, _this_process
+from treg_megatron.utils.lock import Lock, _name_of, _read, _this_process, remove_abandoned_locks
 
 ANOTHER_NODE = {"node": "node9", "boot": "another", "pid": 1}
 
@@ -260,3 +260,18 @@ def test_of_many_racers_one_at_a_time_is_inside(dead_holder, output):
     said = [racer.communicate(timeout=60)[0].strip() for racer in racers]
     assert "won" in said
     assert all(line == "won" or "is being written by process" in line for line in said), said
+
+
+@pytest.mark.parametrize(
+    "clean", [lambda output: remove_abandoned_locks(output.parent), lambda output: Lock(output).acquire()]
+)
+def test_a_process_killed_before_it_wrote_its_candidate_leaves_nothing(tmp_path, clean):
+    """An empty candidate says by its name whose it is; that of a living process, or of another machine, stays."""
+    output, here = tmp_path / "shard", _this_process()
+    dead = dataclasses.replace(here, pid=a_dead_process(), started=1)
+    abroad = dataclasses.replace(dead, boot="another")
+    paths = [tmp_path / f".shard.lock.{_name_of(holder)}" for holder in (dead, here, abroad)]
+    for path in paths:
+        path.touch()
+    clean(output)
+    assert [path.exists() for path in paths] == [False, True, True]

@@ -9,6 +9,7 @@ not been touched for :data:`STALE_SECONDS`. A holder that was only silent finds 
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -105,7 +106,7 @@ class Lock:
             UserError: the folder cannot be written.
         """
         holder = _this_process()
-        candidate = self.path.with_name(f"{self.path.name}.{holder.token}")
+        candidate = self.path.with_name(f"{self.path.name}.{_name_of(holder)}")
         try:
             self._write(candidate, holder)
             try:
@@ -273,11 +274,25 @@ def _link(candidate: Path, path: Path) -> bool:
     return True
 
 
+def _name_of(holder: Holder) -> str:
+    """What a candidate is called after: its process, which may be killed before it has written anything into it."""
+    return f"{_machine(holder.boot, holder.pid_namespace)}-{holder.pid}-{holder.started}-{holder.token}"
+
+
+def _machine(boot: str, pid_namespace: str) -> str:
+    """Short name of the place where a pid means something."""
+    return hashlib.sha256(f"{boot} {pid_namespace}".encode()).hexdigest()[:8]
+
+
 def _remove_abandoned(candidate: Path) -> None:
     with contextlib.suppress(OSError):
+        here = _this_process()
+        owner = re.search(r"\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{32}$", candidate.name)
         holder = _read(candidate)
         if holder is not None and _is_on_this_machine(holder):
             abandoned = not _is_running(holder)
+        elif owner and owner[1] == _machine(here.boot, here.pid_namespace):
+            abandoned = _start_time(int(owner[2])) != int(owner[3])
         else:
             abandoned = time.time() - candidate.stat().st_mtime > STALE_SECONDS
         if abandoned:
