@@ -26,6 +26,8 @@ from treg_megatron.accept.inputs import WideRun, wide_config
 from treg_megatron.accept.numerics import TOLERANCE, error_of
 from treg_megatron.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 MACHINE = Machine(gpus=0, ranks=2)
 
 

@@ -30,6 +30,8 @@ from treg_megatron.tokenizer.chat import load_tokenizer
 from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.utils.files import sha256_of_json, write_manifest
 
+pytestmark = pytest.mark.slow
+
 ROWS = [{**tiny_pair(number, f"pair {number}"), "subset": "even" if number % 2 == 0 else "odd"} for number in range(9)]
 
 

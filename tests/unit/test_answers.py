@@ -20,6 +20,8 @@ from treg_megatron.sampling.vllm import own_gpu
 from treg_megatron.tokenizer.chat import load_tokenizer
 from treg_megatron.tokenizer.conversation import Message
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def alpaca_eval(tiny_folder, tmp_path):

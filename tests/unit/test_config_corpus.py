@@ -124,6 +124,7 @@ def test_published_models_are_read_as_transformers_reads_them(name):
     assert_as_transformers(PUBLISHED[name], model_fields(PUBLISHED[name]))
 
 
+@pytest.mark.slow
 def test_a_broken_config_is_read_as_transformers_reads_it_or_refused_by_the_name_of_its_field():
     seen = Counter()
     for name, config in PUBLISHED.items():

@@ -11,6 +11,8 @@ from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.distributed import connections
 from treg_megatron.distributed.connections import VARIABLE, set_connections
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -18,6 +18,8 @@ from packaging.utils import canonicalize_name
 from tests.unit.test_packaging import REQUIRED, ROOT, pins
 from treg_megatron.distributed import stack
 
+pytestmark = pytest.mark.slow
+
 #: what an image of NeMo is installed with
 EXTRAS = {"lightning", "llm", "run"}
 IMAGES = ("container/Dockerfile", "container/treg.def")

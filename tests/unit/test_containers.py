@@ -60,6 +60,7 @@ def test_parts_that_were_joined_are_read_whole(tmp_path, kind):
     assert rows(write(tmp_path / "p", COMPRESSED[kind](LINES) * 2)) == ROWS * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COMPRESSED)
 def test_an_archive_that_is_cut_off_says_after_which_row(tmp_path, kind):
     many = b"".join(json.dumps({"n": n, "noise": str(hash(str(n)))}).encode() + b"\n" for n in range(100_000))
@@ -166,6 +167,7 @@ def test_rows_that_begin_with_a_list_are_lines(tmp_path):
     assert rows(write(tmp_path / "p", (json.dumps(row) + "\n") * 2)) == [row, row]
 
 
+@pytest.mark.slow
 def test_an_object_around_an_array_that_is_damaged_names_the_row(tmp_path):
     text = json.dumps({"data": ROWS})
     assert "row 2 does not parse as JSON" in message(write(tmp_path / "p", text[: text.index(", 1") + 20]))

@@ -79,6 +79,7 @@ def test_a_rank_without_the_gpu_that_others_have():
         require_same_device(RankInfo(1, 2, 0, 1), store, "CPU")
 
 
+@pytest.mark.slow
 def test_packages_that_need_a_gpu_are_not_used_on_a_cpu(tmp_path):
     """Transformer Engine and Apex fail when they find no GPU; on CPUs the rest of the stack must not find them."""
     for package in ("transformer_engine", "apex", "amp_C"):

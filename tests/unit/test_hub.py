@@ -166,6 +166,7 @@ def test_what_the_cache_does_not_hold_is_refused(cached, source, expected):
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_command_reads_the_cache_offline(cached):
     places = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cached / "cache"), "HF_HUB_CACHE": str(cached / "hub")}
     command = [sys.executable, "-m", "treg_megatron", "inspect", "hub:owner/name:en@v1"]

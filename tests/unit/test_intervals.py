@@ -5,6 +5,8 @@ import pytest
 
 from treg_megatron.evaluation.intervals import ROUNDS, interval, mean_interval, resampled_sums, sign_test
 
+pytestmark = pytest.mark.slow
+
 PROMPTS, TRIALS = 500, 1200  # Arena-Hard has 500 prompts, AlpacaEval 805
 
 

@@ -26,6 +26,8 @@ from treg_megatron.evaluation.judges.reply_cache import ReplyCache
 from treg_megatron.evaluation.judgment_folder import read_judgments
 from treg_megatron.utils import http
 
+pytestmark = pytest.mark.slow
+
 ARM, BASELINE = [3, 9, 5, 0, 1], [5, 4, 5, 30, 1]  # words of each answer
 
 

@@ -17,6 +17,8 @@ from treg_megatron.errors import UserError
 from treg_megatron.utils import lock as lock_module
 from treg_megatron.utils.lock import Lock, _name_of, _read, _this_process, remove_abandoned_locks
 
+pytestmark = pytest.mark.slow
+
 ANOTHER_NODE = {"node": "node9", "boot": "another", "pid": 1}
 
 

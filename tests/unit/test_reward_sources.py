@@ -17,6 +17,8 @@ from treg_megatron.labelling.import_rewards import import_token_rewards
 from treg_megatron.labelling.job import label
 from treg_megatron.labelling.squash import SQUASHES, squashed
 
+pytestmark = pytest.mark.slow
+
 ROWS = [
     {
         "pair_id": f"pair {i}",

@@ -22,6 +22,8 @@ from treg_megatron.labelling.scoring import ScoredSequence, huggingface, shared_
 from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
 from treg_megatron.models.huggingface import model_identity
 
+pytestmark = pytest.mark.slow
+
 TINY = dict(
     vocab_size=64,
     hidden_size=32,

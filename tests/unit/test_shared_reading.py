@@ -17,6 +17,8 @@ from treg_megatron.data.pairs import Reading
 from treg_megatron.data.records import read_rows, work_on_rows
 from treg_megatron.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "pairs"
 
 

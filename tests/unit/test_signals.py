@@ -8,6 +8,8 @@ import pytest
 
 from treg_megatron.utils.signals import advised_seconds
 
+pytestmark = pytest.mark.slow
+
 SIGNALLED = """
 import os, signal, threading, time
 from treg_megatron.utils import entry

@@ -5,6 +5,8 @@ import pytest
 from treg_megatron.cli.arguments import parse_section, section_parser
 from treg_megatron.config.recipe import BASE_RECIPE, described, load_recipe, section, trace_recipe, value
 
+pytestmark = pytest.mark.slow
+
 AWKWARD = [
     "OUT/lab #2",
     "1e3",
