@@ -97,7 +97,7 @@ class Objective(ObjectiveSection):
         )
 
     def _check_margin(self) -> None:
-        rule, (least, greatest) = self.token_weight, (*self.token_weight_range, 0.0, 0.0)[:2]
+        rule, limits = self.token_weight, list(self.token_weight_range)
         _refuse_if(
             self.loss_type in ("ipo", "sft"),
             f"objective.token_values: {self.loss_type} has no margin that tokens could be weighted in",
@@ -115,8 +115,8 @@ class Objective(ObjectiveSection):
             "objective.token_weight=select ranks the rewards of the dataset: set objective.token_rewards=contrastive",
         )
         _refuse_if(
-            len(self.token_weight_range) != 2 or not 0 < least <= 1 <= greatest,
-            f"objective.token_weight_range is {list(self.token_weight_range)}: two weights, 0 < least <= 1 <= greatest",
+            len(limits) != 2 or not 0 < limits[0] <= 1 <= limits[1],
+            f"objective.token_weight_range is {limits}: it must be two weights, 0 < least <= 1 <= greatest",
         )
         _refuse_if(not 0 < self.token_share <= 1, f"objective.token_share is {self.token_share}: it must lie in (0, 1]")
         _refuse_if(not 0 < self.token_decay <= 1, f"objective.token_decay is {self.token_decay}: it must lie in (0, 1]")
