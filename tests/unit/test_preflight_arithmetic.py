@@ -10,7 +10,7 @@ import pytest
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.errors import UserError
 from treg_megatron.models.families import model_fields
-from treg_megatron.preflight import costs, labelling, report
+from treg_megatron.preflight import costs, labelling
 from treg_megatron.preflight.schedule import BACKWARD, FORWARD, events
 from treg_megatron.utils.files import read_json
 
@@ -161,6 +161,9 @@ def test_whether_labelling_fits_a_node(model, parameters, gpus, memory, keys, sa
     assert re.search(said, found) and "\n" not in found, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory, said", [(None, "$"), (100, " of 100$"), (50, " of 50 - TOO MUCH: raise ")])
 def test_saving_is_compared_with_the_hosts_memory(memory, said):
+    from treg_megatron.preflight import report  # imports NeMo
+
     assert re.match(said, report._of_host(80_000_000_000, memory))
