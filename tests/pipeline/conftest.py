@@ -51,3 +51,16 @@ def tiny_hf(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hf")
     tiny_llama(folder, layers=4, vocab=tiny_tokenizer(folder))
     return folder
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory):
+    """Headless Chromium without a network, one for all tests of a page."""
+    from tests.support.browser import CHROMIUM, DRIVER, browser
+
+    if not (CHROMIUM and DRIVER):
+        if os.environ.get("CI") == "true":
+            pytest.fail("Chromium or its driver is not installed; .ci/run installs them")
+        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened

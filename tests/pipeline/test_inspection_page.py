@@ -1,24 +1,11 @@
 """The page of ``inspect --html`` in a real browser without network access: what is seen, at two widths."""
 
 import json
-import os
 
 import pytest
 
-from tests.support.browser import CHROMIUM, DRIVER, browser
 from treg_megatron.data.inspection import inspect_pairs
 from treg_megatron.data.inspection_page import write_page
-
-
-@pytest.fixture(scope="module")
-def window(tmp_path_factory):
-    if not (CHROMIUM and DRIVER):
-        if os.environ.get("CI") == "true":
-            pytest.fail("Chromium or its driver is not installed; .ci/run installs them")
-        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
-    with browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
-
 
 EVIL = "<img src=x onerror='document.title=1'> " + "x" * 4000
 

@@ -1,13 +1,11 @@
 """The report of a comparison in a real browser without network access: 805 pairs of answers, by keyboard and mouse."""
 
 import json
-import os
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.support.browser import CHROMIUM, DRIVER, browser
 from tests.support.evaluated import evaluation
 from treg_megatron.evaluation.report import write_report
 
@@ -18,16 +16,6 @@ UNMARKED = """(() => {
   copy.querySelectorAll("ins, del").forEach(marked => marked.remove());
   return copy.textContent;
 })()"""
-
-
-@pytest.fixture(scope="module")
-def window(tmp_path_factory):
-    if not (CHROMIUM and DRIVER):
-        if os.environ.get("CI") == "true":
-            pytest.fail("Chromium or its driver is not installed; .ci/run installs them")
-        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
-    with browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
 
 
 def page_of(folder: Path, prompts: int, **options) -> str:

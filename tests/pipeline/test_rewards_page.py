@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.support.browser import CHROMIUM, DRIVER, browser
 from treg_megatron.data.labelled_pairs import SIDES, LabelledPair
 from treg_megatron.labelling.rewards_page import quality, text_report, token_texts, write_page
 
@@ -76,16 +74,6 @@ def test_a_character_of_several_tokens_appears_at_the_last_one():
 
     texts = token_texts(list(raw), decode_bytes)
     assert "".join(texts) == "a\u00e4\U0001f680b" and texts[:3] == ["a", "", "\u00e4"]
-
-
-@pytest.fixture(scope="module")
-def window(tmp_path_factory):
-    if not (CHROMIUM and DRIVER):
-        if os.environ.get("CI") == "true":
-            pytest.fail("Chromium or its driver is not installed; .ci/run installs them")
-        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
-    with browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
