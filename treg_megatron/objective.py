@@ -197,6 +197,10 @@ class Responses:
         """[tokens] each -> ([pairs] of the chosen, [pairs] of the rejected) each, over whole responses."""
         return [(each[0::2], each[1::2]) for each in _SumOfEach.apply(torch.stack(values), self)]
 
+    def total(self, values: Tensor) -> Tensor:
+        """[tokens] -> [2 * pairs]: the sum over each whole response."""
+        return _SumOfEach.apply(values[None], self)[0]
+
     def spread(self, per_response: Tensor) -> Tensor:
         """[..., 2 * pairs] -> [..., tokens]: each token gets the value of its response."""
         return per_response.index_select(-1, self.segments)
@@ -454,7 +458,7 @@ def _token_weights(logps: Tensor, rewards: Tensor | None, responses: Responses, 
         return o.token_decay ** responses.positions.float()
     if o.token_weight == "confident":
         probability = logps.exp()
-        mean = torch.stack(responses.sums(probability)[0], dim=-1).flatten() / responses.tokens
+        mean = responses.total(probability) / responses.tokens
         return _of_counted((probability < responses.spread(mean)).float(), responses, o)
     if o.token_weight == "select":
         assert responses.ranks is not None
@@ -473,7 +477,7 @@ def _of_counted(counts: Tensor, responses: Responses, o: Objective) -> Tensor:
     """Weights of tokens that count (1) or not (0): a length-normalised reward is the mean over those that count."""
     if not o.is_length_normalized:
         return counts
-    number = torch.stack(responses.sums(counts)[0], dim=-1).flatten()
+    number = responses.total(counts)
     return counts * responses.spread(responses.tokens / number.clamp(min=1))
 
 
