@@ -17,10 +17,10 @@ from typing import Any
 from treg_megatron.data.records import read_rows
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import read_manifest, sha256_of_json
-from treg_megatron.utils.shard_job import MANIFEST_NAME
+from treg_megatron.utils.shard_job import MANIFEST_NAME, RUN_NAME
 
 FORMAT, VERSION = "treg-megatron answers", 1
-RUN_NAME, SHARD_PATTERN = "run.json", "answers-{:05d}.jsonl"
+SHARD_PATTERN = "answers-{:05d}.jsonl"
 BENCHMARKS = ("alpaca_eval", "arena_hard_v0.1", "arena_hard_v2", "mt_bench", "prompts")
 
 # Arena-Hard's own ids: v0.1 numbers its prompts by 32 hexadecimal digits, v2 by 16.

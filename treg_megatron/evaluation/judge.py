@@ -12,10 +12,10 @@ from treg_megatron.config.schema import JudgeSection
 from treg_megatron.errors import UserError
 from treg_megatron.evaluation.answer_folder import Answers, read_answers
 from treg_megatron.evaluation.judges import Judge, Pair
-from treg_megatron.evaluation.judgment_folder import FORMAT, RUN_NAME, SHARD_PATTERN, VERSION, read_shard
-from treg_megatron.utils.files import atomic_write, read_manifest, sha256_of, sha256_of_json, write_manifest
+from treg_megatron.evaluation.judgment_folder import FORMAT, SHARD_PATTERN, VERSION, read_shard
+from treg_megatron.utils.files import atomic_write, sha256_of, sha256_of_json, write_manifest
 from treg_megatron.utils.lock import Lock
-from treg_megatron.utils.shard_job import ShardJob, require_same_run
+from treg_megatron.utils.shard_job import RUN_NAME, ShardJob, require_folder_of_run
 
 _NAMED = 3  # prompts in a message
 
@@ -47,7 +47,7 @@ def _judge(section: JudgeSection) -> dict[str, Any]:
         "judge": chosen.identity(),
         "shard_prompts": section.shard_prompts,
     }
-    _require_same_run(output, run)
+    require_folder_of_run(output, FORMAT, VERSION, run, "judgments", "judge.output")
     job = ShardJob(output, SHARD_PATTERN, len(pairs), section.shard_prompts)
     finished = job.finished()
     if len(finished) < len(job.portions):
@@ -177,14 +177,6 @@ def _require_sensible(section: JudgeSection) -> None:
             f"judge.temperature={section.temperature} must not be negative, and judge.timeout={section.timeout} must "
             "be positive"
         )
-
-
-def _require_same_run(output: Path, run: dict[str, Any]) -> None:
-    if (output / RUN_NAME).exists():
-        found = read_manifest(output / RUN_NAME, FORMAT, VERSION)["run"]
-        require_same_run(found, run, f"{output} holds judgments", "judge.output")
-    elif output.is_dir() and any(output.iterdir()):
-        raise UserError(f"{output} is not empty and has no {RUN_NAME}; name another judge.output")
 
 
 def _holds_a_verdict(rows: list[dict[str, Any]]) -> bool:

@@ -14,7 +14,7 @@ from treg_megatron.utils.files import read_manifest
 from treg_megatron.utils.shard_job import MANIFEST_NAME
 
 FORMAT, VERSION = "treg-megatron judgments", 1
-RUN_NAME, SHARD_PATTERN = "run.json", "judgments-{:05d}.jsonl"
+SHARD_PATTERN = "judgments-{:05d}.jsonl"
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from treg_megatron.sampling.decoding import Decoding, seed_from
 from treg_megatron.sampling.engines import load_sampler
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.tokenizer.conversation import Message
-from treg_megatron.utils.files import atomic_write, read_manifest, sha256_of_json, write_manifest
+from treg_megatron.utils.files import atomic_write, sha256_of_json, write_manifest
 from treg_megatron.utils.lock import Lock
 from treg_megatron.utils.progress import Progress
-from treg_megatron.utils.shard_job import ShardJob, require_same_run
+from treg_megatron.utils.shard_job import RUN_NAME, ShardJob, require_folder_of_run
 
 FORMAT, VERSION = "treg-megatron samples", 1
-RUN_NAME, SHARD_PATTERN = "run.json", "samples-{:05d}.jsonl"
+SHARD_PATTERN = "samples-{:05d}.jsonl"
 PROMPT_TOO_LONG = "prompt is longer than max_prompt_length"
 REPEATED_PROMPT = "repeats an earlier prompt"
 
@@ -83,7 +83,7 @@ def _sample(section: SampleSection, sampler: Sampler | None) -> dict[str, Any]:
             )
         },
     }
-    _require_same_run(output, run)
+    require_folder_of_run(output, FORMAT, VERSION, run, "samples", "sample.output")
     job = ShardJob(output, SHARD_PATTERN, len(prompts), section.shard_prompts)
     finished = job.finished()
     if len(finished) < len(job.portions):
@@ -155,14 +155,6 @@ def _require_sensible(section: SampleSection) -> None:
             f"sample.seeds={list(section.seeds)} must be one or more distinct numbers; a preference pair "
             "needs at least two"
         )
-
-
-def _require_same_run(output: Path, run: dict[str, Any]) -> None:
-    if (output / RUN_NAME).exists():
-        found = read_manifest(output / RUN_NAME, FORMAT, VERSION)["run"]
-        require_same_run(found, run, f"{output} holds samples", "sample.output")
-    elif output.is_dir() and any(output.iterdir()):
-        raise UserError(f"{output} is not empty and has no {RUN_NAME}; name another sample.output")
 
 
 def _sample_part(

@@ -19,6 +19,7 @@ from treg_megatron.utils.lock import Held, Lock, remove_abandoned_locks
 from treg_megatron.utils.progress import Progress
 
 MANIFEST_NAME = "manifest.json"
+RUN_NAME = "run.json"  # what the folder was begun with, written before the first shard
 
 Item = TypeVar("Item")
 
@@ -156,3 +157,25 @@ def require_same_run(found: dict[str, Any] | None, run: dict[str, Any], what: st
     if found != run:
         different = ", ".join(name for name in run if (found or {}).get(name) != run[name])
         raise UserError(f"{what} with another {different}; name another {key}, or remove that folder")
+
+
+def require_folder_of_run(
+    output: Path, format: str, version: int, run: dict[str, Any], content: str, key: str, shared: bool = False
+) -> None:
+    """Check that an output folder is new, empty, or was begun by this run, as its ``run.json`` says.
+
+    Args:
+        format, version: of ``run.json``.
+        run: fingerprint of this run.
+        content: what such folders hold, such as ``samples``.
+        key: recipe key that names the folder.
+        shared: whether other processes of the job may be at work there, whose locks are hidden files.
+
+    Raises:
+        UserError: it holds another run's output, or something else.
+    """
+    if (output / RUN_NAME).exists():
+        found = read_manifest(output / RUN_NAME, format, version)["run"]
+        require_same_run(found, run, f"{output} holds {content}", key)
+    elif output.is_dir() and any(not (shared and path.name.startswith(".")) for path in output.iterdir()):
+        raise UserError(f"{output} is not empty and has no {RUN_NAME}; name another {key}")

@@ -16,7 +16,7 @@ from treg_megatron.config.schema import EvaluateSection
 from treg_megatron.data.records import read_rows, source_identity
 from treg_megatron.distributed.launch import rank_info
 from treg_megatron.errors import UserError
-from treg_megatron.evaluation.answer_folder import FORMAT, RUN_NAME, SHARD_PATTERN, VERSION, Answers, prompts_hash
+from treg_megatron.evaluation.answer_folder import FORMAT, SHARD_PATTERN, VERSION, Answers, prompts_hash
 from treg_megatron.evaluation.answering.benchmarks import BenchmarkPrompt, read_benchmark, write_benchmark_file
 from treg_megatron.evaluation.answering.presets import AnswerSettings, answer_settings
 from treg_megatron.evaluation.arm import hugging_face_folder, model_name, require_name
@@ -28,7 +28,7 @@ from treg_megatron.tokenizer.conversation import Sampled
 from treg_megatron.utils.files import atomic_write, read_json, read_manifest, write_manifest
 from treg_megatron.utils.lock import Held, Lock, remove_abandoned_locks
 from treg_megatron.utils.progress import Progress
-from treg_megatron.utils.shard_job import MANIFEST_NAME, ShardJob, Share, require_same_run
+from treg_megatron.utils.shard_job import MANIFEST_NAME, RUN_NAME, ShardJob, Share, require_folder_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -147,11 +147,7 @@ def _fingerprint(
 
 
 def _require_own_output(output: Path, run: dict[str, Any]) -> None:
-    if (output / RUN_NAME).exists():
-        found = read_manifest(output / RUN_NAME, FORMAT, VERSION)["run"]
-        require_same_run(found, run, f"{output} holds answers", "evaluate.output")
-    elif output.is_dir() and any(path.name[0] != "." for path in output.iterdir()):
-        raise UserError(f"{output} is not empty and has no {RUN_NAME}; name another evaluate.output")
+    require_folder_of_run(output, FORMAT, VERSION, run, "answers", "evaluate.output", shared=True)
 
 
 def _claim(output: Path, run: dict[str, Any]) -> None:
