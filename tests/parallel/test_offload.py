@@ -1,6 +1,6 @@
 """Adam on the host for a part of the parameters: the same training, also when it is resumed, with or without.
 
-With device labels, because the host's parameters are told from the GPU's by their device.
+They run with device labels, because only the device distinguishes the host's parameters from the GPU's.
 """
 
 from pathlib import Path
