@@ -12,6 +12,7 @@ def _games(generator, count, chances):
     return [game(str(v), bool(first)) for v, first in zip(generator.choice(VERDICTS, count, p=chances), [0, 1] * count)]
 
 
+@pytest.mark.slow
 def test_the_score_is_the_strength_that_a_bradley_terry_regression_finds():
     """Two models against one baseline, fitted together as arena-hard-auto v0.1 does: ties as half a win each."""
     from scipy.optimize import minimize
@@ -59,6 +60,7 @@ def test_a_clear_verdict_counts_as_three_games():
     assert score([Game(0.5, 1)]) == 50.0
 
 
+@pytest.mark.slow
 def test_the_interval_is_that_of_drawing_games():
     """Drawn one by one here; the repetitions of a clear verdict are games of their own, as in arena-hard-auto."""
     games = _games(np.random.default_rng(5), 400, [0.1, 0.2, 0.2, 0.2, 0.3])

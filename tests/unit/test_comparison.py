@@ -345,6 +345,7 @@ def test_the_tables_show_what_arms_differ_in(two):
     assert "66.0 [" in first and "44.0 [" in second and "Arena-Hard" not in text and "KL" not in text
 
 
+@pytest.mark.slow
 def test_runs_of_several_alphas_make_one_table(tmp_path):
     runs = []
     for alpha in (0.0, 0.1, 0.25, 0.5):

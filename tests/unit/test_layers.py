@@ -58,10 +58,12 @@ def upward_imports(root: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_no_import_goes_up():
     assert upward_imports(ROOT) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planted", ["from treg_megatron.train import train", "import treg_megatron.cli.main"])
 def test_an_upward_import_is_found(tmp_path, planted):
     shutil.copytree(ROOT / PACKAGE, tmp_path / PACKAGE, ignore=shutil.ignore_patterns("__pycache__", "*.json"))

@@ -53,6 +53,7 @@ def test_tensor_parallel_overlap_is_off_unless_asked_for():
     require_tensor_overlap(parallel(), layout("padded"))
 
 
+@pytest.mark.slow
 def test_tensor_parallel_overlap_takes_rows_of_one_length():
     require_tensor_overlap(parallel(*TENSOR_OVERLAP), layout("bins"))
     assert rows_of_one_length(parallel(*TENSOR_OVERLAP))

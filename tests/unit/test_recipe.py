@@ -23,6 +23,7 @@ def resolved(recipe) -> dict:
     return OmegaConf.to_container(recipe, resolve=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_says_how_it_is_launched_and_names_itself(path):
     first, *rest = path.read_text(encoding="utf-8").splitlines()
@@ -164,6 +165,7 @@ def test_every_entry_point_prints_the_recipe(command):
     assert "seed: 7" in done.stdout and "# the command line" in done.stdout and "# recipes/base.yaml" in done.stdout
 
 
+@pytest.mark.slow
 def test_architectures_are_named_by_the_recipes():
     folder = ROOT / "treg_megatron" / "models" / "architectures"
     named = {load_recipe(path).model.architecture for path in RECIPES} - {None}
