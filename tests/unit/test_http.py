@@ -60,6 +60,11 @@ def test_pauses_grow_and_are_random(server):
         assert all(0.75 * base <= pause <= 1.5 * base for pause, base in zip(pauses, (1, 2, 4), strict=True))
 
 
+def test_a_character_cut_in_half_can_be_written(server):
+    server.answers = [(200, {}, rb'{"choices": [{"text": "so \ud83d\ude00 and \ud83d", "\udc00": 1}]}')]
+    assert ask(server) == {"choices": [{"text": "so \N{GRINNING FACE} and \ufffd", "\ufffd": 1}]}
+
+
 def test_a_server_may_say_how_long_to_wait(server):
     server.answers = [(429, {"Retry-After": "7"}, b""), (429, {"Retry-After": "9999"}, b""), BUSY, OK]
     ask(server)

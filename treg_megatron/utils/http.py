@@ -46,6 +46,8 @@ def ask_json(
 ) -> Any:
     """The JSON answer of a server to a GET request, or to a POST request with ``content`` as JSON.
 
+    A text cut inside a character may hold half of a surrogate pair, which no file takes as UTF-8: it becomes U+FFFD.
+
     Args:
         address: URL.
         timeout: seconds until an attempt is given up.
@@ -74,7 +76,7 @@ def ask_json(
         pause = 0.0
         try:
             with opener.open(request, timeout=timeout) as answer:
-                return json.load(answer)
+                return _well_formed(json.load(answer))
         except urllib.error.HTTPError as error:
             if error.code not in _RETRIED:
                 said = error.read(300).decode(errors="replace")
@@ -84,6 +86,16 @@ def ask_json(
         except (OSError, ValueError, http.client.HTTPException) as error:  # refused, reset, timed out, cut off
             problem = getattr(error, "reason", error)
     raise UserError(f"{address} gave no answer in {max_attempts} attempts (the last: {problem}); {advice}")
+
+
+def _well_formed(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [_well_formed(item) for item in value]
+    if isinstance(value, dict):
+        return {_well_formed(key): _well_formed(item) for key, item in value.items()}
+    return value
 
 
 def key_from_environment(variable: str | None, setting: str) -> str | None:
