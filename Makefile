@@ -100,8 +100,9 @@ test-devices: $(INSTALLED)  ## tests on real Megatron ranks, wholly with device 
 		tests/parallel/test_equality.py tests/parallel/test_training.py tests/parallel/test_packing.py \
 		tests/parallel/test_lora.py tests/parallel/test_scoring_engines.py tests/parallel/test_device_labels.py $(ARGS)
 
+# Two clusters side by side, each in namespaces of its own: jobs wait more than they compute.
 test-slurm: $(INSTALLED)  ## the scripts of slurm/ on a real SLURM; needs Debian's slurmctld slurmd slurm-client munge
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/slurm/test_scripts.py tests/slurm $(ARGS)
 
 demo: $(DEMO_MODEL)  ## align a real 135M model end to end on this machine, five to ten minutes on two cores
 	$(BIN)/python demo/run.py $(ARGS)
