@@ -27,6 +27,8 @@ _UNUSUAL_ALPHA = 1.0  # the paper searched up to 0.5
 #: losses whose gradient with respect to the margin is -sigma(-margin), the dynamic weight of T-REG's regulariser
 _SIGMOID_LOSSES = ("dpo", "dpo_norm", "simpo")
 
+PAIR_WEIGHT = "treg/pair_weight"  # a metric of weighted pairs
+
 Pair = tuple[Tensor, Tensor]  # [pairs] of the chosen, [pairs] of the rejected responses
 
 
@@ -262,6 +264,7 @@ def preference_loss(
     token_rewards: Tensor | None,
     responses: Responses,
     objective: Objective,
+    pair_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Summed loss of a micro-batch of pairs, and the sums from which its metrics are averaged.
 
@@ -272,11 +275,13 @@ def preference_loss(
         responses: which token belongs to which response; if they are split over context-parallel ranks, the inputs are
             this rank's part.
         objective: the loss and its hyper-parameters.
+        pair_weights: [pairs] fp32, factors of the pairs' whole losses; None: 1 each.
 
     Returns:
         loss: [] fp32, sum over the pairs. T-REG, section 3: L_pref + alpha * w * (L_reg(y_w) + L_reg(y_l)); with
             ``token_values=margin`` L_pref of rewards in which each token has its weight.
         sums: metric name -> [] fp32 without gradient, a sum over pairs (or over tokens for the names in ``COUNTS``).
+            The losses among them are weighted, all others are not.
     """
     logps = logps.float()
     ref_logps = torch.zeros_like(logps) if ref_logps is None else ref_logps.float()
@@ -316,6 +321,8 @@ def preference_loss(
     chosen_logps, rejected_logps = summed["logps"]
     if objective.sft_loss_weight > 0:
         loss = loss - objective.sft_loss_weight * chosen_logps
+    if pair_weights is not None:
+        loss, preference, regularization = (pair_weights * each for each in (loss, preference, regularization))
 
     sums = {
         "pairs": torch.ones_like(margin),
@@ -329,6 +336,7 @@ def preference_loss(
         "logps/chosen": chosen_logps,
         "logps/rejected": rejected_logps,
         "treg/weight": weight,
+        **({} if pair_weights is None else {PAIR_WEIGHT: pair_weights}),
         **_token_counts(responses),
         **_token_reward_sums(summed),
     }

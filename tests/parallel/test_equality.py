@@ -17,7 +17,7 @@ from tests.support import reference
 from tests.support.forked import run_ranks
 from tests.support.gradients import steps_on_this_rank
 from tests.support.objectives import PLAIN_DPO, VARIANTS, WITH_REGULARIZER
-from tests.support.tiny import perturb, tiny_llama, tiny_tokenizer
+from tests.support.tiny import perturb, tiny_llama, tiny_pair, tiny_tokenizer
 from tests.support.tiny_families import tiny_family
 from tests.support.training import RECIPE, write_pairs
 from treg_megatron.distributed import device_labels
@@ -69,7 +69,11 @@ EXPERTS = {
     "EP2 overlap": (2, ["parallel.expert=2", "parallel.overlap_grad_reduce=true"]),
 }
 OBJECTIVES = [vars(PLAIN_DPO) | changes for changes in WITH_REGULARIZER]
-ALL_OBJECTIVES = [vars(PLAIN_DPO) | changes for changes in VARIANTS]  # begins with the others
+#: begins with the others; the last weighs the pairs
+ALL_OBJECTIVES = [
+    *(vars(PLAIN_DPO) | changes for changes in VARIANTS),
+    vars(PLAIN_DPO) | dict(alpha=0.5, sft_loss_weight=0.3, pair_weights=True),
+]
 
 
 def prepare(folder: Path, make: Callable[..., object], write: Callable[[Path, int], None] = write_pairs) -> list[str]:
@@ -189,10 +193,18 @@ def assert_equal_steps(found: list[dict], expected: list[dict]) -> None:
             assert difference <= 1e-5, f"{name} differs by {difference:.1e} of its norm, {objective}"
 
 
+def write_weighted_pairs(path: Path, count: int) -> None:
+    """The pairs of :func:`write_pairs`, all but the second with a weight, the first with 0."""
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(count):
+            weight = {} if i == 1 else {"pair_weight": 0.75 * i}
+            file.write(json.dumps(tiny_pair(i, f"{path.stem}-{i}") | weight) + "\n")
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
-    overrides = prepare(folder, functools.partial(tiny_llama, layers=4, seed=7))
+    overrides = prepare(folder, functools.partial(tiny_llama, layers=4, seed=7), write_weighted_pairs)
     return overrides, expected_steps(folder, overrides, ALL_OBJECTIVES)
 
 

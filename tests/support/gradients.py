@@ -15,6 +15,8 @@ class Finished(Exception):
 def steps_on_this_rank(recipe: Path, overrides: list[str], objectives: list[dict]) -> list[dict[str, Any]]:
     """Train one step per objective, always with the weights as loaded.
 
+    Only an objective with ``pair_weights`` sees the weights of the pairs.
+
     Returns on rank 0, for each objective: the loss, and the gradient of every parameter by checkpoint key.
     """
     from treg_megatron.config.recipe import load_recipe
@@ -24,15 +26,18 @@ def steps_on_this_rank(recipe: Path, overrides: list[str], objectives: list[dict
     from treg_megatron.train import train
     from treg_megatron.training import strategy
 
-    objectives = [Objective(**o) for o in objectives]
+    weighted = [o.get("pair_weights", False) for o in objectives]
+    objectives = [Objective(**{name: value for name, value in o.items() if name != "pair_weights"}) for o in objectives]
     steps: list[dict[str, Any]] = []
     loss_of, optimizer_step = model.preference_loss, strategy.PolicyStrategy.optimizer_step
 
-    def loss_of_this_step(logps, ref_logps, token_rewards, responses, objective):
-        lengths, group = responses.lengths, responses.context_group
+    def loss_of_this_step(logps, ref_logps, token_rewards, responses, objective, pair_weights):
+        lengths, group, step = responses.lengths, responses.context_group, len(steps)
+        if weighted[step]:
+            return loss_of(logps, ref_logps, token_rewards, responses, objectives[step], pair_weights)
         with unchecked():
-            assert_gradient_identity_on(logps, ref_logps, token_rewards, lengths, objectives[len(steps)], group)
-        return loss_of(logps, ref_logps, token_rewards, responses, objectives[len(steps)])
+            assert_gradient_identity_on(logps, ref_logps, token_rewards, lengths, objectives[step], group)
+        return loss_of(logps, ref_logps, token_rewards, responses, objectives[step])
 
     def capture(self, optimizer, closure: Callable, *args, **kwargs):
         def then_gather():

@@ -32,7 +32,12 @@ def pair_logps(model, pair) -> list[torch.Tensor]:
     ]
 
 
-def pair_loss(
+def pair_loss(logps: list[torch.Tensor], pair, *, pair_weights: bool = False, **objective) -> torch.Tensor:
+    """The loss of one pair, in the precision of its log-probs, times the pair's weight if it counts."""
+    return (pair.pair_weight if pair_weights else 1) * unweighted_loss(logps, pair, **objective)
+
+
+def unweighted_loss(
     logps: list[torch.Tensor],
     pair,
     *,
@@ -51,7 +56,7 @@ def pair_loss(
     token_share: float = 0.3,
     token_decay: float = 0.98,
 ) -> torch.Tensor:
-    """The loss of one pair, in the precision of its log-probs."""
+    """The loss of one pair, whatever its weight."""
     rewards = (pair.chosen_token_rewards, pair.rejected_token_rewards)
     written = [side != ANOTHERS_TURN for side in rewards]
     refs, rewards = (

@@ -87,6 +87,15 @@ def test_wider_types_and_missing_reference_are_accepted(tmp_path):
     assert labelling_run(path) is None
 
 
+def test_some_pairs_may_have_a_weight(tmp_path):
+    first, second = read_labelled(write(tmp_path / "own.parquet", changed(pair_weight=[float("nan"), 0.5])))
+    assert (first.pair_weight, second.pair_weight) == (None, 0.5)
+    write_shard(tmp_path / "weighted.parquet", [first, second], weighted=True)
+    assert [pair.pair_weight for pair in read_labelled(tmp_path / "weighted.parquet")] == [None, 0.5]
+    write_shard(tmp_path / "plain.parquet", [first])
+    assert "pair_weight" not in pq.read_schema(tmp_path / "plain.parquet").names
+
+
 def test_an_empty_shard_is_read(tmp_path):
     write_shard(tmp_path / "s.parquet", [], {"run": {}})
     assert list(read_labelled(tmp_path / "s.parquet")) == []
@@ -131,6 +140,11 @@ def test_an_empty_shard_is_read(tmp_path):
             {"rejected_ref_logprobs": [[-float("inf")], [-4.0, -5.0]]},
             "row 1 (pair_id 'a'): rejected_ref_logprobs holds a value that is not a finite log-prob",
         ),
+        (
+            {"pair_weight": [None, 1001.0]},
+            "row 2 (pair_id 'b'): pair_weight is 1001: it must be a number from 0 to 1000",
+        ),
+        ({"pair_weight": ["1", "2"]}, "column pair_weight must hold a number"),
         ({"rejected_tokens": [[1, 7, 9], [5, 7, 8]]}, "row 1 (pair_id 'a'): the prompts of the two sides differ"),
     ],
 )

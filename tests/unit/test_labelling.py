@@ -13,7 +13,7 @@ import yaml
 
 from tests.support.file_operations import contents
 from treg_megatron.config.schema import IndexSection, LabelSection
-from treg_megatron.data.labelled_pairs import labelling_run, read_labelled
+from treg_megatron.data.labelled_pairs import labelled_files, labelling_run, read_labelled
 from treg_megatron.data.pairs import IDENTICAL_RESPONSES, REPEATED_PAIR
 from treg_megatron.data.streams import open_streams
 from treg_megatron.errors import UserError
@@ -265,6 +265,24 @@ def test_taking_a_row_out_keeps_the_shards_that_did_not_hold_it(section, tmp_pat
     label(fresh, ArithmeticScorer())
     kept, made = (list(read_labelled(folder)) for folder in (section.output, fresh.output))
     assert [pair.pair_id for pair in kept] == [pair.pair_id for pair in made]
+
+
+def test_weights_of_pairs_are_kept_and_belong_to_their_shard(section):
+    def weighted(**weights):
+        jsonl(Path(section.pairs), [row | {"pair_weight": weights.get(row["pair_id"])} for row in ROWS])
+
+    weighted(**{"pair 1": 0.5, "pair 5": 2})
+    label(section, ArithmeticScorer())
+    assert [pair.pair_weight for pair in read_labelled(section.output)] == [None, 0.5, None, None, None, 2.0, None]
+    assert len(labelled_files(section.output)) == 3
+    assert [b"pair_weight" in path.read_bytes() for path in labelled_files(section.output)] == [True, True, False]
+    weighted(**{"pair 1": 0.5, "pair 5": 3})
+    (Path(section.output) / "manifest.json").unlink()
+    label(section, scorer := ArithmeticScorer())
+    assert scorer.calls == 1 and list(read_labelled(section.output))[5].pair_weight == 3
+    weighted(**dict.fromkeys((row["pair_id"] for row in ROWS), 0))
+    with pytest.raises(UserError, match="pairs.jsonl: the pair_weight of every pair is 0"):
+        label(dataclasses.replace(section, output=section.output + "2"), ArithmeticScorer())
 
 
 def test_labels_of_other_pairs_are_not_taken_for_an_edited_file(section):

@@ -244,6 +244,24 @@ def test_a_policy_that_is_its_reference_has_the_known_loss(tokens, changes):
         )
 
 
+@pytest.mark.parametrize(
+    "changes", [dict(alpha=0.5, sft_loss_weight=0.3), dict(token_values="margin", alpha=0.5)], ids=str
+)
+def test_a_weight_is_a_factor_of_the_whole_loss_of_a_pair(tokens, changes):
+    """Losses add up to the weighted sum of each pair's own; every other metric stays as it is."""
+    o, weights, ends = objective(**changes), torch.tensor([2.0, 0.0, 0.25]), (0, 8, 17, 19)
+    loss, sums = preference_loss(*tokens, Responses.whole(LENGTHS), o, weights)
+    alone = [
+        preference_loss(*(x[ends[i] : ends[i + 1]] for x in tokens), Responses.whole(LENGTHS[2 * i : 2 * i + 2]), o)[1]
+        for i in range(3)
+    ]
+    for name, value in sums.items():
+        factors = weights.tolist() if name.startswith("loss") else [1.0] * 3
+        expected = [each.get(name, weights[i]).item() for i, each in enumerate(alone)]
+        assert value.item() == pytest.approx(sum(f * x for f, x in zip(factors, expected)), rel=1e-6), name
+    assert loss == sums["loss"] and means({k: v.item() for k, v in sums.items()})["treg/pair_weight"] == 0.75
+
+
 def test_no_pairs_give_no_loss_and_a_gradient_of_zero():
     hidden = torch.ones(3, requires_grad=True)
     loss, sums = preference_loss(hidden[:0], hidden[:0], hidden[:0], Responses.whole([]), objective(alpha=0.5))

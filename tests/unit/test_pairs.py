@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from treg_megatron.containers import json_rows as rows
 from treg_megatron.data import pairs
-from treg_megatron.data.pairs import read_pairs
+from treg_megatron.data.inspection import as_lines, inspect_pairs
+from treg_megatron.data.pairs import Reading, read_pairs
 from treg_megatron.errors import UserError
 from treg_megatron.tokenizer.conversation import Message
 
@@ -71,6 +72,21 @@ def test_plain_text_prompt_is_one_user_turn(tmp_path):
     (pair,) = read_pairs(jsonl(tmp_path / "p", row(id=7, score_chosen=2, rejected_score=0.5)))
     assert pair.messages == (Message("user", "Q"),)
     assert (pair.pair_id, pair.chosen_score, pair.rejected_score) == ("7", 2.0, 0.5)
+
+
+def test_a_weight_comes_from_its_column_or_the_one_named(tmp_path):
+    columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+    weights = [0, "2.5", None, float("nan"), 1000.0]
+    path = jsonl(tmp_path / "p", *(row(f"Q{i}", pair_weight=weight) for i, weight in enumerate(weights)))
+    for reading in (Reading(), Reading(columns=columns)):
+        assert [pair.pair_weight for pair in read_pairs(path, reading=reading)] == [0, 2.5, None, None, 1000]
+    named = Reading(columns={**columns, "pair_weight": "meta.w"})
+    (pair,) = read_pairs(jsonl(tmp_path / "q", row(meta={"w": 0.5})), reading=named)
+    assert pair.pair_weight == 0.5
+    assert "with a weight: 3, from 0 to 1000; the others weigh 1" in as_lines(inspect_pairs(path))
+    for wrong in (-1, 1001, float("inf"), True, "heavy", [1]):
+        with pytest.raises(UserError, match="row 1: pair_weight is .*: it must be a number from 0 to 1000"):
+            list(read_pairs(jsonl(tmp_path / "p", row(pair_weight=wrong))))
 
 
 def test_system_comes_from_its_column_or_the_first_turn(tmp_path):

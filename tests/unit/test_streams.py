@@ -1,5 +1,6 @@
 """Streams on disk: they are read as written, and inconsistent files are not opened."""
 
+import dataclasses
 import json
 import pickle
 
@@ -12,6 +13,7 @@ from tests.support.labelled import THREE, pair
 from treg_megatron.config.recipe import load_recipe
 from treg_megatron.config.schema import IndexSection
 from treg_megatron.data.aligned import PairRecord, stream_paths
+from treg_megatron.data.collate import collate
 from treg_megatron.data.indexed import IndexedWriter
 from treg_megatron.data.labelled_pairs import LabelledPair, write_shard
 from treg_megatron.data.streams import (
@@ -302,6 +304,43 @@ def test_merging_keeps_the_order_named(chatml, tmp_path):
     write_streams(tmp_path / "free", [pair("x", 1, 2, 3, reference=False)], chatml)
     with pytest.raises(UserError, match="their manifests differ in reference_logprobs"):
         merge_streams(tmp_path / "mixed", [tmp_path / "whole", tmp_path / "free"])
+
+
+def weighted(pairs, weights):
+    return [dataclasses.replace(pair, pair_weight=weight) for pair, weight in zip(pairs, weights)]
+
+
+def test_weights_follow_their_pairs(chatml, tokenizer_folders, tmp_path):
+    """Pairs without a weight count as 1 where others have one, whoever writes, merges, splits or blends them."""
+    given = [None] * 25 + [0.0, 2.5, None, 0.125] + [None] * 11
+    pairs, expected = weighted(MANY, given), [1.0 if weight is None else weight for weight in given]
+    write_streams(tmp_path / "whole", pairs, chatml)
+    whole = verify(tmp_path / "whole")
+    assert [whole[i].pair_weight for i in range(40)] == whole.pair_weights.tolist() == expected
+    assert whole.manifest["pair_weights"] == {"least": 0.0, "greatest": 2.5}
+    for name, part in (("a", pairs[:20]), ("b", pairs[20:])):
+        write_streams(tmp_path / name, part, chatml)
+        write_shard(tmp_path / "labelled" / f"{name}.parquet", part, weighted=name == "b")
+    assert open_streams(tmp_path / "a").pair_weights is None
+    merge_streams(tmp_path / "merged", [tmp_path / "a", tmp_path / "b"])
+    for name, workers in (("one", 1), ("several", 3)):
+        index(
+            IndexSection(str(tmp_path / "labelled"), str(tmp_path / name), str(tokenizer_folders["chatml"]), workers, 0)
+        )
+    for name in ("merged", "one", "several"):
+        assert bytes_of(tmp_path / name) == bytes_of(tmp_path / "whole"), name
+    blend = open_streams(f"{tmp_path}/a {tmp_path}/b")
+    assert [blend[i].pair_weight for i in range(40)] == blend.pair_weights.tolist() == expected
+    assert blend.manifest["pair_weights"] == whole.manifest["pair_weights"]
+    split_streams(whole, (tmp_path / "x", tmp_path / "y"), 0.5)
+    by_id = dict(zip((pair.pair_id for pair in pairs), expected))
+    for side in (open_streams(tmp_path / "x"), open_streams(tmp_path / "y")):
+        assert side.pair_weights.tolist() == [by_id[side.pair_id(i)] for i in range(len(side))]
+    batch = collate([whole[26], whole[0]], "packed", weighted=True)
+    assert batch["pair_weights"].tolist() == [2.5, 1.0] and "pair_weights" not in collate([whole[26]], "packed")
+    write_streams(tmp_path / "whole", MANY, chatml)
+    assert verify(tmp_path / "whole")[0].pair_weight is None
+    assert not any(path.exists() for path in stream_paths(tmp_path / "whole", "pair_weights"))
 
 
 def prompt_of(pair):

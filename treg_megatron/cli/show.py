@@ -58,14 +58,18 @@ def run(arguments: argparse.Namespace) -> None:
         if any(pair.chosen_ref_logprobs is None for pair in shown):
             raise UserError(f"{arguments.labelled} has no reference log-probs, which implicit rewards are relative to")
         policy = rewards_page.policy_rewards(shown, load_policy(arguments.policy, arguments.device))
+    weights = [pair.pair_weight for pair in pairs if pair.pair_weight is not None]
+    also = [f"{len(weights)} pairs have a weight, from {min(weights):g} to {max(weights):g}"] if weights else []
     if arguments.text:
+        for line in also:
+            print(line)
         for line in rewards_page.text_report(figures, shown, tokenizer.decode, sys.stdout.isatty(), policy):
             print(line)
         return
     made_by = [f"{key.replace('_', ' ')} {run[key]['name']}" for key in ("reference", "prompt_pair") if key in run]
     if models := run.get("source"):
         made_by.append(f"log-ratio of {models['better']['name']} to {models.get('worse', run['reference'])['name']}")
-    source = ", ".join([str(arguments.labelled), *made_by])
+    source = ", ".join([str(arguments.labelled), *made_by, *also])
     if len(shown) < len(pairs):
         source += f"; the first {len(shown)} of {len(pairs)} pairs are shown, the figures on the left cover all"
     rewards_page.write_page(arguments.output, source, figures, shown, tokenizer.decode, policy)

@@ -91,7 +91,7 @@ class LabelSection:
     format: str = key("preference format; auto detects it, treg inspect --help lists the names")
     columns: dict[str, str] = key(
         "which column of your records is what, instead of a format: prompt=question chosen=good rejected=bad; "
-        "also system, history, tools, id, chosen_score, rejected_score, or responses and scores for lists"
+        "also system, history, tools, id, chosen_score, rejected_score, pair_weight, or responses and scores for lists"
     )
     ignore: list[str] = key("columns that carry meaning and are left out on purpose; id: pairs are named by content")
     output: str = key("folder for the labelled pairs (Parquet) and their manifest")

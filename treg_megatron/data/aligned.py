@@ -4,11 +4,13 @@
     PREFIX_token_rewards    float32           value t belongs to response token t
     PREFIX_ref_logprobs     float32           the same; absent for reference-free runs
     PREFIX_pair_ids         uint8             the pair's id in UTF-8
+    PREFIX_pair_weights     float32           factor of the pair's loss; absent if no pair has one
     PREFIX.manifest.json                      provenance, sizes and hashes
 
 Each is a ``.bin`` and an ``.idx`` file. A document is a pair and has two sequences, chosen and rejected (one in
-PREFIX_pair_ids). Rewards and log-probs are as long as the response, which is the suffix of the tokens, so prompt
-lengths need not be stored. :mod:`treg_megatron.data.streams` writes, merges, splits and opens these datasets.
+PREFIX_pair_ids and PREFIX_pair_weights). Rewards and log-probs are as long as the response, which is the suffix of the
+tokens, so prompt lengths need not be stored. :mod:`treg_megatron.data.streams` writes, merges, splits and opens these
+datasets.
 """
 
 from pathlib import Path
@@ -24,10 +26,15 @@ MANIFEST_FORMAT, MANIFEST_VERSION = "treg-megatron streams", 1
 ALIGNMENT = "value t belongs to response token t; the response is the suffix of the tokens"
 
 TOKENS, TOKEN_REWARDS, REF_LOGPROBS, PAIR_IDS = "tokens", "token_rewards", "ref_logprobs", "pair_ids"
+PAIR_WEIGHTS = "pair_weights"
+_ONE_PER_PAIR = (PAIR_IDS, PAIR_WEIGHTS)
 
 
 class PairRecord(NamedTuple):
-    """One pair: read-only views; tokens uint16 or int32 [s], rewards and log-probs fp32 [response tokens]."""
+    """One pair: read-only views; tokens uint16 or int32 [s], rewards and log-probs fp32 [response tokens].
+
+    The weight is None in a dataset without weights.
+    """
 
     pair_id: str
     chosen_tokens: np.ndarray
@@ -36,6 +43,7 @@ class PairRecord(NamedTuple):
     rejected_token_rewards: np.ndarray
     chosen_ref_logprobs: np.ndarray | None
     rejected_ref_logprobs: np.ndarray | None
+    pair_weight: float | None = None
 
 
 class AlignedDataset:
@@ -45,6 +53,7 @@ class AlignedDataset:
         manifest: the manifest, as :func:`write_streams` wrote it.
         sequence_lengths: int32 [pairs, 2], tokens of the chosen and rejected sequences, prompt included.
         response_lengths: int32 [pairs, 2], tokens of the chosen and rejected responses.
+        pair_weights: float32 [pairs], or None if the dataset has none.
 
     Raises:
         UserError: a file is missing, damaged or from another dataset, or the files disagree.
@@ -58,12 +67,14 @@ class AlignedDataset:
         self._rewards = _open(prefix, TOKEN_REWARDS, (np.float32,))
         self._reference = _open(prefix, REF_LOGPROBS, (np.float32,)) if self.manifest["reference_logprobs"] else None
         self._ids = _open(prefix, PAIR_IDS, (np.uint8,))
+        self._weights = _open(prefix, PAIR_WEIGHTS, (np.float32,)) if PAIR_WEIGHTS in self.manifest else None
         self._check_agreement()
         for path, file in _files(self.prefix, self.manifest):
             if ends_of(path) != file["ends"]:
                 raise _changed(path)
         self.sequence_lengths = self._tokens.lengths.reshape(-1, 2)
         self.response_lengths = self._rewards.lengths.reshape(-1, 2)
+        self.pair_weights = None if self._weights is None else self._weights.numbers
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -80,16 +91,25 @@ class AlignedDataset:
             self._rewards[rejected],
             None if reference is None else reference[chosen],
             None if reference is None else reference[rejected],
+            None if self.pair_weights is None else float(self.pair_weights[pair]),
         )
 
     def __reduce__(self):
         return AlignedDataset, (self.prefix,)
 
     def reader(self, name: str) -> IndexedReader:
-        """The indexed dataset ``name``; REF_LOGPROBS must be present."""
-        return {TOKENS: self._tokens, TOKEN_REWARDS: self._rewards, REF_LOGPROBS: self._reference, PAIR_IDS: self._ids}[
-            name
-        ]
+        """The indexed dataset ``name``, which must be present."""
+        return self._readers()[name]
+
+    def _readers(self) -> dict[str, IndexedReader]:
+        readers = {
+            TOKENS: self._tokens,
+            TOKEN_REWARDS: self._rewards,
+            REF_LOGPROBS: self._reference,
+            PAIR_IDS: self._ids,
+            PAIR_WEIGHTS: self._weights,
+        }
+        return {name: reader for name, reader in readers.items() if reader is not None}
 
     def pair_id(self, pair: int) -> str:
         """Id of a pair, as given in its source file."""
@@ -109,17 +129,10 @@ class AlignedDataset:
         pairs = self.manifest["pairs"]
         if pairs < 1:
             raise UserError(f"aligned dataset {self.prefix} holds no pairs; index again")
-        readers = {
-            TOKENS: self._tokens,
-            TOKEN_REWARDS: self._rewards,
-            REF_LOGPROBS: self._reference,
-            PAIR_IDS: self._ids,
-        }
-        for name, reader in readers.items():
-            sequences = 1 if name == PAIR_IDS else 2
-            if reader is not None and (
-                len(reader.document_starts) != pairs + 1
-                or not np.array_equal(reader.document_starts, np.arange(pairs + 1) * sequences)
+        for name, reader in self._readers().items():
+            sequences = sequences_per_pair(name)
+            if len(reader.document_starts) != pairs + 1 or not np.array_equal(
+                reader.document_starts, np.arange(pairs + 1) * sequences
             ):
                 raise UserError(
                     f"{self.prefix}_{name} does not hold {pairs} documents of {sequences} sequences, as "
@@ -136,6 +149,11 @@ class AlignedDataset:
                 f"{{pair}}: {REF_LOGPROBS} has {{reference}} values where {TOKEN_REWARDS} has {{rewards}}",
             )
 
+        if self._weights is not None and len(self._weights.numbers) != pairs:
+            raise UserError(
+                f"{self.prefix}_{PAIR_WEIGHTS} has {len(self._weights.numbers)} weights for {pairs} pairs; index again"
+            )
+
     def _refuse(self, wrong_sequences: np.ndarray, message: str) -> None:
         if wrong_sequences.any():
             i = int(wrong_sequences.argmax())
@@ -146,6 +164,16 @@ class AlignedDataset:
                 reference=None if self._reference is None else self._reference.lengths[i],
             )
             raise UserError(f"the files of aligned dataset {self.prefix} disagree: {detail}; index again")
+
+
+def weight_range(weights: np.ndarray) -> dict[str, float]:
+    """What a manifest says of weights, [pairs] fp32."""
+    return {"least": float(weights.min()), "greatest": float(weights.max())}
+
+
+def sequences_per_pair(name: str) -> int:
+    """How many sequences a pair has in the indexed dataset ``name``."""
+    return 1 if name in _ONE_PER_PAIR else 2
 
 
 def stream_paths(prefix: str | Path, name: str) -> tuple[Path, Path]:
@@ -184,6 +212,9 @@ def streams_manifest(prefix: str | Path) -> dict[str, Any]:
     _require_keys(manifest, _MANIFEST_KEYS, path, "")
     _require_keys(manifest["tokenizer"], _TOKENIZER_KEYS, path, "tokenizer.")
     names = [TOKENS, TOKEN_REWARDS, *[REF_LOGPROBS] * manifest["reference_logprobs"], PAIR_IDS]
+    if PAIR_WEIGHTS in manifest:
+        _require_keys(manifest, {PAIR_WEIGHTS: dict}, path, "")
+        names.append(PAIR_WEIGHTS)
     files = {f"{name}.{kind}": dict for name in names for kind in ("bin", "idx")}
     _require_keys(manifest["files"], files, path, "files.")
     for name, file in manifest["files"].items():

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from treg_megatron.data.aligned import AlignedDataset, PairRecord
+from treg_megatron.data.aligned import PAIR_WEIGHTS, AlignedDataset, PairRecord, weight_range
 from treg_megatron.errors import UserError
 
 _MAX_EPOCH = 100  # longest epoch, as a multiple of all pairs; a longer one is almost certainly a typo in the weights
@@ -22,6 +22,7 @@ class BlendedDataset:
         prefix: the blend as written in the recipe.
         parts: the datasets blended.
         sequence_lengths, response_lengths: int32 [pairs, 2], as in ``AlignedDataset``, repeats included.
+        pair_weights: float32 [pairs], 1 for pairs of parts without weights; None if no part has any.
 
     Raises:
         UserError: the parts were made with different tokenizers, or the weights make an unreasonably long epoch.
@@ -43,8 +44,12 @@ class BlendedDataset:
         self.response_lengths = np.concatenate(
             [p.response_lengths[self._pair[self._part == i]] for i, p in enumerate(parts)]
         )
+        self.pair_weights = None
+        if any(part.pair_weights is not None for part in parts):
+            weights = [np.ones(len(p), np.float32) if p.pair_weights is None else p.pair_weights for p in parts]
+            self.pair_weights = np.concatenate([weights[i][self._pair[self._part == i]] for i in range(len(parts))])
         self.manifest: dict[str, Any] = {
-            **parts[0].manifest,
+            **{name: value for name, value in parts[0].manifest.items() if name != PAIR_WEIGHTS},
             "pairs": len(self),
             "tokens": int(self.sequence_lengths.sum()),
             "response_tokens": int(self.response_lengths.sum()),
@@ -58,6 +63,8 @@ class BlendedDataset:
                 ]
             },
         }
+        if self.pair_weights is not None:
+            self.manifest[PAIR_WEIGHTS] = weight_range(self.pair_weights)
 
     def __len__(self) -> int:
         return len(self._pair)
@@ -66,6 +73,8 @@ class BlendedDataset:
         if not 0 <= pair < len(self):
             raise IndexError(f"pair {pair} of {len(self)}")
         record = self.parts[self._part[pair]][int(self._pair[pair])]
+        if self.pair_weights is not None:
+            record = record._replace(pair_weight=float(self.pair_weights[pair]))
         if self.manifest["reference_logprobs"]:
             return record
         return record._replace(chosen_ref_logprobs=None, rejected_ref_logprobs=None)

@@ -25,8 +25,8 @@ def require_trainable(streams: AlignedDataset, data: DataSection, objective: Obj
     """Check that every pair fits the recipe, and that the dataset holds what the objective reads.
 
     Raises:
-        UserError: fewer training pairs than one global batch, a pair longer than ``data.seq_length``, or no reference
-            log-probs for an objective that needs them.
+        UserError: fewer training pairs than one global batch, a pair longer than ``data.seq_length``, no reference
+            log-probs for an objective that needs them, or no pair with a weight above 0.
     """
     if str(streams.prefix) == data.train:
         require_enough(len(streams), data, str(streams.prefix))
@@ -43,3 +43,5 @@ def require_trainable(streams: AlignedDataset, data: DataSection, objective: Obj
             f"{streams.prefix} has no reference log-probs, which objective.loss_type={objective.loss_type} "
             f"needs: label with a reference model, or use simpo or sft"
         )
+    if streams.pair_weights is not None and not streams.pair_weights.any():
+        raise UserError(f"{streams.prefix}: the weight of every pair is 0, so that nothing would be trained on")

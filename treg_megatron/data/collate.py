@@ -32,6 +32,7 @@ def collate(
     context: ContextPart = WHOLE,
     share_prompts: bool = False,
     token_order: bool = False,
+    weighted: bool = False,
 ) -> dict[str, Any]:
     """One micro-batch of 0 or more pairs; without pairs it consists of padding and its loss is 0.
 
@@ -42,6 +43,7 @@ def collate(
         context: the part of every sequence that this context-parallel rank holds; only layout packed can be split.
         share_prompts: store the prompt of each pair once; only for layout packed without context parallelism.
         token_order: whether to return positions and ranks.
+        weighted: whether to return pair_weights.
 
     Returns:
         tokens, position_ids: [b, s] int64; packed: b = 1.
@@ -55,6 +57,7 @@ def collate(
         token_rewards: [n] fp32. ref_logps: [n] fp32, absent if the dataset has none. pair_ids: list of str.
         positions, ranks: [n] int64, of each token in its whole response: see
             :class:`~treg_megatron.objective.Responses`.
+        pair_weights: [pairs] fp32, 1 for a pair without a weight.
     """
     sequences = [tokens for r in records for tokens in (r.chosen_tokens, r.rejected_tokens)]
     rewards = [values for r in records for values in (r.chosen_token_rewards, r.rejected_token_rewards)]
@@ -85,6 +88,9 @@ def collate(
     if token_order:
         batch["positions"] = flat([np.cumsum(s) - 1 for s in scored], np.int64)
         batch["ranks"] = flat([_ranks(np.asarray(r), s) for r, s in zip(rewards, scored, strict=True)], np.int64)
+    if weighted:
+        weights = [1.0 if r.pair_weight is None else r.pair_weight for r in records]
+        batch["pair_weights"] = torch.tensor(weights, dtype=torch.float32)
     if all(r.chosen_ref_logprobs is not None for r in records):
         batch["ref_logps"] = flat([x for r in records for x in (r.chosen_ref_logprobs, r.rejected_ref_logprobs)])
     return batch

@@ -62,7 +62,8 @@ def inspect_pairs(
 
     Returns:
         format, pairs, drops (records by reason), notes (scores and ids read as none), unusable (number of records),
-        first_unusable (messages), turns (pairs by number of turns), system (pairs with a system message),
+        first_unusable (messages), turns (pairs by number of turns), system (pairs with a system message), weights
+        (number of pairs that have one, and the least and greatest; absent without),
         repeated_prompts, the counts and warnings of :class:`~treg_megatron.data.symptoms.Symptoms`, chosen_longer
         (share of pairs, None if there are too few), unit, lengths (minimum, median, 95th percentile and maximum of
         prompt, chosen, rejected, longest), too_long (pairs), histograms (by name: low, high, counts, median, and its
@@ -115,6 +116,7 @@ class _Findings(NamedTuple):
         facts: int64 [pairs, fields of _Facts].
         signs: int64 [pairs, fields of Signs].
         margins: float64 [pairs], score of chosen minus score of rejected; NaN without.
+        weights: float64 [pairs], weight of the pair; NaN without.
         names: each pair's id, and the writing system of its chosen answer.
         refusals: by number of the record, why it cannot be used.
         texts: by number of the record, prompt, chosen and rejected as they may be shown.
@@ -125,6 +127,7 @@ class _Findings(NamedTuple):
     facts: np.ndarray
     signs: np.ndarray
     margins: np.ndarray
+    weights: np.ndarray
     names: list[tuple[str, str]]
     refusals: dict[int, str]
     texts: dict[int, Sequence[str]]
@@ -147,6 +150,7 @@ class _Examiner:
         facts: list[_Facts] = []
         signs: list[Signs] = []
         margins: list[float] = []
+        weights: list[float] = []
         names: list[tuple[str, str]] = []
         refusals: dict[int, str] = {}
         texts: dict[int, Sequence[str]] = {}
@@ -175,10 +179,12 @@ class _Examiner:
             names.append((pair.pair_id, _script(pair.chosen)))
             scores = (pair.chosen_score, pair.rejected_score)
             margins.append(math.nan if scores[0] is None or scores[1] is None else scores[0] - scores[1])
+            weights.append(math.nan if pair.pair_weight is None else pair.pair_weight)
         return _Findings(
             np.array(facts, dtype=np.int64).reshape(-1, len(_Facts._fields)),
             np.array(signs, dtype=np.int64).reshape(-1, len(Signs._fields)),
             np.array(margins, dtype=np.float64),
+            np.array(weights, dtype=np.float64),
             names,
             refusals,
             texts if self.shows else {},
@@ -207,7 +213,7 @@ class _Survey:
         self.turns: Counter[int] = Counter()
         self.scripts: Counter[str] = Counter()
         self.symptoms, self._repeats = Symptoms(), Repeats()
-        self.margins, self.sizes = array("d"), array("q")
+        self.margins, self.weights, self.sizes = array("d"), array("d"), array("q")
         self.examples: list[dict[str, Any]] = []
         self._shown = examples
 
@@ -226,6 +232,8 @@ class _Survey:
         self.symptoms.add(findings.signs[counting])
         margins = findings.margins[counting]
         self.margins.frombytes(margins[np.abs(margins) < _LARGEST].tobytes())
+        weights = findings.weights[counting]
+        self.weights.frombytes(weights[~np.isnan(weights)].tobytes())
         self.sizes.frombytes(facts[:, -3:].tobytes())
         self.scripts.update(findings.names[i][1] for i in counting)
         for i in counting[: self._shown - len(self.examples)]:
@@ -265,6 +273,7 @@ class _Survey:
             "first_unusable": self.unusable[:_SHOWN_ROWS],
             "turns": dict(sorted(self.turns.items())),
             "system": self.system,
+            **({"weights": [len(self.weights), min(self.weights), max(self.weights)]} if self.weights else {}),
             "repeated_prompts": self.symptoms.repeated_prompts,
             **{name: getattr(self.symptoms, name) for name in _COUNTED},
             "chosen_longer": self.symptoms.longer_share,
@@ -319,6 +328,9 @@ def as_lines(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"chosen is the longer answer in {report['chosen_longer']:.0%}")
     if report["scored"]:
         lines.append(f"scored: {report['scored']}, chosen has the lower score in {report['chosen_scored_lower']}")
+    if "weights" in report:
+        count, least, greatest = report["weights"]
+        lines.append(f"with a weight: {count}, from {least:g} to {greatest:g}; the others weigh 1")
     lines += [
         f"{report['unit']} of {LENGTHS[key]}: minimum {low}, median {middle}, 95th percentile {high}, maximum {top}"
         for key, (low, middle, high, top) in report["lengths"].items()

@@ -7,6 +7,7 @@ rewards, so everything in them is validated when they are read. Files written he
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from treg_megatron.data.pairs import LARGEST_WEIGHT, is_weight
 from treg_megatron.data.scored import is_scored
 from treg_megatron.errors import UserError
 from treg_megatron.utils.files import atomic_write, natural_order, read_manifest
@@ -40,12 +42,13 @@ _OPTIONAL = {
     "prompt": pa.string(),
     "chosen": pa.string(),
     "rejected": pa.string(),
+    "pair_weight": pa.float64(),
 }
 
 
 @dataclass(frozen=True)
 class LabelledPair:
-    """One labelled pair: int32 token ids [s] and fp32 values [response tokens]; scores and texts, if known."""
+    """One labelled pair: int32 token ids [s] and fp32 values [response tokens]; scores, texts and weight, if known."""
 
     pair_id: str
     chosen_tokens: np.ndarray
@@ -59,19 +62,24 @@ class LabelledPair:
     prompt: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    pair_weight: float | None = None
 
 
-def write_shard(path: str | Path, pairs: Iterable[LabelledPair], metadata: dict[str, Any] | None = None) -> int:
+def write_shard(
+    path: str | Path, pairs: Iterable[LabelledPair], metadata: dict[str, Any] | None = None, weighted: bool = False
+) -> int:
     """Write labelled pairs as one Parquet file, atomically, and return their number.
 
     Memory holds one batch of rows at a time. ``metadata`` (JSON values) is stored in the file; it is written after the
-    last pair, so it may be filled in while the pairs are produced.
+    last pair, so it may be filled in while the pairs are produced. Only with ``weighted`` is there a column of weights.
     """
     pairs, written = iter(pairs), 0
     rows = list(itertools.islice(pairs, _ROWS_AT_ONCE))
     types = {"pair_id": pa.string(), **{name: pa.list_(type) for name, type in _LISTS.items()}, **_OPTIONAL}
     if rows and rows[0].chosen_ref_logprobs is None:
         types = {name: type for name, type in types.items() if name not in _REFERENCE}
+    if not weighted:
+        del types["pair_weight"]
     schema = pa.schema(types.items())
     with (
         atomic_write(path) as partial,
@@ -216,6 +224,8 @@ def _read_file(path: Path, begin: int, end: int) -> Iterator[LabelledPair]:
                 optional = {
                     name: batch.column(name).cast(_OPTIONAL[name]).to_pylist() for name in present if name in _OPTIONAL
                 }
+                if "pair_weight" in optional:
+                    optional["pair_weight"] = [_weight(value, row) for row, value in enumerate(optional["pair_weight"])]
                 pairs = [_labelled_pair(ids, columns, optional, row) for row in range(batch.num_rows)]
             except _WrongRow as wrong:
                 name = f" (pair_id {ids[wrong.row]!r})" if ids else ""
@@ -307,6 +317,14 @@ def _lists(batch: pa.RecordBatch, name: str) -> _Lists:
     if values.null_count:
         raise _WrongRow(lists.first_row_where(values.is_null().to_numpy(zero_copy_only=False)), f"{name} holds a null")
     return lists
+
+
+def _weight(value: float | None, row: int) -> float | None:
+    if value is None or math.isnan(value):
+        return None
+    if not is_weight(value):
+        raise _WrongRow(row, f"pair_weight is {value:g}: it must be a number from 0 to {LARGEST_WEIGHT:g}")
+    return value
 
 
 def _check(columns: dict[str, _Lists]) -> None:

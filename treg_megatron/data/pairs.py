@@ -26,6 +26,8 @@ IDENTICAL_RESPONSES = "identical responses"
 REPEATED_PAIR = "repeats an earlier pair"
 EQUAL_SCORES = "equal scores or ranks"
 
+LARGEST_WEIGHT = 1000.0
+
 NO_SCORE = "score that is not a finite number, read as none"
 NO_ID = "id that is neither a text nor an integer, read as none"
 
@@ -40,8 +42,8 @@ class Pair:
     An answer of several turns, or of one that is more than text, is in ``chosen_turns`` or ``rejected_turns``, and
     ``chosen`` or ``rejected`` shows it as text.
 
-    ``tools`` are the functions that the conversation may call, as the text of a JSON list; ``row`` is the number of the
-    record.
+    ``tools`` are the functions that the conversation may call, as the text of a JSON list; ``pair_weight`` is a factor
+    of the pair's loss, None where the record has none; ``row`` is the number of the record.
     """
 
     pair_id: str
@@ -56,6 +58,7 @@ class Pair:
     tools: str = ""
     chosen_turns: tuple[Message, ...] = ()
     rejected_turns: tuple[Message, ...] = ()
+    pair_weight: float | None = None
     row: int = field(default=0, compare=False)
 
     @property
@@ -292,6 +295,7 @@ def _pair(number: int, row: dict, format: PairFormat, reading: Reading, notes: C
         tools=answered.tools,
         chosen_turns=() if isinstance(answered.chosen, str) else answered.chosen,
         rejected_turns=() if isinstance(answered.rejected, str) else answered.rejected,
+        pair_weight=_weight(named.get("pair_weight", row.get("pair_weight"))),
         row=number,
     )
 
@@ -368,13 +372,33 @@ def _pair_id(row: dict, notes: Counter[str]) -> str | None:
 
 def _score(value: Any, notes: Counter[str]) -> float | None:
     """A score as a finite number, or None; scores are for people, so that none is worth refusing a pair."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    try:
-        number = float(value) if isinstance(value, (int, float, str, decimal.Decimal)) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number):
+    number = _number(value)
+    if number is not None and not math.isfinite(number):
         notes[NO_SCORE] += 1
         return None
     return number
+
+
+def _weight(value: Any) -> float | None:
+    """A weight as a number, or None; weights are for training, so that one that cannot be used is refused."""
+    number = _number(value)
+    if number is not None and not is_weight(number):
+        raise ValueError(f"pair_weight is {str(value)[:60]!r}: it must be a number from 0 to {LARGEST_WEIGHT:g}")
+    return number
+
+
+def is_weight(number: float) -> bool:
+    """Whether a number can be the weight of a pair; 0 keeps a pair in the data that is not trained on."""
+    return 0 <= number <= LARGEST_WEIGHT
+
+
+def _number(value: Any) -> float | None:
+    """A number, also one written as text; nan for what is none; None for a missing value."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float, str, decimal.Decimal)):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan

@@ -75,6 +75,7 @@ def labelled_pair(pair: Pair, columns: dict[str, Any]) -> LabelledPair:
         **columns,
         chosen_score=pair.chosen_score,
         rejected_score=pair.rejected_score,
+        pair_weight=pair.pair_weight,
         prompt=conversation_text(pair.messages),
         chosen=pair.chosen,
         rejected=pair.rejected,

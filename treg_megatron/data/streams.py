@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import itertools
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from treg_megatron.data.aligned import (
     MANIFEST_FORMAT,
     MANIFEST_VERSION,
     PAIR_IDS,
+    PAIR_WEIGHTS,
     REF_LOGPROBS,
     TOKEN_REWARDS,
     TOKENS,
     AlignedDataset,
     manifest_path,
+    sequences_per_pair,
     stream_paths,
     streams_manifest,
+    weight_range,
 )
 from treg_megatron.data.blend import BlendedDataset, parse_blend
 from treg_megatron.data.indexed import IndexedWriter
@@ -31,6 +35,17 @@ from treg_megatron.utils.files import atomic_write_all, manifest_text
 from treg_megatron.utils.string_set import StringSet
 
 _UINT16_VOCABULARY = 65500  # megatron-core's limit for two-byte tokens
+
+
+class _Weights:
+    """Weights of the pairs that are written, 1 where none is given; they are left out where none is given at all."""
+
+    def __init__(self) -> None:
+        self.values, self.given = array("f"), False
+
+    def add(self, weight: float | None) -> None:
+        self.values.append(1.0 if weight is None else weight)
+        self.given |= weight is not None
 
 
 def write_streams(
@@ -54,8 +69,8 @@ def write_streams(
     if first is None:
         raise UserError(f"there are no pairs to write to {prefix}")
     token_dtype = np.uint16 if tokenizer.vocab_size < _UINT16_VOCABULARY else np.int32
-    with _stream_writers(prefix, token_dtype, first.chosen_ref_logprobs is not None) as (writers, manifest):
-        manifest |= _write_pairs(writers, itertools.chain([first], pairs), tokenizer)
+    with _stream_writers(prefix, token_dtype, first.chosen_ref_logprobs is not None) as (writers, weights, manifest):
+        manifest |= _write_pairs(writers, weights, itertools.chain([first], pairs), tokenizer)
         made_with = {**tokenizer.identity, "vocab_size": tokenizer.vocab_size}
         manifest |= _provenance(made_with, labels)
     return streams_manifest(prefix)
@@ -64,7 +79,8 @@ def write_streams(
 def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, Any]:
     """Concatenate aligned datasets in the order of ``parts``, and return the manifest.
 
-    Parts of different labelling runs may be merged; the manifest then lists the labels of each.
+    Parts of different labelling runs may be merged; the manifest then lists the labels of each. If only some parts have
+    weights, the pairs of the others weigh 1.
 
     Raises:
         UserError: there are no parts, the parts differ in tokenizer or token dtype, only some have reference log-probs,
@@ -85,13 +101,18 @@ def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, 
                 )
     all_labels = [streams.manifest["labels"] for streams in opened]
     labels = all_labels[0] if all(each == all_labels[0] for each in all_labels) else {"merged": all_labels}
-    with _stream_writers(prefix, np.dtype(first["token_dtype"]), first["reference_logprobs"]) as (writers, manifest):
+    with _stream_writers(prefix, np.dtype(first["token_dtype"]), first["reference_logprobs"]) as (
+        writers,
+        weights,
+        manifest,
+    ):
         seen = StringSet()
         for streams in opened:
             for pair in range(len(streams)):
                 if (pair_id := streams.pair_id(pair)) in seen:
                     raise UserError(f"pair_id {pair_id!r} of {streams.prefix} is also in an earlier part")
                 seen.add(pair_id)
+                weights.add(None if streams.pair_weights is None else streams.pair_weights[pair])
             for name, writer in writers.items():
                 writer.append(streams.reader(name))
         manifest |= {
@@ -123,11 +144,13 @@ def split_streams(source: AlignedDataset, outputs: Sequence[str | Path], fractio
             raise UserError(f"a validation share of {fraction:g} of the {len(source)} pairs leaves none for {output}")
         with _stream_writers(
             output, np.dtype(source.manifest["token_dtype"]), source.manifest["reference_logprobs"]
-        ) as (writers, manifest):
+        ) as (writers, weights, manifest):
             for name, writer in writers.items():
-                reader, sequences = source.reader(name), 1 if name == PAIR_IDS else 2
+                reader, sequences = source.reader(name), sequences_per_pair(name)
                 for pair in chosen:
                     writer.add_document([reader[sequences * pair + i] for i in range(sequences)])
+            for pair in chosen:
+                weights.add(None if source.pair_weights is None else source.pair_weights[pair])
             manifest |= {
                 "pairs": len(chosen),
                 "tokens": int(source.sequence_lengths[chosen].sum()),
@@ -148,20 +171,29 @@ def in_validation(prompt: np.ndarray, fraction: float) -> bool:
 @contextlib.contextmanager
 def _stream_writers(
     prefix: str | Path, token_dtype: np.dtype | type, reference_logprobs: bool
-) -> Iterator[tuple[dict[str, IndexedWriter], dict[str, Any]]]:
-    """Writers by name and the manifest to fill; all files appear together when the block ends without an error."""
+) -> Iterator[tuple[dict[str, IndexedWriter], _Weights, dict[str, Any]]]:
+    """Writers by name, weights and manifest to fill; all files appear together when the block ends without an error."""
     dtypes = {TOKENS: token_dtype, TOKEN_REWARDS: np.float32, REF_LOGPROBS: np.float32, PAIR_IDS: np.uint8}
     if not reference_logprobs:
         del dtypes[REF_LOGPROBS]
-    paths = [path for name in dtypes for path in stream_paths(prefix, name)] + [manifest_path(prefix)]
-    with atomic_write_all(paths, replaced_first=paths[-1]) as partials, contextlib.ExitStack() as open_files:
+    paths = [path for name in (*dtypes, PAIR_WEIGHTS) for path in stream_paths(prefix, name)] + [manifest_path(prefix)]
+    optional = stream_paths(prefix, PAIR_WEIGHTS)
+    with atomic_write_all(paths, paths[-1], optional) as partials, contextlib.ExitStack() as open_files:
         writers = {
             name: IndexedWriter(*partials[2 * i : 2 * i + 2], dtype) for i, (name, dtype) in enumerate(dtypes.items())
         }
         for writer in writers.values():
             open_files.callback(writer.close)
         manifest: dict[str, Any] = {}
-        yield writers, manifest
+        weights = _Weights()
+        yield writers, weights, manifest
+        if weights.given:
+            values = np.array(weights.values, dtype=np.float32)
+            writers[PAIR_WEIGHTS] = IndexedWriter(*partials[-3:-1], np.float32)
+            open_files.callback(writers[PAIR_WEIGHTS].close)
+            for value in values:
+                writers[PAIR_WEIGHTS].add_document([value[None]])
+            manifest[PAIR_WEIGHTS] = weight_range(values)
         manifest |= {
             "token_dtype": np.dtype(token_dtype).name,
             "reference_logprobs": reference_logprobs,
@@ -222,7 +254,7 @@ def _provenance(tokenizer: dict[str, Any], labels: Any) -> dict[str, Any]:
 
 
 def _write_pairs(
-    writers: dict[str, IndexedWriter], pairs: Iterable[LabelledPair], tokenizer: ChatTokenizer
+    writers: dict[str, IndexedWriter], weights: _Weights, pairs: Iterable[LabelledPair], tokenizer: ChatTokenizer
 ) -> dict[str, int]:
     seen = StringSet()
     tokens = response_tokens = longest = 0
@@ -245,6 +277,7 @@ def _write_pairs(
         if REF_LOGPROBS in writers:
             writers[REF_LOGPROBS].add_document([pair.chosen_ref_logprobs, pair.rejected_ref_logprobs])
         writers[PAIR_IDS].add_document([np.frombuffer(pair.pair_id.encode(), dtype=np.uint8)])
+        weights.add(pair.pair_weight)
         tokens += len(pair.chosen_tokens) + len(pair.rejected_tokens)
         response_tokens += len(pair.chosen_token_rewards) + len(pair.rejected_token_rewards)
         longest = max(longest, len(pair.chosen_tokens), len(pair.rejected_tokens))

@@ -10,7 +10,7 @@ from treg_megatron.formats.pair_format import Answered, PairFormat
 from treg_megatron.formats.trl import explicit
 
 _ANSWERS = ("responses", "scores")
-_OPTIONAL = ("system", "history", "tools", "id", "chosen_score", "rejected_score")
+_OPTIONAL = ("system", "history", "tools", "id", "chosen_score", "rejected_score", "pair_weight")
 _READS_NOTHING = PairFormat("columns", "", (), explicit)  # a mapped record has all columns beside under their own names
 FIELDS = ("prompt", *SIDES, *_ANSWERS, *_OPTIONAL)
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from treg_megatron.config.schema import LabelSection
 from treg_megatron.data.labelled_pairs import SIDES, LabelledPair, write_shard
-from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, Reading, read_pairs_and_rows
+from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, Reading, read_pairs, read_pairs_and_rows
 from treg_megatron.data.records import source_identity
 from treg_megatron.data.responses import (
     PROMPT_FILLS_CONTEXT,
@@ -89,8 +89,9 @@ def import_token_rewards(section: LabelSection, scorer: Scorer | None) -> dict[s
     counts["run"] = run
     output = Path(section.output)
     file = output if output.suffix == ".parquet" else output.with_name(output.name + ".parquet")
+    weighted = any(pair.pair_weight is not None for pair in read_pairs(section.pairs, reading=Reading.of(section)))
     with Lock(file):
-        pairs = write_shard(file, itertools.chain([first], labelled), counts)
+        pairs = write_shard(file, itertools.chain([first], labelled), counts, weighted)
     return {
         "file": str(file),
         "pairs": pairs,

@@ -102,6 +102,8 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     drops: Counter[str] = Counter()
     reading = Reading.of(section)
     portions = Portions(read_pairs(section.pairs, drops, reading), section.shard_pairs)
+    if portions.all_weigh_nothing and portions.total:
+        raise UserError(f"{section.pairs}: the pair_weight of every pair is 0, so that nothing would be trained on")
     shards = Shards(output, run, portions.sha256)
     job = ShardJob(output, SHARD_PATTERN, portions.total, section.shard_pairs, share, shards.is_current)
     shards.require_own(job)
@@ -119,7 +121,8 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
             for portion, pairs in job.unfinished(read_pairs(section.pairs, reading=reading), finished):
                 labelled_drops, labelled = _label_portion(pairs, section, tokenizer, source, scorers, progress)
                 if share.writes:
-                    write_shard(job.path(portion), labelled, shards.metadata(portion, labelled_drops))
+                    weighted = any(pair.pair_weight is not None for pair in labelled)
+                    write_shard(job.path(portion), labelled, shards.metadata(portion, labelled_drops), weighted)
         if section.engine == "megatron":
             scorers[REFERENCE].close()
     if not share.writes or len(job.finished()) < len(job.portions):

@@ -76,10 +76,11 @@ class Portions:
         total: number of pairs.
         sha256: hash of the names and contents of each portion's pairs.
         warnings: what in the pairs speaks of a fault.
+        all_weigh_nothing: whether every pair has the weight 0.
     """
 
     def __init__(self, pairs: Iterable[Pair], size: int):
-        self.total, self.sha256 = 0, []
+        self.total, self.sha256, self.all_weigh_nothing = 0, [], True
         symptoms = Symptoms()
         for portion in batches(pairs, size):
             self.total += len(portion)
@@ -87,8 +88,11 @@ class Portions:
             digest = hashlib.sha256()
             for pair in portion:
                 sampled = [pair.chosen_ids, pair.rejected_ids, pair.tokenizer]
-                identity = json.dumps([pair.pair_id, pair.content, pair.chosen_score, pair.rejected_score, sampled])
-                digest.update(identity.encode())
+                identity = [pair.pair_id, pair.content, pair.chosen_score, pair.rejected_score, sampled]
+                if pair.pair_weight is not None:
+                    identity.append(pair.pair_weight)
+                digest.update(json.dumps(identity).encode())
+                self.all_weigh_nothing &= pair.pair_weight == 0
             self.sha256.append(digest.hexdigest())
         self.warnings = symptoms.warnings()
 

@@ -211,7 +211,12 @@ class PreferenceLossReduction(MegatronLossReduction):
             batch.get("ranks"),
         )
         loss, sums = preference_loss(
-            logps, batch.get("ref_logps"), batch.get("token_rewards"), responses, self.objective
+            logps,
+            batch.get("ref_logps"),
+            batch.get("token_rewards"),
+            responses,
+            self.objective,
+            batch.get("pair_weights"),
         )
         # Megatron sums the counts over context-parallel ranks, which hold the same pairs
         own = len(batch["lengths"]) // 2 if parallel_state.get_context_parallel_rank() == 0 else 0

@@ -168,6 +168,7 @@ class PairData(pl.LightningDataModule):
                 ),
                 share_prompts=self.data.share_prompts,
                 token_order=self.token_order,
+                weighted=streams.pair_weights is not None,
             ),
         )
 

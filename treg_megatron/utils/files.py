@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +79,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_write_all(paths: list[Path], replaced_first: Path | None = None) -> Iterator[list[Path]]:
+def atomic_write_all(
+    paths: list[Path], replaced_first: Path | None = None, optional: Collection[Path] = ()
+) -> Iterator[list[Path]]:
     """:func:`atomic_write` for files that belong together: they are renamed in order, with nothing in between.
 
     ``replaced_first`` is the manifest of the others, the last of ``paths``. An old one is removed before the first
-    rename, so that a manifest never describes a mixture of old and new files.
+    rename, so that a manifest never describes a mixture of old and new files. The block may leave out ``optional``
+    ones; an old file of that name is then removed.
     """
     partials = [path.with_name(f".{path.name}.partial") for path in paths]
     try:
         for folder in {path.parent for path in paths}:
             folder.mkdir(parents=True, exist_ok=True)
         yield partials
-        for partial in partials:
+        written = {path: p for path, p in zip(paths, partials, strict=True) if path not in optional or p.exists()}
+        for partial in written.values():
             _sync(partial)
         if replaced_first is not None:
             replaced_first.unlink(missing_ok=True)
-        for partial, path in zip(partials, paths, strict=True):
+        for path, partial in written.items():
             os.replace(partial, path)
+        for path in optional:
+            if path not in written:
+                path.unlink(missing_ok=True)
         for folder in {path.parent for path in paths}:
             _sync(folder)
     except OSError as error:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from treg_megatron.errors import UserError
 from treg_megatron.models.policy import StepResult
-from treg_megatron.objective import means
+from treg_megatron.objective import PAIR_WEIGHT, means
 from treg_megatron.utils.files import atomic_write
 
 VALIDATION = "validation/"
@@ -70,8 +70,9 @@ class RunMetrics(pl.Callback):
                 f"the loss of step {step.trainer.global_step + 1} is {self.step_metrics['loss']}, from the pairs "
                 f"{', '.join(result.not_finite)}; no update was made from it, and the last checkpoint is good"
             )
-        if step.trainer.global_step == 0 and self.first_loss is not None:
-            _require_first_loss(self.step_metrics["loss/preference"], self.first_loss, self.tolerance)
+        weight = self.step_metrics.get(PAIR_WEIGHT, 1.0)  # of the pairs in the mean, as the loss has it
+        if step.trainer.global_step == 0 and self.first_loss is not None and weight > 0:
+            _require_first_loss(self.step_metrics["loss/preference"] / weight, self.first_loss, self.tolerance)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
         if not trainer.is_global_zero:
