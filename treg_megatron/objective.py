@@ -94,6 +94,11 @@ class Objective(ObjectiveSection):
             "objective.alpha is positive but objective.token_rewards is none: set one of the two",
         )
         refuse(
+            bool(self.values) and self.token_rewards != "contrastive",
+            f"objective.values={self.values} names token rewards of the dataset, but objective.token_rewards is "
+            f"{self.token_rewards}: set it to contrastive, or values to null",
+        )
+        refuse(
             self.token_rewards == "implicit" and not self.needs_reference,
             f"objective.token_rewards: implicit is the log-ratio to a reference model, and {self.loss_type} has none",
         )

@@ -35,6 +35,7 @@ from treg_megatron.distributed.launch import (
     rank_info,
     require_device,
 )
+from treg_megatron.errors import UserError
 from treg_megatron.utils import entry
 from treg_megatron.utils.imports import heavy_imports
 from treg_megatron.utils.lock import Lock
@@ -118,7 +119,6 @@ def prepare(recipe: DictConfig) -> Job:
     plan = checked(recipe)
     set_up_stack(plan)
     with heavy_imports():
-        from treg_megatron.checkpoint.run_folder import checkpoint_to_resume
         from treg_megatron.models.build import shares_prompts
         from treg_megatron.training.data_module import PairData
 
@@ -134,7 +134,7 @@ def prepare(recipe: DictConfig) -> Job:
         data, streams[data.train], streams.get(data.validation), plan.parallel, plan.objective.needs_token_order
     )
     steps = min(pairs.steps, run.max_steps or pairs.steps)
-    resume = on_rank_zero(lambda: checkpoint_to_resume(output))
+    resume = on_rank_zero(lambda: resumable(plan))
     if ranks.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(recipe, output / "recipe.yaml")
@@ -146,6 +146,25 @@ def prepare(recipe: DictConfig) -> Job:
         f"resuming from {resume.name}" if resume else f"starting from {plan.checkpoint}",
     )
     return build_job(plan, pairs, steps, resume, lock)
+
+
+def resumable(plan: Plan) -> Path | None:
+    """The checkpoint that training continues from, if there is one.
+
+    Raises:
+        UserError: it was trained on other token rewards of the dataset.
+    """
+    from treg_megatron.checkpoint.run_folder import checkpoint_to_resume
+
+    checkpoint = checkpoint_to_resume(Path(plan.run.output))
+    if checkpoint is not None:
+        recorded = read_metadata(checkpoint).run.get("recipe", {}).get("objective", {}).get("values")
+        if (recorded or None) != (plan.objective.values or None):
+            raise UserError(
+                f"{checkpoint} was trained with objective.values={recorded}, not {plan.objective.values}: name another "
+                "train.output, or leave the key as it was"
+            )
+    return checkpoint
 
 
 def require_undamaged(plan: Plan) -> None:
@@ -182,7 +201,7 @@ def checked(recipe: DictConfig) -> Plan:
     require_architecture(model, identity.hf_config, model.checkpoint)
     fields = model_fields(identity.hf_config)
     require_layout(fields, parallel, data, ranks.size)
-    streams = {prefix: open_streams(prefix) for prefix in (data.train, data.validation) if prefix}
+    streams = {prefix: open_streams(prefix, objective.values) for prefix in (data.train, data.validation) if prefix}
     for opened in streams.values():
         require_same_tokenizer(opened.manifest, model.hf)
         require_trainable(opened, data, objective)

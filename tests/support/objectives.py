@@ -11,6 +11,7 @@ PLAIN_DPO = Objective(
     weight="dynamic",
     weight_margin=True,
     token_rewards="contrastive",
+    values=None,
     sft_loss_weight=0.0,
     token_values="regularizer",
     token_weight="linear",

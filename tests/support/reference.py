@@ -32,7 +32,9 @@ def pair_logps(model, pair) -> list[torch.Tensor]:
     ]
 
 
-def pair_loss(logps: list[torch.Tensor], pair, *, pair_weights: bool = False, **objective) -> torch.Tensor:
+def pair_loss(
+    logps: list[torch.Tensor], pair, *, pair_weights: bool = False, values: None = None, **objective
+) -> torch.Tensor:
     """The loss of one pair, in the precision of its log-probs, times the pair's weight if it counts."""
     return (pair.pair_weight if pair_weights else 1) * unweighted_loss(logps, pair, **objective)
 

@@ -159,6 +159,7 @@ def test_labelled_pairs_bring_the_reference(section, tiny_folder, tmp_path):
         worse_model=None,
         ratio_scale=1.0,
         squash="auto",
+        values={},
         max_length=512,
         max_revision_length=None,
         engine="huggingface",

@@ -10,6 +10,7 @@ import pytest
 from treg_megatron.data.labelled_pairs import (
     MANIFEST_FORMAT,
     LabelledPair,
+    columns_beside,
     labelled_files,
     labelling_run,
     read_labelled,
@@ -43,6 +44,11 @@ def as_lists(pair: LabelledPair) -> dict:
     return {
         f.name: v.tolist() if isinstance(v := getattr(pair, f.name), np.ndarray) else v
         for f in dataclasses.fields(pair)
+        if not f.name.endswith("_values")
+    } | {
+        f"{side} {name}": v.tolist()
+        for side in ("chosen", "rejected")
+        for name, v in getattr(pair, f"{side}_values").items()
     }
 
 
@@ -96,6 +102,23 @@ def test_some_pairs_may_have_a_weight(tmp_path):
     assert "pair_weight" not in pq.read_schema(tmp_path / "plain.parquet").names
 
 
+def test_further_token_rewards_have_names(tmp_path):
+    named = {"chosen_token_rewards_x": [[0.25, 0.5], [0.0]], "rejected_token_rewards_x": [[-0.5], [0.125, 0.0]]}
+    named |= {name.replace("_x", "_b2"): [[-v for v in row] for row in rows] for name, rows in named.items()}
+    pairs = list(read_labelled(write(tmp_path / "own.parquet", changed(pair_weight=[0.5, 2.0], **named))))
+    write_shard(tmp_path / "s.parquet", pairs, weighted=True)
+    again = list(read_labelled(tmp_path / "s.parquet"))
+    assert list(map(as_lists, again)) == list(map(as_lists, pairs))
+    assert again[1].rejected_values["x"].tolist() == [0.125, 0.0] and again[1].rejected_values["x"].dtype == np.float32
+    assert list(again[0].chosen_values) == ["b2", "x"]
+    beside = ["token rewards named b2, x", "weights of pairs from 0.5 to 2"]
+    assert columns_beside(tmp_path / "s.parquet") == beside and columns_beside(write(tmp_path / "p", GOOD)) == []
+    [_, second] = read_labelled(tmp_path / "s.parquet", values="b2")
+    assert second.rejected_token_rewards.tolist() == [-0.125, 0.0]
+    with pytest.raises(UserError, match="s.parquet has no token rewards named c; named are b2, x"):
+        list(read_labelled(tmp_path / "s.parquet", values="c"))
+
+
 def test_an_empty_shard_is_read(tmp_path):
     write_shard(tmp_path / "s.parquet", [], {"run": {}})
     assert list(read_labelled(tmp_path / "s.parquet")) == []
@@ -143,6 +166,19 @@ def test_an_empty_shard_is_read(tmp_path):
         (
             {"pair_weight": [None, 1001.0]},
             "row 2 (pair_id 'b'): pair_weight is 1001: it must be a number from 0 to 1000",
+        ),
+        ({"chosen_token_rewards_x": [[0.1, 0.1], [0.1]]}, "column chosen_token_rewards_x, but none for rejected"),
+        (
+            {"chosen_token_rewards_x": [[0.1], [0.1]], "rejected_token_rewards_x": [[0.0], [0.1, 0.1]]},
+            "row 1 (pair_id 'a'): chosen_token_rewards_x has 1 values, chosen_token_rewards 2",
+        ),
+        (
+            {"chosen_token_rewards_x": [[0.1, 0.2], [0.1]], "rejected_token_rewards_x": [[0.0], [0.1, 0.7]]},
+            "row 2 (pair_id 'b'): rejected_token_rewards_x holds a value outside [-0.5, 0.5]",
+        ),
+        (
+            {"chosen_token_rewards_x": [[0.1, -9.0], [0.1]], "rejected_token_rewards_x": [[0.0], [0.1, 0.1]]},
+            "row 1 (pair_id 'a'): chosen_token_rewards_x marks other tokens as not scored than chosen_token_rewards",
         ),
         ({"pair_weight": ["1", "2"]}, "column pair_weight must hold a number"),
         ({"rejected_tokens": [[1, 7, 9], [5, 7, 8]]}, "row 1 (pair_id 'a'): the prompts of the two sides differ"),

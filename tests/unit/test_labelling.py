@@ -13,7 +13,7 @@ import yaml
 
 from tests.support.file_operations import contents
 from treg_megatron.config.schema import IndexSection, LabelSection
-from treg_megatron.data.labelled_pairs import labelled_files, labelling_run, read_labelled
+from treg_megatron.data.labelled_pairs import labelled_files, labelling_run, read_labelled, read_shard_metadata
 from treg_megatron.data.pairs import IDENTICAL_RESPONSES, REPEATED_PAIR
 from treg_megatron.data.streams import open_streams
 from treg_megatron.errors import UserError
@@ -75,6 +75,7 @@ def section(tiny_folder, tmp_path):
         worse_model=None,
         ratio_scale=1.0,
         squash="auto",
+        values={},
         max_length=512,
         max_revision_length=None,
         engine="huggingface",
@@ -321,6 +322,103 @@ def test_of_several_turns_only_what_the_assistant_writes_is_scored(section, chat
         ends = response == chatml.end_of_turn
         assert ((rewards[ends & written] != 0).all()) == section.reward_eot
         assert (pair.rejected_token_rewards != -9).all()
+
+
+OWN = [
+    row
+    | {"chosen_spans": [[0, 2, i - 3.0]], "rejected_token_texts": ["It", " is not."], "rejected_token_rewards": [9, -1]}
+    for i, row in enumerate(ROWS)
+]
+NAMED = {"revise": {"prompt_pair": "revise"}, "again": {"source": "contrastive_prompts"}, "mine": {"source": "own"}}
+
+
+def test_named_values_are_those_of_labellings_of_their_own(section, tmp_path):
+    """All sources in one labelling, to the last bit; a pass that two of them need is scored once."""
+    jsonl(Path(section.pairs), OWN)
+    named = NAMED | {"mine": {"source": "own", "squash": "sigmoid"}}
+    section = dataclasses.replace(section, values=named)
+    scored = []
+
+    class Recording(ArithmeticScorer):
+        def score(self, sequences, scored_=lambda sequences, tokens: None):
+            scored.extend(sequences)
+            return super().score(sequences, scored_)
+
+    manifest = label(section, Recording())
+    assert len(scored) == len(ROWS) * 2 * 5  # reference, and better and worse of two prompt pairs
+    together = list(read_labelled(section.output))
+    assert list(together[0].chosen_values) == ["again", "mine", "revise"]
+    for name, changes in {"": {}, **named}.items():
+        alone = dataclasses.replace(section, values={}, output=str(tmp_path / f"alone {name}"), **changes)
+        means = label(alone, ArithmeticScorer())["token_rewards"]
+        assert (manifest["values"][name] if name else manifest["token_rewards"]) == means
+        for ours, theirs in zip(read_labelled(section.output, values=name), read_labelled(alone.output), strict=True):
+            for column in ("chosen_token_rewards", "rejected_token_rewards", "chosen_ref_logprobs", "chosen_tokens"):
+                np.testing.assert_array_equal(getattr(ours, column), getattr(theirs, column))
+        if not name:
+            assert all(
+                "values" not in (read_shard_metadata(path) or {})["run"] for path in labelled_files(alone.output)
+            )
+    mine = together[6].chosen_values["mine"]
+    assert mine[0] == np.float32(1 / (1 + np.exp(-3)) - 0.5) and mine[-1] == 0
+    run = labelling_run(section.output)
+    assert run["values"]["mine"] == {"source": {"kind": "own", "squash": "sigmoid"}}
+    assert run["values"]["again"] == {"prompt_pair": run["prompt_pair"]} != run["values"]["revise"]
+
+
+def test_a_stopped_job_with_named_values_goes_on_as_the_same_run_only(section, tmp_path):
+    jsonl(Path(section.pairs), [row | {"rejected_token_rewards": [0.5, -0.5], "chosen_spans": []} for row in OWN])
+    section = dataclasses.replace(section, values=NAMED)
+    uninterrupted = dataclasses.replace(section, output=str(tmp_path / "uninterrupted"))
+    label(uninterrupted, ArithmeticScorer())
+    with pytest.raises(KeyboardInterrupt):
+        label(section, ArithmeticScorer(fail_after=1))
+    for values in ({}, NAMED | {"mine": {"source": "own", "squash": "clip"}}, NAMED | {"more": {"source": "own"}}):
+        with pytest.raises(UserError, match="is a run with another values; name another label.output"):
+            label(dataclasses.replace(section, values=values), ArithmeticScorer())
+    label(section, scorer := ArithmeticScorer())
+    assert scorer.calls == 2 and contents(section.output) == contents(uninterrupted.output)
+
+
+def test_a_changed_value_of_the_user_labels_its_shard_anew(section):
+    section = dataclasses.replace(section, source="own", squash="tanh")
+    jsonl(Path(section.pairs), OWN)
+    label(section, ArithmeticScorer())
+    (Path(section.output) / "manifest.json").unlink()
+    jsonl(Path(section.pairs), [row | ({"chosen_spans": [[0, 2, 7.0]]} if i == 4 else {}) for i, row in enumerate(OWN)])
+    label(section, scorer := ArithmeticScorer())
+    assert scorer.calls == 1 and list(read_labelled(section.output))[4].chosen_token_rewards[0] == np.float32(
+        0.5 * np.tanh(7)
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"source": "own"}, "row 1, pair pair 0: chosen has no token rewards: give chosen_token_rewards with"),
+        ({"source": "own", "better_model": "x"}, "label.better_model belongs to label.source=model_ratio"),
+        ({"values": {"Oracle": {}}}, "label.values.Oracle: a name of token rewards consists of a-z, 0-9 and _"),
+        ({"values": {"x": {"promt_pair": "revise"}}}, "label.values.x.promt_pair is not a key of a source"),
+        ({"values": {"x": {"source": "model"}}}, "label.values.x.source is 'model'; choose one of"),
+        ({"values": {"x": {"source": "model_ratio"}}}, "label.values.x.better_model has no value"),
+        (
+            {"values": {"x": {"better_model": "m"}}},
+            "label.values.x.better_model belongs to label.values.x.source=model",
+        ),
+        ({"values": {"x": {"source": "own", "ratio_scale": 2}}}, "label.values.x.ratio_scale belongs to"),
+        ({"values": {"x": {"source": "own", "prompt_pair": "few_shot"}}}, "label.values.x.prompt_pair belongs to"),
+        (
+            {"values": {"x": {"source": "model_ratio", "better_model": "m", "ratio_scale": "big"}}},
+            "label.values.x.ratio_scale: Value 'big'",
+        ),
+        ({"values": {"x": {"squash": "rank"}}}, "label.values.x.squash: rewards of contrastive prompts are"),
+    ],
+    ids=str,
+)
+def test_values_that_do_not_fit_are_refused(section, change, message):
+    with pytest.raises(UserError, match=message):
+        label(dataclasses.replace(section, **change), ArithmeticScorer())
+    assert not Path(section.output).exists()
 
 
 def test_nothing_left_is_an_error_without_output(section):

@@ -292,6 +292,7 @@ def test_metrics_count_tokens_where_they_are_about_tokens(tokens):
         dict(loss_type="ipo", alpha=0.5),
         dict(loss_type="ipo", label_smoothing=0.1),
         dict(alpha=0.5, token_rewards="none"),
+        dict(alpha=0.5, token_rewards="implicit", values="oracle"),
         dict(loss_type="simpo", token_rewards="implicit"),
         dict(loss_type="sft", alpha=0.5),
         dict(loss_type="sft", sft_loss_weight=0.1),

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -56,6 +57,12 @@ def test_a_recipe_repeats_no_default(path):
         ("data.seq_length", "not of the form section.key=value"),
         ("data=3", "data must be a mapping of keys"),
         ("data.packing=true", "set data.layout=packed or data.layout=bins"),
+        ("label.values.x.sources=own", "unknown recipe key label.values.x.sources; did you mean source?"),
+        (
+            "label.values={x: {max_length: 3}}",
+            "unknown recipe key label.values.x.max_length; known: source, prompt_pair",
+        ),
+        ("label.values.x=own", "the command line: label.values.x: "),
     ],
 )
 def test_a_wrong_override_names_the_right_one(override, message):
@@ -119,6 +126,30 @@ def test_the_recipe_of_a_checkpoint_can_be_launched_as_it_is(tmp_path):
     with pytest.raises(UserError, match="has no recipe"):
         small_checkpoint(checkpoint, CheckpointMetadata("LlamaForCausalLM", {}, "float32", "source", "import"))
         load_recipe(recipe_at(checkpoint))
+
+
+def test_entries_of_values_are_text_and_add_up(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults: tiny.yaml\nname: mine\nmodel: {hf: M}\nlabel: {pairs: P, values: {a: {source: own}}}\n")
+    recipe = load_recipe(path, ["label.values.b.better_model=1e3", "label.values.b.source=model_ratio"])
+    entries = section(recipe, "label").values
+    assert entries == {"a": {"source": "own"}, "b": {"better_model": "1e3", "source": "model_ratio"}}
+    assert section(load_recipe(path, ["objective.values="]), "objective").values is None
+
+
+def test_a_run_is_not_continued_on_other_token_rewards(tmp_path):
+    from treg_megatron.train import resumable
+
+    trained = {"recipe": {"objective": {"values": "oracle"}}}
+    metadata = CheckpointMetadata("LlamaForCausalLM", {}, "float32", "source", "test", run=trained)
+    small_checkpoint(tmp_path / "checkpoints" / "step_000010", metadata)
+    plan = SimpleNamespace(run=SimpleNamespace(output=str(tmp_path)), objective=SimpleNamespace(values="oracle"))
+    assert resumable(plan).name == "step_000010"
+    plan.objective.values = None
+    with pytest.raises(
+        UserError, match="was trained with objective.values=oracle, not None: name another train.output"
+    ):
+        resumable(plan)
 
 
 @pytest.mark.parametrize("old, new", RENAMED.items())

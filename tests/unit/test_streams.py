@@ -343,6 +343,68 @@ def test_weights_follow_their_pairs(chatml, tokenizer_folders, tmp_path):
     assert not any(path.exists() for path in stream_paths(tmp_path / "whole", "pair_weights"))
 
 
+def named(pairs, *names):
+    """The pairs with further token rewards: those of the pair times 1, 1/2, 1/4, ..."""
+    return [
+        dataclasses.replace(
+            pair,
+            **{
+                f"{side}_values": {name: getattr(pair, f"{side}_token_rewards") / 2**i for i, name in enumerate(names)}
+                for side in ("chosen", "rejected")
+            },
+        )
+        for pair in pairs
+    ]
+
+
+def test_named_token_rewards_are_chosen_on_opening(chatml, tmp_path):
+    pairs = named(MANY, "x", "b2")
+    write_streams(tmp_path / "plain", MANY, chatml)
+    manifest = write_streams(tmp_path / "t", pairs, chatml)
+    assert manifest["values"] == ["b2", "x"]
+    for name in ("tokens", "token_rewards", "ref_logprobs", "pair_ids"):
+        assert (
+            stream_paths(tmp_path / "t", name)[0].read_bytes() == stream_paths(tmp_path / "plain", name)[0].read_bytes()
+        )
+    for values, factor in ((None, 1), ("", 1), ("x", 1), ("b2", 0.5)):
+        record = pickle.loads(pickle.dumps(open_streams(tmp_path / "t", values)))[7]
+        np.testing.assert_array_equal(record.rejected_token_rewards, MANY[7].rejected_token_rewards * factor)
+        assert_holds(
+            record._replace(chosen_token_rewards=None, rejected_token_rewards=None),
+            dataclasses.replace(MANY[7], chosen_token_rewards=None, rejected_token_rewards=None),
+        )
+    with pytest.raises(UserError, match="no token rewards named c, only b2, x: set objective.values"):
+        open_streams(tmp_path / "t", "c")
+    with pytest.raises(UserError, match="no token rewards named x, only the main ones"):
+        open_streams(tmp_path / "plain", "x")
+    batch = collate([open_streams(tmp_path / "t", "b2")[7]], "packed")
+    rewards = np.concatenate([MANY[7].chosen_token_rewards, MANY[7].rejected_token_rewards]) / 2
+    assert batch["token_rewards"].tolist() == rewards.tolist()
+
+
+def test_named_token_rewards_are_merged_split_and_blended(chatml, tokenizer_folders, tmp_path):
+    pairs = named(MANY, "x", "b2")
+    write_streams(tmp_path / "whole", pairs, chatml)
+    for name, part in (("a", pairs[:25]), ("b", pairs[25:])):
+        write_streams(tmp_path / name, part, chatml)
+        write_shard(tmp_path / "labelled" / f"{name}.parquet", part)
+    merge_streams(tmp_path / "merged", [tmp_path / "a", tmp_path / "b"])
+    index(IndexSection(str(tmp_path / "labelled"), str(tmp_path / "several"), str(tokenizer_folders["chatml"]), 3, 0))
+    assert bytes_of(tmp_path / "merged") == bytes_of(tmp_path / "several") == bytes_of(tmp_path / "whole")
+    split_streams(open_streams(tmp_path / "whole"), (tmp_path / "p", tmp_path / "q"), 0.5)
+    by_id = {pair.pair_id: pair for pair in pairs}
+    for side in (open_streams(tmp_path / "p", "b2"), open_streams(f"{tmp_path}/a {tmp_path}/b", "b2")):
+        for i in range(len(side)):
+            np.testing.assert_array_equal(side[i].chosen_token_rewards, by_id[side.pair_id(i)].chosen_values["b2"])
+    write_streams(tmp_path / "b", named(MANY[25:], "x"), chatml)
+    assert not stream_paths(tmp_path / "b", "token_rewards_b2")[0].exists()
+    assert open_streams(f"{tmp_path}/a {tmp_path}/b").manifest["values"] == ["x"]
+    with pytest.raises(UserError, match="cannot be merged: their manifests differ in values"):
+        merge_streams(tmp_path / "no", [tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(UserError, match="pair p1 has token rewards named none, the pairs before it b2, x"):
+        write_streams(tmp_path / "no", [pairs[0], MANY[1]], chatml)
+
+
 def prompt_of(pair):
     return pair.chosen_tokens[: len(pair.chosen_tokens) - len(pair.chosen_token_rewards)]
 

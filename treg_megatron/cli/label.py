@@ -13,6 +13,9 @@ it stops, rerun the same command, with any number of processes, to continue.
 A reference model too large for one device is split by Megatron: `--engine megatron --tensor 8` reads the checkpoint
 that training starts from; the remaining processes hold further copies of the model.
 
+Token rewards may also come from other models (--source model_ratio) or with the pairs (--source own), and from several
+sources at once under names of their own: label.values in the recipe (docs/TOKEN_REWARDS.md).
+
 Which prompt pair? `revise` is the paper's and suits models of billions of parameters. Small models merely copy the
 response that it shows them, and every reward is near 0: use `few_shot` for those, or a YAML file of your own.
 Next: treg show, treg index.
@@ -45,6 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(section.model, section.template or "")
         report = inspect_pairs(section.pairs, Reading.of(section), tokenizer, section.max_length, examples=2)
         print(as_text(report))
+        if section.values:
+            named = [f"{name} ({its.get('source', section.source)})" for name, its in section.values.items()]
+            print(f"token rewards: {section.source}, and named: {', '.join(named)}")
         require_usable(section.pairs, report)
         return
     from treg_megatron.labelling.job import label
@@ -59,3 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
         f"{rewards['chosen_mean']:+.4f} chosen, {rewards['rejected_mean']:+.4f} rejected, "
         f"mean size {rewards['mean_abs']:.4f}"
     )
+    for name, rewards in manifest.get("values", {}).items():
+        print(
+            f"    {name}: mean {rewards['chosen_mean']:+.4f} chosen, {rewards['rejected_mean']:+.4f} rejected, "
+            f"mean size {rewards['mean_abs']:.4f}"
+        )

@@ -2,6 +2,7 @@
 
     treg show --labelled runs/X/labelled/train --tokenizer MODEL --output rewards.html
     treg show --labelled runs/X/labelled/train --tokenizer MODEL --text
+    treg show ... --values oracle             # other token rewards of the labels, by their name in label.values
     treg show ... --policy RUN_OR_MODEL       # a trained policy's implicit token rewards beside them
 
 The page is one file that needs no network: each pair side by side with its tokens shaded by reward, to sort and filter,
@@ -10,8 +11,9 @@ and statistics on the quality of the labels over all pairs. It warns if the refe
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from treg_megatron.cli.arguments import command_parser
 from treg_megatron.errors import UserError
@@ -28,6 +30,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--labelled", required=True, metavar="DIR", help="labelled pairs: a folder or a Parquet file")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face folder of their tokenizer")
     parser.add_argument("--output", default="rewards.html", metavar="HTML", help="the page to write (%(default)s)")
+    parser.add_argument("--values", metavar="NAME", help="show these named token rewards instead of the main ones")
     parser.add_argument("--text", action="store_true", help="print to the terminal and write no page")
     parser.add_argument("--pairs", type=int, default=200, metavar="N", help="show the first N pairs (%(default)s)")
     parser.add_argument(
@@ -43,14 +46,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the page, or print the text."""
     if arguments.pairs < 1:
         raise UserError(f"--pairs {arguments.pairs} must be at least 1")
-    from treg_megatron.data.labelled_pairs import labelling_run, read_labelled
+    from treg_megatron.data.labelled_pairs import columns_beside, labelling_run, read_labelled
     from treg_megatron.labelling import rewards_page
     from treg_megatron.tokenizer.chat import load_tokenizer
 
     tokenizer, run = load_tokenizer(arguments.tokenizer), labelling_run(arguments.labelled) or {}
     if run.get("tokenizer", {}).get("sha256", tokenizer.sha256) != tokenizer.sha256:
         raise UserError(f"{arguments.labelled} was labelled with another tokenizer than that of {arguments.tokenizer}")
-    pairs = list(read_labelled(arguments.labelled))
+    pairs = list(read_labelled(arguments.labelled, values=arguments.values))
     if not pairs:
         raise UserError(f"{arguments.labelled} holds no pairs")
     figures, shown, policy = rewards_page.quality(pairs), pairs[: arguments.pairs], None
@@ -58,24 +61,37 @@ def run(arguments: argparse.Namespace) -> None:
         if any(pair.chosen_ref_logprobs is None for pair in shown):
             raise UserError(f"{arguments.labelled} has no reference log-probs, which implicit rewards are relative to")
         policy = rewards_page.policy_rewards(shown, load_policy(arguments.policy, arguments.device))
-    weights = [pair.pair_weight for pair in pairs if pair.pair_weight is not None]
-    also = [f"{len(weights)} pairs have a weight, from {min(weights):g} to {max(weights):g}"] if weights else []
+    beside = columns_beside(arguments.labelled)
     if arguments.text:
-        for line in also:
-            print(line)
+        for line in beside:
+            print(f"also holds {line}")
         for line in rewards_page.text_report(figures, shown, tokenizer.decode, sys.stdout.isatty(), policy):
             print(line)
         return
-    made_by = [f"{key.replace('_', ' ')} {run[key]['name']}" for key in ("reference", "prompt_pair") if key in run]
-    if models := run.get("source"):
-        made_by.append(f"log-ratio of {models['better']['name']} to {models.get('worse', run['reference'])['name']}")
-    source = ", ".join([str(arguments.labelled), *made_by, *also])
+    source = ", ".join([str(arguments.labelled), *_made_by(run, arguments.values), *beside])
     if len(shown) < len(pairs):
         source += f"; the first {len(shown)} of {len(pairs)} pairs are shown, the figures on the left cover all"
     rewards_page.write_page(arguments.output, source, figures, shown, tokenizer.decode, policy)
     print(f"wrote {arguments.output}: {len(shown)} pairs, mean size of a reward {figures.mean_abs:.4f}")
     for warning in figures.warnings:
         print(f"warning: {warning}")
+
+
+def _made_by(run: dict[str, Any], values: str | None) -> Iterator[str]:
+    """What made the token rewards that are shown, one phrase each."""
+    reference = run.get("reference") or {}
+    if name := reference.get("name", reference.get("model")):
+        yield f"reference {name}"
+    if values:
+        yield f"token rewards named {values}"
+    made = run.get("values", {}).get(values, {}) if values else run
+    if "prompt_pair" in made:
+        yield f"prompt pair {made['prompt_pair']['name']}"
+    if source := made.get("source"):
+        if source["kind"] == "own":
+            yield "values that came with the pairs"
+        else:
+            yield f"log-ratio of {source['better']['name']} to {source.get('worse', reference)['name']}"
 
 
 def load_policy(folder: str, device: str) -> "Scorer":

@@ -11,7 +11,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from treg_megatron.config.schema import SECTIONS, Recipe
+from treg_megatron.config.schema import SECTIONS, SOURCE_KEYS, Recipe
 from treg_megatron.errors import UserError
 
 # beside the package in a checkout, inside it where it was installed
@@ -169,6 +169,27 @@ def section(recipe: DictConfig, name: str) -> Any:
         values: Any = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise UserError(f"recipe section {name}: {_first_line(error)}") from None
+    return _checked(values, name)
+
+
+def with_changes(values: Any, changes: Mapping[str, Any], where: str) -> Any:
+    """A section's dataclass with some of its values changed, which are checked as those of a recipe.
+
+    Args:
+        where: full name of the mapping of changes, for messages.
+
+    Raises:
+        UserError: a key is unknown, a value is of the wrong type, or not among the key's choices.
+    """
+    changed = OmegaConf.structured(type(values))
+    try:
+        changed.merge_with({k: _escape(v) if isinstance(v, str) else v for k, v in changes.items()})
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}.{getattr(error, 'full_key', '')}: {_first_line(error)}") from None
+    return _checked(dataclasses.replace(values, **{k: changed[k] for k in changes}), where)
+
+
+def _checked(values: Any, name: str) -> Any:
     for field in dataclasses.fields(values):
         if str(getattr(values, field.name)).startswith("~/"):  # no shell expands it in YAML or after --flag=
             setattr(values, field.name, str(Path(getattr(values, field.name)).expanduser()))
@@ -203,7 +224,10 @@ def _parse_override(name: str, value: str) -> DictConfig:
     kind = types.get(parts[:2][-1])
     if kind == dict[str, str] and len(parts) == 3:
         kind = str  # one entry
-    if kind not in _TEXT or len(parts) > 3:
+    of_values = parts[:2] == ["label", "values"] and len(parts) == 4
+    if of_values:
+        kind = types.get(parts[3])
+    if kind not in _TEXT or (len(parts) > 3 and not of_values):
         return OmegaConf.from_dotlist([f"{name}={value}"])
     parsed: Any = _escape(value)
     if kind in (str | None, list[str] | None) and value in ("null", ""):
@@ -284,6 +308,8 @@ def _merge(config: DictConfig, extra: DictConfig, source: str, sources: dict[str
         for k in extra[name]:
             _refuse_unknown(str(k), name, source)
             sources[f"{name}.{k}"] = source
+        if name == "label":
+            _refuse_unknown_changes(extra[name].get("values"), source)
     try:
         config.merge_with(extra)
     except OmegaConfBaseException as error:
@@ -309,6 +335,16 @@ def _refuse_unknown(name: str, section_name: str, source: str) -> None:
     else:
         hint = f"known: {', '.join(known)}"
     raise UserError(f"{source}: unknown recipe key {prefix}{name}; {hint}")
+
+
+def _refuse_unknown_changes(entries: Any, source: str) -> None:
+    """Refuse keys of entries of ``label.values`` that no entry may change."""
+    for name, changes in entries.items() if isinstance(entries, DictConfig) else ():
+        for k in map(str, changes if isinstance(changes, DictConfig) else ()):
+            if k not in SOURCE_KEYS:
+                nearest = difflib.get_close_matches(k, SOURCE_KEYS, n=1, cutoff=0.5)
+                hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(SOURCE_KEYS)}"
+                raise UserError(f"{source}: unknown recipe key label.values.{name}.{k}; {hint}")
 
 
 def _described(node: DictConfig, name: str, full_name: str, sources: dict[str, str], indent: str) -> str:

@@ -81,6 +81,13 @@ class RankSection:
     device: str = key("where the reward model runs: auto, cpu or cuda")
 
 
+#: keys of the section ``label`` that say where token rewards come from: what an entry of ``label.values`` may change
+SOURCE_KEYS = (
+    *("source", "prompt_pair", "better_model", "worse_model", "better_checkpoint", "worse_checkpoint"),
+    *("ratio_scale", "squash"),
+)
+
+
 @dataclass
 class LabelSection:
     """Token rewards by contrastive prompting, and reference log-probs (offline, no training)."""
@@ -96,9 +103,9 @@ class LabelSection:
     ignore: list[str] = key("columns that carry meaning and are left out on purpose; id: pairs are named by content")
     output: str = key("folder for the labelled pairs (Parquet) and their manifest")
     source: str = key(
-        "where token rewards come from: the reference model after a better and a worse prompt, or the log-ratio of two "
-        "models",
-        choices=("contrastive_prompts", "model_ratio"),
+        "where token rewards come from: the reference model after a better and a worse prompt, the log-ratio of two "
+        "models, or your own values in the pairs",
+        choices=("contrastive_prompts", "model_ratio", "own"),
     )
     prompt_pair: str = key("name of a built-in better/worse prompt pair, or the path of your own YAML file")
     better_model: str | None = key(
@@ -108,9 +115,12 @@ class LabelSection:
     worse_model: str | None = key("source model_ratio: the model whose log-probs count against it; null: the reference")
     ratio_scale: float = key("source model_ratio: factor of the log-ratio before it is squashed, such as DPO's beta")
     squash: str = key(
-        "how values become token rewards in [-0.5, 0.5]; auto: sigmoid for a log-ratio, while imported ones must lie "
-        "there",
+        "how values become token rewards in [-0.5, 0.5]; auto: sigmoid for a log-ratio, while your own must lie there",
         choices=("auto", "sigmoid", "tanh", "clip", "rank"),
+    )
+    values: dict[str, dict[str, Any]] = key(
+        "further token rewards beside the main ones, by name: for each, the keys of this section that differ "
+        f"({', '.join(SOURCE_KEYS)}); objective.values chooses one"
     )
     max_length: int = key("maximum tokens of prompt + response, the sequence that training sees")
     max_revision_length: int | None = key(
@@ -181,6 +191,9 @@ class ObjectiveSection:
     token_rewards: str = key(
         "source of r_t: the aligned dataset, the policy's own detached log-ratio, or none",
         choices=("contrastive", "implicit", "none"),
+    )
+    values: str | None = key(
+        "name of the dataset's token rewards, of those that label.values named; null: the main ones"
     )
     sft_loss_weight: float = key("strength of a full-token SFT term on the chosen response; >= 0")
 

@@ -2,6 +2,7 @@
 
     PREFIX_tokens           uint16 or int32   prompt + response
     PREFIX_token_rewards    float32           value t belongs to response token t
+    PREFIX_token_rewards_X  float32           the same: further token rewards, under the name X
     PREFIX_ref_logprobs     float32           the same; absent for reference-free runs
     PREFIX_pair_ids         uint8             the pair's id in UTF-8
     PREFIX_pair_weights     float32           factor of the pair's loss; absent if no pair has one
@@ -13,6 +14,8 @@ tokens, so prompt lengths need not be stored. :mod:`treg_megatron.data.streams` 
 datasets.
 """
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +30,8 @@ ALIGNMENT = "value t belongs to response token t; the response is the suffix of 
 
 TOKENS, TOKEN_REWARDS, REF_LOGPROBS, PAIR_IDS = "tokens", "token_rewards", "ref_logprobs", "pair_ids"
 PAIR_WEIGHTS = "pair_weights"
+VALUES = "values"  # in manifests that have named token rewards
+VALUES_NAME = "[a-z0-9_]+"
 _ONE_PER_PAIR = (PAIR_IDS, PAIR_WEIGHTS)
 
 
@@ -49,6 +54,10 @@ class PairRecord(NamedTuple):
 class AlignedDataset:
     """Aligned dataset with random access to its pairs. Created by :func:`open_streams`; pickled as its prefix.
 
+    Args:
+        prefix: of its files.
+        values: name of the token rewards that its records hold; None or empty: the main ones.
+
     Attributes:
         manifest: the manifest, as :func:`write_streams` wrote it.
         sequence_lengths: int32 [pairs, 2], tokens of the chosen and rejected sequences, prompt included.
@@ -59,12 +68,20 @@ class AlignedDataset:
         UserError: a file is missing, damaged or from another dataset, or the files disagree.
     """
 
-    def __init__(self, prefix: str | Path):
-        self.prefix = Path(prefix)
+    def __init__(self, prefix: str | Path, values: str | None = None):
+        self.prefix, self.values = Path(prefix), values
         self.manifest = streams_manifest(prefix)
+        names = named_values(self.manifest)
+        if values and values not in names:
+            raise UserError(
+                f"aligned dataset {prefix} has no token rewards named {values}, only "
+                f"{', '.join(names) or 'the main ones'}: set objective.values to one of its names, or null for the main"
+            )
         _check_sizes(self.prefix, self.manifest)
         self._tokens = _open(prefix, TOKENS, (np.uint16, np.int32))
-        self._rewards = _open(prefix, TOKEN_REWARDS, (np.float32,))
+        self._all_rewards = {name: _open(prefix, name, (np.float32,)) for name in reward_streams(names)}
+        self._rewards = self._all_rewards[TOKEN_REWARDS]
+        self._chosen_rewards = self._all_rewards[reward_stream(values)]
         self._reference = _open(prefix, REF_LOGPROBS, (np.float32,)) if self.manifest["reference_logprobs"] else None
         self._ids = _open(prefix, PAIR_IDS, (np.uint8,))
         self._weights = _open(prefix, PAIR_WEIGHTS, (np.float32,)) if PAIR_WEIGHTS in self.manifest else None
@@ -83,19 +100,20 @@ class AlignedDataset:
         if not 0 <= pair < len(self):
             raise IndexError(f"pair {pair} of {len(self)}")
         chosen, rejected, reference = 2 * pair, 2 * pair + 1, self._reference
+        rewards = self._chosen_rewards
         return PairRecord(
             self.pair_id(pair),
             self._tokens[chosen],
             self._tokens[rejected],
-            self._rewards[chosen],
-            self._rewards[rejected],
+            rewards[chosen],
+            rewards[rejected],
             None if reference is None else reference[chosen],
             None if reference is None else reference[rejected],
             None if self.pair_weights is None else float(self.pair_weights[pair]),
         )
 
     def __reduce__(self):
-        return AlignedDataset, (self.prefix,)
+        return AlignedDataset, (self.prefix, self.values)
 
     def reader(self, name: str) -> IndexedReader:
         """The indexed dataset ``name``, which must be present."""
@@ -104,7 +122,7 @@ class AlignedDataset:
     def _readers(self) -> dict[str, IndexedReader]:
         readers = {
             TOKENS: self._tokens,
-            TOKEN_REWARDS: self._rewards,
+            **self._all_rewards,
             REF_LOGPROBS: self._reference,
             PAIR_IDS: self._ids,
             PAIR_WEIGHTS: self._weights,
@@ -143,6 +161,10 @@ class AlignedDataset:
             self._rewards.lengths >= self._tokens.lengths,
             f"{{pair}}: {TOKEN_REWARDS} has {{rewards}} values for {{tokens}} tokens",
         )
+        for name, named in self._all_rewards.items():
+            self._refuse(
+                named.lengths != self._rewards.lengths, f"{{pair}}: {name} and {TOKEN_REWARDS} differ in length"
+            )
         if self._reference is not None:
             self._refuse(
                 self._reference.lengths != self._rewards.lengths,
@@ -164,6 +186,21 @@ class AlignedDataset:
                 reference=None if self._reference is None else self._reference.lengths[i],
             )
             raise UserError(f"the files of aligned dataset {self.prefix} disagree: {detail}; index again")
+
+
+def named_values(manifest: dict[str, Any]) -> list[str]:
+    """The names of a dataset's further token rewards, sorted."""
+    return manifest.get(VALUES, [])
+
+
+def reward_stream(values: str | None) -> str:
+    """The indexed dataset of the token rewards of a name; without a name, of the main ones."""
+    return f"{TOKEN_REWARDS}_{values}" if values else TOKEN_REWARDS
+
+
+def reward_streams(names: Iterable[str]) -> list[str]:
+    """The indexed datasets of token rewards, the main ones first."""
+    return [reward_stream(name) for name in (None, *names)]
 
 
 def weight_range(weights: np.ndarray) -> dict[str, float]:
@@ -211,7 +248,12 @@ def streams_manifest(prefix: str | Path) -> dict[str, Any]:
     manifest = read_manifest(path, MANIFEST_FORMAT, MANIFEST_VERSION)
     _require_keys(manifest, _MANIFEST_KEYS, path, "")
     _require_keys(manifest["tokenizer"], _TOKENIZER_KEYS, path, "tokenizer.")
-    names = [TOKENS, TOKEN_REWARDS, *[REF_LOGPROBS] * manifest["reference_logprobs"], PAIR_IDS]
+    if VALUES in manifest:
+        _require_keys(manifest, {VALUES: list}, path, "")
+        if wrong := [name for name in manifest[VALUES] if not re.fullmatch(VALUES_NAME, str(name))]:
+            raise UserError(f"{path}: values names {wrong[0]!r}, which is no name of token rewards; index again")
+    names = [TOKENS, *reward_streams(named_values(manifest))]
+    names += [*[REF_LOGPROBS] * manifest["reference_logprobs"], PAIR_IDS]
     if PAIR_WEIGHTS in manifest:
         _require_keys(manifest, {PAIR_WEIGHTS: dict}, path, "")
         names.append(PAIR_WEIGHTS)

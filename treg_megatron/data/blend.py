@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from treg_megatron.data.aligned import PAIR_WEIGHTS, AlignedDataset, PairRecord, weight_range
+from treg_megatron.data.aligned import PAIR_WEIGHTS, VALUES, AlignedDataset, PairRecord, named_values, weight_range
 from treg_megatron.errors import UserError
 
 _MAX_EPOCH = 100  # longest epoch, as a multiple of all pairs; a longer one is almost certainly a typo in the weights
@@ -49,7 +49,7 @@ class BlendedDataset:
             weights = [np.ones(len(p), np.float32) if p.pair_weights is None else p.pair_weights for p in parts]
             self.pair_weights = np.concatenate([weights[i][self._pair[self._part == i]] for i in range(len(parts))])
         self.manifest: dict[str, Any] = {
-            **{name: value for name, value in parts[0].manifest.items() if name != PAIR_WEIGHTS},
+            **{name: value for name, value in parts[0].manifest.items() if name not in (PAIR_WEIGHTS, VALUES)},
             "pairs": len(self),
             "tokens": int(self.sequence_lengths.sum()),
             "response_tokens": int(self.response_lengths.sum()),
@@ -63,6 +63,8 @@ class BlendedDataset:
                 ]
             },
         }
+        if values := sorted(set.intersection(*(set(named_values(part.manifest)) for part in parts))):
+            self.manifest[VALUES] = values
         if self.pair_weights is not None:
             self.manifest[PAIR_WEIGHTS] = weight_range(self.pair_weights)
 

@@ -1,15 +1,17 @@
 """Labelled pairs: token ids, token rewards and reference log-probs of preference pairs, as Parquet.
 
 One row per pair. ``chosen_tokens`` and ``rejected_tokens`` are prompt followed by response; the lists of rewards and
-log-probs have one value per response token, value t for response token t. Such files may come from any source of token
+log-probs have one value per response token, value t for response token t. Further token rewards may stand beside the
+main ones under names of their own (``chosen_token_rewards_NAME``). Such files may come from any source of token
 rewards, so everything in them is validated when they are read. Files written here have a checksum per page.
 """
 
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from treg_megatron.data.aligned import VALUES_NAME
 from treg_megatron.data.pairs import LARGEST_WEIGHT, is_weight
 from treg_megatron.data.scored import is_scored
 from treg_megatron.errors import UserError
@@ -35,6 +38,7 @@ _LISTS = {
     for side in SIDES
     for name, type in (("tokens", pa.int32()), ("token_rewards", pa.float32()), ("ref_logprobs", pa.float32()))
 }
+_NAMED = re.compile(rf"(chosen|rejected)_token_rewards_({VALUES_NAME})")
 _REFERENCE = tuple(f"{side}_ref_logprobs" for side in SIDES)
 _OPTIONAL = {
     "chosen_score": pa.float64(),
@@ -48,7 +52,11 @@ _OPTIONAL = {
 
 @dataclass(frozen=True)
 class LabelledPair:
-    """One labelled pair: int32 token ids [s] and fp32 values [response tokens]; scores, texts and weight, if known."""
+    """One labelled pair: int32 token ids [s] and fp32 values [response tokens]; scores, texts and weight, if known.
+
+    Attributes:
+        chosen_values, rejected_values: named token rewards, fp32 [response tokens] each, the same names on both sides.
+    """
 
     pair_id: str
     chosen_tokens: np.ndarray
@@ -63,6 +71,8 @@ class LabelledPair:
     chosen: str | None = None
     rejected: str | None = None
     pair_weight: float | None = None
+    chosen_values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    rejected_values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def write_shard(
@@ -72,10 +82,12 @@ def write_shard(
 
     Memory holds one batch of rows at a time. ``metadata`` (JSON values) is stored in the file; it is written after the
     last pair, so it may be filled in while the pairs are produced. Only with ``weighted`` is there a column of weights.
+    All pairs have the named values of the first.
     """
     pairs, written = iter(pairs), 0
     rows = list(itertools.islice(pairs, _ROWS_AT_ONCE))
-    types = {"pair_id": pa.string(), **{name: pa.list_(type) for name, type in _LISTS.items()}, **_OPTIONAL}
+    lists = {**_LISTS, **_named_columns(rows[0].chosen_values if rows else ())}
+    types = {"pair_id": pa.string(), **{name: pa.list_(type) for name, type in lists.items()}, **_OPTIONAL}
     if rows and rows[0].chosen_ref_logprobs is None:
         types = {name: type for name, type in types.items() if name not in _REFERENCE}
     if not weighted:
@@ -88,7 +100,7 @@ def write_shard(
         while rows:
             file.write_batch(
                 pa.record_batch(
-                    [pa.array([getattr(row, name) for row in rows], type) for name, type in types.items()],
+                    [pa.array(_column(rows, name), type) for name, type in types.items()],
                     schema=schema,
                 )
             )
@@ -97,6 +109,17 @@ def write_shard(
         if metadata is not None:
             file.add_key_value_metadata({_METADATA_KEY: json.dumps(metadata)})
     return written
+
+
+def _named_columns(names: Iterable[str]) -> dict[str, pa.DataType]:
+    return {f"{side}_token_rewards_{name}": pa.float32() for name in sorted(names) for side in SIDES}
+
+
+def _column(pairs: list[LabelledPair], name: str) -> list[Any]:
+    if (named := _NAMED.fullmatch(name)) is None:
+        return [getattr(pair, name) for pair in pairs]
+    side, value = named.groups()
+    return [getattr(pair, f"{side}_values")[value] for pair in pairs]
 
 
 def read_shard_metadata(path: str | Path) -> dict[str, Any] | None:
@@ -109,24 +132,63 @@ def read_shard_metadata(path: str | Path) -> dict[str, Any] | None:
     return json.loads(metadata[_METADATA_KEY]) if _METADATA_KEY in metadata else None
 
 
-def read_labelled(path: str | Path, first: int = 0, last: int | None = None) -> Iterator[LabelledPair]:
+def read_labelled(
+    path: str | Path, first: int = 0, last: int | None = None, values: str | None = None
+) -> Iterator[LabelledPair]:
     """Read and check labelled pairs, row by row, from one Parquet file or from all Parquet files of a folder.
 
-    ``first`` and ``last`` (exclusive) select rows by their index over all files, from 0.
+    ``first`` and ``last`` (exclusive) select rows by their index over all files, from 0. ``values`` names those that
+    are to take the place of the token rewards.
 
     Files are read in the natural order of their names (part-2 before part-10), one batch of rows at a time. Wider
     integers and floats are accepted where their values fit.
 
     Raises:
-        UserError: a file, column, type or value is invalid; the message names file, row and pair_id.
+        UserError: a file, column, type or value is invalid; the message names file, row and pair_id. Or a file has no
+            such ``values``.
     """
     before = 0
     for file in labelled_files(path):
         rows = _open(file).metadata.num_rows
         begin, end = max(first - before, 0), rows if last is None else min(last - before, rows)
         if begin < end or rows == 0:
-            yield from _read_file(file, begin, end)
+            for pair in _read_file(file, begin, end):
+                yield _with_values(pair, values, file) if values else pair
         before += rows
+
+
+def _with_values(pair: LabelledPair, name: str, path: Path) -> LabelledPair:
+    if name not in pair.chosen_values:
+        raise UserError(
+            f"{path} has no token rewards named {name}; named are {', '.join(pair.chosen_values) or 'none'}: the main "
+            "ones have no name"
+        )
+    return replace(
+        pair,
+        chosen_token_rewards=pair.chosen_values[name],
+        rejected_token_rewards=pair.rejected_values[name],
+    )
+
+
+def columns_beside(path: str | Path) -> list[str]:
+    """What labelled pairs hold beside their main token rewards, from the metadata alone: one phrase each.
+
+    Raises:
+        UserError: as :func:`read_labelled`.
+    """
+    names, least, greatest, weighted = set(), math.inf, -math.inf, False
+    for file in labelled_files(path):
+        parquet = _open(file)
+        names |= {found[2] for name in parquet.schema_arrow.names if (found := _NAMED.fullmatch(name))}
+        if "pair_weight" in parquet.schema_arrow.names:
+            weighted = True
+            for group in range(parquet.num_row_groups):
+                columns = [parquet.metadata.row_group(group).column(i) for i in range(parquet.metadata.num_columns)]
+                (column,) = [column for column in columns if column.path_in_schema == "pair_weight"]
+                if column.statistics is not None and column.statistics.has_min_max:
+                    least, greatest = min(least, column.statistics.min), max(greatest, column.statistics.max)
+    weights = [f"weights of pairs from {least:g} to {greatest:g}" if least <= greatest else "weights of pairs"]
+    return [f"token rewards named {', '.join(sorted(names))}"] * bool(names) + weights * weighted
 
 
 def count_rows(path: str | Path) -> int:
@@ -219,14 +281,18 @@ def _read_file(path: Path, begin: int, end: int) -> Iterator[LabelledPair]:
             ids: list[Any] = []
             try:
                 ids = _pair_ids(batch)
-                columns = {name: _lists(batch, name) for name in present if name in _LISTS}
+                columns = {name: _lists(batch, name) for name in present if name in _LISTS or _NAMED.fullmatch(name)}
                 _check(columns)
+                named: dict[str, dict[str, _Lists]] = {}
+                for name in [name for name in columns if name not in _LISTS]:
+                    side, _, value = name.partition("_token_rewards_")
+                    named.setdefault(f"{side}_values", {})[value] = columns.pop(name)
                 optional = {
                     name: batch.column(name).cast(_OPTIONAL[name]).to_pylist() for name in present if name in _OPTIONAL
                 }
                 if "pair_weight" in optional:
                     optional["pair_weight"] = [_weight(value, row) for row, value in enumerate(optional["pair_weight"])]
-                pairs = [_labelled_pair(ids, columns, optional, row) for row in range(batch.num_rows)]
+                pairs = [_labelled_pair(ids, columns, named, optional, row) for row in range(batch.num_rows)]
             except _WrongRow as wrong:
                 name = f" (pair_id {ids[wrong.row]!r})" if ids else ""
                 raise UserError(f"{path} row {first_row + wrong.row}{name}: {wrong.message}") from None
@@ -268,10 +334,15 @@ def _require_columns(schema: pa.Schema, path: Path) -> list[str]:
         raise UserError(f"{path} lacks column {', '.join(missing)}")
     if len({name in schema.names for name in _REFERENCE}) == 2:
         raise UserError(f"{path} has only one of the columns {', '.join(_REFERENCE)}: give both, or neither")
-    present = [field.name for field in fields(LabelledPair) if field.name in schema.names]
+    named = [name for name in schema.names if _NAMED.fullmatch(name)]
+    for side, other in (SIDES, SIDES[::-1]):
+        for name in named:
+            if name.startswith(side) and other + name.removeprefix(side) not in named:
+                raise UserError(f"{path} has column {name}, but none for {other}: give both, or neither")
+    present = [name for name in ("pair_id", *_LISTS, *named, *_OPTIONAL) if name in schema.names]
     for name in present:
         type = schema.field(name).type
-        if name in _LISTS:
+        if name in _LISTS or name in named:
             expected = "integers" if name.endswith("_tokens") else "floating-point numbers"
             is_list = pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
             fits = is_list and (
@@ -308,7 +379,7 @@ def _lists(batch: pa.RecordBatch, name: str) -> _Lists:
     if column.null_count:
         raise _WrongRow(column.is_null().index(True).as_py(), f"{name} is null")
     try:
-        column = column.cast(pa.large_list(_LISTS[name]))
+        column = column.cast(pa.large_list(_LISTS.get(name, pa.float32())))
     except pa.ArrowInvalid as error:
         raise _WrongRow(0, f"{name}, in this row or one of the {batch.num_rows - 1} after it: {error}") from None
     offsets = column.offsets.to_numpy()
@@ -352,6 +423,9 @@ def _check(columns: dict[str, _Lists]) -> None:
             np.add.reduceat(scored, rewards.offsets[:-1]) == 0,
             lambda row: f"{side}_token_rewards marks every token as not scored",
         )
+        for name, values in columns.items():
+            if name.startswith(f"{side}_token_rewards_"):
+                _check_named(name, values, f"{side}_token_rewards", rewards)
         if reference is not None:
             _refuse_rows(
                 reference.lengths != rewards.lengths,
@@ -367,6 +441,16 @@ def _check(columns: dict[str, _Lists]) -> None:
             )
 
 
+def _check_named(name: str, values: _Lists, main: str, rewards: _Lists) -> None:
+    _refuse_rows(
+        values.lengths != rewards.lengths,
+        lambda row: f"{name} has {values.lengths[row]} values, {main} {rewards.lengths[row]}",
+    )
+    scored = is_scored(values.values)
+    _refuse_values(values, ~(np.abs(values.values) <= 0.5) & scored, f"{name} holds a value outside [-0.5, 0.5]")
+    _refuse_values(values, scored != is_scored(rewards.values), f"{name} marks other tokens as not scored than {main}")
+
+
 def _refuse_rows(wrong: np.ndarray, message) -> None:
     if wrong.any():
         row = int(wrong.argmax())
@@ -379,7 +463,13 @@ def _refuse_values(lists: _Lists, wrong: np.ndarray, message: str) -> None:
         raise _WrongRow(row, message)
 
 
-def _labelled_pair(ids: list[str], columns: dict[str, _Lists], optional: dict[str, list], row: int) -> LabelledPair:
+def _labelled_pair(
+    ids: list[str],
+    columns: dict[str, _Lists],
+    named: dict[str, dict[str, _Lists]],
+    optional: dict[str, list],
+    row: int,
+) -> LabelledPair:
     lists = {name: column.row(row) for name, column in columns.items()}
     prompts = [lists[f"{side}_tokens"][: -len(lists[f"{side}_token_rewards"])] for side in SIDES]
     if not np.array_equal(*prompts):
@@ -388,4 +478,9 @@ def _labelled_pair(ids: list[str], columns: dict[str, _Lists], optional: dict[st
             f"the prompts of the two sides differ ({len(prompts[0])} and {len(prompts[1])} tokens): both "
             "responses need the same prompt, and one reward per response token",
         )
-    return LabelledPair(ids[row], **lists, **{name: values[row] for name, values in optional.items()})
+    return LabelledPair(
+        ids[row],
+        **lists,
+        **{name: values[row] for name, values in optional.items()},
+        **{field: {name: column.row(row) for name, column in of.items()} for field, of in named.items()},
+    )

@@ -43,7 +43,8 @@ class Pair:
     ``chosen`` or ``rejected`` shows it as text.
 
     ``tools`` are the functions that the conversation may call, as the text of a JSON list; ``pair_weight`` is a factor
-    of the pair's loss, None where the record has none; ``row`` is the number of the record.
+    of the pair's loss, None where the record has none; ``own`` are the record's columns of token rewards, for those who
+    read them; ``row`` is the number of the record.
     """
 
     pair_id: str
@@ -59,6 +60,7 @@ class Pair:
     chosen_turns: tuple[Message, ...] = ()
     rejected_turns: tuple[Message, ...] = ()
     pair_weight: float | None = None
+    own: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     row: int = field(default=0, compare=False)
 
     @property

@@ -19,8 +19,12 @@ from treg_megatron.data.aligned import (
     REF_LOGPROBS,
     TOKEN_REWARDS,
     TOKENS,
+    VALUES,
     AlignedDataset,
     manifest_path,
+    named_values,
+    reward_stream,
+    reward_streams,
     sequences_per_pair,
     stream_paths,
     streams_manifest,
@@ -62,15 +66,16 @@ def write_streams(
 
     Raises:
         UserError: there are no pairs, a token id is outside the vocabulary, a pair_id is repeated, only some pairs have
-            reference log-probs, or the folder cannot be written.
+            reference log-probs or named values, or the folder cannot be written.
     """
     pairs = iter(pairs)
     first = next(pairs, None)
     if first is None:
         raise UserError(f"there are no pairs to write to {prefix}")
     token_dtype = np.uint16 if tokenizer.vocab_size < _UINT16_VOCABULARY else np.int32
-    with _stream_writers(prefix, token_dtype, first.chosen_ref_logprobs is not None) as (writers, weights, manifest):
-        manifest |= _write_pairs(writers, weights, itertools.chain([first], pairs), tokenizer)
+    values, reference = sorted(first.chosen_values), first.chosen_ref_logprobs is not None
+    with _stream_writers(prefix, token_dtype, values, reference) as (writers, weights, manifest):
+        manifest |= _write_pairs(writers, weights, values, itertools.chain([first], pairs), tokenizer)
         made_with = {**tokenizer.identity, "vocab_size": tokenizer.vocab_size}
         manifest |= _provenance(made_with, labels)
     return streams_manifest(prefix)
@@ -83,8 +88,8 @@ def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, 
     weights, the pairs of the others weigh 1.
 
     Raises:
-        UserError: there are no parts, the parts differ in tokenizer or token dtype, only some have reference log-probs,
-            a pair_id is repeated, or a part is the output.
+        UserError: there are no parts, the parts differ in tokenizer, token dtype or named values, only some have
+            reference log-probs, a pair_id is repeated, or a part is the output.
     """
     if not parts:
         raise UserError(f"there are no aligned datasets to merge into {prefix}")
@@ -93,19 +98,15 @@ def merge_streams(prefix: str | Path, parts: Sequence[str | Path]) -> dict[str, 
     opened = [verify(part) for part in parts]
     first = opened[0].manifest
     for streams in opened[1:]:
-        for name in ("tokenizer", "token_dtype", "reference_logprobs"):
-            if streams.manifest[name] != first[name]:
+        for name in ("tokenizer", "token_dtype", VALUES, "reference_logprobs"):
+            if streams.manifest.get(name) != first.get(name):
                 raise UserError(
                     f"aligned datasets {streams.prefix} and {opened[0].prefix} cannot be merged: "
                     f"their manifests differ in {name}"
                 )
     all_labels = [streams.manifest["labels"] for streams in opened]
     labels = all_labels[0] if all(each == all_labels[0] for each in all_labels) else {"merged": all_labels}
-    with _stream_writers(prefix, np.dtype(first["token_dtype"]), first["reference_logprobs"]) as (
-        writers,
-        weights,
-        manifest,
-    ):
+    with _writers_like(opened[0], prefix) as (writers, weights, manifest):
         seen = StringSet()
         for streams in opened:
             for pair in range(len(streams)):
@@ -142,9 +143,7 @@ def split_streams(source: AlignedDataset, outputs: Sequence[str | Path], fractio
     for output, chosen in zip(outputs, (np.flatnonzero(~is_validation), np.flatnonzero(is_validation)), strict=True):
         if not len(chosen):
             raise UserError(f"a validation share of {fraction:g} of the {len(source)} pairs leaves none for {output}")
-        with _stream_writers(
-            output, np.dtype(source.manifest["token_dtype"]), source.manifest["reference_logprobs"]
-        ) as (writers, weights, manifest):
+        with _writers_like(source, output) as (writers, weights, manifest):
             for name, writer in writers.items():
                 reader, sequences = source.reader(name), sequences_per_pair(name)
                 for pair in chosen:
@@ -168,16 +167,25 @@ def in_validation(prompt: np.ndarray, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
+def _writers_like(
+    source: AlignedDataset, prefix: str | Path
+) -> contextlib.AbstractContextManager[tuple[dict[str, IndexedWriter], _Weights, dict[str, Any]]]:
+    manifest = source.manifest
+    dtype, reference = np.dtype(manifest["token_dtype"]), manifest["reference_logprobs"]
+    return _stream_writers(prefix, dtype, named_values(manifest), reference)
+
+
 @contextlib.contextmanager
 def _stream_writers(
-    prefix: str | Path, token_dtype: np.dtype | type, reference_logprobs: bool
+    prefix: str | Path, token_dtype: np.dtype | type, values: Sequence[str], reference_logprobs: bool
 ) -> Iterator[tuple[dict[str, IndexedWriter], _Weights, dict[str, Any]]]:
     """Writers by name, weights and manifest to fill; all files appear together when the block ends without an error."""
-    dtypes = {TOKENS: token_dtype, TOKEN_REWARDS: np.float32, REF_LOGPROBS: np.float32, PAIR_IDS: np.uint8}
+    rewards = dict.fromkeys(reward_streams(values), np.float32)
+    dtypes = {TOKENS: token_dtype, **rewards, REF_LOGPROBS: np.float32, PAIR_IDS: np.uint8}
     if not reference_logprobs:
         del dtypes[REF_LOGPROBS]
     paths = [path for name in (*dtypes, PAIR_WEIGHTS) for path in stream_paths(prefix, name)] + [manifest_path(prefix)]
-    optional = stream_paths(prefix, PAIR_WEIGHTS)
+    optional, before = stream_paths(prefix, PAIR_WEIGHTS), _reward_files(prefix)
     with atomic_write_all(paths, paths[-1], optional) as partials, contextlib.ExitStack() as open_files:
         writers = {
             name: IndexedWriter(*partials[2 * i : 2 * i + 2], dtype) for i, (name, dtype) in enumerate(dtypes.items())
@@ -188,39 +196,50 @@ def _stream_writers(
         weights = _Weights()
         yield writers, weights, manifest
         if weights.given:
-            values = np.array(weights.values, dtype=np.float32)
+            numbers = np.array(weights.values, dtype=np.float32)
             writers[PAIR_WEIGHTS] = IndexedWriter(*partials[-3:-1], np.float32)
             open_files.callback(writers[PAIR_WEIGHTS].close)
-            for value in values:
-                writers[PAIR_WEIGHTS].add_document([value[None]])
-            manifest[PAIR_WEIGHTS] = weight_range(values)
+            for number in numbers:
+                writers[PAIR_WEIGHTS].add_document([number[None]])
+            manifest[PAIR_WEIGHTS] = weight_range(numbers)
         manifest |= {
             "token_dtype": np.dtype(token_dtype).name,
             "reference_logprobs": reference_logprobs,
+            **({VALUES: list(values)} if values else {}),
             "files": {
                 f"{name}.{kind}": file for name, writer in writers.items() for kind, file in writer.finish().items()
             },
         }
         partials[-1].write_text(manifest_text(MANIFEST_FORMAT, MANIFEST_VERSION, manifest), encoding="utf-8")
-    if not reference_logprobs:
-        for leftover in stream_paths(prefix, REF_LOGPROBS):  # of a dataset that this one replaced
-            leftover.unlink(missing_ok=True)
+    for leftover in {*before, *stream_paths(prefix, REF_LOGPROBS)} - set(paths):  # of a dataset that this one replaced
+        leftover.unlink(missing_ok=True)
 
 
-def open_streams(prefix: str | Path) -> AlignedDataset | BlendedDataset:
+def _reward_files(prefix: str | Path) -> list[Path]:
+    """The token rewards of the dataset that is to be replaced; none if there is none, or its manifest is damaged."""
+    try:
+        names = reward_streams(named_values(streams_manifest(prefix)))
+    except UserError:
+        return []
+    return [path for name in names for path in stream_paths(prefix, name)]
+
+
+def open_streams(prefix: str | Path, values: str | None = None) -> AlignedDataset | BlendedDataset:
     """Open an aligned dataset or blend, with the cheap checks: sizes, counts, matching lengths, and the first and last
     bytes of every file.
 
     Args:
         prefix: of the dataset, or a blend (:mod:`treg_megatron.data.blend`): ``0.3 PREFIX_A 0.7 PREFIX_B``.
+        values: name of the token rewards that its records hold; None or empty: the main ones.
 
     Raises:
-        UserError: a file is missing or of another dataset, or the files do not match each other or the manifest.
+        UserError: a file is missing or of another dataset, or the files do not match each other or the manifest; or
+            there are no such ``values``.
     """
     if len(str(prefix).split()) < 2 or manifest_path(prefix).exists():
-        return AlignedDataset(prefix)
+        return AlignedDataset(prefix, values)
     prefixes, weights = parse_blend(str(prefix))
-    return BlendedDataset(str(prefix), [AlignedDataset(each) for each in prefixes], weights)
+    return BlendedDataset(str(prefix), [AlignedDataset(each, values) for each in prefixes], weights)
 
 
 def verify(prefix: str | Path) -> AlignedDataset:
@@ -254,7 +273,11 @@ def _provenance(tokenizer: dict[str, Any], labels: Any) -> dict[str, Any]:
 
 
 def _write_pairs(
-    writers: dict[str, IndexedWriter], weights: _Weights, pairs: Iterable[LabelledPair], tokenizer: ChatTokenizer
+    writers: dict[str, IndexedWriter],
+    weights: _Weights,
+    values: Sequence[str],
+    pairs: Iterable[LabelledPair],
+    tokenizer: ChatTokenizer,
 ) -> dict[str, int]:
     seen = StringSet()
     tokens = response_tokens = longest = 0
@@ -272,8 +295,15 @@ def _write_pairs(
                 f"pair {pair.pair_id} {'lacks' if REF_LOGPROBS in writers else 'has'} reference log-probs, "
                 "the pairs before it do not: give them for all pairs or for none"
             )
+        if sorted(pair.chosen_values) != values:
+            raise UserError(
+                f"pair {pair.pair_id} has token rewards named {', '.join(sorted(pair.chosen_values)) or 'none'}, "
+                f"the pairs before it {', '.join(values) or 'none'}: all pairs need the same names"
+            )
         writers[TOKENS].add_document([pair.chosen_tokens, pair.rejected_tokens])
         writers[TOKEN_REWARDS].add_document([pair.chosen_token_rewards, pair.rejected_token_rewards])
+        for name in values:
+            writers[reward_stream(name)].add_document([pair.chosen_values[name], pair.rejected_values[name]])
         if REF_LOGPROBS in writers:
             writers[REF_LOGPROBS].add_document([pair.chosen_ref_logprobs, pair.rejected_ref_logprobs])
         writers[PAIR_IDS].add_document([np.frombuffer(pair.pair_id.encode(), dtype=np.uint8)])

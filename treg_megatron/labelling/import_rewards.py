@@ -134,15 +134,15 @@ def labelled_from_text(
         UserError: as for :func:`import_token_rewards`.
     """
     counts["snapped_spans"] = 0
-    pairs = _with_own_columns(read_pairs_and_rows(source))
+    pairs = own_columns(read_pairs_and_rows(source))
     work = functools.partial(_labelled_batch, source, tokenizer)
     for labelled, snapped in in_order(work, batches(pairs, _PAIRS_AT_ONCE), workers):
         counts["snapped_spans"] += snapped
         yield from labelled
 
 
-def _with_own_columns(pairs: Iterator[tuple[Pair, dict]]) -> Iterator[tuple[Pair, dict]]:
-    """Pairs with those columns of their records that this module reads, which are sent to other processes."""
+def own_columns(pairs: Iterator[tuple[Pair, dict]]) -> Iterator[tuple[Pair, dict]]:
+    """Pairs with those columns of their records that this module reads, which may be sent to other processes."""
     for pair, row in pairs:
         yield pair, {name: row[name] for name in _COLUMNS if name in row}
 

@@ -12,6 +12,7 @@ Every ``shard_pairs`` input pairs become one Parquet file, which carries the fin
 different runs never mix (:mod:`treg_megatron.utils.shard_job`).
 """
 
+import dataclasses
 import logging
 import sys
 from collections import Counter
@@ -30,7 +31,7 @@ from treg_megatron.data.labelled_pairs import (
     LabelledPair,
     write_shard,
 )
-from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, Reading, read_pairs
+from treg_megatron.data.pairs import IDENTICAL_RESPONSES, Pair, Reading, read_pairs, read_pairs_and_rows
 from treg_megatron.data.responses import (
     PROMPT_FILLS_CONTEXT,
     TOO_LONG,
@@ -41,9 +42,10 @@ from treg_megatron.data.responses import (
 from treg_megatron.data.scored import NOT_SCORED
 from treg_megatron.distributed.launch import rank_info
 from treg_megatron.errors import UserError
+from treg_megatron.labelling.import_rewards import own_columns
 from treg_megatron.labelling.manifest import SHARD_PATTERN, Portions, Shards, fingerprint, finish, require_own_output
 from treg_megatron.labelling.scoring import ScoredSequence, Scorer
-from treg_megatron.labelling.source import REFERENCE, Model, Source, source_of
+from treg_megatron.labelling.source import MAIN, REFERENCE, Model, Sources, sources_of
 from treg_megatron.tokenizer.chat import ChatTokenizer, load_tokenizer
 from treg_megatron.tokenizer.model_folder import require_embeddings
 from treg_megatron.utils.files import read_manifest
@@ -62,11 +64,15 @@ _PAIRS_WORTH_A_PROCESS = 256
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A pair as token ids: the sequence to score for each side and pass. A side's passes share its response."""
+    """A pair as token ids: the sequence to score for each side and pass. A side's passes share its response.
+
+    ``given`` are the values that the pair brings, by side and name.
+    """
 
     pair: Pair
     sequences: dict[str, dict[str, ScoredSequence]]
     scored: dict[str, np.ndarray]
+    given: dict[str, dict[str, np.ndarray]]
 
 
 def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any] | None:
@@ -90,7 +96,7 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
             raise UserError(f"label.{name}={getattr(section, name)} must be at least 1")
     output = Path(section.output)
     tokenizer = load_tokenizer(section.model, section.template or "")
-    source = source_of(section)
+    source = sources_of(section)
     run = fingerprint(section, tokenizer, source)
     share = _share(section)
     if (output / MANIFEST_NAME).exists():
@@ -100,8 +106,7 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
         return manifest
     # Read everything once before the first forward pass: a broken record must not surface after hours of scoring.
     drops: Counter[str] = Counter()
-    reading = Reading.of(section)
-    portions = Portions(read_pairs(section.pairs, drops, reading), section.shard_pairs)
+    portions = Portions(_read(section, source, drops), section.shard_pairs)
     if portions.all_weigh_nothing and portions.total:
         raise UserError(f"{section.pairs}: the pair_weight of every pair is 0, so that nothing would be trained on")
     shards = Shards(output, run, portions.sha256)
@@ -118,7 +123,7 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
         _require_renderable(section, job, finished, tokenizer, source)
         scorers = _load_scorers(section, source, tokenizer, scorer)
         with job.progress("label", "pairs", finished) as progress:
-            for portion, pairs in job.unfinished(read_pairs(section.pairs, reading=reading), finished):
+            for portion, pairs in job.unfinished(_read(section, source), finished):
                 labelled_drops, labelled = _label_portion(pairs, section, tokenizer, source, scorers, progress)
                 if share.writes:
                     weighted = any(pair.pair_weight is not None for pair in labelled)
@@ -130,12 +135,19 @@ def label(section: LabelSection, scorer: Scorer | None = None) -> dict[str, Any]
     return finish(job, drops, run, section)
 
 
+def _read(section: LabelSection, source: Sources, drops: Counter[str] | None = None) -> Iterator[Pair]:
+    if not source.reads_own:
+        return read_pairs(section.pairs, drops, Reading.of(section))
+    rows = read_pairs_and_rows(section.pairs, drops, Reading.of(section))
+    return (dataclasses.replace(pair, own=own) for pair, own in own_columns(rows))
+
+
 def _require_renderable(
     section: LabelSection,
     job: ShardJob,
     finished: set[int],
     tokenizer: ChatTokenizer,
-    source: Source,
+    source: Sources,
 ) -> None:
     """Put every pair that this process will label through the chat template, so that a refusal comes first.
 
@@ -150,7 +162,7 @@ def _require_renderable(
         return len(pairs)
 
     def due() -> Iterator[Pair]:
-        for position, pair in enumerate(read_pairs(section.pairs, reading=Reading.of(section))):
+        for position, pair in enumerate(_read(section, source)):
             portion = position // section.shard_pairs
             if portion in job.share and portion not in finished:
                 yield pair
@@ -164,7 +176,7 @@ def _require_renderable(
 
 
 def _checked_prepare(
-    pair: Pair, section: LabelSection, max_revision_length: int, tokenizer: ChatTokenizer, source: Source
+    pair: Pair, section: LabelSection, max_revision_length: int, tokenizer: ChatTokenizer, source: Sources
 ) -> tuple["_Prepared | None", str]:
     try:
         return _prepare(pair, section.max_length, max_revision_length, tokenizer, source)
@@ -176,7 +188,7 @@ def _label_portion(
     pairs: list[Pair],
     section: LabelSection,
     tokenizer: ChatTokenizer,
-    source: Source,
+    source: Sources,
     scorers: dict[str, Scorer],
     progress: Progress,
 ) -> tuple[dict[str, int], list[LabelledPair]]:
@@ -211,30 +223,31 @@ def _label_portion(
 
 
 def _prepare(
-    pair: Pair, max_length: int, max_revision_length: int, tokenizer: ChatTokenizer, source: Source
+    pair: Pair, max_length: int, max_revision_length: int, tokenizer: ChatTokenizer, source: Sources
 ) -> tuple[_Prepared | None, str]:
     """The sequences of a pair, or None and the reason for dropping it."""
     answers = prompt_answers(pair)
     prompt_ids = tokenizer.encode_prompt(pair.messages, pair.tools, answers)
     if len(prompt_ids) >= max_length:
         return None, PROMPT_FILLS_CONTEXT
-    sequences, scored = {}, {}
+    sequences, scored, given = {}, {}, {}
     for side, response in zip(SIDES, (pair.chosen, pair.rejected), strict=True):
         ids, scored[side] = scored_response(pair, side, tokenizer)
         if len(prompt_ids) + len(ids) > max_length:
             return None, TOO_LONG
         prompts = {REFERENCE: prompt_ids, **source.prompts(pair, response, prompt_ids, tokenizer)}
         sequences[side] = {name: ScoredSequence(prompt, ids) for name, prompt in prompts.items()}
+        given[side] = source.given(pair, side, tokenizer)
         revisions = [len(prompt) for prompt in prompts.values() if prompt is not prompt_ids]
         if max(revisions, default=0) + len(ids) > max_revision_length:
             return None, REVISION_TOO_LONG
     if sequences["chosen"][REFERENCE] == sequences["rejected"][REFERENCE]:
         return None, IDENTICAL_RESPONSES  # they differed only in white space that the template strips
-    return _Prepared(pair, sequences, scored), ""
+    return _Prepared(pair, sequences, scored, given), ""
 
 
 def _labelled(
-    prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], section: LabelSection, source: Source
+    prepared: _Prepared, logps: dict[str, dict[str, np.ndarray]], section: LabelSection, source: Sources
 ) -> LabelledPair:
     pair, columns = prepared.pair, {}
     for side in SIDES:
@@ -244,16 +257,19 @@ def _labelled(
                 f"({side}); its weights are damaged, or it needs --dtype float32"
             )
         sequence = prepared.sequences[side][REFERENCE]
-        rewards = source.rewards(logps[side])
+        values = source.rewards(logps[side], prepared.given[side])
         reference, scored = logps[side][REFERENCE], prepared.scored[side]
-        if not section.reward_eot:
-            rewards[_ends(scored)] = 0.0
+        for rewards in values.values():
+            if not section.reward_eot:
+                rewards[_ends(scored)] = 0.0
+            if not scored.all():
+                rewards[~scored] = NOT_SCORED
         if not scored.all():
-            rewards[~scored] = NOT_SCORED
             reference = np.where(scored, reference, np.float32(0))
         columns[f"{side}_tokens"] = np.array([*sequence.prompt_ids, *sequence.response_ids], dtype=np.int32)
-        columns[f"{side}_token_rewards"] = rewards
+        columns[f"{side}_token_rewards"] = values.pop(MAIN)
         columns[f"{side}_ref_logprobs"] = reference
+        columns[f"{side}_values"] = values
     return labelled_pair(pair, columns)
 
 
@@ -273,7 +289,7 @@ def _share(section: LabelSection) -> Share:
 
 
 def _load_scorers(
-    section: LabelSection, source: Source, tokenizer: ChatTokenizer, reference: Scorer | None
+    section: LabelSection, source: Sources, tokenizer: ChatTokenizer, reference: Scorer | None
 ) -> dict[str, Scorer]:
     """The model of each pass, each loaded once."""
     own = Model(section.model, section.checkpoint)

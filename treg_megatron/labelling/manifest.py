@@ -23,7 +23,7 @@ from treg_megatron.data.scored import is_scored
 from treg_megatron.data.symptoms import Symptoms, signs_of
 from treg_megatron.errors import UserError
 from treg_megatron.formats import AUTO
-from treg_megatron.labelling.source import Source
+from treg_megatron.labelling.source import MAIN, Sources
 from treg_megatron.tokenizer.chat import ChatTokenizer
 from treg_megatron.utils.parallel import batches
 from treg_megatron.utils.shard_job import ShardJob, require_same_run
@@ -46,7 +46,7 @@ def require_own_output(found: dict[str, Any] | None, run: dict[str, Any], path: 
     require_same_run(found, run, f"{path} is a run", "label.output")
 
 
-def fingerprint(section: LabelSection, tokenizer: ChatTokenizer, source: Source) -> dict[str, Any]:
+def fingerprint(section: LabelSection, tokenizer: ChatTokenizer, source: Sources) -> dict[str, Any]:
     """Everything that determines the labels. Batch size and device are left out: they only change rounding."""
     from treg_megatron.models.huggingface import model_identity  # imports torch
 
@@ -91,6 +91,8 @@ class Portions:
                 identity = [pair.pair_id, pair.content, pair.chosen_score, pair.rejected_score, sampled]
                 if pair.pair_weight is not None:
                     identity.append(pair.pair_weight)
+                if pair.own is not None:
+                    identity.append(pair.own)
                 digest.update(json.dumps(identity).encode())
                 self.all_weigh_nothing &= pair.pair_weight == 0
             self.sha256.append(digest.hexdigest())
@@ -158,17 +160,15 @@ def finish(job: ShardJob, drops: Counter[str], run: dict[str, Any], section: Lab
     """
     shards: list[dict[str, Any]] = []
     drops = Counter(drops)
-    means = {side: _Mean() for side in SIDES}
-    magnitude = _Mean()
+    means = {MAIN: _Means(), **{name: _Means() for name in sorted(section.values)}}
     for path in job.paths:
         pairs = 0
         for pair in read_labelled(path):
             pairs += 1
             for side in SIDES:
-                rewards = getattr(pair, f"{side}_token_rewards")
-                rewards = rewards[is_scored(rewards)]
-                means[side].add(rewards)
-                magnitude.add(np.abs(rewards))
+                means[MAIN].add(side, getattr(pair, f"{side}_token_rewards"))
+                for name, rewards in getattr(pair, f"{side}_values").items():
+                    means[name].add(side, rewards)
         metadata = read_shard_metadata(path)
         found = (metadata or {}).get("run")  # another job may have written it meanwhile
         require_own_output(found and _settings(found), _settings(run), path)
@@ -186,11 +186,27 @@ def finish(job: ShardJob, drops: Counter[str], run: dict[str, Any], section: Lab
         {
             "pairs": kept,
             "drops": dict(sorted(drops.items())),
-            "token_rewards": {"mean_abs": magnitude.value, **{f"{side}_mean": means[side].value for side in SIDES}},
+            "token_rewards": means.pop(MAIN).as_json(),
+            **({"values": {name: of.as_json() for name, of in means.items()}} if means else {}),
             "run": run,
             "shards": shards,
         },
     )
+
+
+class _Means:
+    """Means over the scored tokens of labelled pairs."""
+
+    def __init__(self):
+        self.magnitude, self.sides = _Mean(), {side: _Mean() for side in SIDES}
+
+    def add(self, side: str, rewards: np.ndarray) -> None:
+        rewards = rewards[is_scored(rewards)]
+        self.sides[side].add(rewards)
+        self.magnitude.add(np.abs(rewards))
+
+    def as_json(self) -> dict[str, float]:
+        return {"mean_abs": self.magnitude.value, **{f"{side}_mean": mean.value for side, mean in self.sides.items()}}
 
 
 class _Mean:

@@ -29,8 +29,9 @@ def check_files(sections: Sections) -> tuple[list[str], int | None]:
     for prefix in (sections.data.train, sections.data.validation):
         if prefix is None or not _exists(prefix):
             continue
-        streams = open_streams(prefix)
-        require_trainable(streams, sections.data, Objective.of(sections.objective))
+        objective = Objective.of(sections.objective)
+        streams = open_streams(prefix, objective.values)
+        require_trainable(streams, sections.data, objective)
         if hf.exists():
             require_same_tokenizer(streams.manifest, hf)
         lines.append(

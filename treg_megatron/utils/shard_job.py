@@ -155,7 +155,8 @@ def require_same_run(found: dict[str, Any] | None, run: dict[str, Any], what: st
         UserError: they differ.
     """
     if found != run:
-        different = ", ".join(name for name in run if (found or {}).get(name) != run[name])
+        found = found or {}
+        different = ", ".join(name for name in {**run, **found} if found.get(name) != run.get(name))
         raise UserError(f"{what} with another {different}; name another {key}, or remove that folder")
 
 
