@@ -38,9 +38,10 @@ def test_training_on_named_values_equals_training_on_a_labelling_of_their_own(tm
         index(section(recipe, "index"))
         overrides += ["data.epochs=2", "data.global_batch_size=4", "objective.alpha=2"]
         run_ranks(1, train_on_this_rank, RECIPE, overrides, log=tmp_path / f"{name}.log")
-        losses[name] = [(line["loss"], line["loss/regularization"]) for line in records(tmp_path / name / "train")]
-        assert [line["treg/pair_weight"] for line in records(tmp_path / name / "train")] == [0.75, 0.75]
-    assert len(losses["named"]) == 2 and losses["named"] == pytest.approx(losses["alone"], rel=1e-5)
+        steps = records(tmp_path / name / "train")
+        losses[name] = [step[of] for of in ("loss", "loss/regularization", "grad_norm") for step in steps]
+        assert [step["treg/pair_weight"] for step in steps] == [0.75, 0.75]
+    assert len(losses["named"]) == 6 and losses["named"] == pytest.approx(losses["alone"], rel=1e-5)
     prefix = tmp_path / "named" / "streams" / "train"
     main, oracle = (open_streams(prefix, values)[3].chosen_token_rewards for values in (None, "oracle"))
     assert abs(main - oracle).max() > 1e-3

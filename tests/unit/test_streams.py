@@ -338,6 +338,7 @@ def test_weights_follow_their_pairs(chatml, tokenizer_folders, tmp_path):
         assert side.pair_weights.tolist() == [by_id[side.pair_id(i)] for i in range(len(side))]
     batch = collate([whole[26], whole[0]], "packed", weighted=True)
     assert batch["pair_weights"].tolist() == [2.5, 1.0] and "pair_weights" not in collate([whole[26]], "packed")
+    (tmp_path / ".whole_pair_weights.bin.partial").write_text("left by a killed process")
     write_streams(tmp_path / "whole", MANY, chatml)
     assert verify(tmp_path / "whole")[0].pair_weight is None
     assert not any(path.exists() for path in stream_paths(tmp_path / "whole", "pair_weights"))

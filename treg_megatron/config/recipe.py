@@ -339,7 +339,8 @@ def _refuse_unknown(name: str, section_name: str, source: str) -> None:
 
 def _refuse_unknown_changes(entries: Any, source: str) -> None:
     """Refuse keys of entries of ``label.values`` that no entry may change."""
-    for name, changes in entries.items() if isinstance(entries, DictConfig) else ():
+    for entry, changes in entries.items() if isinstance(entries, DictConfig) else ():
+        name = str(entry)
         for k in map(str, changes if isinstance(changes, DictConfig) else ()):
             if k not in SOURCE_KEYS:
                 nearest = difflib.get_close_matches(k, SOURCE_KEYS, n=1, cutoff=0.5)

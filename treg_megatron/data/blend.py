@@ -46,8 +46,8 @@ class BlendedDataset:
         )
         self.pair_weights = None
         if any(part.pair_weights is not None for part in parts):
-            weights = [np.ones(len(p), np.float32) if p.pair_weights is None else p.pair_weights for p in parts]
-            self.pair_weights = np.concatenate([weights[i][self._pair[self._part == i]] for i in range(len(parts))])
+            given = [np.ones(len(p), np.float32) if p.pair_weights is None else p.pair_weights for p in parts]
+            self.pair_weights = np.concatenate([given[i][self._pair[self._part == i]] for i in range(len(parts))])
         self.manifest: dict[str, Any] = {
             **{name: value for name, value in parts[0].manifest.items() if name not in (PAIR_WEIGHTS, VALUES)},
             "pairs": len(self),

@@ -88,7 +88,7 @@ class Portions:
             digest = hashlib.sha256()
             for pair in portion:
                 sampled = [pair.chosen_ids, pair.rejected_ids, pair.tokenizer]
-                identity = [pair.pair_id, pair.content, pair.chosen_score, pair.rejected_score, sampled]
+                identity: list[Any] = [pair.pair_id, pair.content, pair.chosen_score, pair.rejected_score, sampled]
                 if pair.pair_weight is not None:
                     identity.append(pair.pair_weight)
                 if pair.own is not None:

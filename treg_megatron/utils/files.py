@@ -92,6 +92,9 @@ def atomic_write_all(
     try:
         for folder in {path.parent for path in paths}:
             folder.mkdir(parents=True, exist_ok=True)
+        for path, partial in zip(paths, partials, strict=True):
+            if path in optional:  # left by a killed process, it would count as written
+                partial.unlink(missing_ok=True)
         yield partials
         written = {path: p for path, p in zip(paths, partials, strict=True) if path not in optional or p.exists()}
         for partial in written.values():
