@@ -81,7 +81,7 @@ class AlignedDataset:
         self._tokens = _open(prefix, TOKENS, (np.uint16, np.int32))
         self._all_rewards = {name: _open(prefix, name, (np.float32,)) for name in reward_streams(names)}
         self._rewards = self._all_rewards[TOKEN_REWARDS]
-        self._chosen_rewards = self._all_rewards[reward_stream(values)]
+        self._named_rewards = self._all_rewards[reward_stream(values)]
         self._reference = _open(prefix, REF_LOGPROBS, (np.float32,)) if self.manifest["reference_logprobs"] else None
         self._ids = _open(prefix, PAIR_IDS, (np.uint8,))
         self._weights = _open(prefix, PAIR_WEIGHTS, (np.float32,)) if PAIR_WEIGHTS in self.manifest else None
@@ -100,7 +100,7 @@ class AlignedDataset:
         if not 0 <= pair < len(self):
             raise IndexError(f"pair {pair} of {len(self)}")
         chosen, rejected, reference = 2 * pair, 2 * pair + 1, self._reference
-        rewards = self._chosen_rewards
+        rewards = self._named_rewards
         return PairRecord(
             self.pair_id(pair),
             self._tokens[chosen],
