@@ -115,7 +115,7 @@ def test_further_token_rewards_have_names(tmp_path):
     assert columns_beside(tmp_path / "s.parquet") == beside and columns_beside(write(tmp_path / "p", GOOD)) == []
     [_, second] = read_labelled(tmp_path / "s.parquet", values="b2")
     assert second.rejected_token_rewards.tolist() == [-0.125, 0.0]
-    with pytest.raises(UserError, match="s.parquet has no token rewards named c; named are b2, x"):
+    with pytest.raises(UserError, match="s.parquet has no token rewards named c, only b2, x"):
         list(read_labelled(tmp_path / "s.parquet", values="c"))
 
 

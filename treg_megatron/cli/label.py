@@ -10,11 +10,11 @@ pairs as Parquet with a manifest. Pairs that do not fit --max-length are dropped
 truncated. --report counts them beforehand and labels nothing. Under torchrun or srun the processes share the pairs. If
 it stops, rerun the same command, with any number of processes, to continue.
 
-A reference model too large for one device is split by Megatron: `--engine megatron --tensor 8` reads the checkpoint
-that training starts from; the remaining processes hold further copies of the model.
-
 Token rewards may also come from other models (--source model_ratio) or with the pairs (--source own), and from several
 sources at once under names of their own: label.values in the recipe (docs/TOKEN_REWARDS.md).
+
+A reference model too large for one device is split by Megatron: `--engine megatron --tensor 8` reads the checkpoint
+that training starts from; the remaining processes hold further copies of the model.
 
 Which prompt pair? `revise` is the paper's and suits models of billions of parameters. Small models merely copy the
 response that it shows them, and every reward is near 0: use `few_shot` for those, or a YAML file of your own.
@@ -45,12 +45,12 @@ def run(arguments: argparse.Namespace) -> None:
         from treg_megatron.data.pairs import Reading
         from treg_megatron.tokenizer.chat import load_tokenizer
 
-        tokenizer = load_tokenizer(section.model, section.template or "")
-        report = inspect_pairs(section.pairs, Reading.of(section), tokenizer, section.max_length, examples=2)
-        print(as_text(report))
         if section.values:
             named = [f"{name} ({its.get('source', section.source)})" for name, its in section.values.items()]
             print(f"token rewards: {section.source}, and named: {', '.join(named)}")
+        tokenizer = load_tokenizer(section.model, section.template or "")
+        report = inspect_pairs(section.pairs, Reading.of(section), tokenizer, section.max_length, examples=2)
+        print(as_text(report))
         require_usable(section.pairs, report)
         return
     from treg_megatron.labelling.job import label

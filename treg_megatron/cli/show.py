@@ -83,7 +83,7 @@ def _made_by(run: dict[str, Any], values: str | None) -> Iterator[str]:
     if name := reference.get("name", reference.get("model")):
         yield f"reference {name}"
     if values:
-        yield f"token rewards named {values}"
+        yield f"values {values}"
     made = run.get("values", {}).get(values, {}) if values else run
     if "prompt_pair" in made:
         yield f"prompt pair {made['prompt_pair']['name']}"

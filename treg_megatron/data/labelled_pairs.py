@@ -160,8 +160,8 @@ def read_labelled(
 def _with_values(pair: LabelledPair, name: str, path: Path) -> LabelledPair:
     if name not in pair.chosen_values:
         raise UserError(
-            f"{path} has no token rewards named {name}; named are {', '.join(pair.chosen_values) or 'none'}: the main "
-            "ones have no name"
+            f"{path} has no token rewards named {name}, only {', '.join(pair.chosen_values) or 'the main ones'}: name "
+            "one of these, or nothing for the main ones"
         )
     return replace(
         pair,

@@ -230,19 +230,19 @@ def _prepare(
     prompt_ids = tokenizer.encode_prompt(pair.messages, pair.tools, answers)
     if len(prompt_ids) >= max_length:
         return None, PROMPT_FILLS_CONTEXT
-    sequences, scored, given = {}, {}, {}
+    sequences, scored = {}, {}
     for side, response in zip(SIDES, (pair.chosen, pair.rejected), strict=True):
         ids, scored[side] = scored_response(pair, side, tokenizer)
         if len(prompt_ids) + len(ids) > max_length:
             return None, TOO_LONG
         prompts = {REFERENCE: prompt_ids, **source.prompts(pair, response, prompt_ids, tokenizer)}
         sequences[side] = {name: ScoredSequence(prompt, ids) for name, prompt in prompts.items()}
-        given[side] = source.given(pair, side, tokenizer)
         revisions = [len(prompt) for prompt in prompts.values() if prompt is not prompt_ids]
         if max(revisions, default=0) + len(ids) > max_revision_length:
             return None, REVISION_TOO_LONG
     if sequences["chosen"][REFERENCE] == sequences["rejected"][REFERENCE]:
         return None, IDENTICAL_RESPONSES  # they differed only in white space that the template strips
+    given = {side: source.given(pair, side, tokenizer) for side in SIDES}
     return _Prepared(pair, sequences, scored, given), ""
 
 
