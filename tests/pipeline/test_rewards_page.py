@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from treg_megatron.data.labelled_pairs import SIDES, LabelledPair
-from treg_megatron.labelling.rewards_page import quality, text_report, token_texts, write_page
+from tests.support.tiny import tiny_tokenizer
+from treg_megatron.cli import show
+from treg_megatron.data.labelled_pairs import SIDES, LabelledPair, write_shard
+from treg_megatron.labelling.quality.measure import compare_sources, measure
+from treg_megatron.labelling.rewards_page import text_report, token_texts, write_page
 
 MINUS = "\u2212"
 TOKENS = ["<pad>", "The", " sky", " is", " blue", " red", ".", " Why", "</script>", "\u00e4"]
@@ -37,32 +40,19 @@ PAIRS = [
 
 
 def test_label_statistics_by_hand():
-    figures = quality(PAIRS[:1])
-    assert figures.mean_abs == pytest.approx(1.05 / 6) and figures.near_zero == pytest.approx(1 / 6)
-    assert figures.chosen_mean == pytest.approx(0.2 / 3) and figures.rejected_mean == pytest.approx(-0.35 / 3)
+    figures = measure(PAIRS[:1])
+    quality = figures.main
+    assert quality.mean_abs == pytest.approx(1.05 / 6) and quality.near_zero == pytest.approx(1 / 6)
+    assert quality.chosen_mean == pytest.approx(0.2 / 3) and quality.rejected_mean == pytest.approx(-0.35 / 3)
     rewards = [0.1, -0.2, 0.3, -0.4, 0.0, 0.05]
-    assert figures.with_surprisal == pytest.approx(np.corrcoef(rewards, [1, 2, 3] * 2)[0, 1])
+    assert quality.surprisal.pearson == pytest.approx(np.corrcoef(rewards, [1, 2, 3] * 2)[0, 1])
     assert figures.warnings == []
 
 
-def test_where_the_mass_lies_and_what_alpha_moves():
-    figures = quality([labelled("by hand", [0.1, -0.3, 0.3], [-0.4, 0.0, 0.05])])
-    assert figures.half_of_mass == pytest.approx(2 / 6)  # 0.4 and 0.3 of 1.15
-    favoured = [0.1, -0.3, 0.3, 0.4, 0.0, -0.05]  # a rejected token's gradient grows as its reward falls
-    assert [factors.alpha for factors in figures.factors] == [0.1, 0.25, 0.5]
-    low, high = np.quantile(favoured, [0.05, 0.95])
-    for factors, beyond in zip(figures.factors, (0, 0, 3), strict=True):
-        assert factors.low == pytest.approx(1 + factors.alpha * low)
-        assert factors.high == pytest.approx(1 + factors.alpha * high)
-        if factors.alpha != 0.25:  # where 0.4 lies on the edge
-            assert factors.beyond_tenth == beyond / 6
-    assert ("share that holds half of their total size", "33.3%") in figures.lines()
-
-
 def test_rewards_near_zero_or_contrary_give_a_warning():
-    (warning,) = quality(PAIRS[2:]).warnings
+    (warning,) = measure(PAIRS[2:]).warnings
     assert "near 0 (mean size 0.0125)" in warning
-    (warning,) = quality([labelled("contrary", [-0.3] * 3, [0.3] * 3)]).warnings
+    (warning,) = measure([labelled("contrary", [-0.3] * 3, [0.3] * 3)]).warnings
     assert "lower mean reward (-0.3000)" in warning
 
 
@@ -79,7 +69,7 @@ def test_a_character_of_several_tokens_appears_at_the_last_one():
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("page") / "rewards.html"
-    write_page(path, "made for a test", quality(PAIRS), PAIRS, decode)
+    write_page(path, "made for a test", measure(PAIRS), PAIRS, decode)
     return f"file://{path}"
 
 
@@ -168,7 +158,7 @@ def test_views_sort_and_filter(window, page):
 
 def test_the_policy_is_shown_next_to_the_labels(window, tmp_path):
     implicit = [{side: -getattr(pair, f"{side}_token_rewards") for side in SIDES} for pair in PAIRS]
-    write_page(tmp_path / "both.html", "made for a test", quality(PAIRS), PAIRS, decode, implicit)
+    write_page(tmp_path / "both.html", "made for a test", measure(PAIRS), PAIRS, decode, implicit)
     window.open(f"file://{tmp_path}/both.html")
     assert background(window, token(0, 0, 0, 0))[0] == "33,102,172"
     assert background(window, token(0, 0, 0, 1))[0] == "230,97,1"
@@ -176,6 +166,37 @@ def test_the_policy_is_shown_next_to_the_labels(window, tmp_path):
     assert f"reward +0.1000 \u00b7 policy's implicit reward {MINUS}0.1000" in told(window)
     summary = window.evaluate("document.getElementById('summary').textContent")
     assert summary.endswith("correlation with the labels-1.00")
+
+
+def test_the_curves_of_every_source_fit_on_a_phone(window, tmp_path):
+    turned = [
+        dataclasses.replace(
+            pair,
+            chosen_token_rewards=-pair.chosen_token_rewards,
+            rejected_token_rewards=-pair.rejected_token_rewards,
+        )
+        for pair in PAIRS
+    ]
+    figures = compare_sources({"contrastive prompts": PAIRS, "<b>log-ratio</b>": turned})
+    write_page(tmp_path / "several.html", "made for a test", figures, PAIRS, decode)
+    window.open(f"file://{tmp_path}/several.html")
+    assert window.evaluate("[...document.querySelectorAll('#charts figcaption')].map(f => f.textContent)") == [
+        "where the rewards' total size lies",
+        "factors of the gradient, contrastive prompts",
+        "factors of the gradient, <b>log-ratio</b>",
+        "along the response",
+        "by surprisal",
+    ]
+    assert window.evaluate("document.querySelectorAll('#charts polyline').length") == 2 + 5 + 5 + 2 + 2
+    assert "NaN" not in window.evaluate("document.getElementById('charts').innerHTML")
+    rows = window.evaluate(
+        "[...document.querySelectorAll('#summary tr')].map(r => [...r.cells].map(c => c.textContent))"
+    )
+    assert ["", "contrastive prompts", "<b>log-ratio</b>"] in rows
+    assert ["correlation of contrastive prompts with <b>log-ratio</b>", "-1.00, -1.00"] in rows
+    window.resize(340, 844)
+    assert window.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    window.resize(1200, 900)
 
 
 def test_a_screenshot_works_and_the_page_loads_nothing_else(window, page):
@@ -188,16 +209,24 @@ def test_a_screenshot_works_and_the_page_loads_nothing_else(window, page):
 
 def test_the_terminal_shows_values_or_shades():
     implicit = [{side: -getattr(pair, f"{side}_token_rewards") for side in SIDES} for pair in PAIRS[:1]]
-    plain = "\n".join(text_report(quality(PAIRS), PAIRS[:1], decode, False, implicit))
+    plain = "\n".join(text_report(measure(PAIRS), PAIRS[:1], decode, False, implicit))
     assert "mean size of a reward" in plain and "User: question plain?" in plain
     assert "-- chosen, mean +0.0667\n blue[+0.10]</script>[-0.20].[+0.30]" in plain
     assert "-- chosen, the policy's implicit rewards, mean -0.0667\n blue[-0.10]</script>[+0.20].[-0.30]" in plain
-    shaded = list(text_report(quality(PAIRS), PAIRS[:1], decode, True))
+    shaded = list(text_report(measure(PAIRS), PAIRS[:1], decode, True))
     assert "\x1b[30;48;2;" in shaded[-1] and "[+" not in shaded[-1]
 
 
 def test_the_terminal_gets_no_control_bytes_of_the_data():
     evil = [dataclasses.replace(PAIRS[0], prompt="User: \x1b[2J\u202e", pair_id="a\x07")]
-    text = "\n".join(text_report(quality(PAIRS), evil, lambda ids: "\x1b]0;" * len(ids), False))
+    text = "\n".join(text_report(measure(PAIRS), evil, lambda ids: "\x1b]0;" * len(ids), False))
     assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e]", text)
     assert "User: \\x1b[2J\\x202e" in text and "== a\\x07" in text and "\\x1b]0;[" in text
+
+
+def test_the_command_prints_the_figures_as_json(tmp_path, capsys):
+    tiny_tokenizer(tmp_path)
+    write_shard(tmp_path / "labelled.parquet", PAIRS)
+    arguments = ["--labelled", f"{tmp_path}/labelled.parquet", "--tokenizer", str(tmp_path), "--json", "--pairs", "1"]
+    show.run(show.parser().parse_args(arguments))
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(measure(PAIRS).as_json()))

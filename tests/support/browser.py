@@ -62,6 +62,11 @@ class Browser:
     def click(self, selector: str) -> None:
         self._find(selector).click()
 
+    def resize(self, width: int, height: int) -> None:
+        """Give the page a viewport of this size, in CSS pixels, also narrower than a window can be."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self._driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
     def screenshot(self) -> bytes:
         """Screenshot of the window as PNG."""
         return self._driver.get_screenshot_as_png()

@@ -7,8 +7,9 @@
 
 Reads preference pairs in any format that `treg inspect --help` lists (JSON, JSONL, Parquet, Arrow) and writes labelled
 pairs as Parquet with a manifest. Pairs that do not fit --max-length are dropped whole and counted by reason; nothing is
-truncated. --report counts them beforehand and labels nothing. Under torchrun or srun the processes share the pairs. If
-it stops, rerun the same command, with any number of processes, to continue.
+truncated. --report counts them beforehand and labels nothing; once --output is labelled, it also says how good the
+token rewards are. Under torchrun or srun the processes share the pairs. If it stops, rerun the same command, with any
+number of processes, to continue.
 
 Token rewards may also come from other models (--source model_ratio) or with the pairs (--source own), and from several
 sources at once under names of their own: label.values in the recipe (docs/TOKEN_REWARDS.md).
@@ -22,6 +23,8 @@ Next: treg show, treg index.
 """
 
 import argparse
+from collections.abc import Iterator
+from pathlib import Path
 
 from treg_megatron.cli.arguments import parse_section, section_parser
 
@@ -32,7 +35,8 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--report",
         action="store_true",
-        help="print what the pairs hold (counts, lengths in tokens, repetitions, unusable records), and stop",
+        help="print what the pairs hold (counts, lengths in tokens, repetitions, unusable records) and, if --output is "
+        "labelled already, the quality of its token rewards, and stop",
     )
     return parser
 
@@ -51,6 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(section.model, section.template or "")
         report = inspect_pairs(section.pairs, Reading.of(section), tokenizer, section.max_length, examples=2)
         print(as_text(report))
+        for line in quality_lines(section.output):
+            print(line)
         require_usable(section.pairs, report)
         return
     from treg_megatron.labelling.job import label
@@ -70,3 +76,19 @@ def run(arguments: argparse.Namespace) -> None:
             f"    {name}: mean {rewards['chosen_mean']:+.4f} chosen, {rewards['rejected_mean']:+.4f} rejected, "
             f"mean size {rewards['mean_abs']:.4f}"
         )
+
+
+def quality_lines(output: str) -> Iterator[str]:
+    """The quality of the token rewards in a folder of labelled pairs, line by line; nothing if it is not finished."""
+    from treg_megatron.data.labelled_pairs import labelling_run, read_labelled
+    from treg_megatron.labelling.quality.measure import measure
+    from treg_megatron.labelling.rewards_page import aligned
+    from treg_megatron.utils.shard_job import MANIFEST_NAME
+
+    if not Path(output, MANIFEST_NAME).exists():
+        return
+    labelling_run(output)
+    figures = measure(read_labelled(output))
+    yield f"\ntoken rewards in {output}:"
+    yield from aligned(figures.lines())
+    yield from (f"\nwarning: {warning}" for warning in figures.warnings)

@@ -3,13 +3,16 @@
     treg show --labelled runs/X/labelled/train --tokenizer MODEL --output rewards.html
     treg show --labelled runs/X/labelled/train --tokenizer MODEL --text
     treg show ... --values oracle             # other token rewards of the labels, by their name in label.values
+    treg show --labelled runs/X/labelled/train --tokenizer MODEL --json > quality.json
     treg show ... --policy RUN_OR_MODEL       # a trained policy's implicit token rewards beside them
 
 The page is one file that needs no network: each pair side by side with its tokens shaded by reward, to sort and filter,
-and statistics on the quality of the labels over all pairs. It warns if the reference model merely copies.
+and figures and curves on the quality of the labels over all pairs. It warns if the reference model merely copies.
 """
 
 import argparse
+import itertools
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +35,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--output", default="rewards.html", metavar="HTML", help="the page to write (%(default)s)")
     parser.add_argument("--values", metavar="NAME", help="show these named token rewards instead of the main ones")
     parser.add_argument("--text", action="store_true", help="print to the terminal and write no page")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object and write no page")
     parser.add_argument("--pairs", type=int, default=200, metavar="N", help="show the first N pairs (%(default)s)")
     parser.add_argument(
         "--policy",
@@ -48,15 +52,19 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--pairs {arguments.pairs} must be at least 1")
     from treg_megatron.data.labelled_pairs import columns_beside, labelling_run, read_labelled
     from treg_megatron.labelling import rewards_page
+    from treg_megatron.labelling.quality.measure import measure
     from treg_megatron.tokenizer.chat import load_tokenizer
 
     tokenizer, run = load_tokenizer(arguments.tokenizer), labelling_run(arguments.labelled) or {}
     if run.get("tokenizer", {}).get("sha256", tokenizer.sha256) != tokenizer.sha256:
         raise UserError(f"{arguments.labelled} was labelled with another tokenizer than that of {arguments.tokenizer}")
-    pairs = list(read_labelled(arguments.labelled, values=arguments.values))
-    if not pairs:
+    shown = list(itertools.islice(read_labelled(arguments.labelled, values=arguments.values), arguments.pairs))
+    if not shown:
         raise UserError(f"{arguments.labelled} holds no pairs")
-    figures, shown, policy = rewards_page.quality(pairs), pairs[: arguments.pairs], None
+    figures, policy = measure(read_labelled(arguments.labelled, values=arguments.values)), None
+    if arguments.json:
+        print(json.dumps(figures.as_json(), ensure_ascii=False))
+        return
     if arguments.policy:
         if any(pair.chosen_ref_logprobs is None for pair in shown):
             raise UserError(f"{arguments.labelled} has no reference log-probs, which implicit rewards are relative to")
@@ -69,10 +77,10 @@ def run(arguments: argparse.Namespace) -> None:
             print(line)
         return
     source = ", ".join([str(arguments.labelled), *_made_by(run, arguments.values), *beside])
-    if len(shown) < len(pairs):
-        source += f"; the first {len(shown)} of {len(pairs)} pairs are shown, the figures on the left cover all"
+    if len(shown) < figures.pairs:
+        source += f"; the first {len(shown)} of {figures.pairs} pairs are shown, figures and curves cover all"
     rewards_page.write_page(arguments.output, source, figures, shown, tokenizer.decode, policy)
-    print(f"wrote {arguments.output}: {len(shown)} pairs, mean size of a reward {figures.mean_abs:.4f}")
+    print(f"wrote {arguments.output}: {len(shown)} pairs, mean size of a reward {figures.main.mean_abs:.4f}")
     for warning in figures.warnings:
         print(f"warning: {warning}")
 

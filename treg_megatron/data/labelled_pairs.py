@@ -163,11 +163,11 @@ def _with_values(pair: LabelledPair, name: str, path: Path) -> LabelledPair:
             f"{path} has no token rewards named {name}, only {', '.join(pair.chosen_values) or 'the main ones'}: name "
             "one of these, or nothing for the main ones"
         )
-    return replace(
-        pair,
-        chosen_token_rewards=pair.chosen_values[name],
-        rejected_token_rewards=pair.rejected_values[name],
-    )
+    changed: dict[str, Any] = {}
+    for side in SIDES:
+        others = dict(getattr(pair, f"{side}_values"))
+        changed |= {f"{side}_token_rewards": others.pop(name), f"{side}_values": others}
+    return replace(pair, **changed)
 
 
 def columns_beside(path: str | Path) -> list[str]:

@@ -26,12 +26,17 @@ def squashed(values: np.ndarray, name: str) -> np.ndarray:
     return _SQUASHES[name](values.astype(np.float64)).astype(np.float32)
 
 
+def average_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0 up, [n] float64; equal values share the mean of their ranks."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    before = np.cumsum(counts) - counts
+    return (before + (counts - 1) / 2)[which]
+
+
 def _ranks(values: np.ndarray) -> np.ndarray:
     if len(values) == 1:
         return np.zeros(1)
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    before = np.cumsum(counts) - counts
-    return (before + (counts - 1) / 2)[which] / (len(values) - 1) - 0.5
+    return average_ranks(values) / (len(values) - 1) - 0.5
 
 
 _SQUASHES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
