@@ -11,6 +11,7 @@ from treg_megatron.config.recipe import section
 from treg_megatron.config.schema import Recipe
 from treg_megatron.data.labelled_pairs import read_labelled
 from treg_megatron.evaluation.answer_folder import read_answers
+from treg_megatron.labelling.quality.measure import compare_sources
 from treg_megatron.utils.files import atomic_write
 
 SAMPLE_PAIR = "unit-cm"
@@ -35,6 +36,8 @@ def write_report(recipe: Recipe, root: Path, seconds: dict[str, float]) -> str:
             *training_section(first_step, validations[0], validations[-1]),
             "",
             *token_reward_section(labelled),
+            "",
+            *source_section(labelled["heldout"], root / oracle_labels(recipe)),
             "",
             *evaluation_section(root / comparison, root / judge.baseline, root / evaluate.output),
             "",
@@ -81,6 +84,33 @@ def token_reward_section(labelled: dict[str, Path]) -> Iterator[str]:
     for split, folder in labelled.items():
         chosen, rejected = (mean_token_reward(folder, side) for side in ("chosen", "rejected"))
         yield f"| {split} pairs | {chosen:+.4f} | {rejected:+.4f} |"
+
+
+def oracle_labels(recipe: Recipe) -> str:
+    """The folder of the held-out pairs whose token rewards are the log-ratio of a model trained by DPO."""
+    return str(Path(section(recipe, "label").output).with_name("heldout_oracle"))
+
+
+def source_section(contrastive: Path, oracle: Path) -> Iterator[str]:
+    """The quality of two sources of token rewards on the held-out pairs."""
+    sources = {"contrastive prompts": contrastive, "log-ratio of DPO": oracle}
+    figures = compare_sources({name: read_labelled(folder) for name, folder in sources.items()})
+    yield (
+        f"Two sources of token rewards on the {figures.pairs} held-out pairs ({figures.tokens:,} response tokens): "
+        "contrastive prompts, and the log-ratio of a model trained by DPO (alpha 0, four steps) to its reference."
+    )
+    yield ""
+    yield f"| | {' | '.join(figures.rewards)} |"
+    yield "|---|" + "---:|" * len(figures.rewards)
+    for name, *values in figures.lines():
+        if len(values) == len(figures.rewards) and name and not name.startswith(("gradient factors", "rank")):
+            yield f"| {name} | {' | '.join(values)} |"
+    yield ""
+    [(names, correlation)] = figures.between.items()
+    yield (
+        f"Their correlation over the tokens is {correlation.pearson:+.2f} (by rank {correlation.spearman:+.2f}). "
+        "Brackets are 95 % intervals; docs/TOKEN_REWARDS.md says how to read the figures."
+    )
 
 
 def mean_token_reward(folder: Path, side: str) -> float:

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from report import write_report
+from report import oracle_labels, write_report
 
 from treg_megatron.config.recipe import BASE_RECIPE, load_recipe, section
 from treg_megatron.config.schema import Recipe
@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipes/smollm2_135m.yaml"
 PAIRS = {"train": "demo/pairs/train.jsonl", "heldout": "demo/pairs/heldout.jsonl"}
 RANKS = 2
+# DPO, to take its log-ratio: a quarter of the steps at four times the learning rate, or the demo would take too long
+ORACLE = ["objective.alpha=0", "train.max_steps=4", "optimizer.lr=2e-5", "data.validation=null"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def steps(recipe: Recipe) -> list[Step]:
     labelled = {split: str(Path(section(recipe, "label").output).with_name(split)) for split in PAIRS}
     streams = {"train": section(recipe, "data").train, "heldout": section(recipe, "data").validation}
     from_recipe = ["--recipe", RECIPE]
+    oracle = f"{recipe.run}/oracle"
     return [
         Step("model", ["demo/smollm2.py", "--output", model.hf], Path(model.hf)),
         Step("import", ["tools/convert_checkpoint.py", "import", *from_recipe], Path(model.checkpoint)),
@@ -84,21 +87,7 @@ def steps(recipe: Recipe) -> list[Step]:
             )
             for split in PAIRS
         ),
-        Step(
-            "train",
-            [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                str(RANKS),
-                "-m",
-                "treg_megatron.train",
-                *from_recipe,
-            ],
-            None,
-            RANKS,
-        ),
+        Step("train", train_command(from_recipe), None, RANKS),
         Step("export", ["tools/convert_checkpoint.py", "export", *from_recipe], Path(export.output)),
         Step(
             "accuracy",
@@ -121,7 +110,34 @@ def steps(recipe: Recipe) -> list[Step]:
             ["tools/compare_arms.py", recipe.run, "--output", comparison],
             Path(comparison, "report.html"),
         ),
+        Step("train oracle", train_command([*from_recipe, *ORACLE, f"train.output={oracle}/train"]), None, RANKS),
+        Step(
+            "export oracle",
+            [
+                "tools/convert_checkpoint.py",
+                "export",
+                *from_recipe,
+                *("--checkpoint", f"{oracle}/train", "--output", f"{oracle}/hf"),
+            ],
+            Path(oracle, "hf"),
+        ),
+        Step(
+            "label heldout by oracle",
+            [
+                "tools/label_tokens.py",
+                *from_recipe,
+                *("--pairs", PAIRS["heldout"], "--output", oracle_labels(recipe)),
+                *("--source", "model_ratio", "--better-model", f"{oracle}/hf"),
+            ],
+            Path(oracle_labels(recipe), "manifest.json"),
+        ),
     ]
+
+
+def train_command(arguments: list[str]) -> list[str]:
+    """Training on ``RANKS`` processes of this machine."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    return [*launcher, "-m", "treg_megatron.train", *arguments]
 
 
 class Progress:
