@@ -9,7 +9,14 @@ import pytest
 
 from tests.support.labelled import pair as random_pair
 from treg_megatron.cli.label import quality_lines
-from treg_megatron.data.labelled_pairs import MANIFEST_FORMAT, MANIFEST_VERSION, SIDES, LabelledPair, write_shard
+from treg_megatron.data.labelled_pairs import (
+    MANIFEST_FORMAT,
+    MANIFEST_VERSION,
+    SIDES,
+    LabelledPair,
+    read_labelled,
+    write_shard,
+)
 from treg_megatron.data.scored import NOT_SCORED, is_scored
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.quality import measure as module
@@ -42,6 +49,17 @@ def test_the_mass_by_hand():
     assert len(quality.mass) == 101 and (quality.mass[0], quality.mass[100]) == (0, 1)
     assert quality.mass[50] == pytest.approx(1.0625 / mass)
     assert quality.mass[25] == pytest.approx((0.4375 + 0.3125 / 2) / mass)  # one token and a half
+
+
+def test_named_rewards_stand_beside_the_main_ones(tmp_path):
+    named = {side: {"oracle": -getattr(BY_HAND, f"{side}_token_rewards")} for side in SIDES}
+    pair = dataclasses.replace(BY_HAND, chosen_values=named["chosen"], rejected_values=named["rejected"])
+    figures = measure([pair])
+    assert list(figures.rewards) == [MAIN, "oracle"] and figures.between[MAIN, "oracle"].pearson == pytest.approx(-1)
+    write_shard(tmp_path / "labels.parquet", [pair])
+    shown = measure(read_labelled(tmp_path / "labels.parquet", values="oracle"))  # once, in the place of the main ones
+    assert list(shown.rewards) == [MAIN]
+    assert shown.main.chosen_mean == pytest.approx(-measure([BY_HAND]).main.chosen_mean)
 
 
 def test_the_factors_by_hand():
