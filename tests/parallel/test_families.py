@@ -9,13 +9,19 @@ from tests.support import megatron_model, policy_ranks
 from tests.support.checkpoints import assert_same_tensors, certify, config_of
 from tests.support.forked import run_ranks
 from tests.support.policy_ranks import LAYOUTS, Layout
-from tests.support.tiny_families import SPECIAL, VOCAB, tiny_family, transformers_logprobs
+from tests.support.tiny_families import SPECIAL, VARIANTS, VOCAB, tiny_family, transformers_logprobs
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.checkpoint.layout import read_metadata
 from treg_megatron.checkpoint.to_hf import export_checkpoint
 from treg_megatron.models.families import family_of, model_fields, name_at, stacked_indices
 
-CASES = [(family, layout) for family in SPECIAL for layout in LAYOUTS if layout != "EP2" or family == "Mixtral"]
+EVERYWHERE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Mixtral")
+CASES = [(family, layout) for family in EVERYWHERE for layout in LAYOUTS if layout != "EP2" or family == "Mixtral"]
+# of the same parts as those, in the layouts where each has something to get wrong
+MORE_CASES = [
+    ("Llama biased", "TP2xPP2", False),
+    *((variant, "TP1", False) for variant in VARIANTS),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +45,9 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family, layout", CASES)
+@pytest.mark.parametrize(
+    "family, layout, tied", [(*case, tied) for tied in (True, False) for case in CASES] + MORE_CASES
+)
 def test_policy_gives_the_logprobs_of_transformers(imported, tokens, family, layout, tied):
     """With the model used in training, on padded and on packed sequences."""
     hf, checkpoint = imported(family, tied)
@@ -50,7 +57,7 @@ def test_policy_gives_the_logprobs_of_transformers(imported, tokens, family, lay
             torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", SPECIAL)
+@pytest.mark.parametrize("family", EVERYWHERE)
 def test_a_vocabulary_without_padding_gives_the_same(imported, tmp_path, tokens, family):
     """512 entries are a multiple of Megatron's padding, even on two ranks."""
     hf, checkpoint = imported(family, False, 512)
@@ -62,7 +69,9 @@ def test_a_vocabulary_without_padding_gives_the_same(imported, tmp_path, tokens,
     assert_same_tensors(tmp_path / "back", hf)
 
 
-@pytest.mark.parametrize("family, layout", [case for case in CASES if case[1] in ("TP2xPP2", "EP2")])
+@pytest.mark.parametrize(
+    "family, layout", [case[:2] for case in [*CASES, *MORE_CASES] if case[1] in ("TP2xPP2", "EP2")]
+)
 def test_export_of_what_megatron_saved_is_the_original_bit_for_bit(imported, tmp_path, family, layout):
     hf, checkpoint = imported(family, False)
     (tmp_path / "saved" / "weights").mkdir(parents=True)

@@ -23,6 +23,7 @@ LAYOUTS = {
     "Mixtral": ["parallel.tensor=2", "parallel.sequence=true"],
     "Mixtral PP2": ["parallel.pipeline=2"],
     "Mixtral EP2": ["parallel.expert=2"],
+    "Llama biased": ["parallel.tensor=2", "parallel.sequence=true"],
 }
 
 
@@ -59,7 +60,10 @@ def test_training_and_export_equal_plain_pytorch(case, tmp_path):
     from treg_megatron.data.sampler import MicrobatchOrder
     from treg_megatron.data.streams import open_streams
 
-    overrides = [*prepare(tmp_path, case.split()[0]), *LAYOUTS[case]]
+    overrides = [
+        *prepare(tmp_path, case.removesuffix(" EP2").removesuffix(" PP2").removesuffix(" TP2")),
+        *LAYOUTS[case],
+    ]
     run_ranks(2, train_on_this_rank, RECIPE, overrides, log=tmp_path / "log")
     recipe = load_recipe(RECIPE, overrides)
     data, objective, optimizer = (section(recipe, name) for name in ("data", "objective", "optimizer"))
@@ -92,3 +96,40 @@ def test_training_and_export_equal_plain_pytorch(case, tmp_path):
         for weights in (after, before)
     )
     assert difference <= 1e-3 * movement
+
+
+ALL = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+TARGETS = {"Llama biased": ALL}
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_exported_adapters_equal_the_trained_policy(family, tmp_path):
+    """Merged weights and peft's model give the margins that the run on two ranks reported at its end."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from treg_megatron.checkpoint.to_hf import export_adapter, export_checkpoint
+    from treg_megatron.config.recipe import load_recipe, section
+    from treg_megatron.data.streams import open_streams
+
+    overrides = [
+        *prepare(tmp_path, family),
+        *("lora.rank=4", "lora.alpha=16", f"lora.targets=[{','.join(TARGETS[family])}]", "optimizer.lr=1e-2"),
+        *("parallel.tensor=2", "parallel.sequence=true"),
+    ]
+    trained = section(load_recipe(RECIPE, overrides), "data").train
+    overrides.append(f"data.validation={trained}")
+    run_ranks(2, train_on_this_rank, RECIPE, overrides, log=tmp_path / "log")
+    export_checkpoint(tmp_path / "out", tmp_path / "hf", tmp_path / "merged")
+    export_adapter(tmp_path / "out", tmp_path / "hf", tmp_path / "adapter")
+    beta, streams = section(load_recipe(RECIPE, overrides), "objective").beta, open_streams(trained)
+    expected = records(tmp_path / "out", validation=True)[-1]["validation/rewards/margins"]
+    for model in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager"),
+        PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager"), tmp_path / "adapter"
+        ),
+    ):
+        margin = reference.mean_margin(model, (streams[i] for i in range(len(streams))), beta)
+        assert margin == pytest.approx(expected, rel=1e-4)
+    assert abs(expected) > 0.05

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from tests.support import reference
 from tests.support.training import STEPS, assert_same, records, run, run_and_kill
@@ -78,18 +77,8 @@ def test_exports_equal_the_trained_policy(tied_run, single, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
         PeftModel.from_pretrained(base, tmp_path / "adapter"),
     ):
-        margins = []
-        with torch.no_grad():
-            for pair in (streams[i] for i in range(len(streams))):
-                chosen, rejected = reference.pair_logps(model, pair)
-                margins.append(
-                    beta
-                    * (
-                        (chosen - torch.tensor(pair.chosen_ref_logprobs)).sum()
-                        - (rejected - torch.tensor(pair.rejected_ref_logprobs)).sum()
-                    )
-                )
-        assert torch.stack(margins).mean().item() == pytest.approx(expected, rel=1e-4)
+        margin = reference.mean_margin(model, (streams[i] for i in range(len(streams))), beta)
+        assert margin == pytest.approx(expected, rel=1e-4)
     assert abs(expected) > 0.5
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.support.forked import run_ranks
+from tests.unit.test_config_corpus import PUBLISHED as CORPUS
 from treg_megatron.config.recipe import load_recipe
 from treg_megatron.errors import UserError
 
@@ -68,6 +69,18 @@ def test_a_recipe_fits_its_stated_cluster_and_has_the_published_parameters(name)
     assert done.code == 0 and "verdict: fits" in done.printed, done.printed
     assert f"{PUBLISHED[name]:,} parameters, all trained" in done.printed
     assert done.cpu_seconds < 60 and done.grown_gb < 1
+
+
+@pytest.mark.parametrize(
+    "model, parameters, layout",
+    [
+        ("granite-8b-code-base-4k", 8_054_910_976, []),
+    ],
+)
+def test_the_parameters_of_a_published_config_are_counted(model, parameters, layout, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CORPUS[model]))
+    done = preflight("llama3_8b", f"model.architecture={tmp_path}/config.json", *layout)
+    assert f"{parameters:,} parameters, all trained" in done.printed
 
 
 @pytest.mark.parametrize("name, full", [("llama3_8b_lora", "llama3_8b"), ("llama3_70b_lora", "llama3_70b")])

@@ -33,11 +33,12 @@ def load(checkpoint: Path, layout: Layout):
 
     from treg_megatron.checkpoint.layout import read_metadata
     from treg_megatron.checkpoint.policy import load_policy
+    from treg_megatron.models.families import model_fields
 
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline, expert_model_parallel_size=layout.expert)
     model_parallel_cuda_manual_seed(1)
-    experts = "num_local_experts" in read_metadata(checkpoint).hf_config
+    experts = "num_moe_experts" in model_fields(read_metadata(checkpoint).hf_config)
     return load_policy(checkpoint, *layout, sequence=experts and layout.tensor > 1)
 
 

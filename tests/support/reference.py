@@ -32,6 +32,17 @@ def pair_logps(model, pair) -> list[torch.Tensor]:
     ]
 
 
+def mean_margin(model, pairs, beta: float) -> float:
+    """beta times the mean of log-prob over reference of the chosen minus the rejected response, a pair's margin."""
+    margins = []
+    with torch.no_grad():
+        for pair in pairs:
+            chosen, rejected = pair_logps(model, pair)
+            chosen_ref, rejected_ref = torch.tensor(pair.chosen_ref_logprobs), torch.tensor(pair.rejected_ref_logprobs)
+            margins.append(beta * ((chosen - chosen_ref).sum() - (rejected - rejected_ref).sum()))
+    return torch.stack(margins).mean().item()
+
+
 def pair_loss(
     logps: list[torch.Tensor], pair, *, pair_weights: bool = False, values: None = None, **objective
 ) -> torch.Tensor:

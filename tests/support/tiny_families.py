@@ -27,15 +27,30 @@ SPECIAL = {
         "final_logit_softcapping": 5.0,
     },
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "Llama biased": {"attention_bias": True, "mlp_bias": True, "rope_theta": 500.0},
+}
+# Settings without parameters of their own.
+VARIANTS = {
+    "Llama linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "Llama dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    "Qwen2 yarn": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 8.0}
+    },
+    "Qwen3 yarn": {
+        "rope_theta": 100.0,
+        "rope_scaling": {"type": "yarn", "factor": 3.0, "attention_factor": 1.7},
+    },
 }
 
 
 def tiny_family(folder: Path, family: str, *, tied: bool, vocab: int = VOCAB, seed: int = 0) -> Path:
-    """Save a random model (fp32 safetensors) as a Hugging Face folder; ``family`` is a key of :data:`SPECIAL`."""
+    """Save a random model (fp32 safetensors) as a Hugging Face folder; ``family`` is a key of :data:`SPECIAL` or
+    :data:`VARIANTS`, whose first word is the architecture."""
     import torch
     import transformers
 
-    config = getattr(transformers, f"{family}Config")(
+    name = family.split()[0]
+    config = getattr(transformers, f"{name}Config")(
         vocab_size=vocab,
         hidden_size=64,
         intermediate_size=96,
@@ -48,11 +63,11 @@ def tiny_family(folder: Path, family: str, *, tied: bool, vocab: int = VOCAB, se
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        **SPECIAL[family],
+        **(SPECIAL | VARIANTS)[family],
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = getattr(transformers, f"{family}ForCausalLM")(config).float()
+        model = getattr(transformers, f"{name}ForCausalLM")(config).float()
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases, whose initial values have no effect
                 parameter.data += 0.2 * torch.randn_like(parameter)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from tests.unit.test_config_corpus import PUBLISHED as CORPUS
 from treg_megatron.errors import UserError
 from treg_megatron.models.architecture import PUBLISHED
 from treg_megatron.models.families import (
@@ -91,6 +92,9 @@ PARAMETERS = [
     (MIXTRAL_8X7B, 46_702_792_704),
     (LLAMA3_70B, 70_553_706_496),
     (LLAMA31_405B, 405_853_388_800),
+    (CORPUS["Mistral-Small-24B-2501"], 23_572_403_200),
+    (CORPUS["Mixtral-8x22B-v0.1"], 140_620_634_112),
+    (CORPUS["Mixtral-8x22B-Instruct-v0.1"], 140_630_071_296),
 ]
 
 
@@ -154,9 +158,9 @@ def test_experts_are_stacked_behind_layers():
     "config, change, said",
     [
         (
-            QWEN25_HALF_B,
+            GEMMA2_9B,
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "'yarn' is not supported for Qwen2ForCausalLM",
+            "'yarn' is not supported for Gemma2ForCausalLM",
         ),
         (QWEN3_8B, {"attention_bias": True}, "attention_bias: true is not supported for Qwen3ForCausalLM"),
         (GEMMA2_9B, {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported"),

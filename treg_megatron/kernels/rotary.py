@@ -4,6 +4,8 @@ Megatron's PyTorch implementation takes six passes forward and more backward: ne
 gradients move as many bytes as the multiplications. The result is the same (arXiv 2104.09864, equation 34).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,3 +62,36 @@ def _cos_and_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if dtype not in kept:
         kept[dtype] = angles.cos().to(dtype), angles.sin().to(dtype)
     return kept[dtype]
+
+
+def yarn_frequencies(
+    frequencies: Tensor,
+    base: float,
+    factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    original_max_position_embeddings: int,
+    truncate: bool,
+) -> Tensor:
+    """YaRN's frequencies (arXiv 2309.00071, section 3.2): those of channels that turn less than ``beta_slow`` times
+    within the original context are divided by ``factor``, those that turn more than ``beta_fast`` times are kept, and
+    between them the share that is kept falls linearly with the channel.
+
+    Args:
+        frequencies: [d / 2] fp32, radians per position, ``base`` ** (-2 i / d).
+        truncate: round the two ends outward to whole channels.
+    """
+    channels = 2 * len(frequencies)
+
+    def channel_that_turns(times: float) -> float:
+        wavelength = original_max_position_embeddings / times
+        return channels * math.log(wavelength / (2 * math.pi)) / (2 * math.log(base))
+
+    first, last = channel_that_turns(beta_fast), channel_that_turns(beta_slow)
+    if truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, channels - 1)
+    channel = torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device)
+    # as in transformers where both ends are one channel
+    kept = 1 - ((channel - first) / (last - first or 0.001)).clamp(0, 1)
+    return frequencies / factor * (1 - kept) + frequencies * kept

@@ -9,7 +9,7 @@ import torch
 
 from treg_megatron.distributed.launch import device_index, rank_info
 from treg_megatron.errors import UserError
-from treg_megatron.models.families.fields import rope_settings
+from treg_megatron.models.families.rotary import local_rope_settings, rope_settings
 from treg_megatron.tokenizer.model_folder import model_folder
 from treg_megatron.utils.files import hash_blocks, read_json
 from treg_megatron.utils.imports import heavy_imports
@@ -88,13 +88,17 @@ def transformers_config(folder: Path, **options: Any) -> Any:
         options: of ``AutoConfig.from_pretrained``.
 
     Raises:
-        UserError: the rotary settings contradict each other, or differ between layers.
+        UserError: the rotary settings contradict each other, or differ between layers of an architecture that has
+            one for all.
     """
     from transformers import AutoConfig
 
     hf_config, config = read_json(folder / "config.json"), AutoConfig.from_pretrained(folder, **options)
     if hf_config.get("rope_parameters") or "rope_theta" in (hf_config.get("rope_scaling") or {}):
-        settings = rope_settings(hf_config)
+        by_layer = hasattr(config, "rope_local_base_freq")
+        settings = rope_settings(hf_config, layers="full_attention" if by_layer else None)
+        if by_layer:
+            config.rope_local_base_freq = local_rope_settings(hf_config)["rope_local_base_freq"]
         config.rope_theta = settings.pop("rope_theta")
         config.rope_scaling = None if settings["rope_type"] == "default" else settings
     return config

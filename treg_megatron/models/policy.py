@@ -29,6 +29,7 @@ from treg_megatron.kernels.core_attention import PackedRow, SharedPrompts
 from treg_megatron.kernels.kernels import Kernels
 from treg_megatron.models.head import response_logps
 from treg_megatron.models.layers import torch_block_spec
+from treg_megatron.models.rotary import scale_by_yarn
 from treg_megatron.objective import Objective, Responses, preference_loss
 from treg_megatron.utils.substitute import substituted
 
@@ -99,6 +100,7 @@ class PolicyConfig:
     true_vocab_size: int = 0  # without padding
     torch_layers: bool = not HAVE_TE  # plain PyTorch layers in place of Transformer Engine's
     post_layer_norms: bool = False  # norms after attention and MLP, as in Gemma 2
+    yarn: dict[str, Any] | None = None  # arguments of kernels.rotary.yarn_frequencies
     kernels: Kernels = field(default_factory=Kernels.reference)  # for the plain PyTorch layers and the head
 
     nemo_model: ClassVar[type[llm.GPTModel]]  # the Lightning module that goes with the config
@@ -119,6 +121,8 @@ class PolicyConfig:
         # NeMo hard-codes the class, and some families modify the model after building it (rotary scaling)
         with substituted(nemo_gpt, "MCoreGPTModel", self.megatron_model):
             model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
+        if self.yarn is not None:
+            scale_by_yarn(model, self.yarn)
         for module in model.modules():
             if isinstance(module, Router):
                 # otherwise it multiplies the auxiliary loss by the token count, although we count pairs, not tokens

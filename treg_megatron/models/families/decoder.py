@@ -1,5 +1,7 @@
 """Parameter-map entries shared by several architectures."""
 
+import dataclasses
+
 from treg_megatron.models.families.parameters import HFTensor, Parameter
 
 EMBEDDING = Parameter("embedding.word_embeddings.weight", (HFTensor("model.embed_tokens.weight", "vocab hidden"),))
@@ -36,6 +38,29 @@ QKV_BIAS = Parameter(
         HFTensor("model.layers.{layer}.self_attn.v_proj.bias", "kv"),
     ),
     groups="num_query_groups",
+)
+
+#: biases of all linear layers, in models that have them
+LINEAR_BIASES = tuple(
+    dataclasses.replace(bias, only_if="add_bias_linear")
+    for bias in (
+        QKV_BIAS,
+        Parameter(
+            "decoder.layers.{layer}.self_attention.linear_proj.bias",
+            (HFTensor("model.layers.{layer}.self_attn.o_proj.bias", "hidden"),),
+        ),
+        Parameter(
+            "decoder.layers.{layer}.mlp.linear_fc1.bias",
+            (
+                HFTensor("model.layers.{layer}.mlp.gate_proj.bias", "ffn"),
+                HFTensor("model.layers.{layer}.mlp.up_proj.bias", "ffn"),
+            ),
+        ),
+        Parameter(
+            "decoder.layers.{layer}.mlp.linear_fc2.bias",
+            (HFTensor("model.layers.{layer}.mlp.down_proj.bias", "hidden"),),
+        ),
+    )
 )
 
 QK_NORMS = (

@@ -17,7 +17,7 @@ class Family(ABC):
 
     Attributes:
         architecture: the name in ``architectures`` of config.json.
-        layer: the parameters of one layer, in the order of the Hugging Face folder.
+        layer: the parameters that a layer may have, in the order of the Hugging Face folder.
         defaults: what transformers takes for keys that config.json lacks, where it is not ``fields.DEFAULTS``.
         post_layer_norms: whether the outputs of attention and MLP are normalised, as Gemma 2's are.
     """
@@ -43,7 +43,11 @@ class Family(ABC):
     def parameters(self, fields: dict[str, Any]) -> list[Parameter]:
         """All parameters of a model with these fields, in the order of its Hugging Face tensors."""
         tied = fields["share_embeddings_and_output_weights"]
-        return [EMBEDDING, *self.layer, FINAL_NORM] + ([] if tied else [OUTPUT_LAYER])
+        return [EMBEDDING, *self.layer_parameters(fields), FINAL_NORM] + ([] if tied else [OUTPUT_LAYER])
+
+    def layer_parameters(self, fields: dict[str, Any]) -> list[Parameter]:
+        """The parameters of one layer of a model with these fields."""
+        return [p for p in self.layer if p.only_if is None or fields[p.only_if]]
 
     def extra_state_modules(self) -> list[str]:
         """Modules that load ``_extra_state`` from a checkpoint: FP8 scales in Transformer Engine, empty elsewhere."""
@@ -77,9 +81,9 @@ def stacked_indices(name: str, fields: dict[str, Any]) -> list[tuple[int, ...]]:
 
 def in_model_order(family: Family, fields: dict[str, Any]) -> Iterator[tuple[Parameter, tuple[int, ...]]]:
     """Every parameter with its index, in the order of a transformers model: embedding, layers, the rest."""
-    parameters = family.parameters(fields)
-    first, last = parameters.index(family.layer[0]), parameters.index(family.layer[-1])
+    parameters, of_layer = family.parameters(fields), family.layer_parameters(fields)
+    first, last = parameters.index(of_layer[0]), parameters.index(of_layer[-1])
     yield from ((p, ()) for p in parameters[:first])
     for layer in range(fields["num_layers"]):
-        yield from ((p, index) for p in family.layer for index in stacked_indices(p.name, fields) if index[0] == layer)
+        yield from ((p, index) for p in of_layer for index in stacked_indices(p.name, fields) if index[0] == layer)
     yield from ((p, ()) for p in parameters[last + 1 :])

@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
 # Beyond every published model; a larger value is a slip, and lists of that length would not fit into memory.
 MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
 
+#: what a layer's attention sees, as config.json calls it
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -56,6 +57,11 @@ def number(hf_config: dict, key: str, expected: str = "a positive number", zero:
     return value
 
 
+def optional_number(hf_config: dict, key: str) -> int | float | None:
+    """:func:`number` of a key that may be null."""
+    return None if hf_config[key] is None else number(hf_config, key)
+
+
 def switch(hf_config: dict, key: str) -> bool:
     """true or false; null and an absent key are false. Errors as in :func:`size`."""
     value = hf_config.get(key)
@@ -76,12 +82,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def decoder_fields(hf_config: dict, activation: str = "silu", activation_key: str = "hidden_act") -> dict[str, Any]:
+def decoder_fields(
+    hf_config: dict,
+    activation: str = "silu",
+    activation_key: str = "hidden_act",
+    ffn: str = "intermediate_size",
+) -> dict[str, Any]:
     """Sizes, norms and switches of a gated decoder without linear biases; rotary settings are the family's.
 
     Args:
         activation: the one activation function that the architecture is published with.
         activation_key: where config.json names it.
+        ffn: where config.json gives the width of an MLP.
 
     Raises:
         UserError: another activation function, or a value that is not of its type.
@@ -109,7 +121,7 @@ def decoder_fields(hf_config: dict, activation: str = "silu", activation_key: st
     return {
         "num_layers": size(hf_config, "num_hidden_layers", most=MAX_LAYERS),
         "hidden_size": hidden,
-        "ffn_hidden_size": size(hf_config, "intermediate_size"),
+        "ffn_hidden_size": size(hf_config, ffn),
         "num_attention_heads": heads,
         "num_query_groups": groups,
         "kv_channels": head_dim,
@@ -126,78 +138,6 @@ def decoder_fields(hf_config: dict, activation: str = "silu", activation_key: st
         "attention_dropout": dropout,
         "hidden_dropout": 0.0,
     }
-
-
-def rope_settings(hf_config: dict, theta: float = 10000.0) -> dict[str, Any]:
-    """The rotary settings: ``rope_type``, ``rope_theta`` and what scaling of that type has.
-
-    Transformers 4 writes ``rope_theta`` and ``rope_scaling``; transformers 5 writes both as ``rope_parameters``, for
-    some architectures once for each type of layer. Where a file has several of them, they must agree.
-
-    Args:
-        theta: what an absent ``rope_theta`` means to transformers.
-
-    Raises:
-        UserError: they disagree, or one is not a table.
-    """
-    settings: dict[str, Any] = {}
-    tables = [(key, _rope_table(hf_config, key)) for key in ("rope_parameters", "rope_scaling")]
-    if "rope_theta" in hf_config:
-        tables.append(("rope_theta", {"rope_theta": hf_config["rope_theta"]}))
-    for key, table in tables:
-        for name, value in table.items():
-            if settings.setdefault(name, value) != value:
-                raise UserError(
-                    f"config.json of a {architecture(hf_config)} gives {name} twice: {shown(settings[name])}, and "
-                    f"{shown(value)} in {key}; keep the one that the model was trained with"
-                )
-    return {"rope_type": "default", "rope_theta": theta, **settings}
-
-
-def rope_fields(hf_config: dict, known: Sequence[str] = ("default",), theta: float = 10000.0) -> dict[str, Any]:
-    """``rotary_base`` of a config.json whose type of rotary scaling is among ``known``.
-
-    Args:
-        theta: what an absent ``rope_theta`` means to transformers.
-
-    Raises:
-        UserError: another type of scaling, or settings that disagree.
-    """
-    rope = rope_settings(hf_config, theta)
-    if rope["rope_type"] not in known:
-        raise UserError(
-            f"rope scaling of type {shown(rope['rope_type'])} is not supported for {architecture(hf_config)}; "
-            f"known: {', '.join(known)}"
-        )
-    for table in (rope, hf_config):
-        if table.get("partial_rotary_factor") not in (None, 1):
-            refuse(hf_config, "partial_rotary_factor", "1", table["partial_rotary_factor"])
-    base = number({**hf_config, **rope}, "rope_theta")
-    # NeMo types it as an integer, and every published theta is one
-    return {"rotary_base": int(base) if float(base).is_integer() else base}
-
-
-def _rope_table(hf_config: dict, key: str) -> dict[str, Any]:
-    table = hf_config.get(key)
-    if table is None:
-        return {}
-    if not isinstance(table, dict):
-        refuse(hf_config, key, "null or a table of rotary settings")
-    by_layer_type = [value for name, value in table.items() if name in LAYER_TYPES]
-    if by_layer_type:
-        if len(by_layer_type) < len(table) or any(value != by_layer_type[0] for value in by_layer_type):
-            refuse(hf_config, key, "the same for all layers")
-        return _rope_table({**hf_config, key: by_layer_type[0]}, key)
-    names = {"type": "rope_type"}  # its name before transformers 4.43
-    settings: dict[str, Any] = {}
-    for name, value in table.items():
-        if isinstance(value, dict):
-            refuse(hf_config, key, f"one table, or one for each of {' and '.join(LAYER_TYPES)}")
-        if settings.setdefault(names.get(name, name), value) != value:
-            refuse(hf_config, key, "of one type")
-    if key == "rope_scaling" and "rope_type" not in settings:
-        refuse(hf_config, key, "null or a table with rope_type")
-    return settings
 
 
 def window_fields(window: int | None, sliding: Sequence[bool]) -> dict[str, Any]:
@@ -221,7 +161,7 @@ def sliding_layers(hf_config: dict, otherwise: Sequence[bool]) -> list[bool]:
     if types is None:
         return list(otherwise)
     if not isinstance(types, list) or len(types) != len(otherwise) or any(t not in LAYER_TYPES for t in types):
-        refuse(hf_config, "layer_types", f"null or {len(otherwise)} of {' and '.join(LAYER_TYPES)}")
+        refuse(hf_config, "layer_types", f"null or num_hidden_layers, {len(otherwise)}, of {' and '.join(LAYER_TYPES)}")
     return [t == "sliding_attention" for t in types]
 
 

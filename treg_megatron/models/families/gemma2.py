@@ -7,13 +7,14 @@ from treg_megatron.models.families.family import Family, register
 from treg_megatron.models.families.fields import (
     decoder_fields,
     number,
+    optional_number,
     refuse_options,
-    rope_fields,
     size,
     sliding_layers,
     window_fields,
 )
 from treg_megatron.models.families.parameters import HFTensor, Parameter
+from treg_megatron.models.families.rotary import rope_fields
 
 POST_NORMS = (
     Parameter(
@@ -50,13 +51,16 @@ class Gemma2(Family):
         sliding = sliding_layers(hf_config, [layer % 2 == 0 for layer in range(fields["num_layers"])])
         return (
             fields
-            | rope_fields(hf_config)
+            | rope_fields(hf_config, fields, known=("default",))
             | window_fields(size(hf_config, "sliding_window"), sliding)
             | {
                 "kv_channels": size(hf_config, "head_dim"),
                 "layernorm_zero_centered_gamma": True,
                 "query_pre_attn_scalar": number(hf_config, "query_pre_attn_scalar"),
-                **{key: _cap(hf_config, key) for key in ("attn_logit_softcapping", "final_logit_softcapping")},
+                **{
+                    key: optional_number(hf_config, key)
+                    for key in ("attn_logit_softcapping", "final_logit_softcapping")
+                },
             }
         )
 
@@ -64,7 +68,3 @@ class Gemma2(Family):
         from nemo.collections import llm
 
         return llm.Gemma2Config, llm.Gemma2Model
-
-
-def _cap(hf_config: dict, key: str) -> float | None:
-    return None if hf_config[key] is None else number(hf_config, key)

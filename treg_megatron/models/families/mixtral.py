@@ -4,8 +4,9 @@ from typing import Any
 
 from treg_megatron.models.families.decoder import ATTENTION, ATTENTION_NORM
 from treg_megatron.models.families.family import Family, register
-from treg_megatron.models.families.fields import decoder_fields, optional_size, refuse, rope_fields, size, window_fields
+from treg_megatron.models.families.fields import decoder_fields, optional_size, refuse, size, window_fields
 from treg_megatron.models.families.parameters import HFTensor, Parameter
+from treg_megatron.models.families.rotary import rope_fields
 
 EXPERTS = "model.layers.{layer}.block_sparse_moe"
 
@@ -43,16 +44,18 @@ class Mixtral(Family):
     }
 
     def fields(self, hf_config: dict) -> dict[str, Any]:
-        fields = decoder_fields(hf_config) | rope_fields(hf_config, theta=1e6)
+        fields = decoder_fields(hf_config)
         experts, chosen = size(hf_config, "num_local_experts"), size(hf_config, "num_experts_per_tok")
         if chosen > experts:
             refuse(hf_config, "num_experts_per_tok", f"at most num_local_experts, {experts}")
         return (
             fields
+            | rope_fields(hf_config, fields, theta=1e6)
             | window_fields(optional_size(hf_config, "sliding_window"), [True] * fields["num_layers"])
             | {
                 "num_moe_experts": experts,
                 "moe_router_topk": chosen,
+                "moe_router_pre_softmax": False,
                 "moe_router_load_balancing_type": "aux_loss",
                 "moe_aux_loss_coeff": 0.0,  # the recipe's, in training: build.policy_config
             }

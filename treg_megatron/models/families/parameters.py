@@ -45,12 +45,14 @@ class Parameter:
         groups: the model field that gives the number of groups by which the sources are interleaved along axis 0; None
             if they are concatenated.
         local_name: parameter name under a torch-native layer spec, where it differs.
+        only_if: the model field without which the model lacks this parameter; None if it always has it.
     """
 
     name: str
     sources: tuple[HFTensor, ...]
     groups: str | None = None
     local_name: str | None = None
+    only_if: str | None = None
 
     @property
     def stacking(self) -> tuple[str, ...]:

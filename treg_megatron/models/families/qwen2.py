@@ -8,12 +8,12 @@ from treg_megatron.models.families.fields import (
     decoder_fields,
     optional_size,
     refuse,
-    rope_fields,
     size,
     sliding_layers,
     switch,
     window_fields,
 )
+from treg_megatron.models.families.rotary import rope_fields
 
 QWEN_DEFAULTS = {
     "max_position_embeddings": 32768,
@@ -40,8 +40,13 @@ class Qwen2(Family):
     defaults = QWEN_DEFAULTS
 
     def fields(self, hf_config: dict) -> dict[str, Any]:
-        fields = decoder_fields(hf_config) | rope_fields(hf_config)
-        return fields | qwen_window_fields(hf_config, fields["num_layers"]) | {"add_qkv_bias": True}
+        fields = decoder_fields(hf_config)
+        return (
+            fields
+            | rope_fields(hf_config, fields)
+            | qwen_window_fields(hf_config, fields["num_layers"])
+            | {"add_qkv_bias": True}
+        )
 
     def nemo_classes(self, hf_config: dict) -> tuple[type, type]:
         from nemo.collections import llm

@@ -4,8 +4,9 @@ from typing import Any
 
 from treg_megatron.models.families.decoder import ATTENTION, ATTENTION_NORM, MLP, QK_NORMS, mlp_norm
 from treg_megatron.models.families.family import Family, register
-from treg_megatron.models.families.fields import decoder_fields, refuse_options, rope_fields, size
+from treg_megatron.models.families.fields import decoder_fields, refuse_options, size
 from treg_megatron.models.families.qwen2 import QWEN_DEFAULTS, qwen_window_fields
+from treg_megatron.models.families.rotary import rope_fields
 
 
 @register
@@ -16,9 +17,12 @@ class Qwen3(Family):
 
     def fields(self, hf_config: dict) -> dict[str, Any]:
         refuse_options(hf_config, "attention_bias")
-        fields = decoder_fields(hf_config) | rope_fields(hf_config) | {"kv_channels": size(hf_config, "head_dim")}
+        fields = decoder_fields(hf_config) | {"kv_channels": size(hf_config, "head_dim")}
         return (
-            fields | qwen_window_fields(hf_config, fields["num_layers"]) | {"add_qkv_bias": False, "qk_layernorm": True}
+            fields
+            | rope_fields(hf_config, fields)
+            | qwen_window_fields(hf_config, fields["num_layers"])
+            | {"add_qkv_bias": False, "qk_layernorm": True}
         )
 
     def nemo_classes(self, hf_config: dict) -> tuple[type, type]:
