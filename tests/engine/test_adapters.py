@@ -8,7 +8,7 @@ from tests.support.forked import run_ranks
 
 ATTENTION, MLP = ["linear_qkv", "linear_proj"], ["linear_fc1", "linear_fc2"]
 
-TARGETS = {"Mixtral": ATTENTION, "Gemma2": ["linear_qkv", "linear_fc1"]}
+TARGETS = {"Mixtral": ATTENTION, "Qwen3Moe": ATTENTION, "Gemma2": ["linear_qkv", "linear_fc1"]}
 
 
 def check(family, checkpoints, tensor, precision, classes):

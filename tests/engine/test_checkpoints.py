@@ -19,8 +19,11 @@ def saved(checkpoint: Path, folder: Path, engine: bool) -> Path:
     return certify(folder, dataclasses.replace(read_metadata(checkpoint), dtype="bfloat16"))
 
 
-#: between them, every kind of parameter: biases, norms of queries and keys, experts
-@pytest.mark.parametrize("family, engine", [("Qwen2", True), ("Qwen3", True), ("Mixtral", True), ("Mixtral", False)])
+#: between them, every kind of parameter: biases, norms of queries and keys, experts alone and in groups
+@pytest.mark.parametrize(
+    "family, engine",
+    [("Qwen2", True), ("Qwen3", True), ("Mixtral", True), ("Mixtral", False), ("Qwen3Moe", True), ("Qwen3Moe", False)],
+)
 def test_layers_read_what_the_others_wrote(family, engine, checkpoints, tmp_path):
     first = run_ranks(1, load_and_describe, checkpoints[family], 1)[0]
     written = saved(checkpoints[family], tmp_path / "written", engine)

@@ -19,6 +19,8 @@ EVERYWHERE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Mixtral")
 CASES = [(family, layout) for family in EVERYWHERE for layout in LAYOUTS if layout != "EP2" or family == "Mixtral"]
 # of the same parts as those, in the layouts where each has something to get wrong
 MORE_CASES = [
+    ("Qwen3Moe", "TP2xPP2", False),
+    ("Qwen3Moe", "EP2", True),
     ("Llama biased", "TP2xPP2", False),
     *((variant, "TP1", False) for variant in VARIANTS),
 ]
@@ -131,6 +133,7 @@ def parameter_names(checkpoint: Path) -> tuple[set[str], set[str]]:
         ("Qwen3", "Qwen3Config", "Qwen3Model"),
         ("Gemma2", "Gemma2Config", "Gemma2Model"),
         ("Mixtral", "MixtralConfig", "MixtralModel"),
+        ("Qwen3Moe", "Qwen3MoEConfig", "Qwen3Model"),
     ],
 )
 def test_policy_is_of_nemos_classes(family, config_class, model_class):

@@ -27,6 +27,15 @@ SPECIAL = {
         "final_logit_softcapping": 5.0,
     },
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "Qwen3Moe": {
+        "head_dim": 24,
+        "moe_intermediate_size": 40,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+    },
     "Llama biased": {"attention_bias": True, "mlp_bias": True, "rope_theta": 500.0},
 }
 # Settings without parameters of their own.
@@ -40,6 +49,7 @@ VARIANTS = {
         "rope_theta": 100.0,
         "rope_scaling": {"type": "yarn", "factor": 3.0, "attention_factor": 1.7},
     },
+    "Qwen3Moe unnormalised": SPECIAL["Qwen3Moe"] | {"norm_topk_prob": False},
 }
 
 

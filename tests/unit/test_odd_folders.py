@@ -88,9 +88,12 @@ def test_a_tied_model_with_another_head_is_refused(tmp_path, change):
         compare(hf, hf)
 
 
+EXPERTS = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_fp32_norms_among_bf16_weights_come_back_bit_for_bit(tmp_path, architecture, caplog):
-    experts = {"num_local_experts": 2, "num_experts_per_tok": 1} if "Mixtral" in architecture else {}
+    experts = EXPERTS if architecture in ("MixtralForCausalLM", "Qwen3MoeForCausalLM") else {}
     act = {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 8}
     hf = hf_folder(tmp_path / "hf", CONFIG | {"architectures": [architecture], **experts, **act})
     tensors = {
@@ -119,7 +122,7 @@ def test_fp32_norms_among_bf16_weights_come_back_bit_for_bit(tmp_path, architect
 
 def test_buffers_are_left_out_in_every_family(tmp_path):
     for number, architecture in enumerate(FAMILIES):
-        experts = {"num_local_experts": 2, "num_experts_per_tok": 1} if "Mixtral" in architecture else {}
+        experts = EXPERTS if architecture in ("MixtralForCausalLM", "Qwen3MoeForCausalLM") else {}
         act = {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 8}
         hf = hf_folder(tmp_path / f"hf{number}", CONFIG | {"architectures": [architecture], **experts, **act})
         tensors = read_tensors(hf)

@@ -95,6 +95,9 @@ PARAMETERS = [
     (CORPUS["Mistral-Small-24B-2501"], 23_572_403_200),
     (CORPUS["Mixtral-8x22B-v0.1"], 140_620_634_112),
     (CORPUS["Mixtral-8x22B-Instruct-v0.1"], 140_630_071_296),
+    (CORPUS["Qwen3-30B-A3B"], 30_532_122_624),
+    (CORPUS["Qwen3-235B-A22B"], 235_093_634_560),
+    (CORPUS["Qwen3-Coder-480B-A35B-Instruct"], 480_154_875_392),
 ]
 
 
@@ -162,6 +165,9 @@ def test_experts_are_stacked_behind_layers():
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
             "'yarn' is not supported for Gemma2ForCausalLM",
         ),
+        (CORPUS["Qwen3-30B-A3B"], {"mlp_only_layers": [0]}, "mlp_only_layers is .* all must have experts"),
+        (CORPUS["Qwen3-30B-A3B"], {"decoder_sparse_step": 2}, "decoder_sparse_step is 2, which should be 1"),
+        (CORPUS["Qwen3-30B-A3B"], {"num_experts_per_tok": 1}, "should be at least 2"),
         (QWEN3_8B, {"attention_bias": True}, "attention_bias: true is not supported for Qwen3ForCausalLM"),
         (GEMMA2_9B, {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported"),
         (
@@ -194,6 +200,8 @@ def test_a_size_that_config_json_lacks_is_named(config, key):
         (MISTRAL_7B_V1, "num_key_value_heads", "num_query_groups", 8),
         (MIXTRAL_8X7B, "rms_norm_eps", "layernorm_epsilon", 1e-5),
         (MIXTRAL_8X7B, "rope_theta", "rotary_base", 1_000_000),
+        (CORPUS["Qwen3-30B-A3B"], "norm_topk_prob", "moe_router_pre_softmax", True),
+        (CORPUS["Qwen3-30B-A3B"], "head_dim", "kv_channels", 64),
     ],
 )
 def test_what_config_json_lacks_has_transformers_default(config, key, field, default):

@@ -84,6 +84,8 @@ def policy_config(
     torch_layers = takes_torch_layers(family.post_layer_norms, train.precision)
     if torch_layers:
         of_layers = {"apply_rope_fusion": False, "persist_layer_norm": False}
+        if fields.get("num_moe_experts"):
+            of_layers |= {"moe_grouped_gemm": False, "moe_permute_fusion": False}  # Transformer Engine's
     else:
         of_layers = {
             "apply_rope_fusion": True,  # Megatron's own reads a row's lengths from the GPU, twice a layer

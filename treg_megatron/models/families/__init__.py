@@ -11,7 +11,7 @@ from treg_megatron.errors import UserError
 
 # each module registers its architecture; messages list them in this order
 # isort: off
-from treg_megatron.models.families import llama, mistral, qwen2, qwen3, gemma2, mixtral  # noqa: F401
+from treg_megatron.models.families import llama, mistral, qwen2, qwen3, gemma2, mixtral, qwen3_moe  # noqa: F401
 
 # isort: on
 from treg_megatron.models.families.decoder import EMBEDDING, OUTPUT_LAYER
