@@ -108,7 +108,7 @@ def test_gradients_are_reduced_alike(family, split, checkpoints):
 def test_windows_are_those_of_the_model(family, alone):
     """transformers counts the token itself; Qwen 2's window begins in the layer that config.json names."""
     every, sliding = (-1, 0), (SPECIAL["Mistral"]["sliding_window"] - 1, 0)
-    expected = {"Qwen2": [every] * 3 + [sliding]} | dict.fromkeys(("Mistral", "Qwen3Moe"), [sliding] * 4)
+    expected = {"Qwen2": [every] * 3 + [sliding]} | dict.fromkeys(("Mistral", "Qwen3Moe", "Phi3"), [sliding] * 4)
     expected = expected.get(family, [every] * 4)
     assert alone[family][0].windows == expected
 

@@ -22,6 +22,7 @@ MORE_CASES = [
     ("Qwen3Moe", "TP2xPP2", False),
     ("Qwen3Moe", "EP2", True),
     ("Llama biased", "TP2xPP2", False),
+    ("Phi3", "TP2xPP2", False),
     *((variant, "TP1", False) for variant in VARIANTS),
 ]
 
@@ -134,6 +135,7 @@ def parameter_names(checkpoint: Path) -> tuple[set[str], set[str]]:
         ("Gemma2", "Gemma2Config", "Gemma2Model"),
         ("Mixtral", "MixtralConfig", "MixtralModel"),
         ("Qwen3Moe", "Qwen3MoEConfig", "Qwen3Model"),
+        ("Phi3", "Phi3Config", "Phi3Model"),
     ],
 )
 def test_policy_is_of_nemos_classes(family, config_class, model_class):

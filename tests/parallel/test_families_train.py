@@ -26,6 +26,7 @@ LAYOUTS = {
     "Qwen3Moe": ["parallel.tensor=2", "parallel.sequence=true"],
     "Qwen3Moe EP2": ["parallel.expert=2"],
     "Llama biased": ["parallel.tensor=2", "parallel.sequence=true"],
+    "Phi3": ["parallel.tensor=2"],
 }
 
 
@@ -101,7 +102,7 @@ def test_training_and_export_equal_plain_pytorch(case, tmp_path):
 
 
 ALL = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-TARGETS = {"Llama biased": ALL, "Qwen3Moe": ALL[:2]}
+TARGETS = {"Phi3": ALL, "Llama biased": ALL, "Qwen3Moe": ALL[:2]}
 
 
 @pytest.mark.parametrize("family", TARGETS)

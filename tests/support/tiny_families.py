@@ -37,6 +37,7 @@ SPECIAL = {
         "sliding_window": 6,
     },
     "Llama biased": {"attention_bias": True, "mlp_bias": True, "rope_theta": 500.0},
+    "Phi3": {"partial_rotary_factor": 0.75, "sliding_window": 6},
 }
 # Settings without parameters of their own.
 VARIANTS = {

@@ -1,4 +1,4 @@
-"""config.json of 67 published models and thousands of broken copies: read as transformers reads them, or refused."""
+"""config.json of 70 published models and thousands of broken copies: read as transformers reads them, or refused."""
 
 import json
 import math

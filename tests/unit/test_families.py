@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from treg_megatron.errors import UserError
-from treg_megatron.models.families import FAMILIES, Interleaving, model_fields, parameter_shape
+from treg_megatron.models.families import (
+    FAMILIES,
+    Interleaving,
+    block_rows,
+    model_fields,
+    parameter_shape,
+    source_shape,
+    source_views,
+)
 
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -56,6 +64,22 @@ def test_qkv_interleaves_by_query_group():
     query, key, value = torch.tensor([[0], [1], [2], [3]]), torch.tensor([[10], [11]]), torch.tensor([[20], [21]])
     merged = merge(Interleaving(2, [4, 2, 2]), [query, key, value])
     assert merged.flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+
+
+def test_the_blocks_of_one_tensor_are_laid_out_like_tensors():
+    """Phi 3 keeps query, key and value in one, where Llama has three."""
+    sizes = {"vocab_size": 1, "hidden_size": 3, "ffn_hidden_size": 5, "kv_channels": 2}
+    fields = sizes | {"num_attention_heads": 4, "num_query_groups": 2}
+    [phi], [llama] = (
+        [p for p in FAMILIES[f"{name}ForCausalLM"].layer if p.name.endswith("linear_qkv.weight")]
+        for name in ("Phi3", "Llama")
+    )
+    merged = torch.arange(parameter_shape(phi, fields)[0] * 3).view(-1, 3)
+    assert source_shape(phi.sources[0], fields) == merged.shape
+    [blocks] = source_views(phi, merged, fields)
+    assert [block.numel() // 3 for block in blocks] == block_rows(phi.sources[0], fields) == [8, 4, 4]
+    for block, [view] in zip(blocks, source_views(llama, merged, fields), strict=True):
+        assert torch.equal(block, view)
 
 
 def test_one_group_is_concatenation():

@@ -98,6 +98,9 @@ PARAMETERS = [
     (CORPUS["Qwen3-30B-A3B"], 30_532_122_624),
     (CORPUS["Qwen3-235B-A22B"], 235_093_634_560),
     (CORPUS["Qwen3-Coder-480B-A35B-Instruct"], 480_154_875_392),
+    (CORPUS["Phi-3-mini-4k-instruct"], 3_821_079_552),
+    (CORPUS["Phi-3-medium-4k-instruct"], 13_960_238_080),
+    (CORPUS["phi-4"], 14_659_507_200),
 ]
 
 
@@ -165,6 +168,13 @@ def test_experts_are_stacked_behind_layers():
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
             "'yarn' is not supported for Gemma2ForCausalLM",
         ),
+        (
+            CORPUS["phi-4"],
+            {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}},
+            "'longrope' is not supported for Phi3ForCausalLM; known: default",
+        ),
+        (CORPUS["phi-4"], {"resid_pdrop": 0.1}, "resid_pdrop is 0.1, which should be 0"),
+        (CORPUS["phi-4"], {"partial_rotary_factor": 0.51}, "up to 1, and an even part of 128 channels"),
         (CORPUS["Qwen3-30B-A3B"], {"mlp_only_layers": [0]}, "mlp_only_layers is .* all must have experts"),
         (CORPUS["Qwen3-30B-A3B"], {"decoder_sparse_step": 2}, "decoder_sparse_step is 2, which should be 1"),
         (CORPUS["Qwen3-30B-A3B"], {"num_experts_per_tok": 1}, "should be at least 2"),

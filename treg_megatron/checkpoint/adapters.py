@@ -21,9 +21,9 @@ from treg_megatron.models.families import (
     Parameter,
     checkpoint_key,
     in_model_order,
-    interleaving,
     parameter_shape,
     source_shape,
+    source_views,
 )
 
 ADAPTER = ".adapter."
@@ -59,8 +59,8 @@ class Adapters:
             stored = torch.empty(whole.shape, dtype=self._reader.tensors[key].properties.dtype)
             self._reader.read_into(key, stored, index)
             whole.copy_(stored)
-        layout = interleaving(parameter, self._fields)
-        return a, [layout.part(b, i).reshape(-1, rank) for i in range(len(parameter.sources))]
+        blocks = source_views(parameter, b, self._fields)
+        return a, [torch.cat([block.reshape(-1, rank) for block in of_source]) for of_source in blocks]
 
     def merged_tensors(
         self, base: dict[str, StoredTensor], dtype: torch.dtype, others: Mapping[str, torch.dtype]

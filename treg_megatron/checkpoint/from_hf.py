@@ -27,13 +27,14 @@ from treg_megatron.models.families import (
     OUTPUT_LAYER,
     Family,
     Parameter,
+    block_rows,
     checkpoint_key,
     family_of,
     in_model_order,
-    interleaving,
     model_fields,
     parameter_shape,
     source_shape,
+    source_views,
     stacked_indices,
     stacked_shape,
     stacking,
@@ -110,10 +111,10 @@ class _ParameterCopier:
             return
         dtype = DTYPES[self._stored[parameter.sources[0].at(index)].dtype]
         merged = self._merged.tensor(parameter_shape(parameter, self._fields), dtype)
-        layout = interleaving(parameter, self._fields)
-        for i, source in enumerate(parameter.sources):
-            view = layout.part(merged, i)
-            view.copy_(self._read(source.at(index), source_shape(source, self._fields)).view(view.shape))
+        for source, views in zip(parameter.sources, source_views(parameter, merged, self._fields), strict=True):
+            tensor = self._read(source.at(index), source_shape(source, self._fields))
+            for view, block in zip(views, tensor.split(block_rows(source, self._fields)), strict=True):
+                view.copy_(block.view(view.shape))
         self._write(parameter, merged, 0, index)
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -39,12 +39,13 @@ from treg_megatron.errors import UserError
 from treg_megatron.models.families import (
     FREE_FIELDS,
     Family,
+    block_rows,
     family_of,
     in_model_order,
-    interleaving,
     model_fields,
     parameter_shape,
     source_shape,
+    source_views,
     stacked_shape,
 )
 from treg_megatron.tokenizer.chat import load_tokenizer
@@ -268,11 +269,12 @@ def exported_tensors(
             continue
         merged = whole.tensor(parameter_shape(parameter, fields), stored_dtype)
         reader.read_into(key, merged, index)
-        layout = interleaving(parameter, fields)
-        for i, (source, shape) in enumerate(zip(parameter.sources, shapes, strict=True)):
-            view = layout.part(merged, i)
+        for source, shape, views in zip(
+            parameter.sources, shapes, source_views(parameter, merged, fields), strict=True
+        ):
             tensor = part.tensor(shape, target_dtype)
-            copy_within_range(tensor.view(view.shape), view, source.at(index))
+            for view, block in zip(views, tensor.split(block_rows(source, fields)), strict=True):
+                copy_within_range(block.view(view.shape), view, source.at(index))
             yield [as_bytes(tensor)]
 
 

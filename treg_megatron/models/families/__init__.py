@@ -11,7 +11,7 @@ from treg_megatron.errors import UserError
 
 # each module registers its architecture; messages list them in this order
 # isort: off
-from treg_megatron.models.families import llama, mistral, qwen2, qwen3, gemma2, mixtral, qwen3_moe  # noqa: F401
+from treg_megatron.models.families import llama, mistral, qwen2, qwen3, gemma2, mixtral, qwen3_moe, phi3  # noqa: F401
 
 # isort: on
 from treg_megatron.models.families.decoder import EMBEDDING, OUTPUT_LAYER
@@ -21,11 +21,13 @@ from treg_megatron.models.families.parameters import (
     HFTensor,
     Interleaving,
     Parameter,
+    block_rows,
     checkpoint_key,
     interleaving,
     name_at,
     parameter_shape,
     source_shape,
+    source_views,
     stacked_shape,
     stacking,
 )
@@ -39,6 +41,7 @@ __all__ = [
     "HFTensor",
     "Interleaving",
     "Parameter",
+    "block_rows",
     "checkpoint_key",
     "family_of",
     "in_model_order",
@@ -49,6 +52,7 @@ __all__ = [
     "stacked_indices",
     "register",
     "source_shape",
+    "source_views",
     "stacked_shape",
     "stacking",
 ]

@@ -8,6 +8,7 @@ A checkpoint stacks a parameter's layers on axis 0 and its experts on axis 1 of 
 single layer or expert on those axes: ``()``, ``(layer,)`` or ``(layer, expert)``.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,10 @@ def name_at(name: str, index: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class HFTensor:
-    """A Hugging Face tensor: its name, with placeholders ``{layer}`` and ``{expert}``, and its dimensions by name."""
+    """A Hugging Face tensor: its name, with placeholders ``{layer}`` and ``{expert}``, and its dimensions by name.
+
+    The first of them may be a sum, as in ``query+kv+kv hidden``: blocks of rows that Megatron lays out separately.
+    """
 
     name: str
     dims: str
@@ -96,13 +100,28 @@ class Interleaving:
 
 
 def interleaving(parameter: Parameter, fields: dict[str, Any]) -> Interleaving:
-    """The layout of the sources of ``parameter`` in a model with these fields."""
+    """The layout of the blocks of rows of all sources of ``parameter`` in a model with these fields."""
     groups = fields[parameter.groups] if parameter.groups else 1
-    return Interleaving(groups, [source_shape(s, fields)[0] for s in parameter.sources])
+    return Interleaving(groups, [rows for source in parameter.sources for rows in block_rows(source, fields)])
+
+
+def source_views(parameter: Parameter, merged: torch.Tensor, fields: dict[str, Any]) -> list[list[torch.Tensor]]:
+    """For each source, the views of ``merged`` that hold its blocks of rows, each [groups, rows / groups, ...]."""
+    layout, parts = interleaving(parameter, fields), itertools.count()
+    return [[layout.part(merged, next(parts)) for _ in block_rows(source, fields)] for source in parameter.sources]
 
 
 def source_shape(tensor: HFTensor, fields: dict[str, Any]) -> tuple[int, ...]:
     """Shape of one Hugging Face tensor of a model with these fields."""
+    return tuple(sum(_sizes(dim, fields)) for dim in tensor.dims.split())
+
+
+def block_rows(tensor: HFTensor, fields: dict[str, Any]) -> list[int]:
+    """Rows of each block of a Hugging Face tensor, see :class:`HFTensor`."""
+    return _sizes(tensor.dims.split()[0], fields)
+
+
+def _sizes(dim: str, fields: dict[str, Any]) -> list[int]:
     sizes = {
         "vocab": fields["vocab_size"],
         "hidden": fields["hidden_size"],
@@ -112,7 +131,7 @@ def source_shape(tensor: HFTensor, fields: dict[str, Any]) -> tuple[int, ...]:
         "kv": fields["num_query_groups"] * fields["kv_channels"],
         "experts": fields.get("num_moe_experts"),
     }
-    return tuple(sizes[d] for d in tensor.dims.split())
+    return [sizes[name] for name in dim.split("+")]
 
 
 def parameter_shape(parameter: Parameter, fields: dict[str, Any]) -> tuple[int, ...]:
