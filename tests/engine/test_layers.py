@@ -23,7 +23,7 @@ from treg_megatron.models.families import (
 )
 from treg_megatron.utils.substitute import substituted
 
-#: Gemma 2 takes plain PyTorch layers everywhere
+#: Gemma 2 and 3 take plain PyTorch layers everywhere
 ENGINE = tuple(family for family in SPECIAL if not family.startswith("Gemma"))
 Both = tuple[Described, Described]
 

@@ -23,6 +23,7 @@ MORE_CASES = [
     ("Qwen3Moe", "EP2", True),
     ("Llama biased", "TP2xPP2", False),
     ("Phi3", "TP2xPP2", False),
+    ("Gemma3", "TP2xPP2", True),
     *((variant, "TP1", False) for variant in VARIANTS),
 ]
 
@@ -136,6 +137,7 @@ def parameter_names(checkpoint: Path) -> tuple[set[str], set[str]]:
         ("Mixtral", "MixtralConfig", "MixtralModel"),
         ("Qwen3Moe", "Qwen3MoEConfig", "Qwen3Model"),
         ("Phi3", "Phi3Config", "Phi3Model"),
+        ("Gemma3", "Gemma2Config", "Gemma2Model"),
     ],
 )
 def test_policy_is_of_nemos_classes(family, config_class, model_class):
@@ -146,3 +148,15 @@ def test_policy_is_of_nemos_classes(family, config_class, model_class):
 def test_llama_without_scaling_is_of_the_plain_config():
     hf_config = {"architectures": ["LlamaForCausalLM"]}
     assert family_of(hf_config).nemo_classes(hf_config)[0].__name__ == "LlamaConfig"
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Gemma3"])
+def test_interleaved_stages_that_nemo_cannot_build_are_refused(imported, family):
+    from treg_megatron.config.recipe import load_recipe, section
+    from treg_megatron.errors import UserError
+    from treg_megatron.models.build import policy_config
+
+    recipe = load_recipe(overrides=["parallel.pipeline=2", "parallel.virtual_pipeline=2"])
+    hf, _ = imported(family, True)
+    with pytest.raises(UserError, match="virtual_pipeline=2: NeMo's module of this model builds one chunk"):
+        policy_config(config_of(hf), section(recipe, "parallel"), section(recipe, "train"))

@@ -27,6 +27,7 @@ LAYOUTS = {
     "Qwen3Moe EP2": ["parallel.expert=2"],
     "Llama biased": ["parallel.tensor=2", "parallel.sequence=true"],
     "Phi3": ["parallel.tensor=2"],
+    "Gemma3": ["parallel.tensor=2", "parallel.sequence=true", "train.recompute=full"],
 }
 
 
@@ -102,7 +103,7 @@ def test_training_and_export_equal_plain_pytorch(case, tmp_path):
 
 
 ALL = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-TARGETS = {"Phi3": ALL, "Llama biased": ALL, "Qwen3Moe": ALL[:2]}
+TARGETS = {"Phi3": ALL, "Llama biased": ALL, "Gemma3": ("linear_qkv", "linear_fc1"), "Qwen3Moe": ALL[:2]}
 
 
 @pytest.mark.parametrize("family", TARGETS)

@@ -80,6 +80,7 @@ def test_a_recipe_fits_its_stated_cluster_and_has_the_published_parameters(name)
             ["parallel.tensor=1", "parallel.sequence=false", "parallel.expert=64", "cluster.nodes=8"],
         ),
         ("phi-4", 14_659_507_200, []),
+        ("gemma-3-27b, text", 27_009_346_304, []),
         ("granite-8b-code-base-4k", 8_054_910_976, []),
     ],
 )

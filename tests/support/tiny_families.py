@@ -38,6 +38,16 @@ SPECIAL = {
     },
     "Llama biased": {"attention_bias": True, "mlp_bias": True, "rope_theta": 500.0},
     "Phi3": {"partial_rotary_factor": 0.75, "sliding_window": 6},
+    "Gemma3": {
+        "head_dim": 24,
+        "sliding_window": 6,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 40,
+        "final_logit_softcapping": 5.0,
+        "rope_theta": 5000.0,
+        "rope_local_base_freq": 50.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
 }
 # Settings without parameters of their own.
 VARIANTS = {
@@ -61,7 +71,7 @@ def tiny_family(folder: Path, family: str, *, tied: bool, vocab: int = VOCAB, se
     import transformers
 
     name = family.split()[0]
-    config = getattr(transformers, f"{name}Config")(
+    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")(
         vocab_size=vocab,
         hidden_size=64,
         intermediate_size=96,

@@ -1,4 +1,4 @@
-"""config.json of 70 published models and thousands of broken copies: read as transformers reads them, or refused."""
+"""config.json of 75 published models and thousands of broken copies: read as transformers reads them, or refused."""
 
 import json
 import math
@@ -196,7 +196,7 @@ def test_a_broken_config_is_read_as_transformers_reads_it_or_refused_by_the_name
                 except AssertionError as error:
                     raise AssertionError(f"{case}: {error}") from None
                 seen["read"] += 1
-    assert seen["read"] > 8_000 and seen.total() > 30_000
+    assert seen["read"] > 8_000 and seen.total() > 40_000
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -215,3 +215,15 @@ def test_rotary_settings_as_transformers_5_writes_them(name):
     ):
         with pytest.raises(UserError, match="rope_theta twice|rope_parameters is .* the same for all layers"):
             model_fields(config | {"rope_theta": theta, "rope_parameters": newer})
+
+
+def test_only_layers_with_a_window_have_a_rotary_base_of_their_own():
+    config = {k: v for k, v in PUBLISHED["gemma-3-4b, text"].items() if not k.startswith("rope_")}
+    tables = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    assert model_fields(config | {"rope_parameters": tables}) == model_fields(PUBLISHED["gemma-3-4b, text"])
+    tables["sliding_attention"]["rope_type"] = "linear"
+    with pytest.raises(UserError, match="rope_parameters is .*, which should be default in layers with a sliding win"):
+        model_fields(config | {"rope_parameters": tables})

@@ -101,6 +101,17 @@ PARAMETERS = [
     (CORPUS["Phi-3-mini-4k-instruct"], 3_821_079_552),
     (CORPUS["Phi-3-medium-4k-instruct"], 13_960_238_080),
     (CORPUS["phi-4"], 14_659_507_200),
+    (CORPUS["gemma-3-270m"], 268_098_176),
+    (CORPUS["gemma-3-1b"], 999_885_952),
+    # without the vision tower, which is the same in all three, and the projection of its outputs into the text model
+    *(
+        (CORPUS[f"gemma-3-{size}, text"], published - 416_866_032 - 1152 * (hidden + 1))
+        for size, hidden, published in (
+            ("4b", 2560, 4_300_079_472),
+            ("12b", 3840, 12_187_325_040),
+            ("27b", 5376, 27_432_406_640),
+        )
+    ),
 ]
 
 
@@ -178,6 +189,9 @@ def test_experts_are_stacked_behind_layers():
         (CORPUS["Qwen3-30B-A3B"], {"mlp_only_layers": [0]}, "mlp_only_layers is .* all must have experts"),
         (CORPUS["Qwen3-30B-A3B"], {"decoder_sparse_step": 2}, "decoder_sparse_step is 2, which should be 1"),
         (CORPUS["Qwen3-30B-A3B"], {"num_experts_per_tok": 1}, "should be at least 2"),
+        (CORPUS["gemma-3-1b"], {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        (CORPUS["gemma-3-1b"], {"use_bidirectional_attention": True}, "use_bidirectional_attention: true"),
+        (CORPUS["gemma-3-1b"], {"architectures": ["Gemma3ForConditionalGeneration"]}, "save its language model alone"),
         (QWEN3_8B, {"attention_bias": True}, "attention_bias: true is not supported for Qwen3ForCausalLM"),
         (GEMMA2_9B, {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not supported"),
         (
@@ -212,6 +226,8 @@ def test_a_size_that_config_json_lacks_is_named(config, key):
         (MIXTRAL_8X7B, "rope_theta", "rotary_base", 1_000_000),
         (CORPUS["Qwen3-30B-A3B"], "norm_topk_prob", "moe_router_pre_softmax", True),
         (CORPUS["Qwen3-30B-A3B"], "head_dim", "kv_channels", 64),
+        (CORPUS["gemma-3-1b"], "rope_theta", "rotary_base", 1_000_000),
+        (CORPUS["gemma-3-1b"], "rope_local_base_freq", "local_rotary_base", 10_000),
     ],
 )
 def test_what_config_json_lacks_has_transformers_default(config, key, field, default):

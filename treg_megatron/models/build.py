@@ -61,6 +61,11 @@ def policy_config(
     family, fields = family_of(hf_config), model_fields(hf_config)
     if fields.get("num_moe_experts") and parallel.tensor > 1 and not parallel.sequence:
         raise UserError(f"parallel.tensor={parallel.tensor} of a model with experts needs parallel.sequence=true")
+    if family.post_layer_norms and parallel.virtual_pipeline:
+        raise UserError(
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline}: NeMo's module of this model builds one chunk of a "
+            "stage only; set it to null"
+        )
     if fields.get("num_moe_experts"):
         define_te_general_gemm()
     if kernels is None:
@@ -116,11 +121,11 @@ def policy_config(
 
 
 def takes_torch_layers(post_layer_norms: bool, precision: str) -> bool:
-    """Whether the layers are plain PyTorch: without Transformer Engine, in fp32, and for Gemma 2.
+    """Whether the layers are plain PyTorch: without Transformer Engine, in fp32, and for Gemma 2 and 3.
 
     Transformer Engine attends to packed sequences in half precision only. NeMo's own Gemma 2 layers do not support
     packed sequences, ignore the sliding window if no mask is passed, and apply it in the odd layers, where the model
-    has it in the even ones.
+    has it in the even ones. Its Gemma 3 takes no context parallelism.
     """
     return not policies.HAVE_TE or precision == "fp32" or post_layer_norms
 
@@ -132,7 +137,7 @@ def require_overlapping_layers(config: policies.PolicyConfig, parallel: Parallel
         UserError: they are plain PyTorch.
     """
     if parallel.tensor_overlap and config.torch_layers:
-        why = "it is not installed" if not policies.HAVE_TE else "fp32 and Gemma 2 take PyTorch's"
+        why = "it is not installed" if not policies.HAVE_TE else "fp32 and Gemma take PyTorch's"
         raise UserError(f"parallel.tensor_overlap needs Transformer Engine's layers, and {why}: set it to false")
 
 

@@ -22,18 +22,20 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from treg_megatron.distributed.context_parallel import ContextPart
 from treg_megatron.kernels.core_attention import PackedRow, SdpaAttention
 from treg_megatron.kernels.kernels import Kernels
 from treg_megatron.kernels.linear import ColumnParallelLinearIn, RowParallelLinearIn
+from treg_megatron.models.rotary import halves
 
 
 def torch_block_spec(config: TransformerConfig, kernels: Kernels, vp_stage: int | None = None) -> ModuleSpec:
     """Spec of this pipeline stage's decoder block, with every layer and the final norm built from ``kernels``.
 
-    If the config has ``post_layer_norms`` set, attention and MLP are followed by a norm, as in Gemma 2.
+    If the config has ``post_layer_norms`` set, attention and MLP are followed by a norm, as in Gemma 2 and 3.
     """
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
@@ -50,6 +52,8 @@ def torch_block_spec(config: TransformerConfig, kernels: Kernels, vp_stage: int 
     if kernels.rotary is not None and not config.rotary_interleaved:
         layer.submodules.self_attention.module = RotatedSelfAttention
         layer.submodules.self_attention.params["rotary"] = kernels.rotary
+    if getattr(config, "local_rotary_base", None) is not None:
+        layer.submodules.self_attention.module = _OF_TWO_ROTATIONS[layer.submodules.self_attention.module]
     mlp = layer.submodules.mlp.submodules
     if config.num_moe_experts:
         mlp = mlp.experts.submodules
@@ -185,6 +189,30 @@ class RotatedSelfAttention(SelfAttention):
             packed_seq_params=packed_seq_params,
         )
         return self.linear_proj(out if packed_seq_params is None else out.reshape(len(out), 1, -1))
+
+
+class _OfTwoRotations:
+    """Mix-in for self-attention in a model with two rotary embeddings: local angles where the layer's window slides."""
+
+    def forward(self, *args, rotary_pos_emb: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+        local, everywhere = halves(rotary_pos_emb)
+        config = self.config
+        slides = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
+        return super().forward(*args, rotary_pos_emb=local if slides else everywhere, **kwargs)
+
+
+class SelfAttentionOfTwoRotations(_OfTwoRotations, SelfAttention):
+    """Megatron's self-attention with the layer's own of two rotary embeddings."""
+
+
+class RotatedSelfAttentionOfTwoRotations(_OfTwoRotations, RotatedSelfAttention):
+    """Self-attention with a given rotation by the layer's own of two rotary embeddings."""
+
+
+_OF_TWO_ROTATIONS = {
+    SelfAttention: SelfAttentionOfTwoRotations,
+    RotatedSelfAttention: RotatedSelfAttentionOfTwoRotations,
+}
 
 
 def _context_part() -> ContextPart:

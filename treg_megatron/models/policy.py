@@ -29,7 +29,7 @@ from treg_megatron.kernels.core_attention import PackedRow, SharedPrompts
 from treg_megatron.kernels.kernels import Kernels
 from treg_megatron.models.head import response_logps
 from treg_megatron.models.layers import torch_block_spec
-from treg_megatron.models.rotary import scale_by_yarn
+from treg_megatron.models.rotary import add_local_rotary, scale_by_yarn
 from treg_megatron.objective import Objective, Responses, preference_loss
 from treg_megatron.utils.substitute import substituted
 
@@ -99,8 +99,9 @@ class PolicyConfig:
 
     true_vocab_size: int = 0  # without padding
     torch_layers: bool = not HAVE_TE  # plain PyTorch layers in place of Transformer Engine's
-    post_layer_norms: bool = False  # norms after attention and MLP, as in Gemma 2
+    post_layer_norms: bool = False  # norms after attention and MLP, as in Gemma 2 and 3
     yarn: dict[str, Any] | None = None  # arguments of kernels.rotary.yarn_frequencies
+    local_rotary_base: float | None = None  # of layers with a sliding window, as in Gemma 3; None: that of all layers
     kernels: Kernels = field(default_factory=Kernels.reference)  # for the plain PyTorch layers and the head
 
     nemo_model: ClassVar[type[llm.GPTModel]]  # the Lightning module that goes with the config
@@ -123,6 +124,8 @@ class PolicyConfig:
             model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
         if self.yarn is not None:
             scale_by_yarn(model, self.yarn)
+        if self.local_rotary_base is not None:
+            add_local_rotary(model, self.local_rotary_base)
         for module in model.modules():
             if isinstance(module, Router):
                 # otherwise it multiplies the auxiliary loss by the token count, although we count pairs, not tokens

@@ -55,6 +55,8 @@ class HuggingFaceScorer:
         self.max_length = config.max_position_embeddings
         self.vocab_size = self._model.get_input_embeddings().weight.shape[0]
         self._head = self._model.get_output_embeddings()
+        base = self._model.base_model
+        self._body = base if base is not self._model else self._model.get_decoder()  # Gemma 3 misnames its own
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._take_over_attention(folder)
 
@@ -90,9 +92,7 @@ class HuggingFaceScorer:
     def _hidden_states(self, sequences: list[np.ndarray]) -> tuple[torch.Tensor, list[np.ndarray]]:
         """[t, h] of all tokens, and for each sequence the indices of its tokens in them."""
         row = one_row(sequences, self.device)
-        output = self._model.base_model(
-            input_ids=row.tokens[None], position_ids=row.positions[None], use_cache=False, row=row
-        )
+        output = self._body(input_ids=row.tokens[None], position_ids=row.positions[None], use_cache=False, row=row)
         return output.last_hidden_state[0], row.rows
 
     def _logps(self, hidden_nh: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from treg_megatron.errors import UserError
 
 # each module registers its architecture; messages list them in this order
 # isort: off
-from treg_megatron.models.families import llama, mistral, qwen2, qwen3, gemma2, mixtral, qwen3_moe, phi3  # noqa: F401
+from treg_megatron.models.families import llama, mistral, qwen2, qwen3, gemma2, mixtral, qwen3_moe, phi3, gemma3  # noqa: F401
 
 # isort: on
 from treg_megatron.models.families.decoder import EMBEDDING, OUTPUT_LAYER
@@ -61,6 +61,18 @@ __all__ = [
 FREE_FIELDS = {"seq_length", "init_method_std", "attention_dropout"}
 
 
+#: architectures that are asked for and cannot be trained here, with what is missing
+REFUSED = {
+    "DeepseekV2ForCausalLM": "its multi-head latent attention and shared experts have no parameter map",
+    "DeepseekV3ForCausalLM": "its multi-head latent attention and shared experts have no parameter map",
+    "Gemma3ForConditionalGeneration": "it sees images: save its language model alone, as a Gemma3ForCausalLM",
+    "GptOssForCausalLM": "its attention sinks and biased experts have no parameter map, and its weights are quantized",
+    "Llama4ForCausalLM": "its chunked attention and shared experts have no parameter map",
+    "Llama4ForConditionalGeneration": "it sees images, and its chunked attention has no parameter map",
+    "Mistral3ForConditionalGeneration": "it sees images: save its language model alone, as a MistralForCausalLM",
+}
+
+
 def family_of(hf_config: dict) -> Family:
     """The family of a config.json.
 
@@ -75,6 +87,8 @@ def family_of(hf_config: dict) -> Family:
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
+        if name in REFUSED:
+            raise UserError(f"architecture {name} is not supported: {REFUSED[name]}")
     raise UserError(
         f"architecture {', '.join(names) or '(none in config.json)'} is not supported; known: {', '.join(FAMILIES)}"
     )
