@@ -134,7 +134,7 @@ def test_values_belong_to_the_response_tokens(section, chatml):
             np.testing.assert_allclose(getattr(pair, f"{side}_ref_logprobs"), logps(chatml.encode_prompt(messages)))
 
 
-@pytest.mark.parametrize("name", ["answer", "few_shot", "revise"])
+@pytest.mark.parametrize("name", ["answer", "few_shot", "revise", "revise_turn"])
 def test_swapped_prompts_give_exactly_the_negative(section, tmp_path, name):
     pair = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     pair["fill"] = {"better": pair["fill"]["worse"], "worse": pair["fill"]["better"]}
@@ -248,6 +248,67 @@ def test_sampled_ids_are_used_as_they_are(section, chatml, tmp_path):
         section.pairs = str(jsonl(tmp_path / "sampled.jsonl", [row | change]))
         with pytest.raises(UserError, match=message):
             label(section, ArithmeticScorer())
+
+
+def revised(qualities: str) -> str:
+    """What follows an answer, up to the assistant's next text."""
+    return (
+        f"\n<|im_start|>user\nWrite only a revision of your last reply that is {qualities}.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["built in", "own file"])
+@pytest.mark.parametrize("answer", ["text", "sampled", "cut off", "several turns"])
+def test_a_further_turn_continues_exactly_what_the_reference_reads(section, chatml, tmp_path, answer, own):
+    ids = [*(chatml.encode_response((Message("user", "Q?"),), letter)[0] for letter in " It"), chatml.end_of_turn]
+    asked = [{"role": "user", "content": "Q?"}]
+    more = [{"role": "assistant", "content": "Which?"}, {"role": "user", "content": "Any."}]
+    sampled = {"prompt": "Q?", "chosen": " It", "rejected": "no", "rejected_ids": [ids[1]], "tokenizer": chatml.sha256}
+    row = {
+        "text": {"prompt": "Q?", "chosen": " It \n<|im_end|>", "rejected": "no"},
+        "sampled": sampled | {"chosen_ids": ids},
+        "cut off": sampled | {"chosen_ids": ids[:-1]},
+        "several turns": {
+            "chosen": [*asked, *more, {"role": "assistant", "content": "This."}],
+            "rejected": [*asked, {"role": "assistant", "content": "No."}],
+        },
+    }[answer]
+    section.pairs, section.prompt_pair = str(jsonl(tmp_path / "one.jsonl", [row])), "revise_turn"
+    if own:
+        (tmp_path / "mine.yaml").write_text((FOLDER / "revise_turn.yaml").read_text())
+        section.prompt_pair = str(tmp_path / "mine.yaml")
+    seen = []
+
+    class Recording(ArithmeticScorer):
+        def score(self, sequences, scored=lambda sequences, tokens: None):
+            seen.extend(sequences)
+            return super().score(sequences, scored)
+
+    label(section, Recording())
+    fill = load_prompt_pair("revise_turn").fill
+    for reference, *others in (seen[:3], seen[3:]):
+        read = [*reference.prompt_ids, *reference.response_ids]
+        end = "" if read[-1] == chatml.end_of_turn else "<|im_end|>"
+        for side, other in zip(("better", "worse"), others, strict=True):
+            assert other.response_ids == reference.response_ids
+            assert other.prompt_ids[: len(read)] == read
+            assert chatml.decode(other.prompt_ids[len(read) :]) == end + revised(fill[side]["qualities"])
+    if answer in ("sampled", "cut off"):
+        assert seen[0].response_ids == row["chosen_ids"]
+
+
+def test_a_template_that_allows_no_further_turn_names_the_prompt_pair_to_use(section, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    template = Path(__file__).parents[1] / "data" / "chat_templates" / "qwen3_like.jinja"
+    shutil.copy(template, tmp_path / "model" / "chat_template.jinja")
+    section.model, section.prompt_pair = str(tmp_path / "model"), "revise_turn"
+    with pytest.raises(UserError) as error:
+        label(section, ArithmeticScorer())
+    assert "row 1, pair pair 0: the chat template of" in str(error.value) and "\n" not in str(error.value)
+    assert "differently once others follow" in str(error.value)
+    assert str(error.value).endswith("which this rules out: use prompt pair revise instead")
+    assert not Path(section.output).exists()
 
 
 def test_taking_a_row_out_keeps_the_shards_that_did_not_hold_it(section, tmp_path):

@@ -197,3 +197,24 @@ def test_a_call_and_a_text_share_the_prompt_of_answers_without_thoughts(families
     call, text = (tokenizer.decode(scored_response(pair, side, tokenizer)[0]) for side in SIDES)
     assert prompt.endswith("<think>\n\n</think>\n\n") and text == "Two.<|im_end|>" and "<think>" not in call
     assert tokenizer._template.render([ASKED, CALLED[1]], False, TOOLS).startswith(prompt + call)
+
+
+#: Templates that render an answer differently once turns follow, and those that drop its thoughts then.
+NO_FURTHER_TURNS = {"qwen3", "gpt-oss"}
+DROP_THOUGHTS = {"deepseek-r1", "deepseek-v3.1", "qwq"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_further_turns_continue_prompt_and_answer_or_are_refused(families, name):
+    tokenizer = families[name]
+    further = (Message("user", "Shorter, without " + " ".join(tokenizer._special.ids)),)
+    for messages, answer in ((TURNS, "Four."), ((ASKED,), "  Four.\n"), ((ASKED,), THOUGHTS)):
+        answered = (Message("assistant", answer),)
+        prompt, (ids,) = tokenizer.encode_pair(messages, [answer])
+        if name in NO_FURTHER_TURNS or name in DROP_THOUGHTS and answer == THOUGHTS:
+            with pytest.raises(UserError, match="differently once others follow"):
+                tokenizer.encode_further(messages, answered, further, answers=[answer])
+            continue
+        found = tokenizer.encode_further(messages, answered, further, answers=[answer])
+        whole = tokenizer.encode_prompt([*messages, *answered, *further], answers=[answer])
+        assert found[0] == ids[-1] and [*prompt, *ids, *found[1:]] == whole

@@ -209,3 +209,24 @@ def test_dates_are_recorded_for_the_families_that_ask_for_one(families):
     assert dated == {"mistral_small", "granite"}
     assert "26 Jul 2024" in families["llama31"].decode(families["llama31"].encode_prompt((ASKED,)))
     assert "2024-07-26" in families["mistral_small"].decode(families["mistral_small"].encode_prompt((ASKED,)))
+
+
+#: Templates that render an answer differently once turns follow, and those that drop its thoughts then.
+NO_FURTHER_TURNS = {"llama2", "qwen3"}
+DROP_THOUGHTS = {"deepseek_r1"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_further_turns_continue_prompt_and_answer_or_are_refused(families, name):
+    tokenizer = families[name]
+    further = (Message("user", "Shorter, without " + " ".join(tokenizer._special.ids)),)
+    for messages, answer in ((TURNS, "Four."), ((ASKED,), "  Four.\n"), ((ASKED,), THOUGHTS)):
+        answered = (Message("assistant", answer),)
+        prompt, (ids,) = tokenizer.encode_pair(messages, [answer])
+        if name in NO_FURTHER_TURNS or name in DROP_THOUGHTS and answer == THOUGHTS:
+            with pytest.raises(UserError, match="differently once others follow"):
+                tokenizer.encode_further(messages, answered, further, answers=[answer])
+            continue
+        found = tokenizer.encode_further(messages, answered, further, answers=[answer])
+        whole = tokenizer.encode_prompt([*messages, *answered, *further], answers=[answer])
+        assert found[0] == ids[-1] and [*prompt, *ids, *found[1:]] == whole

@@ -17,8 +17,9 @@ sources at once under names of their own: label.values in the recipe (docs/TOKEN
 A reference model too large for one device is split by Megatron: `--engine megatron --tensor 8` reads the checkpoint
 that training starts from; the remaining processes hold further copies of the model.
 
-Which prompt pair? `revise` is the paper's and suits models of billions of parameters. Small models merely copy the
-response that it shows them, and every reward is near 0: use `few_shot` for those, or a YAML file of your own.
+Which prompt pair? `revise` is the paper's and suits models of billions of parameters; `revise_turn` asks the same in a
+further turn and computes fewer tokens, if the chat template allows it. Small models merely copy the response that both
+show them, and every reward is near 0: use `few_shot` for those, or `answer`, or a YAML file of your own.
 Next: treg show, treg index.
 """
 

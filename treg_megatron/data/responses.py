@@ -1,5 +1,6 @@
 """Token ids of a pair's responses, why a pair is dropped, and its record once it is labelled."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,19 @@ def scored_response(pair: Pair, side: str, tokenizer: ChatTokenizer) -> tuple[li
         return tokenizer.encode_turns(pair.messages, turns, pair.tools, prompt_answers(pair))
     ids = response_ids(pair, side, tokenizer)
     return ids, np.ones(len(ids), dtype=bool)
+
+
+def further_turns(
+    pair: Pair, side: str, response_ids: list[int], further: Sequence[Message], tokenizer: ChatTokenizer
+) -> list[int]:
+    """Token ids that continue prompt and response of one side by further turns, up to the assistant's next text.
+
+    Raises:
+        UserError: the template rejects the further turns, or renders the response differently before them.
+    """
+    answer = getattr(pair, f"{side}_turns") or (Message("assistant", getattr(pair, side)),)
+    ids = tokenizer.encode_further(pair.messages, answer, further, pair.tools, prompt_answers(pair))
+    return ids[1:] if response_ids[-1] == ids[0] else ids  # a response that was cut off has no end of its turn
 
 
 def require_text(pair: Pair, side: str) -> None:

@@ -231,11 +231,11 @@ def _prepare(
     if len(prompt_ids) >= max_length:
         return None, PROMPT_FILLS_CONTEXT
     sequences, scored = {}, {}
-    for side, response in zip(SIDES, (pair.chosen, pair.rejected), strict=True):
+    for side in SIDES:
         ids, scored[side] = scored_response(pair, side, tokenizer)
         if len(prompt_ids) + len(ids) > max_length:
             return None, TOO_LONG
-        prompts = {REFERENCE: prompt_ids, **source.prompts(pair, response, prompt_ids, tokenizer)}
+        prompts = {REFERENCE: prompt_ids, **source.prompts(pair, side, prompt_ids, ids, tokenizer)}
         sequences[side] = {name: ScoredSequence(prompt, ids) for name, prompt in prompts.items()}
         revisions = [len(prompt) for prompt in prompts.values() if prompt is not prompt_ids]
         if max(revisions, default=0) + len(ids) > max_revision_length:

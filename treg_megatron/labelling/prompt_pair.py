@@ -12,6 +12,9 @@ The texts are data: ``prompt_pairs/*.yaml``, or a user's own file in the same fo
 
 ``{conversation}`` (the conversation as text) and ``{response}`` (the candidate answer) need no fill. Put whatever
 varies late: the text before it is common to both prompts and is computed once.
+
+If the turns begin with ``conversation`` and ``{role: assistant, content: "{response}"}``, the response is the
+conversation's answer, and the prompts begin with exactly the token ids of the two (:attr:`PromptPair.answers_first`).
 """
 
 import re
@@ -55,6 +58,11 @@ class PromptPair:
     def shows_response(self) -> bool:
         """Whether the prompts contain the response, so that their length grows with it."""
         return any(RESPONSE in _placeholders(turn) for turn in self.turns)
+
+    @property
+    def answers_first(self) -> bool:
+        """Whether the prompts are the conversation and the response as its answer, with further turns behind them."""
+        return self.turns[:2] == (CONVERSATION, Message("assistant", f"{{{RESPONSE}}}"))
 
     def _filled(self, side: str, messages: Sequence[Message], response: str) -> list[Message]:
         values = {CONVERSATION: conversation_text(messages), RESPONSE: response, **self.fill[side]}

@@ -14,7 +14,7 @@ from treg_megatron.config.recipe import with_changes
 from treg_megatron.config.schema import SOURCE_KEYS, LabelSection
 from treg_megatron.data.aligned import VALUES_NAME
 from treg_megatron.data.pairs import Pair
-from treg_megatron.data.responses import prompt_answers
+from treg_megatron.data.responses import further_turns, prompt_answers
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.contrastive import contrastive_rewards
 from treg_megatron.labelling.import_rewards import response_rewards
@@ -45,8 +45,17 @@ class Source(Protocol):
     passes: tuple[str, ...]
     models: Mapping[str, Model]
 
-    def prompts(self, pair: Pair, response: str, prompt_ids: list[int], tokenizer: ChatTokenizer) -> dict[str, list]:
-        """Token ids of each pass's prompt for one response; ``prompt_ids`` are those of the pair's own prompt."""
+    def prompts(
+        self, pair: Pair, side: str, prompt_ids: list[int], response_ids: list[int], tokenizer: ChatTokenizer
+    ) -> dict[str, list]:
+        """Token ids of each pass's prompt for one side's response.
+
+        Args:
+            prompt_ids, response_ids: those of the pair's own prompt and of the response.
+
+        Raises:
+            UserError: the chat template does not render such a prompt.
+        """
         ...
 
     def rewards(self, logps: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -134,13 +143,29 @@ class ContrastivePrompts:
         self._pair = prompt_pair
         self.models: Mapping[str, Model] = dict.fromkeys(self.passes, reference)
 
-    def prompts(self, pair: Pair, response: str, prompt_ids: list[int], tokenizer: ChatTokenizer) -> dict[str, list]:
+    def prompts(
+        self, pair: Pair, side: str, prompt_ids: list[int], response_ids: list[int], tokenizer: ChatTokenizer
+    ) -> dict[str, list]:
         """See :class:`Source`."""
-        answers = prompt_answers(pair)
-        return {
-            BETTER: tokenizer.encode_prompt(self._pair.better(pair.messages, response), pair.tools, answers),
-            WORSE: tokenizer.encode_prompt(self._pair.worse(pair.messages, response), pair.tools, answers),
+        response = getattr(pair, side)
+        prompts = {
+            BETTER: self._pair.better(pair.messages, response),
+            WORSE: self._pair.worse(pair.messages, response),
         }
+        if not self._pair.answers_first:
+            answers = prompt_answers(pair)
+            return {name: tokenizer.encode_prompt(prompt, pair.tools, answers) for name, prompt in prompts.items()}
+        answered = [*prompt_ids, *response_ids]
+        try:
+            return {
+                name: [*answered, *further_turns(pair, side, response_ids, prompt[len(pair.messages) + 1 :], tokenizer)]
+                for name, prompt in prompts.items()
+            }
+        except UserError as error:
+            raise UserError(
+                f"{error}; prompt pair {self._pair.name} asks in a further turn, which this rules out: use prompt pair "
+                "revise instead"
+            ) from None
 
     def rewards(self, logps: Mapping[str, np.ndarray]) -> np.ndarray:
         """See :class:`Source`."""
@@ -173,7 +198,9 @@ class ModelRatio:
         self.passes: tuple[str, ...] = tuple(models)
         self._scale, self._squash = scale, squash
 
-    def prompts(self, pair: Pair, response: str, prompt_ids: list[int], tokenizer: ChatTokenizer) -> dict[str, list]:
+    def prompts(
+        self, pair: Pair, side: str, prompt_ids: list[int], response_ids: list[int], tokenizer: ChatTokenizer
+    ) -> dict[str, list]:
         """See :class:`Source`."""
         return dict.fromkeys(self.passes, prompt_ids)
 

@@ -106,9 +106,14 @@ class ChatTokenizer:
                 render all of it.
         """
         disguise = self._disguise(messages, tools)
+        return self._encode_rendered(self._prompt_text(messages, tools, disguise, answers), disguise)
+
+    def _prompt_text(
+        self, messages: Sequence[Message], tools: str, disguise: Mapping[str, str], answers: Sequence[str]
+    ) -> str:
         prompt = self._rendered_prompt(messages, tools, disguise)
         boundary = self._boundary.at(prompt)
-        return self._encode_rendered(boundary.base(prompt) + boundary.lead(answers), disguise)
+        return boundary.base(prompt) + boundary.lead(answers)
 
     def _encode_rendered(self, text: str, disguise: Mapping[str, str]) -> list[int]:
         """Ids of text that the template rendered from disguised contents."""
@@ -233,8 +238,7 @@ class ChatTokenizer:
             ids += between
             written += [not i] * len(between)  # before the first turn stands what an answer without others has, too
             special = self._special.place.match(whole, end)
-            found = turn.content in words if turn.extra else words in _strippings(turn.content)
-            if special is None or not found:
+            if special is None or not _shows(words, turn):
                 raise self._differs_once_others_follow()
             if turn.extra:
                 answer = self._encode_rendered(whole[start:end], disguise)
@@ -265,8 +269,52 @@ class ChatTokenizer:
     def _differs_once_others_follow(self) -> UserError:
         return UserError(
             f"the chat template of {self.folder} renders an assistant turn differently once others follow: "
-            "an answer of several turns has no exact ids"
+            "an answer that others follow has no exact ids"
         )
+
+    def encode_further(
+        self,
+        messages: Sequence[Message],
+        answer: Sequence[Message],
+        further: Sequence[Message],
+        tools: str = "",
+        answers: Sequence[str] = (),
+    ) -> list[int]:
+        """Ids of the turns behind an answer, from the token that ends it up to the start of the assistant's next text.
+
+        Behind the ids of prompt and answer, but for that token, they make a prompt in which these are as they are
+        without further turns.
+
+        Args:
+            messages: the conversation.
+            answer: its answer's turns, of which the first and the last are the assistant's.
+            further: the turns behind it, of which the last is a user's.
+            tools: as for :meth:`encode_prompt`.
+            answers: as for :meth:`encode_prompt`, of the first prompt; the assistant's next text is one of them, too.
+
+        Raises:
+            UserError: the template rejects the further turns, or renders the answer differently before them.
+        """
+        answered = [*messages, *answer]
+        conversation = [*answered, *further]
+        disguise = self._disguise(conversation, tools)
+        first, prompt = (self._prompt_text(turns, tools, disguise, answers) for turns in (messages, conversation))
+        whole = self._template.render(conversation, False, tools, disguise)
+        end = 0
+        for i, turn in enumerate(answer, start=len(messages)):
+            if turn.role == "assistant":
+                start, end = self._place_of(conversation, i, tools, disguise, whole)
+                words = replaced(whole[start:end], {hidden: shown for shown, hidden in disguise.items()})
+                if not _shows(words, turn):
+                    raise self._differs_once_others_follow()
+        special = self._special.place.match(whole, end)
+        if special is None:
+            raise self._differs_once_others_follow()
+        same = whole[: special.end()]
+        alone = self._template.render(answered, False, tools, disguise)
+        if not (same.startswith(first) and alone.startswith(same) and prompt.startswith(same)):
+            raise self._differs_once_others_follow()
+        return self._encode_rendered(special[0] + prompt[len(same) :], disguise)
 
     def _encode_turn_by_turn(
         self, messages: Sequence[Message], turns: Sequence[Message], tools: str, answers: Sequence[str]
@@ -297,9 +345,7 @@ class ChatTokenizer:
     def _encode_call(self, messages: Sequence[Message], turn: Message, tools: str) -> list[int]:
         """Ids of an assistant turn that calls tools, as the template renders it, up to the token that ends it."""
         disguise = self._disguise([*messages, turn], tools)
-        prompt = self._rendered_prompt(messages, tools, disguise)
-        boundary = self._boundary.at(prompt)
-        prompt = boundary.base(prompt) + boundary.lead(())
+        prompt = self._prompt_text(messages, tools, disguise, ())
         whole = self._template.render([*messages, turn], False, tools, disguise)
         self._completeness.require([*messages, turn], tools, disguise, whole)
         if not whole.startswith(prompt):
@@ -533,6 +579,11 @@ def _texts(messages: Sequence[Message], tools: str) -> Iterator[str]:
 
 def _leading_spaces(text: str) -> int:
     return len(text) - len(text.lstrip(" "))
+
+
+def _shows(words: str, turn: Message) -> bool:
+    """Whether what a template renders in the place of a turn is its text; calls of tools may stand beside it."""
+    return turn.content in words if turn.extra else words in _strippings(turn.content)
 
 
 def _strippings(text: str) -> tuple[str, ...]:
