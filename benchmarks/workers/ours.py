@@ -42,12 +42,15 @@ class OnDemand(pl.Callback):
     def on_megatron_microbatch_start(self, step, batch, forward_callback):
         """Count the micro-batch's tokens and FLOPs; a prompt shared by both responses is computed once."""
         row = batch["tokens"].shape[1]
-        if "pairs" in batch:
-            sequences = [n for prompt, chosen, rejected in batch["pairs"] for n in (prompt + chosen, prompt + rejected)]
-            again = [prompt for prompt, _, _ in batch["pairs"]]
+        again = []
+        if "cu_seqlens" in batch:
+            sequences = batch["cu_seqlens"].diff().tolist()
+        elif "spans" in batch:
+            spans = batch["spans"][: len(batch["lengths"])]  # what follows is padding
+            again = [sum(tokens for _, tokens in span.prefix) for span in spans]
+            sequences = [span.tokens + prefix for span, prefix in zip(spans, again, strict=True)]
         else:
-            sequences = batch["cu_seqlens"].diff().tolist() if "cu_seqlens" in batch else [row] * len(batch["tokens"])
-            again = []
+            sequences = [row] * len(batch["tokens"])
         self.tokens += sum(sequences)
         self.flops += flops(self.fields, sequences, len(batch["targets"])) - flops(self.fields, again, 0)
 

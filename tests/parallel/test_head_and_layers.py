@@ -109,6 +109,7 @@ def block_outputs() -> dict[str, torch.Tensor]:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from treg_megatron.kernels import onednn
+    from treg_megatron.kernels.attention import Span
     from treg_megatron.kernels.core_attention import PackedRow
     from treg_megatron.kernels.kernels import Kernels
     from treg_megatron.kernels.onednn import ProductsByOneDNN
@@ -162,7 +163,7 @@ def block_outputs() -> dict[str, torch.Tensor]:
             [p.grad.flatten() for n, p in sorted(model.named_parameters()) if n.startswith("decoder.layers")]
         )
         if name != "local":
-            packed = PackedRow("thd", max_seqlen_q=9, max_seqlen_kv=9, sequences=lengths)
+            packed = PackedRow("thd", max_seqlen_q=9, max_seqlen_kv=9, spans=[Span(n) for n in lengths])
             row = torch.cat([tokens[0, :5], tokens[1]])[None]
             outputs[name + " packed"] = model(
                 row, torch.cat([torch.arange(5), torch.arange(9)])[None], None, packed_seq_params=packed
@@ -187,14 +188,17 @@ def attention_of_a_shared_row() -> list[list[torch.Tensor]]:
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from treg_megatron.kernels.core_attention import SdpaAttention, SharedPrompts
+    from treg_megatron.kernels.attention import Span
+    from treg_megatron.kernels.core_attention import PackedRow, SdpaAttention
     from treg_megatron.kernels.packed_attention import PackedSdpaAttention
 
     megatron_world()
     config = TransformerConfig(
         num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0
     )
-    row = SharedPrompts(qkv_format="thd", max_seqlen_q=9, max_seqlen_kv=9, pairs=[(2, 3, 7), (6, 1, 2), (1, 1, 1)])
+    # a pair that shares a prompt of 2 tokens; three sequences that share prefixes which begin in one and end in another
+    spans = [Span(5), Span(7, [(0, 2)]), Span(4), Span(3, [(2, 3)]), Span(2, [(2, 3), (3, 2)]), Span(3, [(2, 1)])]
+    row = PackedRow("thd", max_seqlen_q=9, max_seqlen_kv=9, spans=[*spans, Span(6)])
     generator = torch.Generator().manual_seed(6)
     tensors = [torch.randn(30, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]  # 24 and padding
     upstream = torch.randn(30, 32, generator=generator)
@@ -217,7 +221,7 @@ def attention_in_one_call(window: int | None) -> list[list[torch.Tensor]]:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from treg_megatron.kernels import varlen_attention
-    from treg_megatron.kernels.attention import causal_attention
+    from treg_megatron.kernels.attention import Span, causal_attention
     from treg_megatron.kernels.core_attention import PackedRow, SdpaAttention
 
     def stand_in(query, key, value, ends, ends_k, longest, longest_k, *, scale, window_size, enable_gqa):
@@ -239,7 +243,7 @@ def attention_in_one_call(window: int | None) -> list[list[torch.Tensor]]:
         num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, **options
     )
     ends = torch.tensor([0, 5, 14, 17], dtype=torch.int32)
-    row = PackedRow("thd", max_seqlen_q=9, max_seqlen_kv=9, sequences=[5, 9, 3], ends=ends)
+    row = PackedRow("thd", max_seqlen_q=9, max_seqlen_kv=9, spans=[Span(5), Span(9), Span(3)], ends=ends)
     generator = torch.Generator().manual_seed(6)
     tensors = [torch.randn(17, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
     upstream = torch.randn(17, 32, generator=generator)

@@ -1,24 +1,32 @@
 """The reference model's log-probs from Hugging Face and from Megatron agree, however the model is split."""
 
+import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from tests.support.forked import run_ranks
-from tests.support.tiny import perturb, tiny_llama
+from tests.support.tiny import perturb, tiny_llama, tiny_tokenizer
+from tests.support.tiny_families import tiny_family
 from treg_megatron.checkpoint.from_hf import import_checkpoint
 from treg_megatron.config.recipe import load_recipe, section
 from treg_megatron.config.schema import LabelSection
 from treg_megatron.data.labelled_pairs import SIDES, read_labelled
+from treg_megatron.data.pairs import Pair
 from treg_megatron.distributed.launch import RankInfo
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.job import label
-from treg_megatron.labelling.scoring import ScoredSequence
+from treg_megatron.labelling.prompt_pair import load_prompt_pair
+from treg_megatron.labelling.scoring import ScoredSequence, megatron
 from treg_megatron.labelling.scoring.huggingface import HuggingFaceScorer
 from treg_megatron.labelling.scoring.megatron import MegatronScorer, _require_same_model, replica
+from treg_megatron.labelling.source import ContrastivePrompts, Model
+from treg_megatron.tokenizer.chat import load_tokenizer
+from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.utils.shard_job import MANIFEST_NAME
 
 LAYOUTS = {"TP1": (1, 1), "TP3": (3, 1), "PP2": (1, 2)}
@@ -62,6 +70,83 @@ def tiny(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_engines_agree(tiny, layout):
     assert_engines_agree(*tiny, layout)
+
+
+PAIRS = [
+    ("What is two plus three?", "Two plus three is five.", "Five, I think, or six."),
+    ("Why is the sky blue?", "Because air scatters blue light more than red.", "Because the sea is blue, too."),
+]
+PROMPT_PAIRS = ("revise", "few_shot", "revise_turn")
+SPLITS = {"TP2": (2, 1), "PP2": (1, 2)}
+
+
+def contexts(folder: Path, prompt_pair: str) -> list[ScoredSequence]:
+    """Six sequences per pair: chosen and rejected after the prompts x, x_better and x_worse."""
+    tokenizer = load_tokenizer(folder)
+    source = ContrastivePrompts(load_prompt_pair(prompt_pair), Model(str(folder), ""))
+    sequences = []
+    for number, (question, *answers) in enumerate(PAIRS):
+        pair = Pair(str(number), (Message("user", question),), *answers)
+        prompt, responses = tokenizer.encode_pair(pair.messages, answers)
+        for side, ids in zip(SIDES, responses, strict=True):
+            prompts = [prompt, *source.prompts(pair, side, prompt, ids, tokenizer).values()]
+            sequences += [ScoredSequence(one, ids) for one in prompts]
+    return sequences
+
+
+def whole_and_shared(checkpoints: list[Path], tensor: int, pipeline: int, jobs: list[list[ScoredSequence]]) -> list:
+    """For each checkpoint and job: log-probs with prefixes shared and not, and the tokens of the rows of each."""
+    results = []
+    for checkpoint in checkpoints:
+        scorer = MegatronScorer(checkpoint, tensor, pipeline, "float32", batch_tokens=700)
+        assert scorer._shares
+        for sequences in jobs:
+            for scorer._shares in (True, False):
+                with count_tokens() as computed:
+                    results.append((scorer.score(sequences), sum(computed)))
+    return results
+
+
+@contextlib.contextmanager
+def count_tokens():
+    """Collects how many tokens each micro-batch has."""
+    computed, packed = [], megatron._packed
+
+    def counted(*args):
+        batch = packed(*args)
+        computed.append(batch["tokens"].numel())
+        return batch
+
+    with mock.patch.object(megatron, "_packed", counted):
+        yield computed
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory) -> dict[str, Path]:
+    """A Llama, and a Gemma 2 whose window and soft-caps matter, by name; each with a checkpoint beside it."""
+    folder = tmp_path_factory.mktemp("sharing")
+    for family in ("Llama", "Gemma2"):
+        vocab = tiny_tokenizer(folder / family, template="turns")
+        tiny_family(folder / family, family, tied=True, vocab=vocab)
+        import_checkpoint(folder / family, folder / f"{family}_megatron")
+    return {family: folder / family for family in ("Llama", "Gemma2")}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_shared_prefixes_give_the_log_probs_of_whole_sequences(two_models, split):
+    tensor, pipeline = SPLITS[split]
+    jobs = [contexts(two_models["Llama"], name) for name in PROMPT_PAIRS]
+    expected = [
+        np.concatenate(HuggingFaceScorer(folder, "float32", "cpu", batch_tokens=900).score(sequences))
+        for folder in two_models.values()
+        for sequences in jobs
+    ]
+    checkpoints = [folder.with_name(f"{family}_megatron") for family, folder in two_models.items()]
+    for found in run_ranks(tensor * pipeline, whole_and_shared, checkpoints, tensor, pipeline, jobs):
+        for (shared, fewer), (whole, all_tokens), theirs in zip(found[::2], found[1::2], expected, strict=True):
+            np.testing.assert_allclose(np.concatenate(shared), np.concatenate(whole), atol=1e-5)
+            np.testing.assert_allclose(np.concatenate(shared), theirs, atol=1e-5)
+            assert fewer < 0.75 * all_tokens
 
 
 def test_a_real_model_in_bf16_is_close_to_fp32(smollm2):

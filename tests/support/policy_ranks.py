@@ -46,6 +46,7 @@ def token_logprobs(policy, tokens: torch.Tensor, packed: bool) -> torch.Tensor |
     """log p(token t+1 | tokens up to t), [batch, length - 1], on the ranks of the last pipeline stage, else None."""
     from megatron.core import parallel_state
 
+    from treg_megatron.kernels.attention import Span
     from treg_megatron.models.policy import forward_step
 
     batch, length = tokens.shape
@@ -56,7 +57,7 @@ def token_logprobs(policy, tokens: torch.Tensor, packed: bool) -> torch.Tensor |
             "tokens": tokens.reshape(1, -1),
             "position_ids": positions.reshape(1, -1),
             "max_seqlen": length,
-            "sequences": [length] * batch,
+            "spans": [Span(length)] * batch,
             "cu_seqlens": torch.arange(0, batch * length + 1, length, dtype=torch.int32),
         }
     else:

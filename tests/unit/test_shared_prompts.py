@@ -32,8 +32,15 @@ def test_rows_point_at_the_token_before_each_response_token(shapes, multiple):
         assert torch.equal(shared[name], packed[name])
     for name in ("tokens", "position_ids"):
         assert torch.equal(shared[name][0, shared["rows"]], packed[name][0, packed["rows"]])
-    assert shared["pairs"] == shapes and shared["lengths"] == packed["lengths"]
+    assert shared["lengths"] == packed["lengths"]
     tokens = sum(map(sum, shapes))
+    padding = shared["tokens"].shape[1] - tokens
+    spans = [
+        span
+        for i, (prompt, chosen, rejected) in enumerate(shapes)
+        for span in ((prompt + chosen, ()), (rejected, ((2 * i, prompt),)))
+    ]
+    assert shared["spans"] == [*spans, (padding, ())][: len(spans) + bool(padding)]
     assert tokens <= shared["tokens"].shape[1] < max(tokens, 1) + multiple
     assert (
         shared["tokens"].shape == shared["position_ids"].shape and shared["max_seqlen"] > shared["position_ids"].max()

@@ -18,8 +18,10 @@ import torch
 from treg_megatron.config.schema import DataSection, ParallelSection
 from treg_megatron.data.aligned import PairRecord
 from treg_megatron.data.alignment import score_positions
+from treg_megatron.data.prefixes import prefix_row
 from treg_megatron.data.scored import is_scored
 from treg_megatron.distributed.context_parallel import WHOLE, ContextPart
+from treg_megatron.kernels.attention import Span
 from treg_megatron.objective import segments_and_places
 
 PADDING_TOKEN = 0  # never scored, never attended to by a scored token
@@ -47,9 +49,10 @@ def collate(
 
     Returns:
         tokens, position_ids: [b, s] int64; packed: b = 1.
-        sequences: list of int, tokens of each unsplit sequence, cu_seqlens: [sequences + 1] int32, where each starts
-            and the last one ends, and max_seqlen: int; packed only. Padding forms a separate sequence. With
-            share_prompts, pairs replaces sequences and cu_seqlens: list of (prompt, chosen, rejected) token counts.
+        spans: list of :class:`~treg_megatron.kernels.attention.Span`, one per sequence before it is split over ranks,
+            cu_seqlens: [spans + 1] int32, where each starts and the last one ends, and max_seqlen: int; packed only.
+            Padding forms a separate sequence. With share_prompts, the prompt of a rejected sequence is the prefix of
+            its span, and there is no cu_seqlens.
         rows: [n] int64, index into the flattened hidden states [s * b, hidden] that predicts each response token.
         targets: [n] int64, ids of the response tokens. lengths: list of int, response tokens on this rank of chosen 0,
             rejected 0, chosen 1, ... segments, places: [n] int64, and response_tokens: [2 * pairs] fp32, of whole
@@ -74,7 +77,9 @@ def collate(
     positions = [p[mask] for p, mask in zip(positions, masks, strict=True)]
     tokens = [torch.from_numpy(np.asarray(s, dtype=np.int64)) for s in sequences]
     if share_prompts:
-        batch = shared_row(tokens, positions, responses, pad_to_multiple_of)
+        prompts = [len(s) - n for s, n in zip(sequences, responses, strict=True)]
+        shared = [prompt * (i % 2) for i, prompt in enumerate(prompts)]  # rejected shares its prompt with chosen
+        batch = shared_row(tokens, positions, shared, pad_to_multiple_of)
     elif layout == "packed":
         batch = packed_row(tokens, positions, pad_to_multiple_of, context)
     else:
@@ -114,7 +119,7 @@ def row_multiple(data: DataSection, parallel: ParallelSection) -> int:
 def packed_row(
     sequences: list[torch.Tensor], positions: list[np.ndarray], multiple: int = 1, context: ContextPart = WHOLE
 ) -> dict[str, Any]:
-    """One packed sequence: tokens, position_ids, sequences, cu_seqlens, max_seqlen and rows, see :func:`collate`.
+    """One packed sequence: tokens, position_ids, spans, cu_seqlens, max_seqlen and rows, see :func:`collate`.
 
     Args:
         sequences: [s] int64 each.
@@ -131,7 +136,7 @@ def packed_row(
     return {
         "tokens": torch.cat([context.of(s) for s in sequences])[None],
         "position_ids": torch.cat([context.of(torch.arange(size)) for size in sizes])[None],
-        "sequences": sizes,
+        "spans": [Span(size) for size in sizes],
         "cu_seqlens": torch.tensor([0, *sizes]).cumsum(0).to(torch.int32),
         "max_seqlen": max(sizes),
         "rows": _flat(
@@ -141,35 +146,25 @@ def packed_row(
 
 
 def shared_row(
-    sequences: list[torch.Tensor], positions: list[np.ndarray], responses: list[int], multiple: int = 1
+    sequences: list[torch.Tensor], positions: list[np.ndarray], shared: Sequence[int], multiple: int = 1
 ) -> dict[str, Any]:
-    """One packed sequence with shared prompts: prompt, chosen response and rejected response of each pair in turn.
-
-    Returns tokens, position_ids, pairs, max_seqlen and rows as :func:`collate` describes them.
+    """One packed sequence in which a prefix that neighbours share is stored once: tokens, position_ids, spans,
+    max_seqlen and rows, see :func:`collate`.
 
     Args:
-        sequences: [s] int64 each: chosen 0, rejected 0, chosen 1, ...
+        sequences: [s] int64 each.
         positions: int64 per sequence, the positions that predict its response tokens.
-        responses: number of tokens of each response.
+        shared: number of tokens that each sequence shares with the one before it; that of the first is 0.
         multiple: the packed length is a multiple of this.
     """
-    parts, position_ids, rows, pairs, start = [], [], [], [], 0
-    for first in range(0, len(sequences), 2):
-        (chosen, rejected), (at_chosen, at_rejected) = sequences[first : first + 2], positions[first : first + 2]
-        prompt = len(chosen) - responses[first]
-        parts += [chosen, rejected[prompt:]]
-        position_ids += [torch.arange(len(chosen)), torch.arange(prompt, len(rejected))]
-        # the rejected response follows the chosen one, so its positions after the prompt shift by the chosen length
-        rows += [start + at_chosen, start + np.where(at_rejected < prompt, at_rejected, at_rejected + responses[first])]
-        pairs.append((prompt, responses[first], len(rejected) - prompt))
-        start += len(chosen) + len(rejected) - prompt
-    padding = _round_up(max(start, 1), multiple) - start
+    row = prefix_row([sequence.numpy() for sequence in sequences], shared)
+    padding = _round_up(max(len(row.tokens), 1), multiple) - len(row.tokens)
     return {
-        "tokens": torch.cat([*parts, torch.full((padding,), PADDING_TOKEN)])[None],
-        "position_ids": torch.cat([*position_ids, torch.arange(padding)])[None],
-        "pairs": pairs,
+        "tokens": torch.from_numpy(np.append(row.tokens, np.full(padding, PADDING_TOKEN)))[None],
+        "position_ids": torch.from_numpy(np.append(row.positions, np.arange(padding)))[None],
+        "spans": [*row.spans, Span(padding)] if padding else row.spans,
         "max_seqlen": max([padding, *map(len, sequences)]),
-        "rows": _flat(rows, np.int64),
+        "rows": _flat([place[at] for place, at in zip(row.places, positions, strict=True)], np.int64),
     }
 
 

@@ -1,5 +1,6 @@
 """Causal grouped-query attention for the last tokens of a sequence, on torch's fused kernels where possible."""
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,10 +9,30 @@ from torch import Tensor
 
 
 class Span(NamedTuple):
-    """Consecutive tokens of a packed sequence that attend to each other, and to the first tokens of the span before."""
+    """Consecutive tokens of a packed sequence, which attend to their prefix in earlier spans and to each other.
+
+    Attributes:
+        tokens: their number.
+        prefix: in order, the number of an earlier span, counted from 0, and how many of its first tokens belong to it.
+    """
 
     tokens: int
-    prompt: int = 0  # how many tokens of the span before
+    prefix: Sequence[tuple[int, int]] = ()
+
+
+def parts_of(
+    query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each span, its queries and the keys and values that they see: [t, heads, d] each -> [n, heads, d]."""
+    own = list(zip(*(x.split([span.tokens for span in spans]) for x in (query, key, value)), strict=True))
+    for span, (q, *seen) in zip(spans, own, strict=True):
+        if span.prefix:
+            before = [own[number][1:] for number, _ in span.prefix]
+            seen = [
+                torch.cat([*(x[i][:n] for x, (_, n) in zip(before, span.prefix, strict=True)), seen[i]])
+                for i in range(2)
+            ]
+        yield q, *seen
 
 
 def causal_attention(

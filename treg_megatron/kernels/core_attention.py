@@ -1,8 +1,9 @@
 """Megatron's core attention, built on ``scaled_dot_product_attention``, for padded batches and packed sequences."""
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -12,30 +13,30 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from treg_megatron.kernels.attention import Span, causal_attention
+from treg_megatron.kernels.attention import Span, causal_attention, parts_of
 
 
 @dataclass
 class PackedRow(PackedSeqParams):
     """A packed sequence for layers in plain PyTorch. The host knows the lengths, so that no layer reads ``cu_seqlens``
-    from the device and waits for it; rotary angles are those of the position ids."""
+    from the device and waits for it; rotary angles are those of the position ids.
 
-    sequences: list[int] | None = None  # tokens of each, before they are split over context-parallel ranks
-    ends: Tensor | None = None  # [sequences + 1] int32 on the device: 0, and where each ends; not Megatron's field
+    Attributes:
+        spans: they cover all tokens, padding included, before these are split over context-parallel ranks.
+        ends: [spans + 1] int32 on the device: 0, and where each span ends, if none has a prefix; not Megatron's field.
+        masks: a cache, filled by attention in the first layer.
+    """
 
-
-@dataclass
-class SharedPrompts(PackedRow):
-    """A packed sequence of pairs that hold their prompt once."""
-
-    pairs: list[tuple[int, int, int]] | None = None  # tokens of prompt, chosen, rejected; what follows is padding
+    spans: list[Span] = field(default_factory=list)
+    ends: Tensor | None = None
+    masks: dict[Any, Tensor] = field(default_factory=dict)
 
 
 class SdpaAttention(MegatronModule):
     """Causal grouped-query attention, built on ``scaled_dot_product_attention``.
 
-    Packed sequences (THD) are processed one by one: this gives block-diagonal attention without a mask, and no work is
-    spent between sequences. If a pair holds its prompt once, its rejected response attends to the prompt and to itself.
+    The spans of packed sequences (THD) are processed one by one: this gives block-diagonal attention without a mask,
+    and no work is spent between sequences. A span that shares its prefix with others attends to it and to itself.
 
     Two config options have no fused kernel: a sliding window (``window_size``, in the layers that
     ``window_attn_skip_freq`` selects) needs a mask if a sequence is longer than the window, and a soft-cap on the
@@ -79,7 +80,7 @@ class SdpaAttention(MegatronModule):
 
     def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedRow) -> Tensor:
         """Queries [t, heads, d], keys and values [t, groups, d] -> [t, heads * d]."""
-        return self.attend_each(parts_of(query, key, value, spans_of(packed, len(query))))
+        return self.attend_each(parts_of(query, key, value, packed.spans))
 
     def attend_each(self, parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """Attend each part on its own: queries, keys, values of consecutive tokens, [n, heads, d] -> [t, heads * d]."""
@@ -94,28 +95,3 @@ class SdpaAttention(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Nothing to save: attention has no parameters."""
         return {}
-
-
-def spans_of(packed: PackedRow, length: int) -> list[Span]:
-    """The spans of a packed row: one per sequence or, with shared prompts, two per pair (prompt with chosen response,
-    then rejected response) and one for the padding.
-
-    Args:
-        length: number of tokens, padding included.
-    """
-    if not isinstance(packed, SharedPrompts):
-        return [Span(tokens) for tokens in packed.sequences]
-    spans = [
-        span for prompt, chosen, rejected in packed.pairs for span in (Span(prompt + chosen), Span(rejected, prompt))
-    ]
-    padding = length - sum(span.tokens for span in spans)
-    return [*spans, Span(padding)] if padding else spans
-
-
-def parts_of(query: Tensor, key: Tensor, value: Tensor, spans: list[Span]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each span, its queries and the keys and values that they see."""
-    own = list(zip(*(x.split([span.tokens for span in spans]) for x in (query, key, value)), strict=True))
-    for span, before, (q, k, v) in zip(spans, [None, *own], own, strict=False):
-        if span.prompt:
-            k, v = (torch.cat([x[: span.prompt], y]) for x, y in zip(before[1:], (k, v), strict=True))
-        yield q, k, v

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from treg_megatron.kernels.core_attention import PackedRow, SdpaAttention, SharedPrompts
+from treg_megatron.kernels.core_attention import PackedRow, SdpaAttention
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -22,12 +22,12 @@ _ARGUMENTS = {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k",
 
 
 class VarlenAttention(SdpaAttention):
-    """Packed sequences in one call, in half precision and without soft-cap, dropout or shared prompts."""
+    """Packed sequences in one call, in half precision and without soft-cap, dropout or shared prefixes."""
 
     def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedRow) -> Tensor:
         """Queries [t, heads, d], keys and values [t, groups, d] -> [t, heads * d]."""
         plain = self.softcap is None and not (self.training and self.dropout)
-        if not plain or isinstance(packed, SharedPrompts) or packed.ends is None or not has_kernel(query):
+        if not plain or packed.ends is None or not has_kernel(query):
             return super().attend_packed(query, key, value, packed)
         return varlen_attn(
             query,

@@ -225,7 +225,7 @@ class ContextParallelAttention(SdpaAttention):
 
     def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedRow) -> Tensor:
         """[t / ranks, heads, d], keys and values [t / ranks, groups, d] -> [t / ranks, heads * d]."""
-        return self.attend_each(_chunks(query, key, value, packed.sequences, _context_part()))
+        return self.attend_each(_chunks(query, key, value, [span.tokens for span in packed.spans], _context_part()))
 
 
 def _chunks(

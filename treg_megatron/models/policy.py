@@ -25,7 +25,7 @@ from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
 from treg_megatron.errors import UserError
-from treg_megatron.kernels.core_attention import PackedRow, SharedPrompts
+from treg_megatron.kernels.core_attention import PackedRow
 from treg_megatron.kernels.kernels import Kernels
 from treg_megatron.models.head import response_logps
 from treg_megatron.models.layers import torch_block_spec
@@ -158,17 +158,15 @@ def data_step(iterator) -> dict[str, Any]:
 def forward_step(model, batch: dict[str, Any]) -> Tensor:
     """This stage's hidden states, or on the last stage the log-probs of the response tokens, [n] fp32."""
     longest, packed = batch.get("max_seqlen"), None
-    if "pairs" in batch:
-        packed = SharedPrompts("thd", max_seqlen_q=longest, max_seqlen_kv=longest, pairs=batch["pairs"])
-    elif "sequences" in batch and model.config.torch_layers:
+    if "spans" in batch and model.config.torch_layers:
         packed = PackedRow(
             "thd",
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
-            sequences=batch["sequences"],
-            ends=batch["cu_seqlens"],
+            spans=batch["spans"],
+            ends=batch.get("cu_seqlens"),
         )
-    elif "sequences" in batch:
+    elif "spans" in batch:
         ends = batch["cu_seqlens"]
         packed = PackedSeqParams(
             qkv_format="thd",

@@ -22,6 +22,11 @@ class ScoredSequence(NamedTuple):
         """Tokens of prompt and response."""
         return len(self.prompt_ids) + len(self.response_ids)
 
+    @property
+    def read(self) -> np.ndarray:
+        """[length - 1] int64, the tokens that a model reads: the last one is only predicted."""
+        return np.array([*self.prompt_ids, *self.response_ids[:-1]], dtype=np.int64)
+
 
 def sequences_of(pair: LabelledPair) -> list[ScoredSequence]:
     """Prompt and response of each side, in the order of ``SIDES``."""

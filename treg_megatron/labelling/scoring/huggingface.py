@@ -65,8 +65,7 @@ class HuggingFaceScorer:
     ) -> list[np.ndarray]:
         """See :meth:`treg_megatron.labelling.scoring.Scorer.score`."""
         results: list[np.ndarray | None] = [None] * len(sequences)
-        # the last token is only predicted; nothing is predicted from it
-        read = [np.array([*s.prompt_ids, *s.response_ids[:-1]]) for s in sequences]
+        read = [sequence.read for sequence in sequences]
         by_onednn = self.device.type == "cpu" and cpu_set() == "fast"
         with ProductsByOneDNN() if by_onednn else contextlib.nullcontext():
             for portion in portions(read, self.batch_tokens):

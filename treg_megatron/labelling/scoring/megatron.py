@@ -1,13 +1,15 @@
 """A reference model split over ranks by Megatron (any TP x PP) as a :class:`~treg_megatron.labelling.scoring.Scorer`.
 
 It uses the policy's own model class on the checkpoint that training starts from, so its log-probs are exactly those
-that training compares with. Sequences are sorted by length and packed under a token budget; forward passes run through
-Megatron's pipeline schedule. Every rank of a replica scores the same sequences in the same order and receives the
-results.
+that training compares with. Sequences are packed under a token budget, and the plain PyTorch layers compute a prefix
+that several of them share once (``shared_prefixes``). Transformer Engine's attention gives a packed sequence the keys
+of its own tokens alone, so on its layers every sequence is computed whole. Forward passes run through Megatron's
+pipeline schedule. Every rank of a replica scores the same sequences in the same order and receives the results.
 
 Importing this module is cheap; NeMo is imported when a model is built.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 
 from treg_megatron.data.alignment import score_positions
-from treg_megatron.data.collate import packed_row
+from treg_megatron.data.collate import packed_row, shared_row
 from treg_megatron.distributed.launch import (
     RankInfo,
     destroy_process_group,
@@ -27,6 +29,9 @@ from treg_megatron.distributed.launch import (
 from treg_megatron.distributed.layout import require_split
 from treg_megatron.errors import UserError
 from treg_megatron.labelling.scoring import ScoredSequence
+from treg_megatron.labelling.scoring.shared_prefixes import portions, shared_lengths
+
+logger = logging.getLogger(__name__)
 
 _PATIENCE = 3600.0  # seconds: rank 0 may read hundreds of gigabytes while the others wait
 
@@ -73,6 +78,9 @@ class MegatronScorer:
         self.batch_tokens = batch_tokens
         _start_ranks(tensor, pipeline)
         self._policy = _load(folder, tensor, pipeline, {"float32": "fp32", "bfloat16": "bf16"}[dtype])
+        self._shares = self._policy.config.torch_layers
+        if not self._shares:
+            logger.warning("Transformer Engine's attention cannot share prefixes: every sequence is computed whole")
 
     def require_weights_of(self, hf: str | Path) -> None:
         """Require that the checkpoint equals a Hugging Face folder bit for bit: labels name it as their reference.
@@ -93,25 +101,13 @@ class MegatronScorer:
     ) -> list[np.ndarray]:
         """See :meth:`treg_megatron.labelling.scoring.Scorer.score`."""
         results: list[np.ndarray | None] = [None] * len(sequences)
-        for batch in self._batches(sequences):
-            members = [sequences[i] for i in batch]
+        for portion in portions([sequence.read for sequence in sequences], self.batch_tokens, self._shares):
+            members = [sequences[i] for i in portion]
             ends = np.cumsum([len(member.response_ids) for member in members])
-            for i, logps in zip(batch, np.split(self._score_packed(members), ends[:-1]), strict=True):
+            for i, logps in zip(portion, np.split(self._score_packed(members), ends[:-1]), strict=True):
                 results[i] = logps
-            scored(len(batch), sum(member.length for member in members))
+            scored(len(portion), sum(member.length for member in members))
         return results
-
-    def _batches(self, sequences: Sequence[ScoredSequence]) -> Iterator[list[int]]:
-        batch: list[int] = []
-        tokens = 0
-        for i in sorted(range(len(sequences)), key=lambda i: -sequences[i].length):
-            if batch and tokens + sequences[i].length > self.batch_tokens:
-                yield batch
-                batch, tokens = [], 0
-            batch.append(i)
-            tokens += sequences[i].length
-        if batch:
-            yield batch
 
     @torch.inference_mode()
     def _score_packed(self, members: list[ScoredSequence]) -> np.ndarray:
@@ -121,7 +117,7 @@ class MegatronScorer:
 
         from treg_megatron.distributed.stage_shapes import with_known_shapes
 
-        batch = _packed(members)
+        batch = _packed(members, self._shares)
         outputs = with_known_shapes(get_forward_backward_func())(
             forward_step_func=self._forward,
             data_iterator=iter([batch]),
@@ -150,11 +146,13 @@ class MegatronScorer:
         return output, lambda logps, **_: (logps.new_zeros(()), {"logps": logps})
 
 
-def _packed(members: list[ScoredSequence]) -> dict[str, Any]:
+def _packed(members: list[ScoredSequence], share: bool) -> dict[str, Any]:
     """A micro-batch for ``treg_megatron.models.policy.forward_step``; see ``treg_megatron.data.collate.collate``."""
-    sequences = [torch.tensor([*member.prompt_ids, *member.response_ids]) for member in members]
+    read = [member.read for member in members]
     scored = [score_positions(len(member.prompt_ids), len(member.response_ids)) for member in members]
-    row = packed_row(sequences, [np.arange(part.start, part.stop) for part in scored])
+    positions = [np.arange(part.start, part.stop) for part in scored]
+    sequences = [torch.from_numpy(tokens) for tokens in read]
+    row = shared_row(sequences, positions, shared_lengths(read)) if share else packed_row(sequences, positions)
     return row | {"targets": torch.tensor([token for member in members for token in member.response_ids])}
 
 

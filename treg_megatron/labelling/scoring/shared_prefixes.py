@@ -1,14 +1,16 @@
-"""Packed sequences with shared prefixes stored once, and attention over them.
+"""Which sequences share a forward pass, and attention over them in a Hugging Face model.
 
 In the order of their tokens, each sequence shares its longest prefix with its predecessor. The packed sequence is built
-in that order: it takes from each sequence only the tokens that its predecessor lacks, as one *segment*, whose keys are
-those of the shared prefix followed by its own. No token is computed twice and none is padding.
+in that order (:mod:`treg_megatron.data.prefixes`): it takes from each sequence only the tokens that its predecessor
+lacks, as one span, whose keys are those of the shared prefix followed by its own. No token is computed twice and none
+is padding.
 
-Shapes: t tokens of the packed sequence, n of a segment, p of its prefix, d head size. A "row" is one packed sequence;
-its "rows" are indices of tokens in it.
+Shapes: t tokens of the packed sequence, n of a span, p of its prefix, d head size. A "row" is one packed sequence; its
+"rows" are indices of tokens in it.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,20 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treg_megatron.kernels.attention import causal_mask, soft_capped_attention
+from treg_megatron.data.prefixes import prefix_row
+from treg_megatron.kernels.attention import Span, causal_mask, parts_of, soft_capped_attention
 
 #: name under which transformers finds :func:`attention`
 ATTENTION = "treg_shared_prefixes"
 
 _WORTH_SHARING = 8  # tokens: for a shorter prefix, attention without a mask saves more
-
-
-class Segment(NamedTuple):
-    """Tokens ``start`` to ``stop`` of the row; ``prefix`` ([p] int64) holds the indices of the tokens before them."""
-
-    start: int
-    stop: int
-    prefix: np.ndarray
+_PASS = 64  # tokens: what one more forward pass costs
 
 
 class Row(NamedTuple):
@@ -38,18 +34,16 @@ class Row(NamedTuple):
     Attributes:
         tokens: [t] int64.
         positions: [t] int64, each token's position in its own sequence.
-        segments: the segments in the order of their tokens.
+        spans: in the order of their tokens.
         rows: for each sequence [its length] int64, the indices of its tokens.
-        keys: for each segment [p + n] int64, the indices of all its keys; None for a segment without a prefix.
         masks: a cache, filled during attention.
     """
 
     tokens: Tensor
     positions: Tensor
-    segments: list[Segment]
+    spans: list[Span]
     rows: list[np.ndarray]
-    keys: list[Tensor | None]
-    masks: dict[tuple[int, int | None], Tensor]
+    masks: dict[tuple[int, int, int | None], Tensor]
 
 
 def in_order(sequences: Sequence[np.ndarray]) -> list[int]:
@@ -57,19 +51,38 @@ def in_order(sequences: Sequence[np.ndarray]) -> list[int]:
     return sorted(range(len(sequences)), key=lambda i: sequences[i].astype(">u4").tobytes())
 
 
-def portions(sequences: Sequence[np.ndarray], budget: int) -> Iterator[list[int]]:
-    """Indices of the sequences of each row: sorted, as many as fit into ``budget`` tokens, at least one."""
-    portion: list[int] = []
-    tokens = 0
-    for i in in_order(sequences):
-        new = len(sequences[i]) - (shared_length(sequences[portion[-1]], sequences[i]) if portion else 0)
-        if portion and tokens + new > budget:
-            yield portion
-            portion, tokens, new = [], 0, len(sequences[i])
-        portion.append(i)
-        tokens += new
-    if portion:
-        yield portion
+def portions(sequences: Sequence[np.ndarray], budget: int, share: bool = True) -> Iterator[list[int]]:
+    """Indices of the sequences of each row, sorted, such that the fewest tokens are computed.
+
+    A row has at most ``budget`` tokens, or one sequence. Where rows are cut, a prefix is computed once more, so they
+    are cut where little is shared (a shortest path over the sorted sequences).
+
+    Args:
+        share: whether a row holds a shared prefix once.
+    """
+    order = in_order(sequences)
+    lengths = np.array([len(sequences[i]) for i in order])
+    shared = np.array(shared_lengths([sequences[i] for i in order])) if share else np.zeros(len(order), int)
+    added = np.cumsum(lengths - shared)  # tokens up to and including each sequence, if no row is cut
+    # of the rows up to each sequence: what all cuts cost, and where the last row begins
+    cost, begins = np.zeros(len(order) + 1), np.zeros(len(order) + 1, int)
+    first = 0
+    for end in range(1, len(order) + 1):
+        while first < end - 1 and lengths[first] + added[end - 1] - added[first] > budget:
+            first += 1
+        cuts = cost[first:end] + shared[first:end] + _PASS
+        begins[end] = first + int(cuts.argmin())
+        cost[end] = cuts.min()
+    ends = [len(order)]
+    while ends[-1]:
+        ends.append(int(begins[ends[-1]]))
+    for begin, end in pairwise(reversed(ends)):
+        yield order[begin:end]
+
+
+def shared_lengths(sequences: Sequence[np.ndarray]) -> list[int]:
+    """How many tokens each sequence shares with the one before it; 0 for the first."""
+    return [0, *(shared_length(first, second) for first, second in pairwise(sequences))] if sequences else []
 
 
 def shared_length(first: np.ndarray, second: np.ndarray) -> int:
@@ -82,30 +95,8 @@ def shared_length(first: np.ndarray, second: np.ndarray) -> int:
 
 def one_row(sequences: Sequence[np.ndarray], device: torch.device) -> Row:
     """The row of sequences that are already sorted :func:`in_order`."""
-    segments, rows, tokens, positions = [], [], [], []
-    filled = 0
-    for number, sequence in enumerate(sequences):
-        shared = shared_length(sequences[number - 1], sequence) if number else 0
-        prefix = rows[-1][:shared] if shared else np.zeros(0, np.int64)
-        new = len(sequence) - shared
-        if new:
-            segments.append(Segment(filled, filled + new, prefix))
-            tokens.append(sequence[shared:])
-            positions.append(np.arange(shared, len(sequence)))
-        rows.append(np.concatenate([prefix, np.arange(filled, filled + new)]))
-        filled += new
-    keys = [
-        torch.from_numpy(np.concatenate([s.prefix, np.arange(s.start, s.stop)])).to(device) if len(s.prefix) else None
-        for s in segments
-    ]
-    return Row(
-        torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device),
-        torch.from_numpy(np.concatenate(positions)).to(device),
-        segments,
-        rows,
-        keys,
-        {},
-    )
+    tokens, positions, spans, rows = prefix_row(sequences, shared_lengths(sequences))
+    return Row(torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device), spans, rows, {})
 
 
 def attention(
@@ -121,30 +112,27 @@ def attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each segment to its prefix and itself, with the signature of a transformers attention.
+    """Causal attention of each span to its prefix and itself, with the signature of a transformers attention.
 
     Shapes: query [1, heads, t, d], key and value [1, key-value heads, t, d] -> [1, t, heads, d].
     """
     outputs = []
-    for number, (segment, keys) in enumerate(zip(row.segments, row.keys, strict=True)):
-        own = slice(segment.start, segment.stop)
-        near = [x[:, :, own] if keys is None else x.index_select(2, keys) for x in (key, value)]
-        mask = _mask(row, number, sliding_window)
-        outputs.append(_attend(query[:, :, own], *near, mask, scaling, softcap).transpose(1, 2))
-    return torch.cat(outputs, dim=1), None
+    for q, k, v in parts_of(*(x[0].transpose(0, 1) for x in (query, key, value)), row.spans):
+        mask = _mask(row, len(q), len(k), sliding_window)
+        outputs.append(_attend(*(x.transpose(0, 1)[None] for x in (q, k, v)), mask, scaling, softcap))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _mask(row: Row, number: int, window: int | None) -> Tensor | None:
+def _mask(row: Row, queries: int, length: int, window: int | None) -> Tensor | None:
     """[n, p + n] bool, True where a query sees a key; None where plain causal attention needs no mask."""
-    segment = row.segments[number]
-    length = len(segment.prefix) + segment.stop - segment.start
     window = None if window is None or window >= length else window
-    if len(segment.prefix) == 0 and window is None:
+    if queries == length and window is None:
         return None
-    if (number, window) not in row.masks:
+    key = queries, length, window
+    if key not in row.masks:
         before = None if window is None else window - 1
-        row.masks[number, window] = causal_mask(length - len(segment.prefix), length, before, row.tokens.device)
-    return row.masks[number, window]
+        row.masks[key] = causal_mask(queries, length, before, row.tokens.device)
+    return row.masks[key]
 
 
 def _attend(
