@@ -66,3 +66,10 @@ def test_rows_fit_and_no_other_cuts_compute_less(sequences, budget, share):
 def test_without_sharing_or_sequences():
     assert list(portions([], 10)) == []
     assert [len(row) for row in portions([np.arange(4)] * 5, 10, share=False)] == [1, 2, 2]
+
+
+def test_families_stay_together_even_if_more_would_fit():
+    """A row of three has as many tokens as the budget, from either end, but would cut a family."""
+    families = [np.array([kind] * 20 + [end]) for kind in (1, 2) for end in (1, 2)]
+    assert list(portions(families, 43)) == [[0, 1], [2, 3]]
+    assert list(portions(families, 44)) == [[0, 1, 2, 3]]
