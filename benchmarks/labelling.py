@@ -57,14 +57,14 @@ def main() -> None:
     parser.add_argument("--against", help="another prompt pair, whose plain way is timed, too")
     parser.add_argument("--named", default="", help="part of the figures' names that tells these pairs from others")
     parser.add_argument("--megatron", action="store_true", help="also time the Megatron engine, on one rank")
-    parser.add_argument("--count", type=int, help="pairs to score, spread evenly over the file (16, short: 4)")
+    parser.add_argument("--count", type=int, help="pairs to score, spread evenly over the file (16, short: 2)")
     parser.add_argument("--max-length", type=int, default=2048, help="pairs with longer sequences are left out")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per forward pass of ours")
     parser.add_argument("--rounds", type=int, default=2, help="runs of everyone that a figure compares")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(SHORT))
     parser.add_argument("--short", action="store_true", help="few pairs and no ablation")
     arguments = parser.parse_args()
-    arguments.count = arguments.count or (4 if arguments.short else 16)
+    arguments.count = arguments.count or (2 if arguments.short else 16)
     names = [arguments.prompt_pair, *([arguments.against] if arguments.against else [])]
     contexts = scored_contexts(arguments, names)
     sequences = contexts[arguments.prompt_pair]
