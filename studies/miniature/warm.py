@@ -1,12 +1,14 @@
 """Runs commands in processes forked from one that has already imported everything they need.
 
-Starting Python with NeMo takes ten seconds, a run of the study twenty. So this process imports once, and each command
-runs in a forked child, as ``python tools/X.py ...`` or ``python -m MODULE ...`` would.
+Starting Python with NeMo takes longer than a run of the study. So this process imports once, and each command runs in a
+forked child, as ``python tools/X.py ...`` or ``python -m MODULE ...`` would.
 """
 
+import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import pkgutil
 import runpy
 import sys
 import time
@@ -16,6 +18,8 @@ from pathlib import Path
 
 from treg_megatron.errors import UserError
 
+#: what the steps of the study import inside functions
+PACKAGES = ("checkpoint", "cli", "data", "labelling", "models", "sampling", "training")
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -32,11 +36,12 @@ def warm_up() -> None:
 
     use_cpu()
     with heavy_imports():
-        import transformers  # noqa: F401
-
-        import treg_megatron.checkpoint.to_hf
-        import treg_megatron.labelling.job
-        import treg_megatron.sampling.huggingface  # noqa: F401
+        for package in PACKAGES:
+            folder = importlib.import_module(f"treg_megatron.{package}").__path__
+            for module in pkgutil.walk_packages(folder, f"treg_megatron.{package}."):
+                importlib.import_module(module.name)
+        # transformers imports a class when it is first asked for
+        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
 
 def step(program: str, *arguments: object, log: Path) -> None:
@@ -101,8 +106,21 @@ def _execute(program: str, arguments: list[str], log: Path) -> None:
     os.dup2(descriptor, 2)
     sys.stdout = sys.stderr = open(descriptor, "w", buffering=1, encoding="utf-8")
     print(f"$ python {program} {' '.join(arguments)}")
+    _fork_checkpoint_manager()
     sys.argv = [program, *arguments]
     if program.endswith(".py"):
         runpy.run_path(program, run_name="__main__")
     else:
         runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
+def _fork_checkpoint_manager() -> None:
+    """Let Megatron fork, not spawn, the manager of its checkpoint writer's results, which would import torch again."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def queue():
+        if filesystem_async._results_queue is None:
+            filesystem_async._results_queue = _FORK.Manager().Queue()
+        return filesystem_async._results_queue
+
+    filesystem_async._get_write_results_queue = queue
