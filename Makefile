@@ -107,7 +107,7 @@ test-slurm: $(INSTALLED)  ## the scripts of slurm/ on a real SLURM; needs Debian
 demo: $(DEMO_MODEL)  ## align a real 135M model end to end on this machine, five to ten minutes on two cores
 	$(BIN)/python demo/run.py $(ARGS)
 
-study: $(INSTALLED)  ## does T-REG work where the truth of every token is known? forty minutes on two cores
+study: $(INSTALLED)  ## does T-REG work where the truth of every token is known? about two hours on two cores
 	$(BIN)/python -m studies.miniature.run $(ARGS)
 
 clean:  ## remove .venv and caches; what runs wrote under runs/ stays

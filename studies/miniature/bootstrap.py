@@ -1,9 +1,12 @@
-"""Means and AUROCs with bootstrap intervals over seeds and prompts.
+"""Means and AUROCs with hierarchical bootstrap intervals over references, seeds and prompts.
 
-Seeds and prompts are drawn independently, with replacement, so an interval covers other seeds and other prompts of the
-same kind. Two methods are compared on the same draws: their runs share seeds, and all runs share prompts.
+References are drawn with replacement, then seeds within each drawn reference; prompts, which all references share, are
+drawn beside them. So an interval covers other references, seeds and prompts of the same kind, and that of few
+references is too narrow: the draws vary (R - 1) / R times as much as R new ones would. Methods are compared on the
+same draws, as their runs share references, seeds and prompts.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,66 +15,92 @@ LEVEL = 0.95
 
 
 class Estimate(NamedTuple):
-    """A value and its 95 % bootstrap interval."""
+    """A value, its 95 % bootstrap interval, and the two-sided bootstrap p-value of its being 0."""
 
     value: float
     low: float
     high: float
+    p: float
 
     @property
-    def excludes_zero(self) -> bool:
-        """Whether the entire interval is on one side of 0."""
-        return self.low > 0 or self.high < 0
+    def sign(self) -> int:
+        """1 or -1 if the entire interval is above or below 0, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
 
 
 class Bootstrap:
     """One set of bootstrap draws, used for every figure.
 
     Args:
-        seeds, prompts: number of seeds and of prompts.
+        references, seeds, prompts: number of references, of seeds for each, and of prompts.
         resamples: number of draws.
     """
 
-    def __init__(self, seeds: int, prompts: int, resamples: int):
+    def __init__(self, references: int, seeds: int, prompts: int, resamples: int):
         generator = np.random.default_rng(0)
-        self.seed_weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
+        drawn = generator.multinomial(references, np.full(references, 1 / references), resamples)
+        #: [resamples, references, seeds], each draw adds up to 1
+        self.run_weights = generator.multinomial(drawn * seeds, np.full(seeds, 1 / seeds)) / (references * seeds)
+        #: [resamples, prompts]
         self.prompt_weights = generator.multinomial(prompts, np.full(prompts, 1 / prompts), resamples) / prompts
 
     def mean(self, values: np.ndarray) -> Estimate:
-        """Mean of values [seeds, prompts]; with one seed, [1, prompts], only prompts are drawn."""
-        return self.estimate(values.mean(axis=1), values @ self.prompt_weights.T)
+        """Mean of values [references, seeds, prompts], or [references, 1, prompts] of what has no seeds."""
+        return self.estimate(values.mean(axis=2), values @ self.prompt_weights.T)
 
-    def auroc(self, scores: np.ndarray, positive: np.ndarray, prompt: np.ndarray) -> Estimate:
-        """AUROC: probability that a positive token scores above a negative one, mean over seeds.
+    def aurocs(self, scores: np.ndarray, positive: np.ndarray, prompt: np.ndarray) -> tuple[float, np.ndarray]:
+        """AUROC of one run: probability that a positive token scores above a negative one, ties counted half.
 
         Args:
-            scores: [seeds, n].
+            scores: [n].
             positive: [n] bool.
-            prompt: [n] int, index of the prompt that a token belongs to.
+            prompt: [n] int, the number of the prompt that a token belongs to.
+
+        Returns:
+            The AUROC over all prompts, and [resamples], those over drawn ones.
         """
-        return self.estimate(*self.aurocs(scores, positive, prompt))
+        prompts = self.prompt_weights.shape[1]
+        above, positives, negatives = _pairs_in_order(scores, positive, prompt, prompts)
+        weights = np.concatenate([np.full((1, prompts), 1 / prompts), self.prompt_weights])
+        found = ((weights @ above) * weights).sum(axis=1) / ((weights @ positives) * (weights @ negatives))
+        return float(found[0]), found[1:]
 
-    def aurocs(self, scores: np.ndarray, positive: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """AUROCs of each seed, for :meth:`estimate`: [seeds] over all prompts, [seeds, resamples] over draws."""
-        weights = np.concatenate([np.ones((1, self.prompt_weights.shape[1])), self.prompt_weights])
-        found = np.stack([_weighted_aurocs(row, positive, weights[:, prompt]) for row in scores])
-        return found[:, 0], found[:, 1:]
-
-    def estimate(self, by_seed: np.ndarray, drawn: np.ndarray) -> Estimate:
-        """Estimate from values per seed [seeds], and the same with prompts drawn [seeds, resamples]."""
-        over_seeds = drawn[0] if len(drawn) == 1 else np.einsum("rs,sr->r", self.seed_weights, drawn)
-        low, high = np.quantile(over_seeds, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Estimate(float(by_seed.mean()), float(low), float(high))
+    def estimate(self, by_run: np.ndarray, drawn: np.ndarray) -> Estimate:
+        """Estimate from values of runs [references, seeds], and the same with prompts drawn, [..., resamples]."""
+        weights = self.run_weights
+        if by_run.shape[1] == 1:
+            weights = weights.sum(axis=2, keepdims=True)
+        over_runs = np.einsum("brs,rsb->b", weights, drawn)
+        low, high = np.quantile(over_runs, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        beyond = 1 + min((over_runs <= 0).sum(), (over_runs >= 0).sum())
+        return Estimate(float(by_run.mean()), float(low), float(high), min(1.0, 2 * beyond / (1 + len(over_runs))))
 
 
-def _weighted_aurocs(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUROC under each draw's weights: [n], [n] bool, [draws, n] -> [draws]; ties count half."""
+def adjusted(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjustment: the p-values of a family, so that all that stay below a level hold together at that level."""
+    order = np.argsort(p_values, kind="stable")
+    result, largest = np.empty(len(p_values)), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, (len(p_values) - rank) * p_values[index])
+        result[index] = min(1.0, largest)
+    return result.tolist()
+
+
+def _pairs_in_order(
+    scores: np.ndarray, positive: np.ndarray, prompt: np.ndarray, prompts: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Counts by which the AUROC of any draw is a ratio of two forms that are quadratic in the prompts' weights.
+
+    Returns:
+        above: [prompts, prompts], number of pairs of a positive token of one prompt and a negative token of another in
+        which the former scores higher, ties counted half. positives, negatives: [prompts], number of tokens.
+    """
     order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.concatenate([[True], np.diff(scores[order]) != 0]))  # starts of groups of equal scores
-    result = np.empty(len(weights))
-    for draw, row in enumerate(weights):
-        positives = np.add.reduceat(np.where(positive, row, 0.0)[order], starts)
-        negatives = np.add.reduceat(np.where(positive, 0.0, row)[order], starts)
-        below = np.cumsum(negatives) - negatives
-        result[draw] = (positives * (below + negatives / 2)).sum() / (positives.sum() * negatives.sum())
-    return result
+    scores, positive, prompt = scores[order], positive[order], prompt[order]
+    one_hot = np.zeros((len(scores) + 1, prompts))
+    one_hot[np.flatnonzero(~positive) + 1, prompt[~positive]] = 1
+    below = one_hot.cumsum(axis=0)  # [n + 1, prompts]: negatives among the first tokens
+    first, last = (np.searchsorted(scores, scores[positive], side) for side in ("left", "right"))
+    above = np.zeros((prompts, prompts))
+    np.add.at(above, prompt[positive], (below[first] + below[last]) / 2)
+    return above, np.bincount(prompt[positive], minlength=prompts), below[-1]

@@ -1,4 +1,5 @@
-"""Configuration of the study: study.yaml, the runs that it describes, and a digest of what the results depend on."""
+"""Configuration of the study: study.yaml, the references and runs that it describes, and a digest of what results
+depend on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,13 @@ from treg_megatron.utils.files import sha256_of, sha256_of_json
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RECIPE = HERE.relative_to(ROOT) / "recipe.yaml"
-PROMPT_PAIR = HERE / "revise.yaml"
+#: forms of the revision requests, which every reference learns; the first labels the training pairs (recipe.yaml)
+FORMS = ("revise_turn", "revise")
+
+
+def form_path(form: str) -> Path:
+    """The YAML file of one of :data:`FORMS`."""
+    return HERE / f"{form}.yaml"
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ class Run:
     method: str
     setting: int  # index in the method's grid
     seed: int
-    overrides: dict[str, Any]  # recipe keys in which this run differs from the others
+    overrides: dict[str, Any]  # recipe keys in which this run differs from the others of its reference
 
     @property
     def name(self) -> str:
@@ -38,7 +45,8 @@ class Study:
     report: Path
     processes: int
     world: dict[str, Any]
-    reference: dict[str, Any]
+    training: dict[str, Any]
+    models: dict[str, dict[str, Any]]
     measure: dict[str, Any]
     search_seed: int
     seeds: list[int]
@@ -50,44 +58,71 @@ class Study:
             raise UserError(f"search_seed={self.search_seed} is also one of seeds: the search must not use a test seed")
 
     @property
+    def references(self) -> list["Reference"]:
+        """The references in the order of study.yaml."""
+        return [Reference(self, name) for name in self.models]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that results depend on, except the settings of single runs."""
+        files = ("world.py", "model.py", "data.py", "recipe.yaml", *(f"{form}.yaml" for form in FORMS))
+        return sha256_of_json([self.world, self.training, self.models, *(sha256_of(HERE / name) for name in files)])
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One reference, and the runs that start from it."""
+
+    study: Study
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """Where everything that depends on this reference goes."""
+        return self.study.run / self.name
+
+    @property
+    def model(self) -> Path:
+        """Its Hugging Face folder."""
+        return self.folder / "reference" / "hf"
+
+    @property
     def search_runs(self) -> list[Run]:
         """Every setting of every method's grid, once."""
         return [
-            self.of(method, setting, self.search_seed)
-            for method, keys in self.methods.items()
-            for setting in range(len(self.grids[keys["grid"]]))
+            self.of(method, setting, self.study.search_seed)
+            for method, keys in self.study.methods.items()
+            for setting in range(len(self.study.grids[keys["grid"]]))
         ]
 
     def final_runs(self, choice: dict[str, int]) -> list[Run]:
         """Every method with its chosen setting, seed by seed: an interrupted study then lacks seeds, not methods."""
-        return [self.of(method, choice[method], seed) for seed in self.seeds for method in self.methods]
+        return [self.of(method, choice[method], seed) for seed in self.study.seeds for method in self.study.methods]
 
     def of(self, method: str, setting: int, seed: int) -> Run:
         """The run of a method with a setting and a seed."""
-        keys = self.methods[method]
-        streams = str(self.run / "streams" / keys.get("streams", "train"))
+        keys = self.study.methods[method]
         return Run(
             method,
             setting,
             seed,
             {
                 **keys["settings"],
-                **self.grids[keys["grid"]][setting],
+                **self.study.grids[keys["grid"]][setting],
                 "data.seed": seed,
                 "train.seed": seed,
-                "data.train": streams,
+                "data.train": str(self.folder / "streams" / streams_of(keys)),
             },
         )
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of everything that results depend on, except the settings of single runs."""
-        files = ("world.py", "model.py", "data.py", "revise.yaml", "recipe.yaml")
-        return sha256_of_json([self.world, self.reference, *(sha256_of(HERE / name) for name in files)])
+
+def streams_of(method: dict[str, Any]) -> str:
+    """Name of the training data of a method: ``train``, or what its key ``streams`` says."""
+    return method.get("streams", "train")
 
 
 def load_study(path: Path) -> Study:
-    """Read a study; its key ``defaults`` names a study to inherit from.
+    """Read a study; its key ``defaults`` names a study to inherit from, and null takes an inherited key out.
 
     Raises:
         UserError: the file does not exist, or a key is unknown or missing.
@@ -106,10 +141,8 @@ def _with_defaults(path: Path) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **base,
-        **{
-            name: _merged(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict) else value
-            for name, value in changes.items()
-        },
+    changed = {
+        name: _merged(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict) else value
+        for name, value in changes.items()
     }
+    return {name: value for name, value in {**base, **changed}.items() if value is not None}

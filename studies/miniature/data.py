@@ -1,8 +1,8 @@
-"""Input files of the study: the prompts of each split and the reference's training data."""
+"""Input files of the study: the prompts of each split and the references' training data."""
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from treg_megatron.labelling.prompt_pair import PromptPair
 from treg_megatron.tokenizer.conversation import Message
 from treg_megatron.utils.files import atomic_write
 
-#: the annotators of the reference's training data: everyday answers, and the two kinds of revision
+#: the annotators of the references' training data: everyday answers, and the two kinds of revision
 EVERYDAY, BETTER, WORSE = Writer(error_rate=None, filler_rate=0.15), Writer(0.0, 0.0), Writer(0.8, 0.5)
 
 
@@ -32,8 +32,10 @@ def prompt_records(name: str, tasks: list[Task]) -> list[dict[str, Any]]:
     return [{"prompt_id": f"{name}-{i}", "prompt": task.prompt} for i, task in enumerate(tasks)]
 
 
-def reference_records(tasks: list[Task], examples: int, pair: PromptPair, seed: int) -> list[dict[str, Any]]:
-    """Training data of the reference: half everyday answers, half revisions of such answers to better or worse ones.
+def reference_records(tasks: list[Task], examples: int, forms: Sequence[PromptPair], seed: int) -> list[dict[str, Any]]:
+    """Training data of a reference: half everyday answers, half revisions of such answers to better or worse ones.
+
+    The revisions are asked for in each of the forms equally often.
 
     The records are preference pairs for ``objective.loss_type=sft``, which learns the chosen response; the rejected one
     is a placeholder.
@@ -43,11 +45,11 @@ def reference_records(tasks: list[Task], examples: int, pair: PromptPair, seed: 
     for i in range(examples):
         task = draw.choice(tasks)
         messages, answer = [Message("user", task.prompt)], EVERYDAY.answer(task, draw)
-        kind = draw.choice(("everyday", "everyday", "better", "worse"))
+        kind, form = draw.choice(("everyday", "everyday", "better", "worse")), draw.choice(forms)
         if kind == "better":
-            messages, answer = pair.better(messages, answer), BETTER.answer(task, draw)
+            messages, answer = form.better(messages, answer), BETTER.answer(task, draw)
         elif kind == "worse":
-            messages, answer = pair.worse(messages, answer), WORSE.answer(task, draw)
+            messages, answer = form.worse(messages, answer), WORSE.answer(task, draw)
         records.append(
             {
                 "pair_id": f"{kind}-{i}",

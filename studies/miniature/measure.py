@@ -34,21 +34,33 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def credit_set(labelled: Path, pairs: Path) -> dict[str, np.ndarray]:
+def credit_set(labelled: dict[str, Path], pairs: Path, prompts: Path) -> dict[str, np.ndarray]:
     """The credit set: all tokens of the reference's ranked answers, on which token rewards are compared.
 
+    Args:
+        labelled: folders of the same pairs, labelled by each form of the revision requests.
+        pairs: the ranked pairs.
+        prompts: the prompts that they answer.
+
     Returns:
-        right: [n] bool, the verifier's marks. reward: [n], the token rewards r_t. ref_logp: [n], the reference's
-        log-probs. pair: [n] int, index of the token's pair.
+        right: [n] bool, the verifier's marks. reward/FORM: [n], the token rewards r_t of each form. ref_logp: [n], the
+        reference's log-probs. prompt: [n] int, the number of the token's prompt.
     """
     by_id = {record["pair_id"]: record for record in data.read_records(pairs)}
-    columns: dict[str, list] = {"right": [], "reward": [], "ref_logp": [], "pair": []}
-    for number, pair in enumerate(read_labelled(labelled)):
+    number = {record["prompt"]: i for i, record in enumerate(data.read_records(prompts))}
+    columns: dict[str, list] = {}
+    for same in zip(*(read_labelled(folder) for folder in labelled.values()), strict=True):
+        pair, record = same[0], by_id[same[0].pair_id]
         for side in SIDES:
-            columns["right"].append(data.marks(by_id[pair.pair_id], side))
-            columns["reward"].append(getattr(pair, f"{side}_token_rewards"))
-            columns["ref_logp"].append(getattr(pair, f"{side}_ref_logprobs"))
-            columns["pair"].append(np.full(len(columns["reward"][-1]), number))
+            tokens = {
+                "right": data.marks(record, side),
+                "ref_logp": getattr(pair, f"{side}_ref_logprobs"),
+                "prompt": np.full(len(record[f"{side}_ids"]), number[record["prompt"][-1]["content"]]),
+            }
+            for form, labels in zip(labelled, same, strict=True):
+                tokens[f"reward/{form}"] = getattr(labels, f"{side}_token_rewards")
+            for name, values in tokens.items():
+                columns.setdefault(name, []).append(values)
     return {name: np.concatenate(parts) for name, parts in columns.items()}
 
 

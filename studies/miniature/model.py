@@ -7,7 +7,7 @@ from studies.miniature.world import CONNECTORS, DIGITS, FILLERS, LETTERS, OPERAT
 
 END = "<end>"
 SPECIAL = ("<pad>", "<user>", "<model>", END)
-REQUEST = (":", "make", "it", "better", "worse")
+REQUEST = (":", "make", "it", "better", "worse", "User:")
 CHAT_TEMPLATE = """\
 {% for message in messages %}{% if message['role'] == 'user' %}{{ '<user> ' + message['content'] + ' ' }}\
 {% else %}{{ '<model> ' + message['content'] + ' <end> ' }}{% endif %}{% endfor %}\

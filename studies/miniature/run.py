@@ -1,11 +1,11 @@
 """Miniature study: does token-level reward regularisation credit the right tokens, on a task with known ground truth?
 
     make study                       or:   python -m studies.miniature.run
-    python -m studies.miniature.run --smoke         # every step in three minutes, with meaningless figures
+    python -m studies.miniature.run --smoke         # every step in minutes, with meaningless figures
 
-Trains a reference from scratch, creates on-policy pairs with it, searches each method's settings on development
-prompts, records the choice, and only then answers test prompts. docs/STUDY.md is written from the results. After an
-interruption the same command continues where it stopped. Results are deterministic to the bit.
+Trains several references from scratch, creates on-policy pairs with each, searches each method's settings on
+development prompts, records the choices, and only then answers test prompts. docs/STUDY.md is written from the results.
+After an interruption the same command continues where it stopped. Results are deterministic to the bit.
 """
 
 import os
@@ -19,18 +19,18 @@ import functools  # noqa: E402
 import json  # noqa: E402
 import shutil  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import IO  # noqa: E402
 
-import numpy as np  # noqa: E402
-
 from studies.miniature import measure, pipeline  # noqa: E402
-from studies.miniature.configuration import HERE, Run, Study, load_study  # noqa: E402
+from studies.miniature.configuration import HERE, Reference, Run, Study, load_study, streams_of  # noqa: E402
 from studies.miniature.warm import run_jobs, warm_up  # noqa: E402
 from treg_megatron.errors import UserError  # noqa: E402
 from treg_megatron.utils import entry  # noqa: E402
 from treg_megatron.utils.files import atomic_write  # noqa: E402
+
+ORACLE_METHOD = "dpo"  # the method that the frozen policy was trained by
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,25 +54,30 @@ def conduct(study: Study, processes: int) -> None:
     """Run all steps in order; finished ones are skipped.
 
     Raises:
-        UserError: the run folder belongs to a study with another world, reference or recipe, or is in use.
+        UserError: the run folder belongs to a study with another world, references or recipe, or is in use.
     """
     lock, started = begin(study), time.monotonic()
     warm_up()
-    say("world and reference")
-    if not (study.run / "megatron").exists():
-        pipeline.write_world(study)
-        pipeline.train_reference(study)
-    run_jobs(pair_jobs(study, "train", "dev"), processes, "step")
-    pipeline.index_training_pairs(study)
+    references = study.references
+    say("world and references")
+    pipeline.write_world(study)
+    run_jobs({each.name: functools.partial(prepare, each) for each in references}, processes, "reference")
     say("search on development prompts")
-    measure_all(study, study.search_runs, "dev", processes)
-    choice = choose(study)
-    say("test prompts: " + ", ".join(f"{method} setting {setting}" for method, setting in choice.items()))
-    run_jobs(pair_jobs(study, "test"), processes, "step")
-    measure_all(study, study.final_runs(choice), "test", processes)
+    by_oracle = {method for method, keys in study.methods.items() if streams_of(keys) == pipeline.ORACLE}
+    search = [(each, run) for each in references for run in each.search_runs]
+    measure_all(study, [(each, run) for each, run in search if run.method not in by_oracle], "dev", processes)
+    if by_oracle:
+        run_jobs({each.name: functools.partial(ask_oracle, each) for each in references}, processes, "frozen policy")
+        measure_all(study, search, "dev", processes)
+    choices = {each.name: choose(each) for each in references}
+    say("test prompts")
+    run_jobs({each.name: functools.partial(pipeline.make_pairs, each, "test") for each in references}, processes, "set")
+    final = [(each, run) for each in references for run in each.final_runs(choices[each.name])]
+    # seed by seed: an interrupted study then lacks seeds, not methods or references
+    measure_all(study, sorted(final, key=lambda pair: pair[1].seed), "test", processes)
     from studies.miniature.report import write_report
 
-    print(f"wrote {write_report(study, choice)}, {(time.monotonic() - started) / 60:.0f} min after the start")
+    print(f"wrote {write_report(study, choices)}, {(time.monotonic() - started) / 60:.0f} min after the start")
     lock.close()
 
 
@@ -96,55 +101,69 @@ def begin(study: Study) -> IO[str]:
             partial.write_text(json.dumps({"digest": study.digest}) + "\n", encoding="utf-8")
     elif json.loads(path.read_text(encoding="utf-8"))["digest"] != study.digest:
         raise UserError(
-            f"the world, the reference or the recipe has changed since {study.run} was started; start over with: "
+            f"the world, the references or the recipe have changed since {study.run} was started; start over with: "
             "make study ARGS=--fresh"
         )
     return lock
 
 
-def pair_jobs(study: Study, *splits: str) -> dict[str, Callable[[], None]]:
-    """Jobs that create the pairs of the given splits, by name."""
-    return {f"pairs of {split}": functools.partial(pipeline.make_pairs, study, split) for split in splits}
+def prepare(reference: Reference) -> None:
+    """Train a reference, and make its training and development pairs."""
+    pipeline.train_reference(reference)
+    for split in ("train", "dev"):
+        pipeline.make_pairs(reference, split)
+    pipeline.index_training_pairs(reference)
 
 
-def measure_all(study: Study, runs: list[Run], split: str, processes: int) -> None:
-    """Train and measure every run without a result on a split, and measure the reference."""
-    jobs = (
-        {}
-        if pipeline.result_path(study, pipeline.REFERENCE, split).exists()
-        else {pipeline.REFERENCE: functools.partial(pipeline.measure_reference, study, split)}
-    )
-    jobs |= {
-        run.name: functools.partial(pipeline.train_and_measure, study, run, split)
-        for run in runs
-        if not pipeline.result_path(study, run.name, split).exists()
-    }
+def ask_oracle(reference: Reference) -> None:
+    """Label the training pairs by the best run of plain DPO."""
+    setting = best_setting(reference, ORACLE_METHOD)
+    pipeline.make_oracle_rewards(reference, reference.of(ORACLE_METHOD, setting, reference.study.search_seed))
+
+
+def measure_all(study: Study, runs: Iterable[tuple[Reference, Run]], split: str, processes: int) -> None:
+    """Train and measure every run without a result on a split, and measure the references."""
+    jobs: dict[str, Callable[[], None]] = {}
+    for reference in study.references:
+        if not pipeline.result_path(reference, pipeline.REFERENCE, split).exists():
+            jobs[f"{reference.name} itself"] = functools.partial(pipeline.measure_reference, reference, split)
+    for reference, run in runs:
+        if not pipeline.result_path(reference, run.name, split).exists():
+            jobs[f"{reference.name}/{run.name}"] = functools.partial(pipeline.train_and_measure, reference, run, split)
+        else:  # what is left of a run that was interrupted after it was measured
+            shutil.rmtree(pipeline.run_folder(reference, run), ignore_errors=True)
     run_jobs(jobs, processes, "run")
 
 
-def choose(study: Study) -> dict[str, int]:
-    """The setting of each method with the best mean score of sampled answers to development prompts.
+def choose(reference: Reference) -> dict[str, int]:
+    """The best setting of each method, see :func:`best_setting`.
 
-    The choice is made once and recorded in the run folder.
+    The choice is made once and recorded in the reference's folder.
 
     Raises:
         UserError: the recorded choice is for other methods.
     """
-    path = study.run / "choice.json"
+    path = reference.folder / "choice.json"
     if not path.exists():
-        scores: dict[str, dict[int, float]] = {}
-        for run in study.search_runs:
-            result = measure.load_arrays(pipeline.result_path(study, run.name, "dev"))
-            scores.setdefault(run.method, {})[run.setting] = float(np.mean(result["sampled/score"]))
+        choice = {method: best_setting(reference, method) for method in reference.study.methods}
         with atomic_write(path) as partial:
-            partial.write_text(
-                json.dumps({method: max(found, key=found.get) for method, found in scores.items()}, indent=2) + "\n",
-                encoding="utf-8",
-            )
+            partial.write_text(json.dumps(choice, indent=2) + "\n", encoding="utf-8")
     choice = json.loads(path.read_text(encoding="utf-8"))
-    if set(choice) != set(study.methods):
-        raise UserError(f"{path} was written for other methods; remove {study.run}, or restore the methods")
+    if set(choice) != set(reference.study.methods):
+        raise UserError(f"{path} was written for other methods; remove {reference.study.run}, or restore the methods")
     return choice
+
+
+def best_setting(reference: Reference, method: str) -> int:
+    """The setting of a method's search with the best mean score of sampled answers to development prompts."""
+    scores = {
+        run.setting: float(
+            measure.load_arrays(pipeline.result_path(reference, run.name, "dev"))["sampled/score"].mean()
+        )
+        for run in reference.search_runs
+        if run.method == method
+    }
+    return max(scores, key=scores.__getitem__)
 
 
 def say(what: str) -> None:
