@@ -194,7 +194,7 @@ def _checked(values: Any, name: str) -> Any:
         if str(getattr(values, field.name)).startswith("~/"):  # no shell expands it in YAML or after --flag=
             setattr(values, field.name, str(Path(getattr(values, field.name)).expanduser()))
         choices = field.metadata.get("choices")
-        if choices and getattr(values, field.name) not in choices:
+        if choices and getattr(values, field.name) not in (*choices, None):
             raise UserError(
                 f"{name}.{field.name} is {getattr(values, field.name)!r}; choose one of {', '.join(choices)}"
             )
@@ -274,9 +274,13 @@ def _with_defaults(path: str | Path | RecordedRecipe) -> list[tuple[Path, DictCo
 
 
 def _beside(child: Path, parent: str) -> Path:
-    """The recipe that ``child`` extends: a file beside it, or a shipped one."""
+    """The recipe that ``child`` extends: a file beside it, or a shipped one, such as ``family/gpu.yaml``."""
     beside = child.parent / parent
-    return beside if beside.is_file() or Path(parent).parent != Path(".") else find_recipe(parent)
+    if beside.is_file():
+        return beside
+    if (RECIPES / parent).is_file():
+        return RECIPES / parent
+    return beside if Path(parent).parent != Path(".") else find_recipe(parent)
 
 
 def _read_yaml(path: Path) -> DictConfig:

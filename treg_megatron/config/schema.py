@@ -456,13 +456,23 @@ class ClusterSection:
     device: str = key("device: gpu with fused kernels, or cpu processes", choices=("gpu", "cpu"))
     nodes: int = key("number of nodes")
     gpus_per_node: int = key("ranks per node: its GPUs, or its processes when device is cpu")
-    gpu_memory: float = key("memory per rank, in GB (10^9 bytes)")
-    host_memory: float | None = key("memory of a node's host, in GB, for what saving needs there; null: unknown")
-    peak_tflops: float = key(
-        "peak throughput per rank in the training precision, in TFLOP/s (10^12 operations per second)"
+    gpu: str | None = key(
+        "GPU of the nodes, which gives every key of this section that is null; null: those keys must have values",
+        choices=("h100", "h200", "a100_80", "a100_40", "b200"),
     )
-    mfu: float = key("model FLOPs utilisation assumed for time estimates, in (0, 1]")
-    node_bandwidth: float = key("bandwidth per rank within a node, in GB/s (10^9 bytes per second)")
+    gpu_memory: float | None = key("memory per rank, in GB (10^9 bytes); null: the GPU's")
+    host_memory: float | None = key("memory of a node's host, in GB, for what saving needs there; null: unknown")
+    peak_tflops: float | None = key(
+        "peak throughput per rank in the training precision, in TFLOP/s (10^12 operations per second); null: the "
+        "GPU's, dense, in bf16"
+    )
+    mfu: float | None = key(
+        "model FLOPs utilisation assumed for time estimates, in (0, 1]; null: what was measured on such GPUs with "
+        "models of this size (docs/PREFLIGHT.md)"
+    )
+    node_bandwidth: float | None = key(
+        "bandwidth per rank within a node, in GB/s (10^9 bytes per second); null: NVLink's"
+    )
     network_bandwidth: float = key("bandwidth per rank between nodes, in GB/s")
     storage_bandwidth: float = key("file-system write bandwidth for the whole job, in GB/s")
     pairs: int | None = key("number of training pairs, for when the aligned dataset does not exist yet")

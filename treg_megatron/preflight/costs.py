@@ -56,10 +56,20 @@ def _positions(tokens: int, window: int) -> float:
     return seen * seen / 2 + (tokens - seen) * seen
 
 
-def step_flops(fields: dict[str, Any], data: DataSection) -> float:
-    """FLOPs of one optimizer step if every sequence has the full length and half of it is response."""
-    sequence = forward_flops(fields, data.seq_length, data.seq_length // 2).total
-    return FORWARD_AND_BACKWARD * 2 * data.global_batch_size * sequence
+def step_flops(
+    fields: dict[str, Any], data: DataSection, adapters: bool = False, recompute_layers: bool = False
+) -> float:
+    """FLOPs of one optimizer step if every sequence has the full length and half of it is response.
+
+    Args:
+        adapters: frozen weights have no gradient, so their matmuls have one backward matmul each (the adapters' own are
+            left out).
+        recompute_layers: whether the layers run forward twice.
+    """
+    sequence = forward_flops(fields, data.seq_length, data.seq_length // 2)
+    weights = (FORWARD_AND_BACKWARD - adapters) * (sequence.layers + sequence.head)
+    again = recompute_layers * (sequence.layers + sequence.attention)
+    return 2 * data.global_batch_size * (weights + FORWARD_AND_BACKWARD * sequence.attention + again)
 
 
 def label_flops(fields: dict[str, Any], data: DataSection, pairs: int) -> float:
@@ -69,9 +79,9 @@ def label_flops(fields: dict[str, Any], data: DataSection, pairs: int) -> float:
     return pairs * 2 * (plain + 2 * revision)
 
 
-def hours(flops: float, ranks: int, cluster: ClusterSection) -> float:
-    """Hours that all ranks together take for ``flops`` at the recipe's utilisation, ``cluster.mfu``."""
-    return flops / (ranks * cluster.peak_tflops * 1e12 * cluster.mfu) / 3600
+def hours(flops: float, ranks: int, cluster: ClusterSection, utilisation: float) -> float:
+    """Hours that all ranks together take for ``flops`` at this share of their peak."""
+    return flops / (ranks * cluster.peak_tflops * 1e12 * utilisation) / 3600
 
 
 def moved_in_a_step(

@@ -23,7 +23,8 @@ from treg_megatron.distributed import layout
 from treg_megatron.models.architecture import hf_config_of
 from treg_megatron.models.families import model_fields
 from treg_megatron.objective import Objective
-from treg_megatron.preflight import activations, costs, schedule
+from treg_megatron.preflight import activations, costs, schedule, steps
+from treg_megatron.preflight.gpus import Utilisation, utilisation, with_gpu
 from treg_megatron.preflight.ranks import AtRest, build_rank, bytes_at_rest, parameters_of_the_model, trained_elements
 from treg_megatron.preflight.world import fake_world, group_names, rank_of_stage
 from treg_megatron.training.offload import require_fraction
@@ -107,7 +108,7 @@ class Plan:
     frozen: int
     stages: dict[int, Stage]
     data_ranks: int
-    micro_batches: int  # per rank and step
+    micro_batches: int  # per rank and step, those that only fill a group of the interleaved schedule included
 
     @property
     def memory(self) -> float:
@@ -138,18 +139,25 @@ class Plan:
 
     @property
     def bubble(self) -> float:
-        """Pipeline bubble: share of a step in which a stage is idle (arXiv 2104.04473, section 2.2)."""
-        parallel = self.sections.parallel
-        waiting = (parallel.pipeline - 1) / (parallel.virtual_pipeline or 1)
-        return waiting / (self.micro_batches + waiting)
+        """Share of a step in which a stage has nothing to do, see :func:`steps.bubble`."""
+        return steps.bubble(self.sections.parallel, self.sections.data, self.data_ranks)
+
+    @property
+    def bubble_of_short_pairs(self) -> float:
+        """The same where pairs have an ordinary length, so that several share a bin and micro-batches are fewer."""
+        return steps.bubble(self.sections.parallel, self.sections.data, self.data_ranks, steps.TYPICAL_FILL)
+
+    @property
+    def utilisation(self) -> Utilisation:
+        """The utilisation that times are estimated with. It includes communication."""
+        return utilisation(self.sections.cluster, self.fields, self.trainable + self.frozen)
 
     @property
     def step_seconds(self) -> float:
-        """Seconds per step at the recipe's utilisation (``cluster.mfu``). That includes communication, but not
-        recompute and the pipeline bubble, which are added here."""
-        recomputed = 4 / 3 if self.sections.train.recompute == "full" else 1.0
-        flops = costs.step_flops(self.fields, self.sections.data) * recomputed
-        return 3600 * costs.hours(flops, self.sections.ranks, self.sections.cluster) / (1 - self.bubble)
+        """Seconds per step at this utilisation, with recompute and the pipeline bubble, which it does not include."""
+        sections = self.sections
+        flops = steps.flops(self.fields, sections.data, sections.lora, sections.train)
+        return 3600 * costs.hours(flops, sections.ranks, sections.cluster, self.utilisation.share) / (1 - self.bubble)
 
 
 def sections_of(config: DictConfig) -> Sections:
@@ -161,7 +169,8 @@ def sections_of(config: DictConfig) -> Sections:
     config = copy.deepcopy(config)
     if OmegaConf.is_missing(config.label, "pairs"):
         config.label.pairs = "(not named yet)"  # preflight does not need the pairs to label
-    return Sections(*(recipe.section(config, name) for name in Sections._fields))
+    sections = Sections(*(recipe.section(config, name) for name in Sections._fields))
+    return sections._replace(cluster=with_gpu(sections.cluster))
 
 
 def require_possible(sections: Sections) -> dict[str, Any]:
@@ -192,7 +201,7 @@ def make_plan(sections: Sections, stages: list[int] | None = None) -> Plan:
     """
     fields, parallel, size = require_possible(sections), sections.parallel, sections.ranks
     data_ranks = layout.data_parallel_size(parallel, size)
-    micro_batches = sections.data.global_batch_size // (sections.data.micro_batch_size * data_ranks)
+    micro_batches = steps.micro_batches(parallel, sections.data, data_ranks)
     built, trainable, frozen = {}, 0, 0
     for stage in range(parallel.pipeline) if stages is None else stages:
         with fake_world(parallel, size, rank_of_stage(parallel, size, stage), sections.cluster.device == "gpu"):

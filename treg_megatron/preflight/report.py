@@ -87,12 +87,16 @@ def _step(plan: Plan, pairs: int | None) -> Iterator[str]:
             f"epoch: {pairs:,} pairs, {steps:,} steps; data.epochs={data.epochs} takes about "
             f"{steps * data.epochs * plan.step_seconds / 3600:.1f} h"
         )
-    flops = costs.step_flops(plan.fields, data)
+    flops = costs.step_flops(plan.fields, data, plan.sections.lora.rank is not None)
     yield (
-        f"arithmetic: {flops / 1e15:.3g} PFLOP per step; {plan.step_seconds:.3g} s at {cluster.mfu:.0%} of "
+        f"arithmetic: {flops / 1e15:.3g} PFLOP per step; {plan.step_seconds:.3g} s at {plan.utilisation.share:.0%} of "
         f"{cluster.peak_tflops:g} TFLOP/s, {plan.bubble:.0%} pipeline bubble included"
         + (", and the forward pass twice" if plan.sections.train.recompute == "full" else "")
+        + f"; utilisation: {plan.utilisation.measured}"
     )
+    if plan.sections.parallel.pipeline > 1 and data.layout == "bins":
+        short = plan.bubble_of_short_pairs
+        yield f"bubble: {plan.bubble:.1%}; {short:.1%} where pairs are a third as long, and a bin holds three"
     moved = {
         kind: max(stage.moved.get(kind, 0) for stage in plan.stages.values())
         for stage in plan.stages.values()
@@ -128,7 +132,8 @@ def _other_steps(plan: Plan, pairs: int | None) -> Iterator[str]:
             f"{both / GB:,.0f}{_of_host(both, cluster.host_memory)}"
         )
     count = pairs or 10_000
-    time = costs.hours(costs.label_flops(plan.fields, plan.sections.data, count), plan.sections.ranks, cluster)
+    flops = costs.label_flops(plan.fields, plan.sections.data, count)
+    time = costs.hours(flops, plan.sections.ranks, cluster, plan.utilisation.share)
     fit = labelling.fit(plan.trainable + plan.frozen, label, plan.fields, cluster)
     yield f"labelling: {fit}; {count:,} pairs take about {time:.2g} h on the whole cluster"
 
