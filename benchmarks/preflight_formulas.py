@@ -11,7 +11,8 @@ has two sequences per pair.
 from treg_megatron.config.recipe import load_recipe
 from treg_megatron.utils import entry
 
-RECIPES = {"llama3_8b": [], "llama3_70b": []}
+#: the formulas know no interleaving
+RECIPES = {"llama3_8b": [], "llama3_70b": ["parallel.tensor=8", "parallel.virtual_pipeline=null"]}
 
 
 def formula_weights_and_optimizer(fields: dict, tensor: int, pipeline: int, data: int) -> float:

@@ -81,7 +81,7 @@ def preflight(config, suggest: bool = False, picture: Path | None = None) -> int
         print(f"picture: {picture}")
     if suggest:
         print("layouts that fit, the fastest first:")
-        for found in suggestions(sections, plan.trainable + plan.frozen):
+        for found in suggestions(sections):
             print(
                 f"  {found.step_seconds:8.3g} s per step, {found.stages[found.fullest].total / 1e9:5.1f} GB: "
                 f"{layout(found.sections, found.data_ranks)}"

@@ -1,14 +1,12 @@
-"""Search for parallel layouts that fit a cluster, and for the smallest change that makes a recipe fit."""
+"""Layouts to suggest, and the smallest change that makes a recipe fit."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from treg_megatron.errors import UserError
-from treg_megatron.models.architecture import hf_config_of
-from treg_megatron.models.families import model_fields
-from treg_megatron.preflight.plan import Plan, Sections, make_plan, require_possible
-
-RECOMPUTE = ("none", "selective", "full")
+from treg_megatron.preflight.plan import Plan, Sections, make_plan
+from treg_megatron.preflight.search import RECOMPUTE, fitting
 
 
 def remedy(plan: Plan) -> str:
@@ -17,11 +15,11 @@ def remedy(plan: Plan) -> str:
     for change in _single_changes(sections):
         if _fits(sections.with_keys(**change), plan.trainable + plan.frozen):
             return f"to make it fit: {_as_overrides(change)}"
-    for found in suggestions(sections, plan.trainable + plan.frozen, most=1):
+    for found in suggestions(sections, most=1):
         return f"to make it fit: {_as_overrides(_layout_of(found.sections))}"
     for factor in (2, 4, 8, 16):
         larger = sections.with_keys(cluster={"nodes": factor * sections.cluster.nodes})
-        for found in suggestions(larger, plan.trainable + plan.frozen, most=1):
+        for found in suggestions(larger, most=1):
             return (
                 f"to make it fit: --nodes {larger.cluster.nodes} with {_as_overrides(_layout_of(found.sections))}; no "
                 "layout fits this cluster"
@@ -32,58 +30,9 @@ def remedy(plan: Plan) -> str:
     )
 
 
-def suggestions(sections: Sections, parameters: int, most: int = 8) -> list[Plan]:
-    """Layouts that fit, fastest first (estimated from utilisation, pipeline bubble and recompute).
-
-    Among layouts that differ only in recompute, the one that recomputes least is returned. Only the first and the last
-    stage of each are built: one of them needs the most memory.
-
-    Args:
-        parameters: number of parameters of the model, to discard layouts without building them.
-        most: stop after this many.
-    """
-    found: list[Plan] = []
-    for candidate in _layouts(sections):
-        if _at_rest(candidate, parameters) > candidate.cluster.gpu_memory * 1e9:
-            continue
-        for recompute in RECOMPUTE:
-            plan = make_plan(
-                candidate.with_keys(train={"recompute": recompute}), stages=sorted({0, candidate.parallel.pipeline - 1})
-            )
-            if plan.fits:
-                found.append(plan)
-                break
-        if len(found) >= most:
-            break
-    return sorted(found, key=lambda plan: (plan.step_seconds, plan.sections.parallel.tensor))
-
-
-def _layouts(sections: Sections) -> Iterator[Sections]:
-    """Every valid layout of the cluster, those with few model-parallel ranks first."""
-    layers, ranks = model_fields(hf_config_of(sections.model))["num_layers"], sections.ranks
-    experts = model_fields(hf_config_of(sections.model)).get("num_moe_experts") or 1
-    sizes = [
-        (tensor, pipeline, expert)
-        for tensor in range(1, sections.cluster.gpus_per_node + 1)
-        for pipeline in range(1, layers + 1)
-        for expert in range(1, experts + 1)
-        if tensor * pipeline <= ranks and layers % pipeline == 0
-    ]
-    for tensor, pipeline, expert in sorted(sizes, key=lambda size: (size[0] * size[1], -size[0], -size[2])):
-        candidate = sections.with_keys(
-            parallel={
-                "tensor": tensor,
-                "pipeline": pipeline,
-                "expert": expert,
-                "sequence": tensor > 1,
-                "virtual_pipeline": None,
-            }
-        )
-        try:
-            require_possible(candidate)
-        except UserError:
-            continue
-        yield candidate
+def suggestions(sections: Sections, most: int = 8) -> list[Plan]:
+    """Layouts that fit, the fastest first."""
+    return sorted(itertools.islice(fitting(sections), most), key=lambda plan: plan.step_seconds)
 
 
 def _single_changes(sections: Sections) -> Iterator[dict[str, dict[str, Any]]]:
@@ -120,8 +69,12 @@ def _at_rest(sections: Sections, parameters: int) -> float:
 def _layout_of(sections: Sections) -> dict[str, dict[str, Any]]:
     parallel = sections.parallel
     keys = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "sequence": parallel.sequence}
+    optional = {
+        "expert": parallel.expert if parallel.expert > 1 else None,
+        "virtual_pipeline": parallel.virtual_pipeline,
+    }
     return {
-        "parallel": keys | ({"expert": parallel.expert} if parallel.expert > 1 else {}),
+        "parallel": keys | {name: size for name, size in optional.items() if size},
         "train": {"recompute": sections.train.recompute},
     }
 
