@@ -24,7 +24,7 @@ ENGINES ?= 2.9.0 2.12.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv constraints lint format typecheck test-fast test test-devices test-stack test-te test-eval test-slurm demo study clean
+.PHONY: help venv constraints lint format typecheck test-fast test test-devices test-stack test-te test-eval test-slurm test-recipes recipes-table demo study clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s  %s\n", $$1, $$2}' Makefile
@@ -103,6 +103,12 @@ test-devices: $(INSTALLED)  ## tests on real Megatron ranks, wholly with device 
 # Two clusters side by side, each in namespaces of its own: jobs wait more than they compute.
 test-slurm: $(INSTALLED)  ## the scripts of slurm/ on a real SLURM; needs Debian's slurmctld slurmd slurm-client munge
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/slurm/test_scripts.py tests/slurm $(ARGS)
+
+test-recipes: $(INSTALLED)  ## every recipe on its cluster, and a new one for each published model on four clusters
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/recipes $(ARGS)
+
+recipes-table: $(INSTALLED)  ## the numbers that `treg recipes` and docs/RECIPES.md show, from preflight again
+	OMP_NUM_THREADS=1 $(BIN)/python -m treg_megatron recipes --update
 
 demo: $(DEMO_MODEL)  ## align a real 135M model end to end on this machine, five to ten minutes on two cores
 	$(BIN)/python demo/run.py $(ARGS)

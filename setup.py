@@ -83,9 +83,7 @@ class BuildWithRecipes(build_py):
         super().run()
         if not self.editable_mode:
             target = Path(self.build_lib) / "treg_megatron" / "recipes"
-            target.mkdir(parents=True, exist_ok=True)
-            for recipe in (ROOT / "recipes").glob("*.yaml"):
-                shutil.copy(recipe, target)
+            shutil.copytree(ROOT / "recipes", target, dirs_exist_ok=True)
 
 
 setup(

@@ -25,7 +25,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "recipe": Command("recipe", "list the recipes, or print one with every default and where it comes from"),
+    "recipes": Command("recipes", "list the recipes: size, GPUs, memory, hours"),
+    "recipe": Command("recipe", "print a recipe with every default and where it comes from, or make a new one"),
     "inspect": Command("inspect", "count what a file of preference pairs holds, and what cannot be used"),
     "sample": Command("sample", "sample responses to prompts from a model"),
     "rank": Command("rank", "make preference pairs of sampled responses: the best against the worst"),
