@@ -1,58 +1,30 @@
-"""Preflight of every recipe on its stated cluster, and of recipes that cannot work; real models on meta tensors."""
+"""Preflight of a sample of the recipes on their stated clusters, and of recipes that cannot work; real models on meta
+tensors."""
 
-import contextlib
-import io
 import json
 import re
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from tests.support.forked import run_ranks
+from tests.support.new_recipes import new_recipe
+from tests.support.preflights import RECIPES, preflight
+from tests.support.published import PUBLISHED
 from tests.unit.test_config_corpus import PUBLISHED as CORPUS
+from treg_megatron.config import recipe_table
 from treg_megatron.config.recipe import load_recipe
 from treg_megatron.errors import UserError
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-PUBLISHED = {  # parameters, as counted from the safetensors files that the authors publish
-    "smollm2_135m": 134_515_008,
-    "llama3_8b": 8_030_261_248,
-    "gemma2_9b": 9_241_705_984,
-    "qwen2.5_7b": 7_615_616_512,
-    "qwen2.5_72b": 72_706_203_648,
-    "mixtral_8x7b": 46_702_792_704,
-    "llama3_70b": 70_553_706_496,
-    "llama3.1_405b": 405_853_388_800,
-}
+#: of the recipes; `make test-recipes` has them all
+SAMPLE = ("smollm2_135m", "llama3_8b", "gemma2_9b", "mixtral_8x7b", "llama3_70b")
+ROWS = {row.recipe: row for row in recipe_table.read()}
 
 
-class Done(NamedTuple):
-    code: int
-    printed: str
-    cpu_seconds: float
-    grown_gb: float  # peak memory beyond what the process started with
+def row_in_this_process(name: str):
+    from treg_megatron.preflight import table
 
-
-def preflight_in_this_process(
-    name: str, overrides: list[str], suggest: bool = False, picture: Path | None = None
-) -> Done:
-    from treg_megatron.cli.preflight import preflight
-
-    begun_kb, start, printed = memory_kb("VmRSS"), time.process_time(), io.StringIO()
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which is inherited from the parent
-    with contextlib.redirect_stdout(printed):
-        code = preflight(load_recipe(RECIPES / f"{name}.yaml", overrides), suggest, picture)
-    return Done(code, printed.getvalue(), time.process_time() - start, (memory_kb("VmHWM") - begun_kb) / 1e6)
-
-
-def memory_kb(field: str) -> int:
-    return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
-
-
-def preflight(name: str, *overrides: str, **options) -> Done:
-    return run_ranks(1, preflight_in_this_process, name, list(overrides), *options.values())[0]
+    return table.row(name)
 
 
 def refusal(name: str, *overrides: str) -> str:
@@ -63,7 +35,7 @@ def refusal(name: str, *overrides: str) -> str:
     return last
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", SAMPLE)
 def test_a_recipe_fits_its_stated_cluster_and_has_the_published_parameters(name):
     done = preflight(name)
     assert done.code == 0 and "verdict: fits" in done.printed, done.printed
@@ -90,15 +62,47 @@ def test_the_parameters_of_a_published_config_are_counted(model, parameters, lay
     assert f"{parameters:,} parameters, all trained" in done.printed
 
 
-@pytest.mark.parametrize("name, full", [("llama3_8b_lora", "llama3_8b"), ("llama3_70b_lora", "llama3_70b")])
-def test_a_recipe_with_adapters_fits_and_trains_only_them(name, full):
-    done = preflight(name)
+def test_a_recipe_with_adapters_fits_and_trains_only_them():
+    done = preflight("llama3_8b_lora")
     assert done.code == 0 and done.cpu_seconds < 60 and done.grown_gb < 1, done.printed
     total, adapters = (
         int(count.replace(",", ""))
         for count in re.search(r"([\d,]+) parameters, ([\d,]+) of them in adapters", done.printed).groups()
     )
-    assert total - adapters == PUBLISHED[full]
+    assert total - adapters == PUBLISHED["llama3_8b"]
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "qwen2.5_0.5b"])
+def test_the_table_of_recipes_is_what_preflight_says_now(name):
+    assert run_ranks(1, row_in_this_process, name)[0] == ROWS[name], "make recipes-table"
+
+
+def test_a_new_recipe_fits_and_says_why(tmp_path):
+    path = tmp_path / "mine.yaml"
+    assert (
+        new_recipe("--config", "qwen3_1.7b", "--gpus-per-node", "4", "--gpu", "a100_40", "--output", str(path)).error
+        is None
+    )
+    text = path.read_text()
+    assert "# Layout, by `treg recipe new`: tensor 1, pipeline 1, data 4" in text and "# * memory per stage" in text
+    assert "  gpu: a100_40\n" in text and load_recipe(path).name == "mine"
+    done = preflight(path)
+    assert done.code == 0 and f"{PUBLISHED['qwen3_1.7b']:,} parameters, all trained" in done.printed
+
+
+def test_a_new_recipe_with_adapters_from_a_folder(tied_run, tmp_path):
+    path = tmp_path / "tuned.yaml"
+    made = new_recipe("data.seq_length=64", "--config", str(tied_run.hf), "--lora", "--output", str(path))
+    assert made.error is None
+    assert all(line in path.read_text() for line in ("  rank: 16\n", f"  hf: {tied_run.hf}\n", "  seq_length: 64\n"))
+
+
+def test_a_new_recipe_that_cannot_fit_names_the_cluster_that_would(tmp_path):
+    path = tmp_path / "mine.yaml"
+    made = new_recipe("--config", "llama3_70b", "--output", str(path))
+    why = r"the leanest layout needs at least \d+ GB per GPU; the smallest cluster of such nodes that fits has \d+"
+    assert re.fullmatch(rf"does not fit 1 x 8 GPUs of 80 GB: {why}", made.error)
+    assert not path.exists() and made.cpu_seconds < 60
 
 
 @pytest.mark.parametrize(
@@ -144,8 +148,8 @@ def test_the_stated_clusters_match_the_headers():
 
 
 def test_a_thousand_ranks_are_planned_quickly():
-    done = preflight("llama3_70b", "cluster.nodes=128", "parallel.pipeline=4", "data.global_batch_size=128")
-    assert done.code == 0 and "data 32" in done.printed and done.cpu_seconds < 60
+    done = preflight("llama3_70b", "cluster.nodes=128", "data.global_batch_size=256")
+    assert done.code == 0 and "data 64" in done.printed and done.cpu_seconds < 60
 
 
 @pytest.mark.parametrize(
@@ -160,9 +164,9 @@ def test_a_thousand_ranks_are_planned_quickly():
         (
             "llama3_70b",
             ["data.global_batch_size=127"],
-            "global_batch_size=127 is not a multiple of .* 2 data-parallel ranks",
+            "global_batch_size=127 is not a multiple of .* 4 data-parallel ranks",
         ),
-        ("llama3_70b", ["cluster.nodes=3"], "needs a multiple of 32 processes, 24 were started"),
+        ("llama3_70b", ["cluster.nodes=3"], "needs a multiple of 16 processes, 24 were started"),
         (
             "llama3_8b",
             ["data.seq_length=16384"],
@@ -204,7 +208,7 @@ def test_a_layout_that_does_not_fit_gets_exit_code_1_and_a_remedy():
 
 def test_a_70b_layout_that_needs_96_gb():
     """The same recipe with two memory sizes: it does not fit into 80 GB, but into 96 GB."""
-    tight = ["cluster.nodes=4", "data.seq_length=6144"]
+    tight = ["cluster.nodes=4", "data.seq_length=6144", "parallel.tensor=8", "parallel.virtual_pipeline=null"]
     small, large = (preflight("llama3_70b", *tight, f"cluster.gpu_memory={memory}") for memory in (80, 96))
     assert (small.code, large.code) == (1, 0)
     assert "to make it fit: train.recompute=full" in small.printed
