@@ -77,6 +77,21 @@ def test_the_table_of_recipes_is_what_preflight_says_now(name):
     assert run_ranks(1, row_in_this_process, name)[0] == ROWS[name], "make recipes-table"
 
 
+def bound_and_built_in_this_process(name: str) -> tuple[float, float]:
+    from treg_megatron.preflight import search
+    from treg_megatron.preflight.plan import make_plan, sections_of
+
+    sections = sections_of(load_recipe(RECIPES / f"{name}.yaml"))
+    bound = next(each.least_memory for each in search.layouts(sections) if each.sections == sections)
+    return bound, make_plan(sections, stages=[0]).stages[0].total
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "llama3_70b", "mixtral_8x7b", "llama3_8b_lora"])
+def test_the_bound_that_prunes_layouts_is_below_what_is_built_and_not_far(name):
+    bound, built = run_ranks(1, bound_and_built_in_this_process, name)[0]
+    assert 0.5 * built < bound < built
+
+
 def test_a_new_recipe_fits_and_says_why(tmp_path):
     path = tmp_path / "mine.yaml"
     assert (
