@@ -82,8 +82,7 @@ def bound_and_built_in_this_process(name: str) -> tuple[float, float]:
     from treg_megatron.preflight.plan import make_plan, sections_of
 
     sections = sections_of(load_recipe(RECIPES / f"{name}.yaml"))
-    bound = next(each.least_memory for each in search.layouts(sections) if each.sections == sections)
-    return bound, make_plan(sections, stages=[0]).stages[0].total
+    return search.bound(sections), make_plan(sections, stages=[0]).stages[0].total
 
 
 @pytest.mark.parametrize("name", ["llama3_8b", "llama3_70b", "mixtral_8x7b", "llama3_8b_lora"])
@@ -219,6 +218,20 @@ def test_a_layout_that_does_not_fit_gets_exit_code_1_and_a_remedy():
     assert done.code == 1
     assert "verdict: DOES NOT FIT; stage 0 takes" in done.printed
     assert "to make it fit: --nodes 2 with parallel.tensor=" in done.printed
+
+
+def overrides_in_this_process(*found: str) -> str:
+    from treg_megatron.preflight import suggest
+    from treg_megatron.preflight.plan import sections_of
+
+    given, changed = (sections_of(load_recipe(RECIPES / "llama3_70b.yaml", keys)) for keys in ([], list(found)))
+    return suggest._as_overrides(suggest._layout_of(changed, given))
+
+
+def test_a_remedy_undoes_what_the_recipe_interleaves():
+    found = ["parallel.pipeline=1", "parallel.virtual_pipeline=null", "parallel.tensor=8"]
+    layout = "parallel.tensor=8 parallel.pipeline=1 parallel.sequence=true parallel.virtual_pipeline=null"
+    assert run_ranks(1, overrides_in_this_process, *found)[0] == f"{layout} train.recompute=none"
 
 
 def test_a_70b_layout_that_needs_96_gb():

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     named = [arguments.recipe] * (arguments.recipe is not None) + [word for word in arguments.words if "=" not in word]
     if not (arguments.words or named or arguments.key):
         for name, summary in recipe.summaries().items():
-            print(f"{name:<18} {summary}")
+            print(f"{name:<22} {summary}")
         return
     if len(named) > 1:
         raise recipe.UserError(f"one recipe at a time: {' and '.join(named)} were named")

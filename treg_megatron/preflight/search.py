@@ -124,6 +124,17 @@ def _exposed(sections: Sections, fields: dict[str, Any], data_ranks: int, fill: 
     return micro_batches * (inside + between)
 
 
+def bound(sections: Sections) -> float:
+    """:func:`least_memory` of a recipe.
+
+    Raises:
+        UserError: the layout does not divide the ranks.
+    """
+    hf_config = hf_config_of(sections.model)
+    fields = model_fields(hf_config)
+    return least_memory(sections, fields, parameter_counts(family_of(hf_config), fields))
+
+
 def least_memory(sections: Sections, fields: dict[str, Any], counts: tuple[int, int, int]) -> float:
     """Lower bound of the first stage's memory in bytes: weights, gradients, optimizer state, and activations that every
     implementation keeps. Attention is taken to keep no scores.
