@@ -70,7 +70,7 @@ def test_the_package_comes_from_the_wheel(environment, tmp_path):
 
 
 def test_recipes_are_found_by_name_and_printed(treg):
-    assert "llama3_8b_lora" in treg("recipe")
+    assert "llama3_8b_lora" in treg("recipe") and "llama3.1_405b" in treg("recipes")
     printed = treg("recipe", "llama3_8b", "data.seed=7")
     assert "name: llama3_8b" in printed and "seed: 7" in printed and "# the command line" in printed
 
