@@ -71,14 +71,14 @@ typecheck: $(INSTALLED)  ## mypy over the modules that pyproject.toml lists
 test-fast: $(INSTALLED)  ## unit tests that are not marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit -m "not slow" $(ARGS)
 
-# Two files at a time, each in a process that imports NeMo once: one alone keeps 1.25 cores busy. ARGS="-n 0 --pdb" to look into one.
+# Three files at a time for two cores, each in a process that imports NeMo once: tests of kills and restarts wait. ARGS="-n 0 --pdb" to look into one.
 # The longest files come first, so that none of them is left for the end; pytest-xdist would begin with those of most tests.
 LONGEST := $(addprefix tests/,pipeline/test_study.py parallel/test_equality.py pipeline/test_accept.py pipeline/test_steps.py \
 	parallel/test_training.py)
 
 test: $(INSTALLED) $(TEST_DATA) $(TEST_MODEL)  ## unit tests, then real Megatron ranks, end-to-end runs and the wheel
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit $(ARGS)
-	OMP_NUM_THREADS=1 TREG_REAL_MODEL=$(abspath $(TEST_MODEL)) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 TREG_REAL_MODEL=$(abspath $(TEST_MODEL)) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
 		$(LONGEST) tests/parallel tests/pipeline tests/faults tests/packaging tests/gpu $(ARGS)
 
 # Checkpoints are exchanged with .venv, so that each set resumes what the other has saved.
