@@ -1,6 +1,7 @@
 """Progress, throughput and remaining time of a step, on stderr."""
 
 import sys
+import threading
 import time
 
 
@@ -21,6 +22,8 @@ class Progress:
     def __init__(self, step: str, unit: str, total: int, done: int = 0, shown: bool = True):
         from tqdm import tqdm
 
+        # tqdm's own is shared with forked processes, which would wait for ever for one that was killed while it held it
+        tqdm.set_lock(threading.RLock())
         self._unit, self._start, self._worked, self._tokens = unit, time.monotonic(), 0, 0
         self._bar = tqdm(
             total=total,
