@@ -10,7 +10,7 @@ SPECIAL = ("<pad>", "<user>", "<model>", END)
 REQUEST = (":", "make", "it", "better", "worse", "User:")
 CHAT_TEMPLATE = """\
 {% for message in messages %}{% if message['role'] == 'user' %}{{ '<user> ' + message['content'] + ' ' }}\
-{% else %}{{ '<model> ' + message['content'] + ' <end> ' }}{% endif %}{% endfor %}\
+{% else %}{{ '<model> ' + message['content'] + '<end> ' }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '<model> ' }}{% endif %}"""
 
 

@@ -70,7 +70,7 @@ def test_tensor_overlap_is_configured(tied_run, monkeypatch):
     assert config.tp_comm_overlap
     assert PairData(data, open_streams(data.train), None, parallel).pad_to == 184, "the bin, rounded up"
     config, _, parallel, _ = planned(tied_run, *TENSOR_OVERLAP, "train.precision=fp32")
-    with pytest.raises(UserError, match="fp32 and Gemma 2 take PyTorch's: set it to false$"):
+    with pytest.raises(UserError, match="fp32 and Gemma take PyTorch's: set it to false$"):
         build.require_overlapping_layers(config, parallel)
     assert not planned(tied_run, *TENSOR_OVERLAP, "parallel.tensor_overlap=false")[0].tp_comm_overlap
 

@@ -21,7 +21,7 @@ EXPECTED = {
 @pytest.fixture(scope="module")
 def checks(tmp_path_factory) -> dict[str, dict]:
     """The answers to some checks by name, of one run without failures."""
-    card = tmp_path_factory.mktemp("card")
+    card = tmp_path_factory.mktemp("accept") / "card"
     done = run_command("-m", "treg_megatron", "accept", "--cpu", "--output", card, "--only", *EXPECTED, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((card / "acceptance.json").read_text())
