@@ -1,7 +1,7 @@
 """Parameters of the models that recipes are for."""
 
-#: as the safetensors files that the authors publish on the hub sum up to; tied output embeddings count once. Read again in
-#: other repositories for Llama 3 and 3.1 8B, Llama 3.2 1B and Qwen2.5 32B, not for the rest
+#: as the safetensors files that the authors publish on the hub sum up to; tied output embeddings count once. Read again
+#: in other repositories for Llama 3 and 3.1 8B, Llama 3.2 1B and Qwen2.5 32B, not for the rest
 PUBLISHED = {
     "smollm2_135m": 134_515_008,
     "llama3_8b": 8_030_261_248,
