@@ -27,7 +27,7 @@ ENGINES ?= 2.9.0 2.12.0
 .PHONY: help venv constraints lint format typecheck test-fast test test-devices test-stack test-te test-eval test-slurm test-recipes recipes-table demo study clean
 
 help:  ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s  %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  PYTHON=python3.11 chooses the interpreter of a new .venv (3.10 to 3.12);"
 	@echo "  ARGS=... reaches the demo, the study or pytest, as in: make demo ARGS=--fresh"
