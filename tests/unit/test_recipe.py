@@ -35,6 +35,7 @@ def test_a_recipe_says_how_it_is_launched_and_names_itself(path):
     assert load_recipe(path).name == path.stem
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_repeats_no_default(path):
     """A recipe is a short diff: it sets no key to its default."""

@@ -10,6 +10,8 @@ from tests.support.published import PUBLISHED
 from treg_megatron.config import recipe_table
 from treg_megatron.config.recipe import RECIPES, load_recipe, section, summaries
 
+pytestmark = pytest.mark.slow
+
 ROWS = {row.recipe: row for row in recipe_table.read()}
 NAMES = sorted(set(summaries()) - {"base", "tiny", "smollm2_135m"})
 
