@@ -10,6 +10,8 @@ from tests.support.benchmarks import evaluate_section
 from treg_megatron.evaluation.answering.presets import FILE, KEYS, answer_settings, family_of
 from treg_megatron.tokenizer.chat import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 PRESETS = yaml.safe_load(FILE.read_text(encoding="utf-8"))
 
 

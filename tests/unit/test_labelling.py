@@ -25,6 +25,8 @@ from treg_megatron.labelling.prompt_pair import FOLDER, load_prompt_pair
 from treg_megatron.labelling.scoring import ScoredSequence
 from treg_megatron.tokenizer.conversation import Message
 
+pytestmark = pytest.mark.slow
+
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 ROWS = [
     {

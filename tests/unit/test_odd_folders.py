@@ -19,6 +19,8 @@ from treg_megatron.checkpoint.torch_dist import TorchDistReader
 from treg_megatron.errors import UserError
 from treg_megatron.models.families import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 NORM = "model.layers.{}.input_layernorm.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

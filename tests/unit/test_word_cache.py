@@ -12,6 +12,8 @@ from treg_megatron.tokenizer import word_cache as word_memory
 from treg_megatron.tokenizer.chat import load_tokenizer
 from treg_megatron.tokenizer.conversation import Message
 
+pytestmark = pytest.mark.slow
+
 LLAMA_3, QWEN = sorted(word_memory._EXPRESSIONS, key=len, reverse=True)
 
 
