@@ -167,3 +167,15 @@ def test_saving_is_compared_with_the_hosts_memory(memory, said):
     from treg_megatron.preflight import report  # imports NeMo
 
     assert re.match(said, report._of_host(80_000_000_000, memory))
+
+
+@pytest.mark.slow
+def test_the_search_leaves_out_schedules_that_the_model_cannot_have():
+    from treg_megatron.preflight.plan import sections_of
+    from treg_megatron.preflight.search import layouts
+
+    chunks = {}
+    for name in ("gemma2_27b", "qwen2.5_32b"):
+        sections = sections_of(load_recipe(Path("recipes", f"{name}.yaml"), ["cluster.nodes=4"]))
+        chunks[name] = {layout.sections.parallel.virtual_pipeline for layout in layouts(sections)}
+    assert chunks["gemma2_27b"] == {None} and len(chunks["qwen2.5_32b"]) > 1

@@ -61,11 +61,7 @@ def policy_config(
     family, fields = family_of(hf_config), model_fields(hf_config)
     if fields.get("num_moe_experts") and parallel.tensor > 1 and not parallel.sequence:
         raise UserError(f"parallel.tensor={parallel.tensor} of a model with experts needs parallel.sequence=true")
-    if family.post_layer_norms and parallel.virtual_pipeline:
-        raise UserError(
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline}: NeMo's module of this model builds one chunk of a "
-            "stage only; set it to null"
-        )
+    family.require_schedule(parallel)
     if fields.get("num_moe_experts"):
         define_te_general_gemm()
     if kernels is None:

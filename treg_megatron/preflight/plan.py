@@ -21,7 +21,7 @@ from treg_megatron.config.schema import (
 )
 from treg_megatron.distributed import layout
 from treg_megatron.models.architecture import hf_config_of
-from treg_megatron.models.families import model_fields
+from treg_megatron.models.families import family_of, model_fields
 from treg_megatron.objective import Objective
 from treg_megatron.preflight import activations, costs, schedule, steps
 from treg_megatron.preflight.gpus import Utilisation, utilisation, with_gpu
@@ -179,10 +179,12 @@ def require_possible(sections: Sections) -> dict[str, Any]:
     Raises:
         UserError: the recipe cannot run on its cluster with any amount of memory.
     """
-    fields = model_fields(hf_config_of(sections.model))
+    hf_config = hf_config_of(sections.model)
+    fields = model_fields(hf_config)
     Objective.of(sections.objective)
     layout.require_tensor_inside_node(sections.parallel, sections.cluster.gpus_per_node)
     layout.require_layout(fields, sections.parallel, sections.data, sections.ranks)
+    family_of(hf_config).require_schedule(sections.parallel)
     if sections.label.engine == "megatron":
         layout.require_split(fields, sections.label.tensor, sections.label.pipeline, "label")
     return fields

@@ -18,7 +18,7 @@ RECOMPUTE = ("none", "selective", "full")
 def parameter_counts(family: Family, fields: dict[str, Any]) -> tuple[int, int, int]:
     """Parameters of all layers without experts, of all experts, and of the embedding."""
     dense = experts = 0
-    for parameter in family.layer:
+    for parameter in family.layer_parameters(fields):
         count = math.prod(stacked_shape(parameter, fields))
         if "num_moe_experts" in parameter.stacking:
             experts += count

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any, ClassVar
 
+from treg_megatron.config.schema import ParallelSection
+from treg_megatron.errors import UserError
 from treg_megatron.models.families.decoder import EMBEDDING, FINAL_NORM, OUTPUT_LAYER
 from treg_megatron.models.families.parameters import Parameter, stacking
 
@@ -39,6 +41,18 @@ class Family(ABC):
     @abstractmethod
     def nemo_classes(self, hf_config: dict[str, Any]) -> tuple[type, type]:
         """NeMo's config dataclass, which takes the fields, and its Lightning module. Import NeMo inside the method."""
+
+    def require_schedule(self, parallel: ParallelSection) -> None:
+        """Require a pipeline schedule for which NeMo's module of the architecture can be built.
+
+        Raises:
+            UserError: it is interleaved, and the module builds one chunk of a stage only.
+        """
+        if self.post_layer_norms and parallel.virtual_pipeline:
+            raise UserError(
+                f"parallel.virtual_pipeline={parallel.virtual_pipeline}: NeMo's module of this model builds one chunk "
+                "of a stage only; set it to null"
+            )
 
     def parameters(self, fields: dict[str, Any]) -> list[Parameter]:
         """All parameters of a model with these fields, in the order of its Hugging Face tensors."""
