@@ -23,6 +23,8 @@ from treg_megatron.errors import UserError
 
 ATTENTION = ("linear_qkv", "linear_proj")
 MLP = ("linear_fc1", "linear_fc2")
+#: whose output is normalised where attention and MLP are followed by a norm: an adapter would be added after it
+NORMALISED = ("linear_proj", "linear_fc2")
 
 
 class PolicyLoRA(LoRA):
@@ -64,6 +66,11 @@ class PolicyLoRA(LoRA):
         )
 
 
+def without_adapters(experts: bool, post_layer_norms: bool) -> tuple[str, ...]:
+    """The layers that get no adapters in a model with experts, or with norms after attention and MLP."""
+    return MLP * experts + NORMALISED * post_layer_norms
+
+
 def adapters(section: LoraSection, config: TransformerConfig) -> PolicyLoRA | None:
     """The model transform, which is also the trainer callback that applies it; None if all weights are trained.
 
@@ -85,8 +92,7 @@ def adapters(section: LoraSection, config: TransformerConfig) -> PolicyLoRA | No
         raise UserError(f"lora.targets names {unknown[0]}; choose among {', '.join(known)}")
     if config.num_moe_experts and set(section.targets) & set(MLP):
         raise UserError(f"lora.targets: experts get no adapters; use [{', '.join(ATTENTION)}]")
-    if getattr(config, "post_layer_norms", False) and set(section.targets) & {"linear_proj", "linear_fc2"}:
-        # Gemma 2 normalises the output of these two layers, and an adapter would be added after the norm
+    if getattr(config, "post_layer_norms", False) and set(section.targets) & set(NORMALISED):
         raise UserError(
             "lora.targets: this model normalises the output of linear_proj and linear_fc2, so an adapter on "
             "them could not be merged; use [linear_qkv, linear_fc1]"

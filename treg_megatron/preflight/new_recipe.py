@@ -113,12 +113,11 @@ def text(choice: Choice, name: str, own: list[str]) -> str:
 
 
 def _targets(hf_config: dict, wanted: list[str]) -> list[str]:
-    """The layers of ``wanted`` that can have adapters, see :func:`treg_megatron.models.lora.adapters`."""
-    without: tuple[str, ...] = ()
-    if model_fields(hf_config).get("num_moe_experts"):
-        without = ("linear_fc1", "linear_fc2")
-    if family_of(hf_config).post_layer_norms:
-        without += ("linear_proj", "linear_fc2")
+    """The layers of ``wanted`` that can have adapters."""
+    from treg_megatron.models.lora import without_adapters  # imports NeMo
+
+    experts = bool(model_fields(hf_config).get("num_moe_experts"))
+    without = without_adapters(experts, family_of(hf_config).post_layer_norms)
     return [target for target in wanted if target not in without]
 
 
