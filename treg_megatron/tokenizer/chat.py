@@ -228,8 +228,7 @@ class ChatTokenizer:
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            start, end = self._place_of(conversation, len(messages) + i, tools, disguise, whole)
-            words = replaced(whole[start:end], {hidden: shown for shown, hidden in disguise.items()})
+            start, end, words = self._place_of(conversation, len(messages) + i, tools, disguise, whole)
             before = self._rendered_prompt(conversation[: len(messages) + i], tools, disguise)
             own_spaces = _trailing_spaces(whole[:start]) - _trailing_spaces(before) if not boundary.plain else 0
             start -= max(own_spaces, 0)
@@ -238,7 +237,7 @@ class ChatTokenizer:
             ids += between
             written += [not i] * len(between)  # before the first turn stands what an answer without others has, too
             special = self._special.place.match(whole, end)
-            if special is None or not _shows(words, turn):
+            if special is None:
                 raise self._differs_once_others_follow()
             if turn.extra:
                 answer = self._encode_rendered(whole[start:end], disguise)
@@ -253,8 +252,8 @@ class ChatTokenizer:
 
     def _place_of(
         self, conversation: Sequence[Message], i: int, tools: str, disguise: Mapping[str, str], whole: str
-    ) -> tuple[int, int]:
-        """Where turn ``i`` begins and ends in the whole: where other words stand if it says nothing else."""
+    ) -> tuple[int, int, str]:
+        """Where turn ``i`` begins and ends in the whole, where other words stand if it says nothing else; its words."""
         places = []
         for _, word, _ in PROBES:
             others = [*conversation[:i], Message("assistant", word), *conversation[i + 1 :]]
@@ -264,7 +263,11 @@ class ChatTokenizer:
                 raise self._differs_once_others_follow()
         if places[0] != places[1] or places[0][0] > places[0][1]:
             raise self._differs_once_others_follow()
-        return places[0]
+        start, end = places[0]
+        words = replaced(whole[start:end], {hidden: shown for shown, hidden in disguise.items()})
+        if not _shows(words, conversation[i]):
+            raise self._differs_once_others_follow()
+        return start, end, words
 
     def _differs_once_others_follow(self) -> UserError:
         return UserError(
@@ -303,10 +306,7 @@ class ChatTokenizer:
         end = 0
         for i, turn in enumerate(answer, start=len(messages)):
             if turn.role == "assistant":
-                start, end = self._place_of(conversation, i, tools, disguise, whole)
-                words = replaced(whole[start:end], {hidden: shown for shown, hidden in disguise.items()})
-                if not _shows(words, turn):
-                    raise self._differs_once_others_follow()
+                _, end, _ = self._place_of(conversation, i, tools, disguise, whole)
         special = self._special.place.match(whole, end)
         if special is None:
             raise self._differs_once_others_follow()
