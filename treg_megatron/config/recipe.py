@@ -329,15 +329,12 @@ def _refuse_unknown(name: str, section_name: str, source: str) -> None:
     if prefix + name in RENAMED:
         raise UserError(f"{source}: {prefix}{name} is now {RENAMED[prefix + name]}")
     elsewhere = [f"{s}.{name}" for s in SECTIONS if name in keys[s]]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if name in FOREIGN:
         hint = FOREIGN[name]
     elif elsewhere:
         hint = f"did you mean {' or '.join(elsewhere)}?"
-    elif nearest:
-        hint = f"did you mean {prefix}{nearest[0]}?"
     else:
-        hint = f"known: {', '.join(known)}"
+        hint = _nearest(name, known, prefix)
     raise UserError(f"{source}: unknown recipe key {prefix}{name}; {hint}")
 
 
@@ -347,9 +344,12 @@ def _refuse_unknown_changes(entries: Any, source: str) -> None:
         name = str(entry)
         for k in map(str, changes if isinstance(changes, DictConfig) else ()):
             if k not in SOURCE_KEYS:
-                nearest = difflib.get_close_matches(k, SOURCE_KEYS, n=1, cutoff=0.5)
-                hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(SOURCE_KEYS)}"
-                raise UserError(f"{source}: unknown recipe key label.values.{name}.{k}; {hint}")
+                raise UserError(f"{source}: unknown recipe key label.values.{name}.{k}; {_nearest(k, SOURCE_KEYS)}")
+
+
+def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{nearest[0]}?" if nearest else f"known: {', '.join(known)}"
 
 
 def _described(node: DictConfig, name: str, full_name: str, sources: dict[str, str], indent: str) -> str:
