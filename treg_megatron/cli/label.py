@@ -24,7 +24,7 @@ Next: treg show, treg index.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from treg_megatron.cli.arguments import parse_section, section_parser
@@ -65,18 +65,21 @@ def run(arguments: argparse.Namespace) -> None:
     manifest = label(section)
     if manifest is None:
         return  # other processes are still labelling; the last one prints the summary
-    rewards, drops = manifest["token_rewards"], manifest["drops"]
+    drops = manifest["drops"]
     dropped = "; ".join(f"{count} {reason}" for reason, count in drops.items()) or "none"
     print(
-        f"labelled {manifest['pairs']} pairs to {section.output} (dropped: {dropped}); token rewards: mean "
-        f"{rewards['chosen_mean']:+.4f} chosen, {rewards['rejected_mean']:+.4f} rejected, "
-        f"mean size {rewards['mean_abs']:.4f}"
+        f"labelled {manifest['pairs']} pairs to {section.output} (dropped: {dropped}); token rewards: "
+        + _means(manifest["token_rewards"])
     )
     for name, rewards in manifest.get("values", {}).items():
-        print(
-            f"    {name}: mean {rewards['chosen_mean']:+.4f} chosen, {rewards['rejected_mean']:+.4f} rejected, "
-            f"mean size {rewards['mean_abs']:.4f}"
-        )
+        print(f"    {name}: {_means(rewards)}")
+
+
+def _means(rewards: Mapping[str, float]) -> str:
+    return (
+        f"mean {rewards['chosen_mean']:+.4f} chosen, {rewards['rejected_mean']:+.4f} rejected, "
+        f"mean size {rewards['mean_abs']:.4f}"
+    )
 
 
 def quality_lines(output: str) -> Iterator[str]:
