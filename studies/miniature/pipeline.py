@@ -81,18 +81,7 @@ def train_reference(reference: Reference) -> None:
             ),
             log=log,
         )
-        step(
-            "tools/convert_checkpoint.py",
-            "export",
-            *_recipe(reference),
-            "--checkpoint",
-            folder / "train",
-            "--base",
-            random,
-            "--output",
-            reference.model,
-            log=log,
-        )
+        _export(reference, folder / "train", reference.model, log, "--base", random)
     _unless(reference.folder / "megatron", "tools/convert_checkpoint.py", "import", *_recipe(reference), log=log)
 
 
@@ -267,16 +256,12 @@ def _train_and_export(reference: Reference, run: Run, folder: Path, log: Path) -
         f"train.output={folder / 'train'}",
         log=log,
     )
-    step(
-        "tools/convert_checkpoint.py",
-        "export",
-        *_recipe(reference),
-        "--checkpoint",
-        folder / "train",
-        "--output",
-        folder / "hf",
-        log=log,
-    )
+    _export(reference, folder / "train", folder / "hf", log)
+
+
+def _export(reference: Reference, checkpoint: Path, output: Path, log: Path, *more: str | Path) -> None:
+    where = ("--checkpoint", checkpoint, "--output", output)
+    step("tools/convert_checkpoint.py", "export", *_recipe(reference), *where, *more, log=log)
 
 
 def _tasks(study: Study) -> dict[str, list[world.Task]]:
