@@ -13,7 +13,15 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from tests.unit.test_template_families import ASKED, CALLED, CASES, THOUGHTS, TOOLS, TURNS
+from tests.unit.test_template_families import (
+    ASKED,
+    CALLED,
+    CASES,
+    THOUGHTS,
+    TOOLS,
+    TURNS,
+    require_exact_further_turns,
+)
 from treg_megatron.data.labelled_pairs import SIDES
 from treg_megatron.data.pairs import Pair
 from treg_megatron.data.responses import prompt_answers, scored_response
@@ -206,15 +214,4 @@ DROP_THOUGHTS = {"deepseek-r1", "deepseek-v3.1", "qwq"}
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_further_turns_continue_prompt_and_answer_or_are_refused(families, name):
-    tokenizer = families[name]
-    further = (Message("user", "Shorter, without " + " ".join(tokenizer._special.ids)),)
-    for messages, answer in ((TURNS, "Four."), ((ASKED,), "  Four.\n"), ((ASKED,), THOUGHTS)):
-        answered = (Message("assistant", answer),)
-        prompt, (ids,) = tokenizer.encode_pair(messages, [answer])
-        if name in NO_FURTHER_TURNS or name in DROP_THOUGHTS and answer == THOUGHTS:
-            with pytest.raises(UserError, match="differently once others follow"):
-                tokenizer.encode_further(messages, answered, further, answers=[answer])
-            continue
-        found = tokenizer.encode_further(messages, answered, further, answers=[answer])
-        whole = tokenizer.encode_prompt([*messages, *answered, *further], answers=[answer])
-        assert found[0] == ids[-1] and [*prompt, *ids, *found[1:]] == whole
+    require_exact_further_turns(families[name], name in NO_FURTHER_TURNS, name in DROP_THOUGHTS)

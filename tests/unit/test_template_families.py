@@ -218,12 +218,16 @@ DROP_THOUGHTS = {"deepseek_r1"}
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_further_turns_continue_prompt_and_answer_or_are_refused(families, name):
-    tokenizer = families[name]
+    require_exact_further_turns(families[name], name in NO_FURTHER_TURNS, name in DROP_THOUGHTS)
+
+
+def require_exact_further_turns(tokenizer, refused: bool, drops_thoughts: bool) -> None:
+    """Further turns continue the ids of prompt and answer, or are refused: always, or where the answer has thoughts."""
     further = (Message("user", "Shorter, without " + " ".join(tokenizer._special.ids)),)
     for messages, answer in ((TURNS, "Four."), ((ASKED,), "  Four.\n"), ((ASKED,), THOUGHTS)):
         answered = (Message("assistant", answer),)
         prompt, (ids,) = tokenizer.encode_pair(messages, [answer])
-        if name in NO_FURTHER_TURNS or name in DROP_THOUGHTS and answer == THOUGHTS:
+        if refused or drops_thoughts and answer == THOUGHTS:
             with pytest.raises(UserError, match="differently once others follow"):
                 tokenizer.encode_further(messages, answered, further, answers=[answer])
             continue
