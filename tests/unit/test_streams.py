@@ -311,7 +311,7 @@ def weighted(pairs, weights):
 
 
 def test_weights_follow_their_pairs(chatml, tokenizer_folders, tmp_path):
-    """Pairs without a weight count as 1 where others have one, whoever writes, merges, splits or blends them."""
+    """Where some pairs have a weight, the others count as 1: written, merged, split and blended."""
     given = [None] * 25 + [0.0, 2.5, None, 0.125] + [None] * 11
     pairs, expected = weighted(MANY, given), [1.0 if weight is None else weight for weight in given]
     write_streams(tmp_path / "whole", pairs, chatml)

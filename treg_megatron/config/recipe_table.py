@@ -47,7 +47,7 @@ def read(path: Path = TABLE) -> list[Row]:
 def as_text(rows: list[Row]) -> str:
     """The table for a terminal."""
     lines = [
-        f"{'recipe':<22}{'parameters':>11}  {'GPUs':<14}{'GB a GPU':>9}{'tokens a step':>15}{'bubble':>8}{'hours':>7}  "
+        f"{'recipe':<22}{'parameters':>11}  {'GPUs':<14}{'GB/GPU':>9}{'tokens/step':>15}{'bubble':>8}{'hours':>7}  "
         "hyper-parameters"
     ]
     lines += [
@@ -61,7 +61,8 @@ def as_text(rows: list[Row]) -> str:
 def as_markdown(rows: list[Row]) -> str:
     """The table for docs/RECIPES.md."""
     lines = [
-        "| recipe | size | GPUs | GB a GPU | tokens a step | bubble | with short pairs | hours | hyper-parameters |",
+        "| recipe | size | GPUs | GB per GPU | tokens per step "
+        "| bubble | with short pairs | hours | hyper-parameters |",
         "|---|---:|---|---:|---:|---:|---:|---:|---|",
     ]
     lines += [

@@ -251,7 +251,9 @@ def streams_manifest(prefix: str | Path) -> dict[str, Any]:
     if VALUES in manifest:
         _require_keys(manifest, {VALUES: list}, path, "")
         if wrong := [name for name in manifest[VALUES] if not re.fullmatch(VALUES_NAME, str(name))]:
-            raise UserError(f"{path}: values names {wrong[0]!r}, which is no name of token rewards; index again")
+            raise UserError(
+                f"{path}: {wrong[0]!r} under values is not a name of token rewards ({VALUES_NAME}); index again"
+            )
     names = [TOKENS, *reward_streams(named_values(manifest))]
     names += [*[REF_LOGPROBS] * manifest["reference_logprobs"], PAIR_IDS]
     if PAIR_WEIGHTS in manifest:

@@ -52,7 +52,7 @@ def collate(
         spans: list of :class:`~treg_megatron.kernels.attention.Span`, one per sequence before it is split over ranks,
             cu_seqlens: [spans + 1] int32, where each starts and the last one ends, and max_seqlen: int; packed only.
             Padding forms a separate sequence. With share_prompts, the prompt of a rejected sequence is the prefix of
-            its span, and there is no cu_seqlens.
+            its span, and cu_seqlens is absent.
         rows: [n] int64, index into the flattened hidden states [s * b, hidden] that predicts each response token.
         targets: [n] int64, ids of the response tokens. lengths: list of int, response tokens on this rank of chosen 0,
             rejected 0, chosen 1, ... segments, places: [n] int64, and response_tokens: [2 * pairs] fp32, of whole
